@@ -1,0 +1,296 @@
+"""The paper's equations in plain autograd PyTorch: the oracle every other backend is held to.
+
+Liu, Yuan, Zhou, Li, "Spatial and Temporal Mutual Promotion for Video-based Person Re-identification", AAAI 2019
+(arXiv 1812.10305); equation numbers are the paper's. Written to be read, and to be right in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attention = Literal["both", "spatial", "channel"]
+Inputs = Literal["appearance+motion", "appearance", "raw"]
+Metric = Literal["euclidean", "cosine"]
+Reduction = Literal["mean", "none"]
+
+
+class State(NamedTuple):
+    """Where a video stands between two chunks: the last frame's maps and their refinement, both (B, C, H, W)."""
+
+    x: Tensor
+    s: Tensor
+
+
+class Refined(NamedTuple):
+    """What `refine` returns.
+
+    features: S, (B, T, C, H, W).
+    strips: S averaged over time and width, (B, C, H).
+    state: what the video's next chunk starts from; `None` when batch statistics were used (training).
+    """
+
+    features: Tensor
+    strips: Tensor
+    state: State | None
+
+
+def refine(
+    x: Tensor,
+    w: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_s1: Tensor | None = None,
+    w_s2: Tensor | None = None,
+    w_c: Tensor | None = None,
+    *,
+    inputs: Inputs = "appearance+motion",
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    bn_groups: int = 1,
+    lengths: Tensor | None = None,
+    state: State | None = None,
+) -> Refined:
+    """Eq. 1-5 and 9, frame by frame. Arguments as in `rru_fast.refine`."""
+    if training and (lengths is not None or state is not None):
+        raise ValueError("lengths, state: got them in training, wanted eval mode (batch statistics need whole clips)")
+
+    def normalise(u: Tensor) -> Tensor:
+        if not training:
+            return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
+        # Like replicas under DataParallel: statistics of one's own each, buffers kept by the first.
+        first, *others = u.chunk(bn_groups)
+        parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
+        parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
+        return torch.cat(parts) if others else parts[0]
+
+    def gate(x_t: Tensor, s: Tensor, x_prev: Tensor) -> Tensor:
+        if inputs == "raw":
+            v = torch.cat((x_t, s), 1)
+        elif inputs == "appearance":
+            v = x_t - s
+        else:
+            v = torch.cat((x_t - s, x_t - x_prev), 1)
+        y = F.relu(normalise(F.conv2d(v, w[:, :, None, None])))  # (B, D, H, W), eq. 1
+        z: Tensor | None = None
+        if w_s1 is not None and w_s2 is not None:  # eq. 2: (B, 1, H, W)
+            z = F.linear(F.relu(F.linear(y.mean(1).flatten(1), w_s1)), w_s2).view(-1, 1, *y.shape[2:])
+        if w_c is not None:  # eq. 3: (B, C, 1, 1)
+            z_c = F.linear(y.mean((2, 3)), w_c)[:, :, None, None]
+            z = z_c if z is None else z_c * z
+        return torch.sigmoid(cast(Tensor, z))  # eq. 4
+
+    # At t = 1 the past is X_1 itself, so S_1 = X_1 whatever the gate says; it runs for its running statistics.
+    x_prev, s = state if state is not None else (x[:, 0], x[:, 0])
+    refined = []
+    for x_t in x.unbind(1):
+        z = gate(x_t, s, x_prev)
+        s = s + z * (x_t - s)  # eq. 5
+        x_prev = x_t
+        refined.append(s)
+    features = torch.stack(refined, 1)
+    if lengths is None:
+        strips = features.mean((1, 4))  # eq. 9
+        return Refined(features, strips, None if training else State(x[:, -1], features[:, -1]))
+    alive = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+    features = features.masked_fill(~alive[:, :, None, None, None], 0)
+    strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
+    return Refined(features, strips, last_state(x, features, lengths))
+
+
+def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
+    """The last frame of each clip of x and of s, (B, T, C, H, W), as the state its next chunk starts from."""
+    if lengths is None:
+        return State(x[:, -1], s[:, -1])
+    clip, last = torch.arange(len(x), device=x.device), lengths.to(x.device) - 1
+    return State(x[clip, last], s[clip, last])
+
+
+def strip_pool(s: Tensor) -> Tensor:
+    """Eq. 9 alone: (B, T, C, H, W) averaged over time and width, (B, C, H)."""
+    return s.mean((1, 4))
+
+
+def batch_hard_triplet(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Literal["soft"] = 0.3,
+    metric: Metric = "euclidean",
+    reduction: Reduction = "mean",
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Eq. 8, and eq. 10 when features are (G, N, D). Arguments as in `rru_fast.batch_hard_triplet`."""
+    if metric == "cosine":
+        f = F.normalize(features, dim=-1)
+        d = 1 - f @ f.mT
+    else:
+        square = features.square().sum(-1)
+        d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * features @ features.mT
+        d = d2.clamp(min=1e-12).sqrt()
+    same = labels[:, None] == labels
+    d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
+    d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
+    gap = d_pos - d_neg  # -inf without a negative: no loss
+    loss = F.softplus(gap) if margin == "soft" else F.relu(margin + gap)
+    if reduction == "mean":
+        loss = loss.mean()
+    if not return_indices:
+        return loss
+    return loss, positive, negative.masked_fill(same.all(-1), -1)
+
+
+def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch of all ranks in rank order, with gradient: features (..., N, D), labels (N,), N equal everywhere."""
+    if not torch.distributed.is_initialized():
+        return features, labels
+    all_labels = [torch.empty_like(labels) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(all_labels, labels.contiguous())
+    all_features = torch.distributed.nn.functional.all_gather(features.contiguous())  # type: ignore[no-untyped-call]
+    return torch.cat(all_features, -2), torch.cat(all_labels)
+
+
+def _only_reference(backend: str) -> None:
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or 'reference' (this is the reference module)")
+
+
+class RRU(nn.Module):
+    """The Refining Recurrent Unit, eq. 1-5; constructor and state_dict as `rru_fast.RRU`, which documents them."""
+
+    def __init__(
+        self,
+        channels: int,
+        spatial: tuple[int, int] = (8, 8),
+        *,
+        hidden: int = 256,
+        spatial_hidden: int = 128,
+        attention: Attention = "both",
+        inputs: Inputs = "appearance+motion",
+        bn_eps: float = 1e-3,
+        bn_momentum: float = 0.1,
+        bn_groups: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "channels": channels,
+            "spatial[0]": spatial[0],
+            "spatial[1]": spatial[1],
+            "hidden": hidden,
+            "spatial_hidden": spatial_hidden,
+            "bn_groups": bn_groups,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, wanted an integer of at least 1")
+        if attention not in ("both", "spatial", "channel"):
+            raise ValueError(f"attention: got {attention!r}, wanted 'both', 'spatial' or 'channel'")
+        if inputs not in ("appearance+motion", "appearance", "raw"):
+            raise ValueError(f"inputs: got {inputs!r}, wanted 'appearance+motion', 'appearance' or 'raw'")
+        self._choose_backend(backend)
+        self.channels, self.spatial = channels, (spatial[0], spatial[1])
+        self.attention, self.inputs, self.bn_groups = attention, inputs, bn_groups
+        positions = spatial[0] * spatial[1]
+        self.transition = nn.Conv2d(channels if inputs == "appearance" else 2 * channels, hidden, 1, bias=False)
+        self.transition_norm = nn.BatchNorm2d(hidden, eps=bn_eps, momentum=bn_momentum)
+        if attention != "channel":
+            self.spatial_attention = nn.Sequential(
+                nn.Linear(positions, spatial_hidden, bias=False),
+                nn.ReLU(),
+                nn.Linear(spatial_hidden, positions, bias=False),
+            )
+        if attention != "spatial":
+            self.channel_attention = nn.Linear(hidden, channels, bias=False)
+
+    def _choose_backend(self, backend: str) -> None:
+        _only_reference(backend)
+
+    def _refine(self, x: Tensor, **arguments: object) -> Refined:
+        return refine(x, **arguments)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
+        """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
+        self._check(x)
+        norm = self.transition_norm
+        # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
+        training = norm.training or norm.running_mean is None
+        spatial = self.spatial_attention if self.attention != "channel" else None
+        out = self._refine(
+            x,
+            w=self.transition.weight.flatten(1),
+            gamma=norm.weight,
+            beta=norm.bias,
+            w_s1=spatial[0].weight if spatial is not None else None,
+            w_s2=spatial[2].weight if spatial is not None else None,
+            w_c=self.channel_attention.weight if self.attention != "spatial" else None,
+            inputs=self.inputs,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            training=training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            bn_groups=self.bn_groups,
+            lengths=lengths,
+            state=state,
+        )
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(x.shape[1])
+        return out
+
+    def _check(self, x: Tensor) -> None:
+        """What the module knows beyond its weights' shapes."""
+        if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, wanted (B, T, C={self.channels}, H, W), B and T at least 1"
+            )
+        if self.attention != "channel" and tuple(x.shape[3:]) != self.spatial:
+            raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
+        if self.training and x.shape[0] % self.bn_groups:
+            raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
+        if self.training and isinstance(self.transition_norm, nn.SyncBatchNorm):
+            raise ValueError("transition_norm: got SyncBatchNorm, wanted BatchNorm2d (statistics are per process)")
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, spatial={self.spatial}, attention={self.attention!r}, "
+            f"inputs={self.inputs!r}, bn_groups={self.bn_groups}"
+        )
+
+
+class BatchHardTripletLoss(nn.Module):
+    """Batch-hard triplet loss, eq. 8 and 10; constructor as `rru_fast.BatchHardTripletLoss`, which documents it."""
+
+    def __init__(
+        self,
+        margin: float | Literal["soft"] = 0.3,
+        metric: Metric = "euclidean",
+        gather: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._choose_backend(backend)
+        self.margin, self.metric, self.gather = margin, metric, gather
+
+    def _choose_backend(self, backend: str) -> None:
+        _only_reference(backend)
+
+    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return cast(Tensor, batch_hard_triplet(features, labels, margin=self.margin, metric=self.metric))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
+        if self.gather:
+            features, labels = gather_batch(features, labels)
+        return self._loss(features, labels)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin!r}, metric={self.metric!r}, gather={self.gather}"
