@@ -1,0 +1,29 @@
+"""Fused operators for video person re-identification with a Refining Recurrent Unit.
+
+`RRU` and `BatchHardTripletLoss` are modules, `refine`, `strip_pool` and `batch_hard_triplet` the functions under them;
+`accelerate` swaps them into a model that uses the plain ones of `rru_fast.reference`.
+"""
+
+from rru_fast import reference
+from rru_fast.config import __version__, show_config
+from rru_fast.functional import batch_hard_triplet, refine, strip_pool
+from rru_fast.modules import RRU, BatchHardTripletLoss
+from rru_fast.official import from_official
+from rru_fast.reference import Refined, State
+from rru_fast.swap import accelerate, restore
+
+__all__ = [
+    "RRU",
+    "BatchHardTripletLoss",
+    "Refined",
+    "State",
+    "__version__",
+    "accelerate",
+    "batch_hard_triplet",
+    "from_official",
+    "reference",
+    "refine",
+    "restore",
+    "show_config",
+    "strip_pool",
+]

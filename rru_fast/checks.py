@@ -1,0 +1,167 @@
+"""Argument checks of the public operators; every message names the argument, what it got and what it wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from rru_fast.reference import Inputs, Metric, Reduction, State
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _shape(name: str, tensor: Any, wanted: tuple[int, ...], meaning: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted} = {meaning}")
+
+
+def _device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: got device {tensor.device}, wanted {like.device} as {like_name}")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tensor.dim() not in dims:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {meaning}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted float64, float32, float16 or bfloat16")
+    if 0 in tensor.shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {meaning}, every size at least 1")
+
+
+def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    """A parameter of `refine`: x's dtype, or float32 beside a 16-bit x (autocast)."""
+    _shape(name, tensor, wanted, meaning)
+    _device(name, tensor, x, "x")
+    fits = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)
+    if tensor.dtype not in fits:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {' or '.join(map(str, fits))} beside x of {x.dtype}")
+
+
+def check_refine(
+    x: Tensor,
+    w: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_s1: Tensor | None,
+    w_s2: Tensor | None,
+    w_c: Tensor | None,
+    inputs: str,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    bn_groups: int,
+    lengths: Tensor | None,
+    state: State | None,
+) -> None:
+    """Arguments of `rru_fast.refine`."""
+    _floating("x", x, (5,), "(B, T, C, H, W)")
+    _choice("inputs", inputs, get_args(Inputs))
+    clips, frames, channels, height, width = x.shape
+    if not isinstance(w, Tensor) or w.dim() != 2:
+        got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        raise ValueError(f"w: got {got}, wanted a tensor (D, {'C' if inputs == 'appearance' else '2C'})")
+    d = w.shape[0]
+    columns = channels if inputs == "appearance" else 2 * channels
+    _weight("w", w, x, (d, columns), f"(D, {'C' if inputs == 'appearance' else '2C'}) for inputs={inputs!r}")
+    _weight("gamma", gamma, x, (d,), "(D,)")
+    _weight("beta", beta, x, (d,), "(D,)")
+    if (w_s1 is None) != (w_s2 is None):
+        raise ValueError("w_s1, w_s2: got one of them, wanted both (spatial attention) or neither")
+    if w_s1 is None and w_c is None:
+        raise ValueError("w_s1, w_s2, w_c: got none, wanted spatial attention, channel attention or both")
+    if w_s1 is not None and w_s2 is not None:
+        hidden = w_s1.shape[0] if isinstance(w_s1, Tensor) and w_s1.dim() == 2 else 1
+        _weight("w_s1", w_s1, x, (hidden, height * width), "(A, P), P = H * W")
+        _weight("w_s2", w_s2, x, (height * width, hidden), "(P, A), P = H * W")
+    if w_c is not None:
+        _weight("w_c", w_c, x, (channels, d), "(C, D)")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: got one of them, wanted both or neither")
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None:
+            _weight(name, buffer, x, (d,), "(D,)")
+    if not isinstance(momentum, float | int) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: got {momentum!r}, wanted a number from 0 to 1")
+    if not isinstance(eps, float | int) or not (0 < eps < math.inf):
+        raise ValueError(f"eps: got {eps!r}, wanted a number above 0")
+    if not isinstance(bn_groups, int) or bn_groups < 1:
+        raise ValueError(f"bn_groups: got {bn_groups!r}, wanted an integer of at least 1")
+    if training:
+        if lengths is not None or state is not None:
+            given = "lengths" if lengths is not None else "state"
+            raise ValueError(f"{given}: got it in training, wanted eval mode (batch statistics need whole clips)")
+        if clips % bn_groups:
+            raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
+        if clips // bn_groups * height * width == 1:  # BatchNorm's own words
+            size = torch.Size((1, d, height, width))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    elif running_mean is None:
+        raise ValueError("running_mean, running_var: got None in eval mode, wanted both")
+    if lengths is not None:
+        _check_lengths(lengths, clips, frames)
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(f"state: got {type(state).__name__}, wanted the (x, s) of an earlier call's .state")
+        for name, tensor in zip(("state.x", "state.s"), state, strict=True):
+            _shape(name, tensor, (clips, channels, height, width), "(B, C, H, W)")
+            _device(name, tensor, x, "x")
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {x.dtype} as x")
+
+
+def _check_lengths(lengths: Tensor, clips: int, frames: int) -> None:
+    _shape("lengths", lengths, (clips,), "(B,)")
+    _integers("lengths", lengths)
+    # On a GPU, and inside a graph, looking at the values would wait for the device.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 1 or longest > frames:
+            raise ValueError(f"lengths: got values from {shortest} to {longest}, wanted 1 to T={frames}")
+
+
+def _integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
+
+
+def check_strip_pool(s: Tensor) -> None:
+    """Arguments of `rru_fast.strip_pool`."""
+    _floating("s", s, (5,), "(B, T, C, H, W)")
+
+
+def check_margin(margin: Any) -> None:
+    """A finite number, or "soft"."""
+    number = isinstance(margin, float | int) and not isinstance(margin, bool) and math.isfinite(margin)
+    if margin != "soft" and not number:
+        raise ValueError(f"margin: got {margin!r}, wanted a finite number or 'soft'")
+
+
+def check_metric(metric: Any) -> None:
+    """A metric of the triplet loss."""
+    _choice("metric", metric, get_args(Metric))
+
+
+def check_batch_hard_triplet(features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str) -> None:
+    """Arguments of `rru_fast.batch_hard_triplet`."""
+    _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
+    _shape("labels", labels, (features.shape[-2],), "(N,), one a feature")
+    _integers("labels", labels)
+    _device("labels", labels, features, "features")
+    check_margin(margin)
+    check_metric(metric)
+    _choice("reduction", reduction, get_args(Reduction))

@@ -1,0 +1,59 @@
+"""Which backends this installation has, which one serves a call, and why the rest do not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+__version__ = "0.1.0"
+
+# Why a backend cannot serve; None where it can. In the order of DESIGN: the oracle, then ever closer to the machine.
+BACKENDS: dict[str, str | None] = {
+    "reference": None,
+    "composite": None,
+    "cpu": f"C++ kernels are not part of version {__version__}",
+    "triton": f"Triton kernels are not part of version {__version__}",
+    "cuda": f"CUDA kernels are not part of version {__version__}",
+}
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or a backend that can serve here."""
+    if backend == "auto":
+        return
+    usable = ", ".join(repr(name) for name, reason in BACKENDS.items() if reason is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}")
+    if BACKENDS[backend] is not None:
+        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}: {BACKENDS[backend]}")
+
+
+def choose(backend: str) -> str:
+    """The backend that serves a call that asks for `backend`."""
+    check_backend(backend)
+    return "composite" if backend == "auto" else backend
+
+
+def report() -> str:
+    """Versions, devices and backends, as `show_config` prints them."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [
+        f"rru_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"threads: {torch.get_num_threads()}, CPU: {torch.backends.cpu.get_cpu_capability()}, GPU: {gpu}",
+        f"auto runs: {choose('auto')}",
+    ]
+    lines += [
+        f"  {name:<10} {'available' if why is None else 'not available: ' + why}" for name, why in BACKENDS.items()
+    ]
+    return "\n".join(lines)
+
+
+def show_config() -> None:
+    """Print versions, the devices seen, which backends can serve and why the others cannot.
+
+    >>> import rru_fast
+    >>> rru_fast.show_config()  # doctest: +ELLIPSIS
+    rru_fast ...
+    """
+    print(report())

@@ -1,0 +1,212 @@
+"""The operators as functions: arguments checked, backend chosen, running statistics kept."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rru_fast import checks, config, ops, reference
+from rru_fast.reference import Inputs, Metric, Reduction, Refined, State
+
+
+def refine(
+    x: Tensor,
+    w: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_s1: Tensor | None = None,
+    w_s2: Tensor | None = None,
+    w_c: Tensor | None = None,
+    *,
+    inputs: Inputs = "appearance+motion",
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    bn_groups: int = 1,
+    lengths: Tensor | None = None,
+    state: State | None = None,
+    backend: str = "auto",
+) -> Refined:
+    """Run the Refining Recurrent Unit over a batch of videos, eq. 1-5, and pool its strips, eq. 9, in one pass.
+
+    S_1 = X_1 and S_t = S_{t-1} + Z_t (X_t - S_{t-1}), where the gate Z_t = sigmoid(z_c z_s^T) is computed from
+    Y_t = relu(norm(W v_t)) with z_s = W_s2 relu(W_s1 mean_D(Y_t)) and z_c = W_c mean_P(Y_t).
+
+    Args:
+        x: maps X, (B, T, C, H, W), any strides; float64, float32, float16 or bfloat16.
+        w: transition weights W, (D, 2C): v_t = (X_t - S_{t-1}, X_t - X_{t-1}); (D, C) for inputs="appearance".
+        gamma, beta: affine parameters of the transition's batch norm, (D,).
+        w_s1, w_s2: spatial attention, (A, P) and (P, A), P = H * W; both None for channel attention alone.
+        w_c: channel attention, (C, D); None for spatial attention alone.
+        inputs: what the gate sees, v_t: "appearance+motion", "appearance" (X_t - S_{t-1}) or "raw" (X_t, S_{t-1}).
+        running_mean, running_var: (D,), read in eval mode; in training updated in place, once a frame, as BatchNorm
+            does; may be None in training.
+        training: batch statistics, of all clips and positions of a frame, instead of the running ones.
+        momentum: of the running statistics, 0 to 1.
+        eps: added to the variance.
+        bn_groups: the clips are normalised in this many consecutive groups, each with statistics of its own; the
+            running ones follow the first. Divides B. Training only.
+        lengths: integers (B,) from 1 to T: frames past a clip's length are ignored and their S is 0. Eval mode only.
+            Values are checked when the tensor is on the CPU.
+        state: `.state` of the call that refined the video so far; eval mode only. Chunk by chunk gives what one go
+            gives (16-bit dtypes: the state is rounded to the dtype at each boundary).
+        backend: "auto", or a backend `show_config` lists as available.
+
+    Weights are of x's dtype, or float32 beside a 16-bit x. Whatever x's dtype, the arithmetic is float32 at least.
+
+    Returns:
+        `Refined(features, strips, state)`: S (B, T, C, H, W), (B, C, H), and in eval mode the last frames.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        RuntimeError: on second-order gradients (backend="reference" has them).
+    """
+    checks.check_refine(
+        x,
+        w,
+        gamma,
+        beta,
+        w_s1,
+        w_s2,
+        w_c,
+        inputs,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        bn_groups,
+        lengths,
+        state,
+    )
+    chosen = config.choose(backend)
+    if chosen == "reference":
+        w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
+        return reference.refine(
+            x,
+            w,
+            gamma,
+            beta,
+            w_s1,
+            w_s2,
+            w_c,
+            inputs=inputs,
+            running_mean=running_mean,
+            running_var=running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            bn_groups=bn_groups,
+            lengths=lengths,
+            state=state,
+        )
+    if lengths is not None:
+        lengths = lengths.to(x.device)
+    state_x, state_s = (None, None) if state is None else state
+    differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
+    features, strips, mean, var, *_ = ops.refine.refine(
+        x,
+        w,
+        gamma,
+        beta,
+        w_s1,
+        w_s2,
+        w_c,
+        running_mean,
+        running_var,
+        lengths,
+        state_x,
+        state_s,
+        inputs,
+        training,
+        eps,
+        bn_groups,
+        save,
+        chosen,
+    )
+    if not training:
+        return Refined(features, strips, reference.last_state(x, features, lengths))
+    if running_mean is not None and running_var is not None:
+        count = x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
+        _update(running_mean, mean[:, 0], momentum)
+        _update(running_var, var[:, 0] * (count / (count - 1)), momentum)
+    return Refined(features, strips, None)
+
+
+@torch.no_grad()
+def _update(running: Tensor, steps: Tensor, momentum: float) -> None:
+    """running = (1 - momentum) running + momentum step, for each row of steps (T, D) in order."""
+    for step in steps:
+        running.lerp_(step.to(running.dtype), momentum)
+
+
+def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
+    """Average maps over time and width into horizontal strips, eq. 9, where `refine` has not done it already.
+
+    Args:
+        s: (B, T, C, H, W), any strides; float64, float32, float16 or bfloat16, summed in float32 at least.
+        backend: "auto", or a backend `show_config` lists as available.
+
+    Returns:
+        strips (B, C, H), strips[b, c, row] = 1/(T W) sum over t and columns of s.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+    """
+    checks.check_strip_pool(s)
+    chosen = config.choose(backend)
+    return reference.strip_pool(s) if chosen == "reference" else cast(Tensor, ops.strip_pool.strip_pool(s, chosen))
+
+
+def batch_hard_triplet(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Literal["soft"] = 0.3,
+    metric: Metric = "euclidean",
+    reduction: Reduction = "mean",
+    return_indices: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Batch-hard triplet loss, eq. 8, or eq. 10 for G groups (strips) at once: mean of hinge(margin + D_pos - D_neg).
+
+    D_pos is an anchor's distance to its farthest positive, itself included; D_neg to its nearest negative. Ties go to
+    the lowest index; an anchor without a negative has loss 0; coincident points have gradient 0.
+
+    Args:
+        features: (N, D) or (G, N, D); float64, float32, float16 or bfloat16, used as they come, not normalised.
+        labels: integers (N,), who each feature is.
+        margin: a number, or "soft": softplus(D_pos - D_neg).
+        metric: "euclidean", sqrt(max(|a - b|^2, 1e-12)), or "cosine", 1 - cos(a, b).
+        reduction: "mean" over all anchors and groups, or "none".
+        return_indices: also return who the partners were.
+        backend: "auto", or a backend `show_config` lists as available.
+
+    Returns:
+        The loss, a scalar or of shape (N,) or (G, N), in features' dtype; with `return_indices` also the hardest
+        positives and negatives, int64, (N,) or (G, N), -1 where there is no negative.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        RuntimeError: on second-order gradients (backend="reference" has them).
+    """
+    checks.check_batch_hard_triplet(features, labels, margin, metric, reduction)
+    chosen = config.choose(backend)
+    if chosen == "reference":
+        return reference.batch_hard_triplet(
+            features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices
+        )
+    grouped = features if features.dim() == 3 else features[None]
+    if metric == "cosine":
+        grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
+    loss, _, _, positive, negative = ops.batch_hard.batch_hard(grouped, labels, number, soft, metric, chosen)
+    per_anchor = features.shape[:-1]
+    loss = (loss.mean() if reduction == "mean" else loss.view(per_anchor)).to(features.dtype)
+    return (loss, positive.view(per_anchor), negative.view(per_anchor)) if return_indices else loss

@@ -1,0 +1,101 @@
+"""The operators as modules: the reference modules with a faster forward, so weights and settings are theirs."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from torch import Tensor
+
+from rru_fast import checks, config, functional, reference
+from rru_fast.reference import Metric, Refined
+
+
+class RRU(reference.RRU):
+    """The Refining Recurrent Unit of eq. 1-5 with the strips of eq. 9, fused.
+
+    A gate decides, per position and channel, how much of each new frame replaces the refined past:
+    S_t = S_{t-1} + Z_t (X_t - S_{t-1}). The equations are in `rru_fast.refine`.
+
+    Args:
+        channels: C of the maps.
+        spatial: (H, W) of the maps, fixed by the spatial attention's weights; any for attention="channel".
+        hidden: D, the transition's channels.
+        spatial_hidden: A, the hidden size of the spatial attention.
+        attention: "both", "spatial" (Z = sigmoid(z_s)) or "channel" (Z = sigmoid(z_c)).
+        inputs: what the gate sees: "appearance+motion", "appearance" or "raw" (the paper's RRU(ad) and RRU(od)).
+        bn_eps, bn_momentum: of the transition's batch norm.
+        bn_groups: consecutive groups of clips with batch statistics of their own, as replicas under DataParallel have.
+        backend: "auto", or a backend `rru_fast.show_config` lists as available.
+
+    Parameters: `transition.weight` (D, 2C, 1, 1), the appearance half first ((D, C, 1, 1) for inputs="appearance");
+    `transition_norm.*`; `spatial_attention.{0,2}.weight` (A, P), (P, A); `channel_attention.weight` (C, D).
+
+    Called with x (B, T, C, H, W), and in eval mode optionally `lengths` (B,) and `state`, it returns
+    `Refined(features (B, T, C, H, W), strips (B, C, H), state)`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+
+    >>> import torch, rru_fast
+    >>> out = rru_fast.RRU(16, spatial=(4, 2), hidden=8)(torch.rand(2, 5, 16, 4, 2))
+    >>> out.features.shape, out.strips.shape
+    (torch.Size([2, 5, 16, 4, 2]), torch.Size([2, 16, 4]))
+    """
+
+    def _choose_backend(self, backend: str) -> None:
+        config.check_backend(backend)
+        self.backend = backend
+
+    def _refine(self, x: Tensor, **arguments: object) -> Refined:
+        return functional.refine(x, **arguments, backend=self.backend)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend!r}"
+
+
+class BatchHardTripletLoss(reference.BatchHardTripletLoss):
+    """Batch-hard triplet loss of eq. 8, and of eq. 10 over all strips at once.
+
+    Args:
+        margin: a number, or "soft" for softplus.
+        metric: "euclidean" on features as they come, or "cosine".
+        gather: form the batch from all ranks of torch.distributed, with gradient: under DistributedDataParallel, P
+            processes then give the loss and the gradients of one. Every rank brings the same number of features.
+        backend: "auto", or a backend `rru_fast.show_config` lists as available.
+
+    Called with features (N, D) or (G, N, D) and integer labels (N,), it returns the scalar mean over anchors.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+
+    >>> import torch, rru_fast
+    >>> loss = rru_fast.BatchHardTripletLoss(margin=0.4)
+    >>> loss(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 1]))
+    tensor(0.)
+    """
+
+    def __init__(
+        self,
+        margin: float | Literal["soft"] = 0.3,
+        metric: Metric = "euclidean",
+        gather: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        checks.check_margin(margin)
+        checks.check_metric(metric)
+        super().__init__(margin, metric, gather, backend)
+
+    def _choose_backend(self, backend: str) -> None:
+        config.check_backend(backend)
+        self.backend = backend
+
+    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return cast(
+            Tensor,
+            functional.batch_hard_triplet(
+                features, labels, margin=self.margin, metric=self.metric, backend=self.backend
+            ),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend!r}"

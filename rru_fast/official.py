@@ -1,0 +1,66 @@
+"""Weights of the authors' own code, rru-reid and person-reid-lib, under this library's names and signs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+# theirs (inside `RRU`, or `fuse_net` of the whole network) -> ours; 1x1 and full-size convolutions become matrices
+NAMES = {
+    "reduce_dim_z.conv.weight": "transition.weight",
+    "reduce_dim_z.bn.weight": "transition_norm.weight",
+    "reduce_dim_z.bn.bias": "transition_norm.bias",
+    "reduce_dim_z.bn.running_mean": "transition_norm.running_mean",
+    "reduce_dim_z.bn.running_var": "transition_norm.running_var",
+    "reduce_dim_z.bn.num_batches_tracked": "transition_norm.num_batches_tracked",
+    "s_atten_z.0.weight": "spatial_attention.0.weight",
+    "s_atten_z.2.weight": "spatial_attention.2.weight",
+    "c_atten_z.1.weight": "channel_attention.weight",
+}
+OPTIONAL = {"reduce_dim_z.bn.num_batches_tracked"}  # not in weights saved before PyTorch 0.4.1
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert an RRU's weights from the authors' code, for `rru_fast.RRU(channels).load_state_dict`.
+
+    The authors feed the gate h - x_t where the paper has X_t - S_{t-1}: that half of the transition's weights changes
+    sign, and the outputs are the same.
+
+    Args:
+        state_dict: of their `RRU`, of a module that holds one, or of the whole network; other entries are ignored.
+
+    Returns:
+        Our state_dict, with copies of the tensors.
+
+    Raises:
+        ValueError: an entry is missing, there is more than one RRU, or a weight has another shape.
+
+    >>> import rru_fast, torch
+    >>> try:
+    ...     rru_fast.from_official({"conv.weight": torch.zeros(1)})
+    ... except ValueError as error:
+    ...     print(error)
+    state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or person-reid-lib
+    """
+    anchor = "reduce_dim_z.conv.weight"
+    prefixes = [key.removesuffix(anchor) for key in state_dict if key == anchor or key.endswith("." + anchor)]
+    wanted = "wanted the weights of an RRU of rru-reid or person-reid-lib"
+    if not prefixes:
+        raise ValueError(f"state_dict: got no {anchor!r}, {wanted}")
+    if len(prefixes) > 1:
+        raise ValueError(f"state_dict: got {len(prefixes)} RRUs, under {prefixes}, wanted one")
+    prefix = prefixes[0]
+    ours = {}
+    for theirs, name in NAMES.items():
+        if prefix + theirs in state_dict:
+            ours[name] = state_dict[prefix + theirs].detach().clone()
+        elif theirs not in OPTIONAL:
+            raise ValueError(f"state_dict: got no {prefix + theirs!r}, {wanted}")
+    transition = ours["transition.weight"]
+    if transition.dim() != 4 or transition.shape[1] % 2 or transition.shape[2:] != (1, 1):
+        raise ValueError(f"{prefix}{anchor}: got shape {tuple(transition.shape)}, wanted (D, 2C, 1, 1)")
+    transition[:, : transition.shape[1] // 2].neg_()
+    for name in ("spatial_attention.0.weight", "spatial_attention.2.weight", "channel_attention.weight"):
+        ours[name] = ours[name].flatten(1)
+    return ours
