@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Distances in flight: a row of the matrix at least.
-TILE_BYTES = 16 * 2**20
+TILE_BYTES = 8 * 2**20
 
 # Distances are sqrt(max(d2, FLOOR)); at the floor, up to rounding, their gradient is 0: coincident points do not pull.
 FLOOR = 1e-12
@@ -48,7 +48,7 @@ def backward(
     f = features.to(d_pos.dtype)
     gap = d_pos - d_neg
     weight = d_loss * (torch.sigmoid(gap) if soft else (margin + gap > 0).to(gap.dtype))  # (G, N)
-    d_f = torch.zeros_like(f)
+    d_f = torch.zeros_like(f, memory_format=torch.contiguous_format)
     for partner, distance, sign in ((positive, d_pos, 1.0), (negative, d_neg, -1.0)):
         # Without a negative the distance is inf and the weight 0; index 0 then receives zeros.
         other = _rows(f, partner.clamp(min=0))

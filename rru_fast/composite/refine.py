@@ -303,9 +303,9 @@ def backward(
         add_upstream(g, t)
         torch.sub(frames[t], refined[t - 1], out=a)
         _sigmoid_gate(z_s, z_c, out=z)
-        dl = torch.addcmul(a, a, z, value=-1, out=scratch)
+        dl = torch.sub(1, z, out=scratch)
         z *= g
-        zg, dl = z, dl.mul_(z)
+        zg, dl = z, dl.mul_(a).mul_(z)
 
         if training:
             step_var, step_mean = var[t], mean[t]

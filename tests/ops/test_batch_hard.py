@@ -1,0 +1,237 @@
+"""`batch_hard_triplet` of every backend against the float64 oracle and against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import rru_fast
+from rru_fast import ops
+from tests import parity
+from tests.parity import BACKENDS
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+MARGINS: list[Any] = [0.3, 2.0, 0.0, "soft"]
+SHAPES = [(20, 16), (8, 20, 33), (1, 1, 5), (3, 7, 2), (2, 65, 3)]
+
+
+def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    n = shape[-2]
+    return torch.randn(shape, generator=g, dtype=torch.float64), torch.randint(0, max(1, n // 3), (n,), generator=g)
+
+
+def run(features: Tensor, labels: Tensor, backend: str, **options: Any) -> parity.Results:
+    leaf = features.detach().requires_grad_()
+    out = rru_fast.batch_hard_triplet(leaf, labels, return_indices=True, backend=backend, **options)
+    assert isinstance(out, tuple)
+    loss, positive, negative = out
+    weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).view(loss.shape).to(loss)
+    (gradient,) = torch.autograd.grad((loss * weight).sum(), leaf)
+    return {"loss": loss.detach(), "d_features": gradient, "positive": positive, "negative": negative}
+
+
+def by_definition(f: Tensor, labels: Tensor, margin: float) -> tuple[list[float], list[int], list[int]]:
+    """Eq. 8 for one group, an anchor at a time, ties to the lowest index."""
+    losses, positives, negatives = [], [], []
+    for a in range(len(f)):
+        distance = [max(float((f[a] - f[b]).square().sum()), 1e-12) ** 0.5 for b in range(len(f))]
+        same = [bool(labels[a] == labels[b]) for b in range(len(f))]
+        positive = max((b for b in range(len(f)) if same[b]), key=lambda b: (distance[b], -b))
+        others = [b for b in range(len(f)) if not same[b]]
+        negative = min(others, key=lambda b: (distance[b], b)) if others else -1
+        losses.append(max(0.0, margin + distance[positive] - distance[negative]) if others else 0.0)
+        positives.append(positive)
+        negatives.append(negative)
+    return losses, positives, negatives
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_equals_the_oracle(
+    shape: tuple[int, ...], margin: Any, metric: str, reduction: str, backend: str
+) -> None:
+    features, labels = random_batch(shape)
+    options = {"margin": margin, "metric": metric, "reduction": reduction}
+    with parity.poisoned():
+        got = run(features, labels, backend, **options)
+    oracle = run(features, labels, "reference", **options)
+    assert torch.equal(got.pop("positive"), oracle.pop("positive"))
+    assert torch.equal(got.pop("negative"), oracle.pop("negative"))
+    for name, wanted in oracle.items():
+        assert parity.error(got[name], wanted) <= parity.EXACT, name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("margin", [0.3, "soft"])
+def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: torch.dtype, backend: str) -> None:
+    draws = []
+    for seed in range(9):
+        features, labels = random_batch((4, 40, 24), seed)
+        low = features.to(dtype)
+        options = {"margin": margin, "metric": metric}
+        runs = run(low, labels, backend, **options), run(low, labels, "reference", **options)
+        oracle = run(low.double(), labels, "reference", **options)
+        results = [{name: r[name] for name in ("loss", "d_features")} for r in (*runs, oracle)]
+        draws.append((results[0], results[1], results[2]))
+    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+
+
+@every_backend
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9),
+    people=st.integers(1, 4),
+    margin=st.sampled_from([0.0, 0.5, 3.0]),
+    data=st.data(),
+)
+def test_small_integer_points_follow_the_definition_ties_included(
+    backend: str, values: list[tuple[int, int]], people: int, margin: float, data: st.DataObject
+) -> None:
+    # Distances between integer points are exact, so ties are real ties.
+    labels = torch.tensor(data.draw(st.lists(st.integers(1, people), min_size=len(values), max_size=len(values))))
+    f = torch.tensor(values, dtype=torch.float32)
+    loss, positive, negative = rru_fast.batch_hard_triplet(
+        f, labels, margin=margin, reduction="none", return_indices=True, backend=backend
+    )
+    losses, positives, negatives = by_definition(f, labels, margin)
+    assert positive.tolist() == positives
+    assert negative.tolist() == negatives
+    assert loss.tolist() == pytest.approx(losses, abs=3e-6)
+
+
+@every_backend
+def test_groups_are_independent_losses(backend: str) -> None:
+    features, labels = random_batch((5, 12, 6))
+    together = rru_fast.batch_hard_triplet(features, labels, backend=backend)
+    apart = torch.stack([rru_fast.batch_hard_triplet(group, labels, backend=backend) for group in features])
+    assert parity.error(together, apart.mean()) <= parity.EXACT
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_coincident_points_have_loss_and_no_gradient(metric: str, backend: str) -> None:
+    features = torch.ones(6, 4, dtype=torch.float64)
+    results = run(features, torch.tensor([0, 0, 1, 1, 2, 2]), backend, margin=0.5, metric=metric)
+    assert float(results["loss"]) == pytest.approx(0.5, abs=1e-5)
+    assert results["d_features"].abs().max() < 1e-12
+
+
+@every_backend
+def test_an_anchor_without_a_negative_has_no_loss(backend: str) -> None:
+    features, _ = random_batch((9, 4))
+    for margin in (1.0, "soft"):
+        results = run(features, torch.zeros(9, dtype=torch.int64), backend, margin=margin, reduction="none")
+        assert results["loss"].abs().max() == 0
+        assert results["d_features"].abs().max() == 0
+        assert (results["negative"] == -1).all()
+
+
+@every_backend
+def test_nan_features_give_a_nan_loss(backend: str) -> None:
+    features, labels = random_batch((12, 4))
+    features[3, 2] = float("nan")
+    assert rru_fast.batch_hard_triplet(features, labels, backend=backend).isnan()
+
+
+@every_backend
+def test_gradcheck(backend: str) -> None:
+    features, labels = random_batch((2, 9, 3))
+    for margin in (0.7, "soft"):
+        for metric in ("euclidean", "cosine"):
+            assert torch.autograd.gradcheck(
+                lambda f, margin=margin, metric=metric: rru_fast.batch_hard_triplet(
+                    f, labels, margin=margin, metric=metric, reduction="none", backend=backend
+                ),
+                features.requires_grad_(),
+            )
+
+
+@every_backend
+def test_tiles_do_not_show(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = ops.batch_hard.KERNELS[backend]
+    features, labels = random_batch((3, 50, 8))
+    whole = run(features, labels, backend)
+    monkeypatch.setattr(kernel, "TILE_BYTES", 3 * 50 * 8 * 7)  # seven anchors at a time
+    for name, value in run(features, labels, backend).items():
+        assert parity.error(value, whole[name]) <= 1e-14, name
+
+
+@every_backend
+def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
+    n, d = 8192, 16  # the matrix would be 256 MiB
+    features, labels = torch.randn(n, d), torch.arange(n) // 4
+    with torch.profiler.profile(profile_memory=True) as profile:
+        rru_fast.batch_hard_triplet(features, labels, backend=backend)
+    # The profiler's "[memory]" events carry each allocation and release; their running sum is what is held.
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 2**20 < peak < 40 * 2**20
+
+
+@every_backend
+def test_inputs_are_left_alone_and_runs_are_bitwise_equal(backend: str) -> None:
+    features, labels = random_batch((3, 300, 8))
+    before = features.clone()
+    first, second = run(features, labels, backend), run(features, labels, backend)
+    assert torch.equal(features, before)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@every_backend
+def test_any_strides_give_the_same(backend: str) -> None:
+    features, labels = random_batch((4, 20, 6))
+    wanted = run(features, labels, backend)
+    strips = features.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # how (B, C, H) strips arrive
+    for name, value in run(strips, labels, backend).items():
+        assert parity.error(value, wanted[name]) <= parity.EXACT, name
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_opcheck(metric: str, backend: str) -> None:
+    features, labels = random_batch((2, 10, 4))
+    for requires_grad in (True, False):
+        leaf = features.float().requires_grad_(requires_grad)
+        torch.library.opcheck(ops.batch_hard.batch_hard, (leaf, labels, 0.3, False, metric, backend))
+    loss, *saved = ops.batch_hard.batch_hard(features, labels, 0.3, False, metric, backend)
+    inputs = (torch.ones_like(loss), features, *saved, 0.3, False, metric, backend)
+    torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
+
+
+@every_backend
+def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
+    loss = rru_fast.BatchHardTripletLoss(margin=0.4, backend=backend)
+    features, labels = random_batch((4, 20, 8))
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = features.float().requires_grad_()
+        value = f(leaf, labels)
+        value.backward()
+        results.append((value, leaf.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert parity.error(compiled, eager) <= 1e-6
+
+
+@every_backend
+def test_second_order_gradients_raise(backend: str) -> None:
+    features, labels = random_batch((10, 4))
+    leaf = features.requires_grad_()
+    loss = rru_fast.batch_hard_triplet(leaf, labels, margin=2.0, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients are not implemented"):
+        gradient.sum().backward()

@@ -1,0 +1,306 @@
+"""`refine` of every backend against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import rru_fast
+from rru_fast import ops
+from rru_fast.reference import State
+from tests import parity
+from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@every_backend
+@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
+    call = parity.make_call(case)
+    with parity.poisoned():
+        got = parity.run(case, call, backend)
+    oracle = parity.run(case, call, "reference")
+    for name, wanted in oracle.items():
+        assert parity.error(got[name], wanted) <= parity.EXACT, name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
+    draws = []
+    for seed in range(15 if dtype == torch.float32 and case.x_numel < 1000 else 5):
+        call = parity.make_call(case, dtype, seed)
+        low = call.map(lambda v: v.to(dtype))
+        with parity.poisoned():
+            got = parity.run(case, low, backend)
+        draws.append((got, parity.run(case, low, "reference"), parity.run(case, call, "reference")))
+    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_16_bit_are_aligned_with_the_oracle(dtype: torch.dtype, backend: str) -> None:
+    case = Case((4, 5, 64, 4, 4), hidden=32, spatial_hidden=16)
+    call = parity.make_call(case, dtype)
+    got = parity.run(case, call.map(lambda v: v.to(dtype)), backend)
+    parity.assert_aligned(got, parity.run(case, call, "reference"), tolerance=0.02)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_weights_serve_16_bit_maps(dtype: torch.dtype, backend: str) -> None:
+    case = Case()
+    call = parity.make_call(case, dtype)
+    oracle = parity.run(case, call, "reference")
+    mixed = call.map(lambda v: v.to(dtype))
+    mixed.weights = {name: weight.float() for name, weight in call.weights.items()}
+    mixed.buffers = (call.buffers[0].float(), call.buffers[1].float())
+    got = parity.run(case, mixed, backend)
+    assert got["d_w"].dtype == torch.float32
+    # Only the maps are rounded, so the weights' gradients lose at most a few roundings of S.
+    for name, wanted in oracle.items():
+        assert parity.error(got[name], wanted) <= 8 * torch.finfo(dtype).eps, name
+
+
+def channels_last(v: Tensor) -> Tensor:
+    return v.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": channels_last,
+    "time_first": lambda v: v.transpose(0, 1).contiguous().transpose(0, 1),
+    "every_other_column": lambda v: v.repeat_interleave(2, 4)[..., ::2],
+    "columns_first": lambda v: v.transpose(3, 4).contiguous().transpose(3, 4),
+    "offset": lambda v: torch.cat((v[:1], v))[1:],
+}
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["train", "continued"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_give_the_same(layout: str, mode: str, backend: str) -> None:
+    case = Case(mode=mode)
+    call = parity.make_call(case)
+    wanted = parity.run(case, call, backend)
+    call.x, call.d_features = LAYOUTS[layout](call.x), LAYOUTS[layout](call.d_features)
+    assert call.x.stride() != wanted["features"].stride() or call.x.storage_offset() > 0
+    got = parity.run(case, call, backend)
+    for name in wanted:
+        assert parity.error(got[name], wanted[name]) <= parity.EXACT, name
+
+
+@every_backend
+def test_an_expanded_video_is_read_as_it_is(backend: str) -> None:
+    case = Case()
+    call = parity.make_call(case)
+    call.x = call.x[:, :1].expand(case.shape)
+    got, oracle = parity.run(case, call, backend), parity.run(case, call, "reference")
+    assert parity.error(got["d_w"], oracle["d_w"]) <= parity.EXACT
+    assert torch.equal(got["features"], call.x)  # nothing moves: A_t = 0
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "frozen", [("x",), ("w", "gamma", "beta", "w_s1", "w_s2", "w_c"), ("x", "w", "w_c"), ("w_s1",)], ids=str
+)
+def test_gradients_of_some_inputs_only(frozen: tuple[str, ...], backend: str) -> None:
+    case = Case()
+    call = parity.make_call(case)
+    got, oracle = parity.run(case, call, backend, frozen), parity.run(case, call, "reference", frozen)
+    assert got.keys() == oracle.keys()
+    for name, wanted in oracle.items():
+        assert parity.error(got[name], wanted) <= parity.EXACT, name
+
+
+@every_backend
+@pytest.mark.parametrize("used", ["features", "strips"])
+def test_a_loss_on_one_output_alone(used: str, backend: str) -> None:
+    case = Case()
+    gradients = {}
+    for name in (backend, "reference"):
+        call = parity.make_call(case)
+        x = call.x.requires_grad_()
+        out = rru_fast.refine(x, **call.weights, training=True, backend=name)
+        (gradients[name],) = torch.autograd.grad(getattr(out, used).square().sum(), x)
+    assert parity.error(gradients[backend], gradients["reference"]) <= parity.EXACT
+
+
+@every_backend
+@pytest.mark.parametrize("case", [Case(mode="train"), Case(mode="ragged"), Case(inputs="raw", bn_groups=3)], ids=str)
+def test_inputs_are_left_alone_and_runs_are_bitwise_equal(case: Case, backend: str) -> None:
+    call = parity.make_call(case).map(lambda v: v.float())
+    before = call.map(lambda v: v.clone())
+    first, second = parity.run(case, call, backend), parity.run(case, call, backend)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert torch.equal(call.x, before.x)
+    assert torch.equal(call.d_features, before.d_features)
+    for name in call.weights:
+        assert torch.equal(call.weights[name], before.weights[name]), name
+
+
+@every_backend
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(training: bool, backend: str) -> None:
+    call = parity.make_call(Case((2, 3, 3, 2, 1), hidden=2, spatial_hidden=2))
+    names = list(call.weights)
+
+    def f(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = (buffer.clone() for buffer in call.buffers)
+        named = dict(zip(names, weights, strict=True))
+        return rru_fast.refine(
+            x, **named, running_mean=mean, running_var=var, training=training, eps=0.1, backend=backend
+        )[:2]
+
+    leaves = [v.requires_grad_() for v in (call.x, *call.weights.values())]
+    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_video_in_chunks_equals_one_go(dtype: torch.dtype, backend: str) -> None:
+    case = Case((2, 9, 6, 3, 2), mode="eval")
+    call = parity.make_call(case).map(lambda v: v.to(dtype))
+    mean, var = call.buffers
+
+    def refine(x: Tensor, state: State | None = None) -> rru_fast.Refined:
+        return rru_fast.refine(x, **call.weights, running_mean=mean, running_var=var, state=state, backend=backend)
+
+    whole = refine(call.x)
+    parts, state = [], None
+    for chunk in call.x.split((1, 4, 1, 3), 1):
+        out = refine(chunk, state)
+        parts.append(out.features)
+        state = out.state
+    assert state is not None
+    allowed = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps}[dtype]
+    assert parity.error(torch.cat(parts, 1), whole.features) <= allowed
+    assert whole.state is not None
+    assert parity.error(state.s, whole.state.s) <= allowed
+
+
+@every_backend
+def test_gradients_flow_through_chunks(backend: str) -> None:
+    call = parity.make_call(Case((2, 6, 5, 2, 2), mode="eval"))
+    mean, var = call.buffers
+    x = call.x.requires_grad_()
+    arguments = dict(call.weights, running_mean=mean, running_var=var, backend=backend)
+    (wanted,) = torch.autograd.grad(rru_fast.refine(x, **arguments).features[:, -1].square().sum(), x)
+    first = rru_fast.refine(x[:, :2], **arguments)
+    second = rru_fast.refine(x[:, 2:], **arguments, state=first.state)
+    (got,) = torch.autograd.grad(second.features[:, -1].square().sum(), x)
+    assert parity.error(got, wanted) <= parity.EXACT
+
+
+@every_backend
+def test_what_lies_past_a_clips_length_does_not_matter(backend: str) -> None:
+    case = Case(mode="ragged")
+    call = parity.make_call(case)
+    call.lengths = torch.tensor([4, 2, 1])
+    wanted = parity.run(case, call, backend)
+    past = torch.arange(case.shape[1]) >= call.lengths[:, None]
+    call.x = call.x.masked_fill(past[:, :, None, None, None], float("nan"))
+    got = parity.run(case, call, backend)
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
+    alone = parity.make_call(case)
+    single = rru_fast.refine(
+        alone.x[1:2, :2], **alone.weights, running_mean=alone.buffers[0], running_var=alone.buffers[1], backend=backend
+    )
+    assert parity.error(got["strips"][1:2], single.strips) <= parity.EXACT
+    assert got["features"][1, 2:].abs().max() == 0
+
+
+@every_backend
+def test_second_order_gradients_raise(backend: str) -> None:
+    call = parity.make_call(Case())
+    x = call.x.requires_grad_()
+    out = rru_fast.refine(x, **call.weights, training=True, backend=backend)
+    (gradient,) = torch.autograd.grad(out.strips.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients are not implemented"):
+        gradient.sum().backward()
+
+
+def test_the_reference_backend_has_second_order_gradients() -> None:
+    call = parity.make_call(Case())
+    x = call.x.requires_grad_()
+    out = rru_fast.refine(x, **call.weights, training=True, backend="reference")
+    (gradient,) = torch.autograd.grad(out.strips.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert second.abs().max() > 0
+
+
+@every_backend
+def test_memory_saved_at_the_papers_shape(backend: str) -> None:
+    module = rru_fast.RRU(2048, backend=backend)
+    x = torch.rand(20, 8, 2048, 8, 8)
+    known = {v.untyped_storage().data_ptr() for v in (x, *module.parameters())}
+    saved: dict[int, int] = {}
+
+    def note(v: Tensor) -> Tensor:
+        saved[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
+        out = module(x)
+    known.add(out.features.untyped_storage().data_ptr())
+    beside = sum(size for pointer, size in saved.items() if pointer not in known)
+    assert 9 * 2**20 < beside <= 16 * 2**20  # U alone is 9.2 million bytes
+
+
+OPCHECK = [
+    Case(),
+    Case(attention="spatial", inputs="raw"),
+    Case(mode="ragged", attention="channel"),
+    Case(mode="continued"),
+    Case((6, 3, 5, 2, 2), bn_groups=2, inputs="appearance"),
+]
+
+
+def operator_arguments(case: Case, backend: str, requires_grad: bool) -> tuple[object, ...]:
+    call = parity.make_call(case).map(lambda v: v.float().requires_grad_(requires_grad))
+    w_s1, w_s2, w_c = (call.weights.get(name) for name in ("w_s1", "w_s2", "w_c"))
+    mean, var = (buffer.detach() for buffer in call.buffers)
+    return (
+        *(call.x, call.weights["w"], call.weights["gamma"], call.weights["beta"], w_s1, w_s2, w_c),
+        *(mean, var, call.lengths, *(call.state or (None, None))),
+        *(case.inputs, case.mode == "train", 1e-3, case.bn_groups, True, backend),
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("case", OPCHECK, ids=str)
+def test_opcheck(case: Case, backend: str) -> None:
+    torch.library.opcheck(ops.refine.refine, operator_arguments(case, backend, requires_grad=True))
+
+
+@every_backend
+@pytest.mark.parametrize("case", OPCHECK, ids=str)
+def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
+    arguments = operator_arguments(case, backend, requires_grad=False)
+    features, strips, *saved = ops.refine.refine(*arguments)
+    inputs = (torch.rand_like(features), torch.rand_like(strips), True, True, features, *saved, *arguments)
+    torch.library.opcheck(ops.refine.refine_backward, inputs)
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiled_without_a_graph_break_equals_eager(mode: str, backend: str) -> None:
+    modules = [rru_fast.RRU(6, (3, 2), hidden=5, backend=backend).train(mode == "train") for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    compiled = torch.compile(modules[1], fullgraph=True)
+    results = []
+    for f in (modules[0], compiled):
+        x = torch.rand(3, 4, 6, 3, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = f(x)
+        (out.features.square().sum() + out.strips.sum()).backward()
+        results.append((out.features, out.strips, x.grad))
+    for eager, graph in zip(*results, strict=True):
+        assert parity.error(graph, eager) <= 1e-6
+    for name, value in modules[0].state_dict().items():
+        assert torch.allclose(value, modules[1].state_dict()[name], rtol=1e-6), name

@@ -1,0 +1,74 @@
+"""`strip_pool` of every backend against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rru_fast
+from rru_fast import ops
+from tests import parity
+from tests.parity import BACKENDS
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (3, 7, 2, 1, 9), (2, 40, 3, 8, 8)], ids=str)
+def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    draws = []
+    for _ in range(5):
+        s, upstream = torch.randn(shape).to(dtype), torch.randn(shape[0], shape[2], shape[3]).to(dtype)
+        runs = []
+        for name, leaf in ((backend, s.clone()), ("reference", s.clone()), ("reference", s.double())):
+            leaf.requires_grad_()
+            with parity.poisoned():
+                strips = rru_fast.strip_pool(leaf, backend=name)
+                (gradient,) = torch.autograd.grad(strips, leaf, upstream.to(leaf.dtype))
+            assert strips.dtype == gradient.dtype == leaf.dtype
+            runs.append({"strips": strips, "d_s": gradient})
+        draws.append((runs[0], runs[1], runs[2]))
+    parity.assert_parity(draws, rounding=parity.EXACT if dtype == torch.float64 else torch.finfo(dtype).eps)
+
+
+@every_backend
+def test_equals_the_strips_of_refine(backend: str) -> None:
+    module = rru_fast.RRU(6, (3, 2), hidden=4, backend=backend)
+    out = module(torch.randn(2, 5, 6, 3, 2))
+    assert torch.allclose(rru_fast.strip_pool(out.features, backend=backend), out.strips, atol=1e-6)
+
+
+@every_backend
+def test_any_strides_give_the_same(backend: str) -> None:
+    s = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    last = s.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    assert torch.allclose(
+        rru_fast.strip_pool(last, backend=backend), rru_fast.strip_pool(s, backend=backend), rtol=1e-14
+    )
+
+
+@every_backend
+def test_opcheck(backend: str) -> None:
+    s = torch.randn(2, 3, 4, 5, 6)
+    torch.library.opcheck(ops.strip_pool.strip_pool, (s.clone().requires_grad_(), backend))
+    torch.library.opcheck(ops.strip_pool.strip_pool_backward, (torch.randn(2, 4, 5), 3, 6, backend))
+
+
+@every_backend
+def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
+    compiled = torch.compile(lambda s: rru_fast.strip_pool(s, backend=backend) * 2, fullgraph=True)
+    s = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    out = compiled(s)
+    out.sum().backward()
+    assert torch.allclose(out, rru_fast.strip_pool(s, backend=backend) * 2)
+    assert s.grad is not None
+    assert torch.allclose(s.grad, torch.full_like(s, 2 / 18))
+
+
+@every_backend
+def test_second_order_gradients_raise(backend: str) -> None:
+    s = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rru_fast.strip_pool(s, backend=backend).square().sum(), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order gradients are not implemented"):
+        gradient.sum().backward()

@@ -1,0 +1,209 @@
+"""How a backend is held to the oracle: the same call in float64 by the reference, in a dtype by the reference and by it.
+
+A result may be off by twice what the reference itself is off in that dtype, plus one rounding of the result. Both are
+medians over a few draws: of one draw's handful of roundings, luck alone decides which side they fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import rru_fast
+from rru_fast import config
+from rru_fast.reference import RRU, State
+
+BACKENDS = [name for name, missing in config.BACKENDS.items() if missing is None and name != "reference"]
+EXACT = 1e-9  # relative, in float64
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `refine`."""
+
+    shape: tuple[int, int, int, int, int] = (3, 4, 6, 3, 2)
+    hidden: int = 5
+    spatial_hidden: int = 4
+    attention: str = "both"
+    inputs: str = "appearance+motion"
+    mode: str = "train"  # train, eval, ragged (lengths) or continued (state)
+    bn_groups: int = 1
+
+    @property
+    def x_numel(self) -> int:
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.inputs}-{self.attention}-{self.mode}-g{self.bn_groups}-{shape}-d{self.hidden}"
+
+
+VARIANTS = [
+    Case(attention=attention, inputs=inputs, mode=mode)
+    for inputs in ("appearance+motion", "appearance", "raw")
+    for attention in ("both", "spatial", "channel")
+    for mode in ("train", "eval", "ragged", "continued")
+]
+GROUPS = [
+    Case((6, 3, 5, 2, 2), inputs=inputs, bn_groups=groups)
+    for inputs in ("appearance+motion", "raw")
+    for groups in (2, 3)
+]
+ODD_SHAPES = [
+    Case(shape, hidden=hidden, mode=mode)
+    for shape, hidden in (
+        ((2, 3, 7, 1, 1), 3),  # one position
+        ((3, 1, 5, 2, 3), 4),  # one frame
+        ((1, 4, 9, 3, 5), 2),  # one clip
+        ((2, 2, 1, 4, 1), 1),  # one channel, one gate channel
+        ((2, 5, 37, 5, 3), 17),
+        ((1, 33, 130, 2, 2), 65),
+    )
+    for mode in ("train", "eval")
+]
+
+
+@dataclass
+class Call:
+    """The tensors of one call, in one dtype."""
+
+    x: Tensor
+    weights: dict[str, Tensor]
+    buffers: tuple[Tensor, Tensor]
+    lengths: Tensor | None
+    state: State | None
+    d_features: Tensor
+    d_strips: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with every floating tensor passed through f."""
+        return replace(
+            self,
+            x=f(self.x),
+            weights={name: f(weight) for name, weight in self.weights.items()},
+            buffers=(f(self.buffers[0]), f(self.buffers[1])),
+            state=None if self.state is None else State(f(self.state.x), f(self.state.s)),
+            d_features=f(self.d_features),
+            d_strips=f(self.d_strips),
+        )
+
+
+def make_call(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Call:
+    """Random tensors for a case, exactly representable in `dtype`, as float64."""
+    g = torch.Generator().manual_seed(seed)
+    clips, frames, channels, height, width = case.shape
+    module = RRU(
+        channels,
+        (height, width),
+        hidden=case.hidden,
+        spatial_hidden=case.spatial_hidden,
+        attention=case.attention,  # type: ignore[arg-type]
+        inputs=case.inputs,  # type: ignore[arg-type]
+    )
+    names = {
+        "transition.weight": "w",
+        "transition_norm.weight": "gamma",
+        "transition_norm.bias": "beta",
+        "spatial_attention.0.weight": "w_s1",
+        "spatial_attention.2.weight": "w_s2",
+        "channel_attention.weight": "w_c",
+    }
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def weight(parameter: Tensor) -> Tensor:
+        if parameter.dim() == 1:
+            return random(*parameter.shape) * 0.5 + 1
+        matrix = random(*parameter.shape).flatten(1)
+        return matrix / matrix.shape[1] ** 0.5  # unit gain: the recurrence must not amplify rounding by itself
+
+    weights = {names[name]: weight(parameter) for name, parameter in module.named_parameters()}
+    lengths = torch.randint(1, frames + 1, (clips,), generator=g) if case.mode == "ragged" else None
+    maps = (clips, channels, height, width)
+    state = State(random(*maps), random(*maps)) if case.mode == "continued" else None
+    buffers = (random(case.hidden), random(case.hidden).square() + 0.5)
+    call = Call(
+        random(*case.shape), weights, buffers, lengths, state, random(*case.shape), random(clips, channels, height)
+    )
+    return call.map(lambda v: v.to(dtype).double())
+
+
+def run(case: Case, call: Call, backend: str, frozen: tuple[str, ...] = ()) -> Results:
+    """Everything `refine` yields: outputs, running statistics and the gradients of all that is not `frozen`."""
+    leaves = {"x": call.x, **call.weights}
+    if call.state is not None:
+        leaves |= {"state_x": call.state.x, "state_s": call.state.s}
+    leaves = {name: leaf.detach().requires_grad_(name not in frozen) for name, leaf in leaves.items()}
+    mean, var = (buffer.clone() for buffer in call.buffers)
+    out = rru_fast.refine(
+        **{name: leaf for name, leaf in leaves.items() if not name.startswith("state")},
+        inputs=case.inputs,  # type: ignore[arg-type]
+        running_mean=mean,
+        running_var=var,
+        training=case.mode == "train",
+        bn_groups=case.bn_groups,
+        lengths=call.lengths,
+        state=None if call.state is None else State(leaves["state_x"], leaves["state_s"]),
+        backend=backend,
+    )
+    results = {"features": out.features, "strips": out.strips, "running_mean": mean, "running_var": var}
+    if out.state is not None:
+        results |= {"next_x": out.state.x, "next_s": out.state.s}
+    wanted = [name for name in leaves if name not in frozen]
+    if wanted:
+        gradients = torch.autograd.grad(
+            [out.features, out.strips],
+            [leaves[name] for name in wanted],
+            [call.d_features, call.d_strips],
+            allow_unused=True,
+        )
+        for name, gradient in zip(wanted, gradients, strict=True):
+            results[f"d_{name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient
+    return {name: value.detach() for name, value in results.items()}
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Distance relative to the size of what is wanted; inf where got is not finite."""
+    difference = (got.detach().double() - wanted.detach().double()).norm()
+    size = wanted.detach().double().norm()
+    relative = float(difference / size) if size > 0 else float(difference)
+    return relative if relative == relative else float("inf")
+
+
+def assert_parity(draws: list[tuple[Results, Results, Results]], rounding: float) -> None:
+    """Over draws of (got, reference in got's dtype, oracle), got is as near the oracle as twice the reference is."""
+    for name in draws[0][2]:
+        ours = median(error(got[name], oracle[name]) for got, _, oracle in draws)
+        theirs = median(error(in_dtype[name], oracle[name]) for _, in_dtype, oracle in draws)
+        allowed = 2 * theirs + rounding
+        assert ours <= allowed, f"{name}: off by {ours:.2e}, allowed {allowed:.2e}"
+
+
+def assert_aligned(got: Results, oracle: Results, tolerance: float) -> None:
+    """Gradients point the oracle's way and are as long, whatever their elementwise noise."""
+    for name, wanted in oracle.items():
+        if name.startswith("d_") and wanted.norm() > 0:
+            a, b = got[name].double().flatten(), wanted.flatten()
+            assert abs(float(a.norm() / b.norm()) - 1) < tolerance, name
+            assert float(torch.dot(a, b) / (a.norm() * b.norm())) > 1 - tolerance, name
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert torch.zeros(3).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
