@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from training.data.ilids_vid import load
+from training.data.loading import Batch, frames_to_input, make_loader
+from training.data.sampler import PKSampler
+from training.data.tracklets import Tracklet
+from training.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def tracklet(person: int, length: int, camera: int = 1) -> Tracklet:
+    """Frame f of person p is of p and f alone, and its size of f."""
+    frames = tuple(np.full((4 + f % 3, 5, 3), (person, f, camera), np.uint8) for f in range(length))
+    return Tracklet(person, camera, frames, f"cam{camera}/person{person:03d}")
+
+
+PEOPLE = [tracklet(person, 12, camera) for person in (3, 7, 40) for camera in (1, 2)]
+
+
+def batches(tracklets: list[Tracklet], frames: int, workers: int, epochs: int = 2) -> list[Batch]:
+    sampler = PKSampler(tracklets, 2, 2, frames, seed=0, batches=3)
+    loader = make_loader(tracklets, sampler, frames, workers)
+    result: list[Batch] = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        assert len(loader) == 3
+        result += loader
+    return result
+
+
+def test_clips_are_contiguous_frames_of_their_person() -> None:
+    for batch in batches(PEOPLE, 4, workers=0):
+        clips = [batch.frames[start : start + 4] for start in range(0, 16, 4)]
+        for clip, label, name in zip(clips, batch.labels, batch.clips, strict=True):
+            person, first, camera = clip[0][:, 0, 0].tolist()
+            assert [frame[:, 0, 0].tolist() for frame in clip] == [[person, first + t, camera] for t in range(4)]
+            assert (3, 7, 40)[label] == person
+            assert name == f"cam{camera}/person{person:03d}[{first}:{first + 4}]"
+
+
+def test_a_short_tracklet_repeats_its_last_frame() -> None:
+    (batch, *_) = batches([tracklet(1, 3), tracklet(2, 3)], 5, workers=0)
+    assert [int(frame[1, 0, 0]) for frame in batch.frames[:5]] == [0, 1, 2, 2, 2]
+    assert batch.clips[0].endswith("[0:3]")
+
+
+def test_workers_change_nothing() -> None:
+    here, there = batches(PEOPLE, 4, workers=0), batches(PEOPLE, 4, workers=2)
+    for one, other in zip(here, there, strict=True):
+        assert one.clips == other.clips
+        assert torch.equal(one.labels, other.labels)
+        assert all(map(torch.equal, one.frames, other.frames))
+    assert here[0].clips != here[3].clips, "the second epoch must reach the workers"
+
+
+def test_loading_leaves_the_global_generators_alone() -> None:
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    batches(PEOPLE, 4, workers=0)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+def test_a_batch_survives_pickling() -> None:
+    (batch, *_) = batches(PEOPLE, 4, workers=0)
+    copy = pickle.loads(pickle.dumps(batch))
+    assert all(map(torch.equal, copy.frames, batch.frames))
+    assert torch.equal(copy.labels, batch.labels)
+    assert copy.clips == batch.clips
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_ends_in_one_line_that_names_it(ilids: Path, workers: int) -> None:
+    split = load(ilids, 0)
+    for path in split.train[1].frames:
+        assert isinstance(path, Path)
+        path.write_bytes(path.read_bytes()[:45])
+    sampler = PKSampler(split.train, 2, 2, 2, seed=0)
+    with pytest.raises(UserError, match=r"\Aframe .*person002.*: not a readable image .*\Z"):  # . is no line end
+        list(make_loader(split.train, sampler, 2, workers))
+
+
+def test_input_equals_resizing_frame_by_frame_in_the_order_given() -> None:
+    sizes = [(40, 20), (64, 48), (40, 20), (128, 64), (64, 48), (40, 20), (1, 1)]
+    frames = [torch.from_numpy(RNG.integers(0, 256, (3, *size), dtype=np.uint8)) for size in sizes]
+    result = frames_to_input(frames, (64, 48), "cpu", mean=0.4, std=0.2)
+    assert result.dtype == torch.float32
+    for frame, got in zip(frames, result, strict=True):
+        resized = transforms.resize(frame, [64, 48], InterpolationMode.BICUBIC, antialias=True)
+        wanted = transforms.normalize(transforms.to_dtype(resized, torch.float32, scale=True), [0.4] * 3, [0.2] * 3)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_input_of_black_and_white_spans_minus_one_to_one() -> None:
+    frames = [torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 9, 9), 255, dtype=torch.uint8)]
+    assert frames_to_input(frames, (4, 4), "cpu").amax(dim=(1, 2, 3)).tolist() == [-1.0, 1.0]

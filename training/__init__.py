@@ -1,0 +1,1 @@
+"""The paper's training model on rru_fast: data, network, losses, evaluation, recipes."""
