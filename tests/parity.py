@@ -1,4 +1,4 @@
-"""How a backend is held to the oracle: the same call in float64 by the reference, in a dtype by the reference and by it.
+"""How a backend is held to the oracle: one call, in float64 by the reference, in a dtype by the reference and by it.
 
 A result may be off by twice what the reference itself is off in that dtype, plus one rounding of the result. Both are
 medians over a few draws: of one draw's handful of roundings, luck alone decides which side they fall.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import batch_hard as composite
-from rru_fast.ops._autograd import forbid_second_order
+from rru_fast.ops._registration import forbid_second_order, without_autocast
 
 KERNELS = {"composite": composite}
 
@@ -18,7 +18,8 @@ def batch_hard(
     features: Tensor, labels: Tensor, margin: float, soft: bool, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """features (G, N, D) to loss, d_pos, d_neg (float32 at least), positive and negative (int64), each (G, N)."""
-    loss, d_pos, d_neg, positive, negative = KERNELS[backend].forward(features, labels, margin, soft, metric)
+    with without_autocast(features):
+        loss, d_pos, d_neg, positive, negative = KERNELS[backend].forward(features, labels, margin, soft, metric)
     return loss, d_pos, d_neg, positive, negative
 
 
@@ -46,9 +47,10 @@ def batch_hard_backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the features, (G, N, D)."""
-    d_features: Tensor = KERNELS[backend].backward(
-        d_loss, features, d_pos, d_neg, positive, negative, margin, soft, metric
-    )
+    with without_autocast(features):
+        d_features: Tensor = KERNELS[backend].backward(
+            d_loss, features, d_pos, d_neg, positive, negative, margin, soft, metric
+        )
     return d_features
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import refine as composite
-from rru_fast.ops._autograd import forbid_second_order
+from rru_fast.ops._registration import forbid_second_order, without_autocast
 
 KERNELS = {"composite": composite}
 
@@ -59,7 +59,8 @@ def refine(*arguments: Any) -> tuple[Tensor, ...]:
     mean, var (T, groups, D): batch statistics, var biased; T = 0 in eval mode. u (N, B, D, P), z_s (N, B, P),
     z_c (N, B, C), h (N, B, A): kept for the backward; N = 0 unless `save`, and where the variant has none.
     """
-    outputs: tuple[Tensor, ...] = KERNELS[arguments[-1]].forward(*arguments[:-1])
+    with without_autocast(arguments[0]):
+        outputs: tuple[Tensor, ...] = KERNELS[arguments[-1]].forward(*arguments[:-1])
     return outputs
 
 
@@ -96,7 +97,8 @@ def refine_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of DIFFERENTIABLE; empty where there is no such argument or it is not needed."""
     *before, _save, backend = arguments
     x = Arguments(*arguments[-len(Arguments._fields) :]).x
-    gradients = KERNELS[backend].backward(*before)
+    with without_autocast(x):
+        gradients = KERNELS[backend].backward(*before)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

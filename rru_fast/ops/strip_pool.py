@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import strip_pool as composite
-from rru_fast.ops._autograd import forbid_second_order
+from rru_fast.ops._registration import forbid_second_order, without_autocast
 
 KERNELS = {"composite": composite}
 
@@ -16,7 +16,8 @@ KERNELS = {"composite": composite}
 @torch.library.custom_op("rru_fast::strip_pool", mutates_args=())
 def strip_pool(s: Tensor, backend: str) -> Tensor:
     """s (B, T, C, H, W) to its mean over time and width, (B, C, H)."""
-    strips: Tensor = KERNELS[backend].forward(s)
+    with without_autocast(s):
+        strips: Tensor = KERNELS[backend].forward(s)
     return strips
 
 
@@ -29,7 +30,8 @@ def _(s: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("rru_fast::strip_pool_backward", mutates_args=())
 def strip_pool_backward(d_strips: Tensor, frames: int, width: int, backend: str) -> Tensor:
     """Gradient of s, (B, T, C, H, W)."""
-    d_s: Tensor = KERNELS[backend].backward(d_strips, frames, width)
+    with without_autocast(d_strips):
+        d_s: Tensor = KERNELS[backend].backward(d_strips, frames, width)
     return d_s
 
 

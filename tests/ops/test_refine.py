@@ -15,6 +15,7 @@ from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+ALL_WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
 
 @every_backend
@@ -105,9 +106,7 @@ def test_an_expanded_video_is_read_as_it_is(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize(
-    "frozen", [("x",), ("w", "gamma", "beta", "w_s1", "w_s2", "w_c"), ("x", "w", "w_c"), ("w_s1",)], ids=str
-)
+@pytest.mark.parametrize("frozen", [("x",), ALL_WEIGHTS, ("x", "w", "w_c"), ("w_s1",)], ids=str)
 def test_gradients_of_some_inputs_only(frozen: tuple[str, ...], backend: str) -> None:
     case = Case()
     call = parity.make_call(case)

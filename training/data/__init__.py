@@ -1,4 +1,4 @@
-"""Datasets, read into tracklets, and the loader that turns those into batches; a dataset's name is its module's."""
+"""Datasets, read into tracklets, and the loader that turns those into batches; a dataset's module has its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 from training.data.tracklets import Split
 from training.errors import UserError
 
-Dataset: TypeAlias = Literal["synthetic", "mot", "ilids_vid"]
+Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 
 
@@ -26,7 +26,7 @@ def load_split(dataset: str, root: Path | None, split: int) -> Split:
     """
     if dataset not in DATASETS:
         raise UserError(f"dataset: got {dataset!r}, wanted one of {', '.join(DATASETS)}")
-    module = import_module(f"training.data.{dataset}")
+    module = import_module(f"training.data.{dataset.replace('-', '_')}")
     root = root or getattr(module, "DEFAULT_ROOT", None)
     if root is None:
         raise UserError(f"dataset {dataset}: got no data root, wanted the folder that holds it")

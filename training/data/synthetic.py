@@ -84,7 +84,7 @@ def _holds(root: Path, asked: dict[str, int]) -> bool:
     if found != asked:
         raise UserError(
             f"{root}: holds a synthetic set of {found}, wanted {asked}; "
-            "choose another folder, or read this one as dataset ilids_vid"
+            "choose another folder, or read this one as dataset ilids-vid"
         )
     return True
 

@@ -10,7 +10,7 @@ from training.errors import UserError
 
 
 def test_a_dataset_is_read_by_the_module_of_its_name(ilids: Path) -> None:
-    assert load_split("ilids_vid", ilids, 1) == load(ilids, 1)
+    assert load_split("ilids-vid", ilids, 1) == load(ilids, 1)
 
 
 def test_an_unknown_dataset_is_refused_with_those_there_are() -> None:

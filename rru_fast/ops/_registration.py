@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which kernels compute in the dtype they chose: autocast reaches into Python implementations too."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def forbid_second_order(op: CustomOpDef, name: str) -> None:

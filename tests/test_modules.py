@@ -1,0 +1,204 @@
+"""The fast modules against their reference twins, and as citizens of PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rru_fast
+from rru_fast import reference
+from tests import parity
+
+
+def twins(**settings: Any) -> tuple[rru_fast.RRU, reference.RRU]:
+    fast = rru_fast.RRU(6, (3, 2), hidden=5, spatial_hidden=4, **settings).double()
+    plain = reference.RRU(6, (3, 2), hidden=5, spatial_hidden=4, **settings).double()
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+@pytest.mark.parametrize("inputs", ["appearance+motion", "appearance", "raw"])
+@pytest.mark.parametrize("attention", ["both", "spatial", "channel"])
+@pytest.mark.parametrize("bn_groups", [1, 2])
+def test_three_training_steps_leave_twins_equal(inputs: str, attention: str, bn_groups: int) -> None:
+    fast, plain = twins(inputs=inputs, attention=attention, bn_groups=bn_groups)
+    for step in range(3):
+        x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
+        for module in (fast, plain):
+            module.zero_grad()
+            out = module(x)
+            (out.features[:, -1].square().sum() + out.strips.sum()).backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.01 * parameter.grad  # type: ignore[operator]
+        assert fast.transition_norm.num_batches_tracked == 5 * (step + 1)
+    for name, wanted in plain.state_dict().items():
+        assert parity.error(fast.state_dict()[name], wanted) <= parity.EXACT, name
+
+
+def test_running_statistics_take_every_step() -> None:
+    fast, _ = twins()
+    fast.transition_norm.running_mean.fill_(1.0)  # type: ignore[union-attr]
+    x = torch.randn(4, 1, 6, 3, 2, dtype=torch.float64)
+    fast(x)  # one frame: the gate sees zeros, mean 0 and variance 0
+    assert torch.allclose(fast.transition_norm.running_mean, torch.full((5,), 0.9, dtype=torch.float64))
+    assert torch.allclose(fast.transition_norm.running_var, torch.full((5,), 0.9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["RRU", "BatchHardTripletLoss"])
+def test_twins_have_the_same_constructor(name: str) -> None:
+    fast, plain = getattr(rru_fast, name), getattr(reference, name)
+    assert inspect.signature(fast.__init__) == inspect.signature(plain.__init__)
+
+
+def test_parameters_have_the_documented_names_and_shapes() -> None:
+    shapes = {
+        name: tuple(v.shape) for name, v in rru_fast.RRU(16, (4, 2), hidden=8, spatial_hidden=3).state_dict().items()
+    }
+    assert shapes == {
+        "transition.weight": (8, 32, 1, 1),
+        "transition_norm.weight": (8,),
+        "transition_norm.bias": (8,),
+        "transition_norm.running_mean": (8,),
+        "transition_norm.running_var": (8,),
+        "transition_norm.num_batches_tracked": (),
+        "spatial_attention.0.weight": (3, 8),
+        "spatial_attention.2.weight": (8, 3),
+        "channel_attention.weight": (16, 8),
+    }
+
+
+def test_a_frozen_norm_in_a_training_model_uses_and_keeps_its_running_statistics() -> None:
+    fast, plain = twins()
+    for module in (fast, plain):
+        module.transition_norm.eval()
+    before = fast.transition_norm.running_mean.clone()  # type: ignore[union-attr]
+    x = torch.randn(2, 3, 6, 3, 2, dtype=torch.float64)
+    assert parity.error(fast(x).features, plain(x).features) <= parity.EXACT
+    assert torch.equal(fast.transition_norm.running_mean, before)
+    assert fast.transition_norm.num_batches_tracked == 0
+
+
+def test_a_batch_of_one_value_raises_what_batch_norm_raises() -> None:
+    for module in (cls(4, (1, 1), hidden=3) for cls in (rru_fast.RRU, reference.RRU)):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            module(torch.randn(1, 3, 4, 1, 1))
+
+
+def test_synchronised_batch_norm_is_refused_rather_than_ignored() -> None:
+    for cls in (rru_fast.RRU, reference.RRU):
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(cls(4, (2, 1), hidden=3))
+        with pytest.raises(ValueError, match="transition_norm: got SyncBatchNorm, wanted BatchNorm2d"):
+            module(torch.randn(2, 3, 4, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_takes_16_bit_maps_with_float32_weights(dtype: torch.dtype) -> None:
+    module = rru_fast.RRU(6, (3, 2), hidden=5)
+    conv = nn.Conv2d(3, 6, 1)
+    with torch.autocast("cpu", dtype=dtype):
+        out = module(conv(torch.randn(8, 3, 3, 2)).view(2, 4, 6, 3, 2))
+        assert out.features.dtype == out.strips.dtype == dtype
+        out.strips.float().sum().backward()
+    assert conv.weight.grad is not None
+    assert module.transition.weight.grad is not None
+    assert module.transition.weight.grad.dtype == torch.float32
+    assert module.transition.weight.grad.abs().max() > 0
+
+
+def test_autocast_does_not_reach_into_the_kernels() -> None:
+    fast, _ = twins()
+    fast.float()
+    x = torch.randn(2, 4, 6, 3, 2)
+    features, labels = torch.randn(8, 6), torch.arange(8) // 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fast(x).features, rru_fast.batch_hard_triplet(features, labels)
+    outside = fast(x).features, rru_fast.batch_hard_triplet(features, labels)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda m: torch.load(save(m), weights_only=False)], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same(make: Any) -> None:
+    fast, _ = twins()
+    other = make(fast)
+    x = torch.randn(2, 4, 6, 3, 2, dtype=torch.float64)
+    assert torch.equal(fast(x).features, other(x).features)
+    assert other.transition.weight.data_ptr() != fast.transition.weight.data_ptr()
+
+
+def save(module: nn.Module) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_inference_and_no_grad_save_nothing_and_agree() -> None:
+    fast, _ = twins()
+    fast.eval()
+    x = torch.randn(2, 4, 6, 3, 2, dtype=torch.float64)
+    with torch.inference_mode():
+        inferred = fast(x)
+    with torch.no_grad():
+        plain = fast(x)
+    assert inferred.features.is_inference()
+    assert torch.equal(inferred.features, plain.features)
+    assert torch.equal(plain.features, fast(x).features)
+
+
+GATHER = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import rru_fast
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+for cls in (rru_fast.BatchHardTripletLoss, rru_fast.reference.BatchHardTripletLoss):
+    torch.manual_seed(0)
+    embed = torch.nn.Linear(5, 7).double()
+    data, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) // 3
+    alone = cls(margin=2.0)(embed(data), labels)
+    wanted = torch.autograd.grad(alone, list(embed.parameters()))
+    model = DistributedDataParallel(embed)
+    mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    loss = cls(margin=2.0, gather=True)(model(data[mine]), labels[mine])
+    loss.backward()
+    assert abs(loss - alone) < 1e-12, (loss, alone)
+    for parameter, gradient in zip(embed.parameters(), wanted):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
+    script = tmp_path / "gather.py"
+    script.write_text(GATHER)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_gather_without_a_process_group_is_a_group_of_one() -> None:
+    features, labels = torch.randn(8, 4), torch.arange(8) // 2
+    assert torch.equal(
+        rru_fast.BatchHardTripletLoss(gather=True)(features, labels), rru_fast.BatchHardTripletLoss()(features, labels)
+    )
