@@ -78,7 +78,7 @@ def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: Theirs
 
 def test_what_does_not_fit_is_named(theirs: Theirs) -> None:
     state = theirs.state_dict()
-    with pytest.raises(ValueError, match="got no 'c_atten_z.1.weight'"):
+    with pytest.raises(ValueError, match=r"got no 'c_atten_z\.1\.weight'"):
         rru_fast.from_official({name: value for name, value in state.items() if "c_atten" not in name})
     with pytest.raises(ValueError, match="got 2 RRUs, under"):
         rru_fast.from_official({f"{prefix}.{name}": value for prefix in "ab" for name, value in state.items()})

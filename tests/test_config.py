@@ -1,0 +1,74 @@
+"""show_config, the package's face, and the examples in its docstrings."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import rru_fast
+from rru_fast import config
+
+MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast."))]
+
+
+def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    rru_fast.show_config()
+    shown = capsys.readouterr().out
+    assert f"rru_fast {rru_fast.__version__}, torch {torch.__version__}" in shown
+    for name, reason in config.BACKENDS.items():
+        (line,) = (line for line in shown.splitlines() if line.strip().startswith(f"{name} "))
+        assert line.endswith("available" if reason is None else reason)
+
+
+def test_what_auto_runs_is_an_available_backend() -> None:
+    assert config.BACKENDS[config.choose("auto")] is None
+    assert config.choose("auto") != "reference"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", rru_fast.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    if name != "__version__":
+        assert inspect.getdoc(getattr(rru_fast, name))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name.split(".")[0] in ("rru_fast", "training", "benchmarks")}
+
+
+def test_arrows_run_one_way() -> None:
+    root = Path(rru_fast.__file__).parent
+    forbidden = {
+        "reference.py": ("rru_fast", "training", "benchmarks"),
+        "composite": ("rru_fast", "training", "benchmarks"),
+        "ops": ("rru_fast.functional", "rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
+        "functional.py": ("rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
+        "modules.py": ("rru_fast.swap", "rru_fast.ops", "rru_fast.composite", "training", "benchmarks"),
+    }
+    for layer, names in forbidden.items():
+        files = [root / layer] if layer.endswith(".py") else list((root / layer).glob("*.py"))
+        assert files
+        for path in files:
+            wrong = {i for i in imports_of(path) if any(i == n or i.startswith(n + ".") for n in names)}
+            if layer == "composite":
+                wrong = {i for i in wrong if not i.startswith("rru_fast.composite")}
+            assert not wrong, f"{path.name} imports {wrong}"
