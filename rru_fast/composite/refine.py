@@ -11,126 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rru_fast.composite._gate import Gate, GateGradients, sigmoid_gate
+
 # Scratch for the hoisted product, a frame at least: small enough to stay warm, large enough to fill a product.
 HOIST_BYTES = 16 * 2**20
-
-
-class _Gate:
-    """The gate's weights in the arithmetic dtype, and its two halves that the recurrence shares: norm and attention."""
-
-    def __init__(
-        self,
-        w: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        w_s1: Tensor | None,
-        w_s2: Tensor | None,
-        w_c: Tensor | None,
-        inputs: str,
-        eps: float,
-        groups: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.w = w.to(dtype)
-        half = w.shape[1] if inputs == "appearance" else w.shape[1] // 2
-        # `recurrent` multiplies what holds S, `hoisted` what does not; raw inputs put X first, (X_t, S).
-        first, second = self.w[:, :half], self.w[:, half:]
-        self.recurrent, self.hoisted = (second, first) if inputs == "raw" else (first, second)
-        self.gamma, self.beta = gamma.to(dtype), beta.to(dtype)
-        self.w_s1 = None if w_s1 is None else w_s1.to(dtype)
-        self.w_s2 = None if w_s2 is None else w_s2.to(dtype)
-        self.w_c = None if w_c is None else w_c.to(dtype)
-        self.inputs, self.eps, self.groups = inputs, eps, groups
-
-    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Biased variance and mean, (groups, D), of u (B, D, P)."""
-        return torch.var_mean(self.grouped(u), (1, 3), correction=0)
-
-    def grouped(self, u: Tensor) -> Tensor:
-        return u.view(self.groups, -1, *u.shape[1:])
-
-    def uhat(self, u: Tensor, var: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised u, (groups, B / groups, D, P), and r = 1 / sqrt(var + eps), (groups, 1, D, 1)."""
-        r = (var + self.eps).rsqrt()[:, None, :, None]
-        return (self.grouped(u) - mean[:, None, :, None]).mul_(r), r
-
-    def y(self, uhat: Tensor) -> Tensor:
-        """relu(gamma uhat + beta), (B, D, P)."""
-        scaled = (uhat * self.gamma[:, None]).add_(self.beta[:, None]).relu_()
-        return scaled.view(-1, *scaled.shape[2:])
-
-    def attention(self, y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """h (B, A), z_s (B, P) and z_c (B, C) of y (B, D, P); None where the variant has none."""
-        h = z_s = z_c = None
-        if self.w_s1 is not None and self.w_s2 is not None:
-            h = (y.mean(1) @ self.w_s1.t()).relu_()
-            z_s = h @ self.w_s2.t()
-        if self.w_c is not None:
-            z_c = y.mean(2) @ self.w_c.t()
-        return h, z_s, z_c
-
-
-def _sigmoid_gate(z_s: Tensor | None, z_c: Tensor | None, out: Tensor) -> Tensor:
-    """Z = sigmoid(z_c z_s^T) into `out` (B, C, P), eq. 4; a missing vector is all ones."""
-    if z_s is None and z_c is not None:
-        out.copy_(z_c[:, :, None])
-    elif z_c is None and z_s is not None:
-        out.copy_(z_s[:, None])
-    elif z_s is not None and z_c is not None:
-        torch.mul(z_c[:, :, None], z_s[:, None], out=out)
-    return out.sigmoid_()
-
-
-def _running(statistic: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A running statistic (D,) as that of one group, (1, D)."""
-    assert statistic is not None
-    return statistic.to(dtype)[None]
-
-
-def _product(weight: Tensor, maps: Tensor) -> Tensor:
-    """weight (M, K) as the left factor of every clip of `maps` (B, K, P)."""
-    return weight.expand(len(maps), *weight.shape)
-
-
-def _alive(lengths: Tensor, frames: int) -> Tensor:
-    """(B, T, 1, 1), true where a clip has a frame."""
-    return (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, :, None, None]
-
-
-class _Frames:
-    """X as (B, T, C, P), frame by frame in the arithmetic dtype, with the frame before the first at index -1."""
-
-    def __init__(self, x: Tensor, before: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> None:
-        self.maps = x.flatten(3)
-        if lengths is not None:  # padding may hold anything
-            self.maps = self.maps.masked_fill(~_alive(lengths, x.shape[1]), 0)
-        self.before = None if before is None else before.flatten(2)
-        self.dtype = dtype
-
-    def __getitem__(self, t: int) -> Tensor:
-        frame = self.before if t < 0 else self.maps[:, t]
-        assert frame is not None
-        return frame.to(self.dtype)
-
-    def hoistable(self, inputs: str, t: int, out: Tensor) -> Tensor:
-        """What `hoisted` multiplies at frame t: X_t for raw inputs, else the motion X_t - X_{t-1} in full precision."""
-        if inputs == "raw":
-            return out.copy_(self[t])
-        return torch.sub(self[t], self[t - 1], out=out)
-
-
-def _hoisted(gate: _Gate, frames: _Frames, start: int, u: Tensor) -> None:
-    """u[n] = hoisted weights times what they multiply at frame start + n, for all steps."""
-    steps, clips = u.shape[:2]
-    channels, positions = frames.maps.shape[2:]
-    block = max(1, HOIST_BYTES // (clips * channels * positions * u.element_size()))
-    scratch = u.new_empty(min(block, steps), clips, channels, positions)
-    for n0 in range(0, steps, block):
-        n1 = min(n0 + block, steps)
-        for n in range(n0, n1):
-            frames.hoistable(gate.inputs, start + n, scratch[n - n0])
-        operand = scratch[: n1 - n0].flatten(0, 1)
-        torch.bmm(_product(gate.hoisted, operand), operand, out=u[n0:n1].flatten(0, 1))
 
 
 def forward(
@@ -156,7 +40,7 @@ def forward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
     positions, d = height * width, w.shape[0]
-    gate = _Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
+    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
     frames = _Frames(x, state_x, lengths, dtype)
     start = 0 if state_s is not None else 1
     steps = steps_total - start
@@ -201,12 +85,12 @@ def forward(
         if training:
             step_var, step_mean = gate.statistics(u[n])
             var[t], mean[t] = step_var, step_mean
-        h, z_s, z_c = gate.attention(gate.y(gate.uhat(u[n], step_var, step_mean)[0]))
+        h, z_s, z_c = gate.attention(gate.normalise(u[n], step_var, step_mean)[1])
         if save:
             for vectors, vector in ((saved_h, h), (saved_z_s, z_s), (saved_z_c, z_c)):
                 if vector is not None:
                     vectors[n] = vector
-        _sigmoid_gate(z_s, z_c, out=z)
+        sigmoid_gate(z_s, z_c, out=z)
         if dtype == x.dtype:
             s = torch.addcmul(s, z, a, out=s_out[:, t])  # eq. 5
         else:  # the state keeps the arithmetic dtype, the output rounds it
@@ -257,82 +141,36 @@ def backward(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
-    positions, d = height * width, w.shape[0]
-    gate = _Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
-    frames = _Frames(x, state_x, lengths, dtype)
-    refined = _Frames(features, state_s, None, dtype)
+    positions = height * width
+    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
+    gradients = GateGradients(gate)
+    frames, refined = _Frames(x, state_x, lengths, dtype), _Frames(features, state_s, None, dtype)
+    upstream = _Upstream(d_features, d_strips, lengths, x.shape, dtype)
     recurrent_t, hoisted_t = gate.recurrent.t().contiguous(), gate.hoisted.t().contiguous()
     start = 0 if state_s is not None else 1
-    per_group = clips // gate.groups * positions
     if not training:
         step_var, step_mean = _running(running_var, dtype), _running(running_mean, dtype)
 
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    ds = None if d_features is None else d_features.flatten(3)
-    if ds is not None and lengths is not None:
-        ds = ds.masked_fill(~_alive(lengths, steps_total), 0)
-    strip_share = None  # (B, C, P), what each frame's S gets from the strips
-    if d_strips is not None:
-        count = steps_total if lengths is None else lengths[:, None, None].to(dtype)
-        share = d_strips.to(dtype) / count / width
-        strip_share = share[..., None].expand(-1, -1, -1, width).reshape(clips, channels, positions)
-
-    def add_upstream(g: Tensor, t: int) -> None:
-        if ds is not None:
-            g += ds[:, t]
-        if strip_share is not None:
-            g += strip_share if lengths is None else strip_share.masked_fill(~_alive(lengths, steps_total)[:, t], 0)
-
-    dx_out = x.new_empty(x.shape).view(clips, steps_total, channels, positions) if need_x else None
+    dx = x.new_empty(x.shape) if need_x else None
+    dx_maps = None if dx is None else dx.view(clips, steps_total, channels, positions)
     d_w = torch.zeros_like(gate.w)
-    half = gate.recurrent.shape[1]
-    d_recurrent, d_hoisted = (d_w[:, half:], d_w[:, :half]) if inputs == "raw" else (d_w[:, :half], d_w[:, half:])
-    d_gamma, d_beta = torch.zeros_like(gate.gamma), torch.zeros_like(gate.beta)
-    d_w_s1, d_w_s2, d_w_c = (None if v is None else torch.zeros_like(v) for v in (gate.w_s1, gate.w_s2, gate.w_c))
-
+    d_recurrent, d_hoisted = gate.halves(d_w)
     carry = x.new_zeros((clips, channels, positions), dtype=dtype)
-    a, z, scratch = (empty(clips, channels, positions) for _ in range(3))
+    a, z, scratch = (torch.empty_like(carry) for _ in range(3))
     du_next: Tensor | None = None
     for t in range(steps_total - 1, start - 1, -1):
         n = t - start
-        z_s = saved_z_s[n] if gate.w_s2 is not None else None
-        z_c = saved_z_c[n] if gate.w_c is not None else None
-        g = carry
-        add_upstream(g, t)
+        h, z_s = (saved_h[n], saved_z_s[n]) if w_s1 is not None else (None, None)
+        z_c = saved_z_c[n] if w_c is not None else None
+        g = upstream.add_to(carry, t)
         torch.sub(frames[t], refined[t - 1], out=a)
-        _sigmoid_gate(z_s, z_c, out=z)
-        dl = torch.sub(1, z, out=scratch)
-        z *= g
-        zg, dl = z, dl.mul_(a).mul_(z)
-
+        sigmoid_gate(z_s, z_c, out=z)
+        one_minus_z = torch.sub(1, z, out=scratch)
+        zg = z.mul_(g)
+        dl = one_minus_z.mul_(a).mul_(zg)
         if training:
             step_var, step_mean = var[t], mean[t]
-        uhat, r = gate.uhat(u[n], step_var, step_mean)
-        y = gate.y(uhat)
-        dy = torch.zeros_like(y)
-        if z_s is not None and gate.w_s1 is not None and gate.w_s2 is not None:
-            dz_s = dl.sum(1) if z_c is None else torch.bmm(z_c[:, None], dl)[:, 0]  # (B, P)
-            h = saved_h[n]
-            dh = (dz_s @ gate.w_s2).mul_(h > 0)
-            dy += (dh @ gate.w_s1).div_(d)[:, None]
-            if need_weights and d_w_s1 is not None and d_w_s2 is not None:
-                d_w_s2.addmm_(dz_s.t(), h)
-                d_w_s1.addmm_(dh.t(), y.mean(1))
-        if z_c is not None and gate.w_c is not None:
-            dz_c = dl.sum(2) if z_s is None else torch.bmm(dl, z_s[:, :, None])[..., 0]  # (B, C)
-            dy += (dz_c @ gate.w_c).div_(positions)[:, :, None]
-            if need_weights and d_w_c is not None:
-                d_w_c.addmm_(dz_c.t(), y.mean(2))
-        dy = gate.grouped(dy.mul_(y > 0))
-        sum_dy, sum_dy_uhat = dy.sum((1, 3)), (dy * uhat).sum((1, 3))  # (groups, D)
-        d_beta += sum_dy.sum(0)
-        d_gamma += sum_dy_uhat.sum(0)
-        if training:
-            dy -= (sum_dy / per_group)[:, None, :, None]
-            dy -= uhat.mul_((sum_dy_uhat / per_group)[:, None, :, None])
-        du = dy.mul_(r * gate.gamma[:, None]).view(clips, d, positions)
+        du = gradients.step(dl, u[n], step_var, step_mean, h, z_s, z_c, training)
 
         if need_weights:
             operand = refined[t - 1] if inputs == "raw" else a
@@ -344,27 +182,107 @@ def backward(
         else:
             zg.baddbmm_(_product(recurrent_t, du), du)
             carry = g.sub_(zg)
-        if dx_out is not None:
+        if dx_maps is not None:
             if inputs != "appearance":
-                motion = du if inputs == "raw" or du_next is None else du - du_next
-                zg.baddbmm_(_product(hoisted_t, motion), motion)
-            dx_out[:, t] = zg
+                hoisted = du if inputs == "raw" or du_next is None else du - du_next
+                zg.baddbmm_(_product(hoisted_t, hoisted), hoisted)
+            dx_maps[:, t] = zg
         du_next = du
-    return_state = inputs == "appearance+motion" and du_next is not None
-    d_motion = torch.bmm(_product(hoisted_t, du_next), du_next).neg_() if return_state and du_next is not None else None
+
+    # What reaches the frame before the first step: through S by `carry`, through the motion by dU of that step.
+    d_before = torch.zeros_like(carry)
+    if inputs == "appearance+motion" and du_next is not None:
+        d_before.baddbmm_(_product(hoisted_t, du_next), du_next, alpha=-1)
     d_state_x = d_state_s = None
     if start == 0:
         maps = (clips, channels, height, width)
-        d_state_s = carry.view(maps).to(x.dtype)
-        d_state_x = (torch.zeros_like(carry) if d_motion is None else d_motion).view(maps).to(x.dtype)
-    elif dx_out is not None:
-        add_upstream(carry, 0)
-        dx_out[:, 0] = carry if d_motion is None else carry.add_(d_motion)
-    dx = None if dx_out is None else dx_out.view(x.shape)
+        d_state_x, d_state_s = d_before.view(maps).to(x.dtype), carry.view(maps).to(x.dtype)
+    elif dx_maps is not None:
+        dx_maps[:, 0] = upstream.add_to(carry, 0).add_(d_before)
     if not need_weights:
         return dx, None, None, None, None, None, None, d_state_x, d_state_s
-    weights = [
-        None if grad is None or like is None else grad.to(like.dtype)
-        for grad, like in ((d_w, w), (d_gamma, gamma), (d_beta, beta), (d_w_s1, w_s1), (d_w_s2, w_s2), (d_w_c, w_c))
-    ]
-    return dx, *weights, d_state_x, d_state_s
+    d_weights = (d_w, gradients.gamma, gradients.beta, gradients.w_s1, gradients.w_s2, gradients.w_c)
+    like = (w, gamma, beta, w_s1, w_s2, w_c)
+    cast = [None if d is None or v is None else d.to(v.dtype) for d, v in zip(d_weights, like, strict=True)]
+    return dx, *cast, d_state_x, d_state_s
+
+
+def _running(statistic: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A running statistic (D,) as that of one group, (1, D)."""
+    assert statistic is not None
+    return statistic.to(dtype)[None]
+
+
+def _product(weight: Tensor, maps: Tensor) -> Tensor:
+    """weight (M, K) as the left factor of every clip of `maps` (B, K, P)."""
+    return weight.expand(len(maps), *weight.shape)
+
+
+def _alive(lengths: Tensor, frames: int) -> Tensor:
+    """(B, T, 1, 1), true where a clip has a frame."""
+    return (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, :, None, None]
+
+
+class _Frames:
+    """X as (B, T, C, P), frame by frame in the arithmetic dtype, with the frame before the first at index -1."""
+
+    def __init__(self, x: Tensor, before: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> None:
+        self.maps = x.flatten(3)
+        if lengths is not None:  # padding may hold anything
+            self.maps = self.maps.masked_fill(~_alive(lengths, x.shape[1]), 0)
+        self.before = None if before is None else before.flatten(2)
+        self.dtype = dtype
+
+    def __getitem__(self, t: int) -> Tensor:
+        frame = self.before if t < 0 else self.maps[:, t]
+        assert frame is not None
+        return frame.to(self.dtype)
+
+    def hoistable(self, inputs: str, t: int, out: Tensor) -> Tensor:
+        """What `hoisted` multiplies at frame t: X_t for raw inputs, else the motion X_t - X_{t-1} in full precision."""
+        if inputs == "raw":
+            return out.copy_(self[t])
+        return torch.sub(self[t], self[t - 1], out=out)
+
+
+def _hoisted(gate: Gate, frames: _Frames, start: int, u: Tensor) -> None:
+    """u[n] = hoisted weights times what they multiply at frame start + n, for all steps."""
+    steps, clips = u.shape[:2]
+    channels, positions = frames.maps.shape[2:]
+    block = max(1, HOIST_BYTES // (clips * channels * positions * u.element_size()))
+    scratch = u.new_empty(min(block, steps), clips, channels, positions)
+    for n0 in range(0, steps, block):
+        n1 = min(n0 + block, steps)
+        for n in range(n0, n1):
+            frames.hoistable(gate.inputs, start + n, scratch[n - n0])
+        operand = scratch[: n1 - n0].flatten(0, 1)
+        torch.bmm(_product(gate.hoisted, operand), operand, out=u[n0:n1].flatten(0, 1))
+
+
+class _Upstream:
+    """What the outputs' gradients add to each frame's S, (B, C, P)."""
+
+    def __init__(
+        self,
+        d_features: Tensor | None,
+        d_strips: Tensor | None,
+        lengths: Tensor | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> None:
+        clips, frames, channels, height, width = shape
+        self.padding = None if lengths is None else ~_alive(lengths, frames)
+        self.features = None if d_features is None else d_features.flatten(3)
+        self.strips = None
+        if d_strips is not None:
+            count = frames if lengths is None else lengths[:, None, None].to(dtype)
+            share = d_strips.to(dtype) / count / width
+            self.strips = share[..., None].expand(-1, -1, -1, width).reshape(clips, channels, height * width)
+
+    def add_to(self, g: Tensor, t: int) -> Tensor:
+        """g += the gradient of frame t, in place."""
+        parts = (None if self.features is None else self.features[:, t], self.strips)
+        for part in parts:
+            if part is not None:
+                g += part if self.padding is None else part.masked_fill(self.padding[:, t], 0)
+        return g

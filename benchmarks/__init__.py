@@ -1,0 +1,1 @@
+"""Measurements of the operators against eager PyTorch, its compiler and their peers."""

@@ -1,0 +1,128 @@
+"""Paired timing, memory and the machine's own rates, all in one process and one run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+Work = Callable[[], object]
+
+
+def seconds(work: Work) -> float:
+    """Wall time of one call, the device's work included."""
+    _synchronise()
+    start = time.perf_counter()
+    result = work()
+    _synchronise()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def paired(works: Mapping[str, Work], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each work in each of `repeats` rounds; a round runs all of them, in an order that rotates."""
+    names = list(works)
+    for name in names:
+        for _ in range(warmup):
+            works[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            gc.collect()
+            times[name].append(seconds(works[name]))
+    return times
+
+
+def ratio(baseline: list[float], candidate: list[float]) -> float:
+    """How many times faster the candidate is: the median over rounds of the two times' ratio."""
+    return median(b / c for b, c in zip(baseline, candidate, strict=True))
+
+
+def saved_bytes(forward: Callable[[], Iterable[Tensor]], free: Iterable[Tensor]) -> int:
+    """Bytes autograd keeps for the backward of `forward`, beside the storages of `free` and of its outputs."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = list(forward())
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*free, *outputs)}
+    return sum(size for pointer, size in storages.items() if pointer not in known)
+
+
+def peak_bytes(work: Work) -> int:
+    """The most memory `work` holds at once beyond what was held before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        work()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of this machine's own matrix product at (m, k) x (k, n)."""
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+    times = paired({"gemm": lambda: a @ b}, repeats=9)["gemm"]
+    return 2 * m * k * n / min(times)
+
+
+def copy_rate(size: int, device: torch.device) -> float:
+    """Bytes/s, read and written, of this machine's own copy of `size` bytes."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = paired({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+    return 2 * size / min(times)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a figure means nothing without."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = f"{names[0]}, {len(names)} cores" if names else model
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+    }
+
+
+def write(path: Path, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One run's environment and rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
