@@ -61,8 +61,6 @@ def main(options: Options) -> list[dict[str, Any]]:
     if options.compile:
         modules["torch.compile"] = torch.compile(_twin(eager, None))
 
-    leaves = [x, *eager.parameters()]
-
     def forward(module: Callable[..., rru_fast.Refined]) -> Callable[[], object]:
         def work() -> rru_fast.Refined:
             with torch.no_grad():
@@ -84,7 +82,8 @@ def main(options: Options) -> list[dict[str, Any]]:
     roofline = _roofline(eager, options.shape, dtype, device)
     rows = []
     for name, module in modules.items():
-        saved = measure.saved_bytes(lambda module=module: module(x)[:2], leaves)  # type: ignore[misc]
+        free = [x, *module.parameters()]  # type: ignore[attr-defined]
+        saved = measure.saved_bytes(lambda module=module: module(x)[:2], free)  # type: ignore[misc]
         rows.append(
             {
                 "implementation": name,
