@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import rru_fast
+from benchmarks.parity import error
 from rru_fast import config
 from rru_fast.reference import RRU, State
 
@@ -169,14 +170,6 @@ def run(case: Case, call: Call, backend: str, frozen: tuple[str, ...] = ()) -> R
         for name, gradient in zip(wanted, gradients, strict=True):
             results[f"d_{name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient
     return {name: value.detach() for name, value in results.items()}
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    """Distance relative to the size of what is wanted; inf where got is not finite."""
-    difference = (got.detach().double() - wanted.detach().double()).norm()
-    size = wanted.detach().double().norm()
-    relative = float(difference / size) if size > 0 else float(difference)
-    return relative if relative == relative else float("inf")
 
 
 def assert_parity(draws: list[tuple[Results, Results, Results]], rounding: float) -> None:

@@ -171,7 +171,7 @@ def test_tiles_do_not_show(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
     n, d = 8192, 16  # the matrix would be 256 MiB
     features, labels = torch.randn(n, d), torch.arange(n) // 4
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         rru_fast.batch_hard_triplet(features, labels, backend=backend)
     # The profiler's "[memory]" events carry each allocation and release; their running sum is what is held.
     held = peak = 0

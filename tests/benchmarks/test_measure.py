@@ -1,0 +1,51 @@
+"""The instruments themselves."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import measure, parity
+
+
+def test_paired_rounds_find_the_slower_work() -> None:
+    works = {"slow": lambda: time.sleep(0.02), "quick": lambda: time.sleep(0.005)}
+    times = measure.paired(works, repeats=5)
+    assert all(len(t) == 5 for t in times.values())
+    assert 2 < measure.ratio(times["slow"], times["quick"]) < 5
+
+
+def test_every_round_begins_with_another_work() -> None:
+    order: list[str] = []
+    measure.paired({name: lambda name=name: order.append(name) for name in "abc"}, repeats=3, warmup=0)
+    assert "".join(order) == "abcbcacab"
+
+
+def test_saved_bytes_counts_what_the_backward_needs_once() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    # exp keeps its output, sin its input: one storage of 4000 bytes between them
+    assert measure.saved_bytes(lambda: [x.exp().sin()], [x]) == 4000
+    assert measure.saved_bytes(lambda: [x.exp()], [x]) == 0
+
+
+def test_peak_bytes_sees_what_is_held_at_once() -> None:
+    def work() -> None:
+        first = torch.empty(2**20, dtype=torch.uint8)
+        second = torch.empty(2**21, dtype=torch.uint8)
+        del first, second
+        del_again = torch.empty(2**20, dtype=torch.uint8)
+        del del_again
+
+    assert measure.peak_bytes(work) == pytest.approx(3 * 2**20, rel=0.01)
+
+
+def test_a_wrong_answer_ends_the_benchmark_and_names_the_tensor() -> None:
+    wanted = {"d_x": torch.ones(3, dtype=torch.float64)}
+    eager = {"d_x": torch.ones(3)}
+    assert parity.demand("fine", {"d_x": torch.ones(3)}, eager, wanted) == 0
+    with pytest.raises(SystemExit, match=r"parity: broken is off by .* in d_x, allowed .*; nothing was measured"):
+        parity.demand("broken", {"d_x": torch.ones(3) * 1.001}, eager, wanted)
+    with pytest.raises(SystemExit, match="off by inf in d_x"):
+        parity.demand("nan", {"d_x": torch.full((3,), float("nan"))}, eager, wanted)
