@@ -1,0 +1,41 @@
+"""A small recipe and small data to train on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.data.synthetic import generate
+from training.data.tracklets import Split, Tracklet
+from training.recipes import RECIPES, Recipe
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    """Recipe `quick` with batches of 3 people, 2 clips, 2 frames."""
+    return replace(RECIPES["quick"], people=3, clips=2, frames=2, batches=2, epochs=2)
+
+
+@pytest.fixture
+def split() -> Split:
+    """Four people seen by two cameras in noise, frames of two sizes, as arrays."""
+    rng = np.random.default_rng(0)
+
+    def tracklet(person: int, camera: int) -> Tracklet:
+        sizes = [(32, 16), (48, 24)] * 3
+        frames = tuple(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes[: 3 + person % 3])
+        return Tracklet(person, camera, frames, f"cam{camera}/person{person:03d}")
+
+    train = tuple(tracklet(person, camera) for person in (3, 5, 8, 9) for camera in (1, 2))
+    return Split(train, train[::2], train[1::2], "single-shot", "noise")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rendered people in the iLIDS-VID layout, four of them to train on."""
+    root = tmp_path_factory.mktemp("data") / "people"
+    generate(root, people=8)
+    return root

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training.model.heads import LSTM, STIM, Baseline, make_head
+from training.recipes import Recipe
+
+MAPS = torch.rand(2, 5, 6, 4, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_head_takes_clips_of_any_length(recipe: Recipe, name: str, times: int) -> None:
+    head = make_head(replace(recipe, head=name, head_width=10), channels=6)
+    assert head(MAPS[:, :times]).shape == (2, head.features)
+    assert head.features == (6 if name == "baseline" else 10)
+
+
+def test_baseline_is_the_mean_over_time_and_space() -> None:
+    torch.testing.assert_close(Baseline(6)(MAPS), MAPS.permute(0, 2, 1, 3, 4).flatten(2).mean(2))
+
+
+def test_lstm_is_the_mean_of_its_outputs_over_time() -> None:
+    head = LSTM(6, 10)
+    outputs, state = [], None
+    for t in range(5):
+        out, state = head.lstm(MAPS[:, t : t + 1].mean((3, 4)), state)
+        outputs.append(out[:, 0])
+    torch.testing.assert_close(head(MAPS), torch.stack(outputs).mean(0))
+
+
+def test_stim_sees_the_order_of_time() -> None:
+    head = STIM(6, 10).eval()
+    assert not torch.allclose(head(MAPS), head(MAPS.flip(1)), rtol=1e-3)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from training import checkpoint
+from training.errors import UserError
+from training.evaluate import Options as EvaluateOptions
+from training.evaluate import evaluate
+from training.settings import Options
+from training.train import train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def options(data: Path, output: Path, **changes: Any) -> Options:
+    """Recipe `quick` on little: 4 people, 2 batches an epoch."""
+    small = {"people": 4, "batches": 2, "epochs": 2, "compare_ops": False, "device": "cpu"}
+    return Options(dataset="ilids-vid", data_root=data, output=output, **{**small, **changes})
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What the run measured, without how fast it was."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "frames_per_second"} for record in records]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(options(small_data, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def begun(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch."""
+    run = tmp_path_factory.mktemp("runs") / "begun"
+    train(options(small_data, run, epochs=1))
+    return run
+
+
+@pytest.fixture
+def started(begun: Path, tmp_path: Path) -> Path:
+    """A run of one epoch, to be continued or spoilt."""
+    return Path(shutil.copytree(begun, tmp_path / "started", symlinks=True))
+
+
+def set_rate(run: Path, rate: float) -> None:
+    """Have the new layers of a run continue at another learning rate."""
+    state = torch.load(run / "last" / "training.pt", weights_only=True)
+    state["optimizer"]["param_groups"][1]["lr"] = rate
+    torch.save(state, run / "last" / "training.pt")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, started: Path) -> None:
+    train(Options(resume=started, epochs=2, device="cpu"))
+    straight, resumed = checkpoint.load(trained), checkpoint.load(started)
+    assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
+    assert resumed.model.keys() == straight.model.keys()
+    momenta = [c.training["optimizer"]["state"] for c in (straight, resumed)]
+    assert len(momenta[0]) == len(list(straight.model)) - sum(".running_" in n or ".num_b" in n for n in straight.model)
+    assert all(torch.equal(momenta[1][key]["momentum_buffer"], m["momentum_buffer"]) for key, m in momenta[0].items())
+    assert torch.equal(resumed.training["random"]["torch"], straight.training["random"]["torch"])
+    assert metrics(started) == metrics(trained)
+
+
+def test_steps_logged_after_the_last_checkpoint_are_dropped_on_resuming(trained: Path, started: Path) -> None:
+    with (started / "metrics.jsonl").open("a") as file:  # what a run killed in its second epoch leaves
+        file.write(json.dumps({"kind": "step", "epoch": 2, "step": 3, "loss": 1.0}) + '\n{"kind": "st')
+    train(Options(resume=started / "last", epochs=2, device="cpu"))
+    assert metrics(started) == metrics(trained)
+
+
+def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path) -> None:
+    records = metrics(trained)
+    assert [(record["kind"], record["epoch"]) for record in records] == [
+        ("result", 0),
+        *[("step", 1)] * 2,
+        *[("step", 2)] * 2,
+        ("result", 2),
+    ]
+    step = records[1]
+    assert step["loss"] == pytest.approx(step["identity"] + step["video"] + step["part"])
+    assert (records[-1]["probes"], records[-1]["chance"]) == (4, 0.25)
+    assert json.loads((trained / "config.json").read_text())["recipe"]["people"] == 4
+    assert list(trained.glob("events.out.tfevents.*"))
+
+
+def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
+    for ops in ("fast", "reference"):
+        result = evaluate(EvaluateOptions(trained, ops=ops, device="cpu")).record()
+        assert {**result, "kind": "result", "ops": "fast"} == metrics(trained)[-1]
+
+
+def test_too_few_people_lower_p_where_the_recipe_allows_it(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(options(small_data, tmp_path / "run", people=8, batches=1, epochs=1))
+    told = capsys.readouterr().out
+    assert "people in a batch (P): 4 instead of 8" in told
+    assert "\x1b" not in told, "control characters, though this is no terminal"
+    with pytest.raises(UserError, match="got 10, but only 4 people"):
+        train(options(small_data, tmp_path / "strict", recipe="paper", weights="random", people=None))
+
+
+def test_resuming_on_other_data_is_refused(started: Path, tmp_path: Path) -> None:
+    config = started / "last" / "config.json"
+    config.write_text(config.read_text().replace('"identities": 4', '"identities": 7'))
+    with pytest.raises(UserError, match="trained on 7 people, the data has 4"):
+        train(Options(resume=started, epochs=2))
+
+
+def test_a_loss_that_is_not_finite_names_step_part_and_clips_and_keeps_the_checkpoint(started: Path) -> None:
+    set_rate(started, 1e30)
+    before = (started / "last" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError) as told:
+        train(Options(resume=started, epochs=2, device="cpu"))
+    assert str(told.value).startswith("epoch 2, step 4: the identity loss is nan on cam")
+    assert str(told.value).count("/person") == 8
+    assert str(told.value).endswith("last good epoch: 1")
+    assert (started / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_end_an_epoch_not_finite_are_not_saved(small_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(options(small_data, run, batches=1, epochs=1))
+    set_rate(run, float("inf"))
+    with pytest.raises(UserError, match=r"epoch 2, step 2: \S+ is not finite after its update; last good epoch: 1"):
+        train(Options(resume=run, epochs=2, device="cpu"))
+    tensors = safetensors.torch.load_file(run / "last" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.shared
+def test_a_real_sequence_trains_and_ranks_the_people_who_return(shared_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = {"batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu"}
+    train(Options(dataset="mot", data_root=shared_dir / "data" / "pets09-s2l1", output=run, **small))
+    result = metrics(run)[-1]
+    assert (result["probes"], result["gallery"], result["protocol"]) == (7, 9, "single-shot")
+    assert result["chance"] == pytest.approx(1 / 7)  # of the 7 x 9 pairs, each of the 9 visits makes one right
+
+
+def test_bad_input_ends_the_command_in_one_line(small_data: Path, trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    for frame in data.rglob("cam1_*.png"):
+        frame.write_bytes(b"not an image")
+    for output, message in ((tmp_path / "run", "not a readable image"), (trained, "holds a run already")):
+        arguments = ("--dataset", "ilids-vid", "--data-root", data, "--output", output)
+        ended = subprocess.run(
+            command("training.train", *arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: ")
+        assert message in ended.stderr
+        assert ended.stderr.count("\n") == 1
+
+
+def test_an_interrupted_run_says_how_to_continue(small_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (
+        "--dataset",
+        "ilids-vid",
+        "--data-root",
+        small_data,
+        "--output",
+        run,
+        "--batches",
+        "1",
+        "--epochs",
+        "999",
+    )
+    process = subprocess.Popen(
+        command("training.train", *arguments),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "last").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == f"interrupted; continue with --resume {run}\n"
+    assert checkpoint.load(run).training["epoch"] >= 1

@@ -1,0 +1,35 @@
+"""How a command ends: bad input in one line on stderr, a bug in its traceback."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from traceback import walk_tb
+
+from training.errors import UserError
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command; exit 2 with `error: ...` on bad input, 130 when interrupted, and let bugs through."""
+    warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
+    try:
+        main()
+    except KeyboardInterrupt as stopped:
+        _say(str(stopped) or "interrupted")
+        sys.exit(130)
+    except ValueError as error:
+        if not isinstance(error, UserError) and not _raised_by_the_library(error):
+            raise
+        _say(f"error: {error}")
+        sys.exit(2)
+
+
+def _raised_by_the_library(error: ValueError) -> bool:
+    """Whether the raise itself stands in `rru_fast`: then it is a check of an argument, not a bug met on the way."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("rru_fast.")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(" ".join(line.split()) + "\n")

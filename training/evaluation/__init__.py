@@ -1,0 +1,1 @@
+"""From tracklets to features, from features to rank-1 and mAP."""

@@ -1,0 +1,62 @@
+"""An evaluation, told: what was evaluated, how, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from training.evaluation.ranking import TOP, Ranking
+
+
+@dataclass(frozen=True)
+class Result:
+    """A ranking and the network it is of.
+
+    recipe: its name.
+    ops: which operators ran, "fast" or "reference".
+    epoch: how many epochs the network had trained for.
+    """
+
+    recipe: str
+    ops: str
+    epoch: int
+    ranking: Ranking
+
+    def record(self) -> dict[str, Any]:
+        """Everything in it, flat, as JSON values; shares from 0 to 1."""
+        r = self.ranking
+        return {
+            "recipe": self.recipe,
+            "ops": self.ops,
+            "epoch": self.epoch,
+            "protocol": r.protocol,
+            **{f"rank-{k}": share for k, share in r.cmc.items()},
+            "mAP": r.mean_ap,
+            "chance": r.chance,
+            "probes": r.probes,
+            "gallery": r.gallery,
+        }
+
+
+def result_table(records: Iterable[dict[str, Any]]) -> Table:
+    """A table, in percent, of the records of results by one protocol on one split, the level of chance below them."""
+    records = list(records)
+    of = records[-1]
+    scores = [*(f"rank-{k}" for k in TOP), "mAP"]
+    table = Table(
+        "network",
+        title=f"{of['protocol']}, {of['probes']} probes in a gallery of {of['gallery']}",
+        caption=f"percent; recipe {of['recipe']}, ops {of['ops']}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for score in scores:
+        table.add_column(score, justify="right")
+    for record in records:
+        name = f"after epoch {record['epoch']}" if record["epoch"] else "untrained"
+        table.add_row(name, *(f"{100 * record[score]:.1f}" for score in scores))
+    table.add_row("chance", f"{100 * of['chance']:.1f}")
+    return table

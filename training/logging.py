@@ -1,0 +1,113 @@
+"""What a run leaves behind and shows: `metrics.jsonl`, TensorBoard, a progress bar or a line an epoch."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from training.evaluation.result import Result
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The log of one run; a context manager.
+
+    Args:
+        run: the run's folder; what it already holds beyond the starting point is dropped.
+        console: where people read.
+        batches: steps an epoch.
+        epochs: of the whole run.
+        epoch: after which the run starts: 0, or that of the checkpoint it resumes.
+    """
+
+    def __init__(self, run: Path, console: Console, batches: int, epochs: int, epoch: int = 0) -> None:
+        self._console, self._batches, self._steps, self._first = console, batches, batches * epochs, batches * epoch
+        self.records: list[dict[str, Any]] = []
+        metrics = run / METRICS
+        if epoch:
+            # A kill may have cut the last line short.
+            whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
+            kept = [json.loads(line) for line in whole.splitlines()]
+            # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
+            self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
+        self._metrics = metrics.open("w", buffering=1)  # a line at a time
+        for record in self.records:
+            self._metrics.write(json.dumps(record) + "\n")
+        self._board = SummaryWriter(str(run), purge_step=self._first + 1)
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=self._steps, completed=self._first, epoch=epoch, status="")
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._spent = 0.0
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._metrics.close()
+
+    def step(self, epoch: int, step: int, losses: Mapping[str, float], frames: int, seconds: float) -> None:
+        """Note one training step, numbered from 1: its losses by part, its frames, and its time with loading."""
+        values = {"loss": sum(losses.values()), **losses}
+        rate = frames / seconds
+        self._write({"kind": "step", "epoch": epoch, "step": step, **values, "frames_per_second": round(rate, 1)})
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+            self._sums[name] += value
+        self._board.add_scalar("train/frames_per_second", rate, step)
+        self._sums["frames"] += frames
+        self._spent += seconds
+        status = f"{_told(values)}  {rate:.0f} frames/s"
+        self._progress.update(self._task, completed=step, epoch=epoch, status=status)
+        if step % self._batches == 0:
+            self._end_epoch(epoch, step)
+
+    def _end_epoch(self, epoch: int, step: int) -> None:
+        frames = self._sums.pop("frames")
+        means = {name: total / self._batches for name, total in self._sums.items()}
+        left = timedelta(seconds=round(self._spent / self._batches * (self._steps - step)))
+        of = self._steps // self._batches
+        self.say(f"epoch {epoch}/{of}  {_told(means)}  {frames / self._spent:.0f} frames/s  ETA {left}")
+        self._sums.clear()
+        self._spent = 0.0
+
+    def result(self, result: Result, step: int) -> None:
+        """Note an evaluation, made after so many steps."""
+        record = {"kind": "result", **result.record()}
+        self._write(record)
+        for name in ("rank-1", "mAP"):
+            self._board.add_scalar(f"evaluation/{name}", record[name], step)
+        scores = "  ".join(f"{name} {100 * record[name]:.1f}" for name in ("rank-1", "mAP", "chance"))
+        self.say(f"after epoch {result.epoch}  {scores}")
+
+    def say(self, line: str) -> None:
+        """Show one line to people."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self._metrics.write(json.dumps(record) + "\n")
+
+
+def _told(losses: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())

@@ -1,0 +1,1 @@
+"""The paper's network: backbone, Refining Recurrent Unit, clip head, classifier, losses."""

@@ -1,0 +1,49 @@
+"""What training minimises: L_c + L_v + L_p."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.errors import UserError
+from training.model.network import Output
+from training.model.operators import Ops, operators
+from training.recipes.recipe import Recipe
+
+
+class Losses(nn.Module):
+    """Cross-entropy of identities, batch-hard triplets on the clips' features and on their strips.
+
+    Args:
+        recipe: says which of them count, and their margin.
+        ops: "fast" for the library's triplet loss, "reference" for its plain PyTorch twin.
+    """
+
+    def __init__(self, recipe: Recipe, ops: Ops) -> None:
+        super().__init__()
+        self.video, self.part = recipe.video_loss, recipe.part_loss
+        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin)
+
+    def forward(self, output: Output, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, a scalar, and the parts it is the sum of, by name.
+
+        Args:
+            output: what the network said of B clips.
+            labels: (B,) int64, who each clip shows.
+
+        Raises:
+            UserError: the labels are not one a clip.
+        """
+        clips = len(output.logits)
+        if labels.shape != (clips,):
+            raise UserError(f"labels: got shape {tuple(labels.shape)}, wanted ({clips},), one a clip")
+        parts = {"identity": F.cross_entropy(output.logits, labels)}
+        if output.auxiliary is not None:
+            of_frames = labels.repeat_interleave(len(output.auxiliary) // clips)
+            parts["auxiliary"] = F.cross_entropy(output.auxiliary, of_frames)
+        if self.video:
+            parts["video"] = self.triplet(output.feature, labels)
+        if self.part and output.strips is not None:
+            parts["part"] = self.triplet(output.strips.permute(2, 0, 1), labels)  # (H, B, C): a group a strip, eq. 10
+        return torch.stack(list(parts.values())).sum(), parts

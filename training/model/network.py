@@ -1,0 +1,85 @@
+"""The paper's network, from frames to a feature, the strips and the identity logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from training.errors import UserError
+from training.model.backbone import make_backbone
+from training.model.heads import make_head
+from training.model.operators import Ops, operators
+from training.recipes.recipe import Recipe
+
+
+class Output(NamedTuple):
+    """What a network says of a batch of clips.
+
+    feature: f, (B, D), what clips are compared by.
+    strips: (B, C, H), eq. 9; `None` without an RRU.
+    logits: (B, identities).
+    auxiliary: logits of every frame, (B * T, identities), clip-major; `None` in eval mode or without such a head.
+    """
+
+    feature: Tensor
+    strips: Tensor | None
+    logits: Tensor
+    auxiliary: Tensor | None
+
+
+class Network(nn.Module):
+    """Backbone, RRU where the recipe wants one, clip head, and the classifier block that training hangs on.
+
+    Args:
+        recipe: says which of each.
+        identities: number of people the classifier tells apart.
+        ops: "fast" for the library's RRU, "reference" for its plain PyTorch twin; the state_dict is the same.
+
+    Raises:
+        UserError: the recipe's weights do not fit its backbone.
+    """
+
+    def __init__(self, recipe: Recipe, identities: int, ops: Ops) -> None:
+        super().__init__()
+        self.identities = identities
+        self.backbone = make_backbone(recipe, identities)
+        channels, spatial = self.backbone.channels, self.backbone.spatial
+        self.rru: nn.Module | None = None
+        if recipe.rru != "none":
+            self.rru = operators(ops).RRU(
+                channels, spatial, attention=recipe.rru, inputs=recipe.rru_inputs, bn_groups=recipe.bn_groups
+            )
+        self.head = make_head(recipe, channels)
+        self.classifier = _classifier(self.head.features, recipe.classifier_width, identities)
+
+    def embed(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Maps (B, T, C, H, W) to the feature (B, D) and the strips (B, C, H), or `None` without an RRU."""
+        strips = None
+        if self.rru is not None:
+            refined = self.rru(maps)
+            maps, strips = refined.features, refined.strips
+        return self.head(maps), strips
+
+    def forward(self, frames: Tensor) -> Output:
+        """Clips of frames (B, T, 3, h, w), float, normalised.
+
+        Raises:
+            UserError: the shape is another.
+        """
+        h, w = self.backbone.size
+        if frames.dim() != 5 or frames.shape[2:] != (3, h, w):
+            raise UserError(f"frames: got shape {tuple(frames.shape)}, wanted (clips, frames a clip, 3, {h}, {w})")
+        maps, auxiliary = self.backbone(frames.flatten(0, 1))
+        feature, strips = self.embed(maps.unflatten(0, frames.shape[:2]))
+        return Output(feature, strips, self.classifier(feature), auxiliary)
+
+
+def _classifier(features: int, width: int, identities: int) -> nn.Sequential:
+    first, last = nn.Linear(features, width), nn.Linear(width, identities)
+    nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+    # Near zero, so that training starts from no opinion: the identity loss begins at log(identities).
+    nn.init.normal_(last.weight, std=0.001)
+    nn.init.zeros_(first.bias)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Dropout(0.5), last)

@@ -1,0 +1,11 @@
+"""The recipes that `--recipe` names."""
+
+from __future__ import annotations
+
+from training.recipes.paper import PAPER, TABLE_1
+from training.recipes.quick import QUICK
+from training.recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (QUICK, PAPER)}
+
+__all__ = ["RECIPES", "TABLE_1", "Recipe"]

@@ -1,0 +1,172 @@
+"""A run's settings: what the command line says, over what the recipe or the resumed run says."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from training.checkpoint import Checkpoint
+from training.data import Dataset
+from training.data.tracklets import Split
+from training.errors import UserError
+from training.model.operators import Ops
+from training.recipes import RECIPES, TABLE_1, Recipe
+
+# What a resumed run may change: how long it runs and what it does beside training.
+_FREE = {"epochs", "eval_every", "compare_ops", "weights"}
+
+
+@dataclass
+class Options:
+    """Train the paper's network. What is not given is as the recipe says, or as the resumed run had it."""
+
+    recipe: Literal["quick", "paper"] | None = None
+    """The recipe; quick if neither it nor --resume is given."""
+    row: Literal[tuple(TABLE_1)] | None = None  # type: ignore[valid-type]
+    """A row of the paper's Table 1 to train instead of the full model."""
+    dataset: Dataset | None = None
+    """What to train on."""
+    data_root: Path | None = None
+    """The dataset's folder; only the synthetic one has a default."""
+    split: int | None = None
+    """Which of the dataset's splits, from 0; the first if not given."""
+    output: Path | None = None
+    """The run's folder; a new one under runs/, or the resumed run's, if not given."""
+    resume: Path | None = None
+    """Folder of a run to continue from its last checkpoint."""
+    epochs: int | None = None
+    """Passes over the sampler."""
+    batches: int | None = None
+    """Batches an epoch."""
+    people: int | None = None
+    """P, people a batch."""
+    seed: int | None = None
+    """Decides initial weights, order of the data and dropout."""
+    weights: str | None = None
+    """The backbone's start: imagenet, random, or a .pth or .safetensors file."""
+    ops: Ops | None = None
+    """The library's operators (fast, if not given) or their plain PyTorch twins."""
+    compare_ops: bool | None = None
+    """Whether to end by timing a step with the one against the other."""
+    workers: int = 0
+    """Processes that read frames ahead."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of, resolved.
+
+    recipe: with the command line's changes in it.
+    data_root: the dataset's folder; `None` for the dataset's default.
+    split: which of its splits, from 0.
+    ops: which operators.
+    """
+
+    recipe: Recipe
+    data_root: Path | None
+    split: int
+    ops: Ops
+
+    def config(self, split: Split, device: torch.device) -> dict[str, Any]:
+        """What `config.json` keeps: these settings, the data they met, and what they ran on."""
+        return {
+            "recipe": asdict(self.recipe),
+            "data_root": None if self.data_root is None else str(self.data_root),
+            "split": self.split,
+            "ops": self.ops,
+            "data": split.description,
+            "protocol": split.protocol,
+            "identities": len(split.train_people),
+            "environment": {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                "threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
+                "commit": _commit(),
+            },
+        }
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Settings:
+        """The settings that a checkpoint was trained with.
+
+        Raises:
+            UserError: its config is of another version.
+        """
+        config = checkpoint.config
+        try:
+            root = config["data_root"]
+            recipe = Recipe(**config["recipe"])
+            return Settings(recipe, None if root is None else Path(root), config["split"], config["ops"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"config.json: not one this version wrote ({error})") from error
+
+
+def resolve(options: Options, resumed: Settings | None) -> Settings:
+    """The settings that options ask for.
+
+    Args:
+        options: of the command line.
+        resumed: of the run they continue, if any.
+
+    Raises:
+        UserError: the recipe they make is impossible, or is not the one the resumed run was trained with.
+    """
+    if options.workers < 0:
+        raise UserError(f"workers: got {options.workers}, wanted 0 or more")
+    if resumed is None:
+        base = Settings(RECIPES[options.recipe or "quick"], None, 0, "fast")
+    elif options.recipe not in (None, resumed.recipe.name):
+        raise UserError(f"resume: the run was trained with recipe {resumed.recipe.name!r}, got {options.recipe!r}")
+    else:
+        base = resumed
+    given = {field.name: getattr(options, field.name, None) for field in fields(Recipe) if field.name != "name"}
+    changes = {name: value for name, value in given.items() if value is not None and name != "recipe"}
+    settings = Settings(
+        recipe=replace(base.recipe, **(TABLE_1[options.row] if options.row else {}), **changes),
+        data_root=base.data_root if options.data_root is None else options.data_root,
+        split=base.split if options.split is None else options.split,
+        ops=options.ops or base.ops,
+    )
+    if resumed is not None:
+        before, now = ({**asdict(s.recipe), "split": s.split} for s in (resumed, settings))
+        changed = [name for name in now if now[name] != before[name] and name not in _FREE]
+        other = [f"{name}={before[name]!r}, got {now[name]!r}" for name in changed]
+        if other:
+            raise UserError(f"resume: the run was trained with {'; '.join(other)}")
+    return settings
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        UserError: it is "cuda" and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: got 'cuda', but PyTorch sees no CUDA device here")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,75 @@
+"""Training itself: a step, an epoch, and the state that continues them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from training.data.loading import Batch, frames_to_input
+from training.errors import UserError
+from training.logging import RunLog
+from training.model.losses import Losses
+from training.model.network import Network
+
+
+def to_input(batch: Batch, network: Network) -> tuple[Tensor, Tensor]:
+    """A batch as its network takes it: clips (B, T, 3, h, w) and labels (B,), on the network's device."""
+    device = next(network.parameters()).device
+    frames = frames_to_input(batch.frames, network.backbone.size, device)
+    return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels.to(device)
+
+
+@dataclass
+class Trainer:
+    """A network in training: with its losses and optimiser, after so many epochs and steps."""
+
+    network: Network
+    losses: Losses
+    optimizer: SGD
+    epoch: int = 0
+    step: int = 0
+
+    def run_epoch(self, batches: Iterable[Batch], log: RunLog) -> None:
+        """Train on each batch once.
+
+        Raises:
+            UserError: a loss is not finite, or at the end a tensor of the network; step and clips are named.
+        """
+        self.network.train()
+        started = time.perf_counter()
+        for batch in batches:
+            clips, labels = to_input(batch, self.network)
+            total, parts = self.losses(self.network(clips), labels)
+            # Together, so that the device is waited for once.
+            values = dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
+            where = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            for part, value in values.items():
+                if not math.isfinite(value):
+                    shown = ", ".join(batch.clips)
+                    raise UserError(f"{where}: the {part} loss is {value} on {shown}; last good epoch: {self.epoch}")
+            self.optimizer.zero_grad()
+            total.backward()
+            self.optimizer.step()
+            self.step += 1
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            log.step(self.epoch + 1, self.step, values, len(batch.frames), seconds)
+        for name, tensor in self.network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{where}: {name} is not finite after its update; last good epoch: {self.epoch}")
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, but for the network's own tensors."""
+        return {"epoch": self.epoch, "step": self.step, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
