@@ -153,8 +153,8 @@ def backward(
 
     dx = x.new_empty(x.shape) if need_x else None
     dx_maps = None if dx is None else dx.view(clips, steps_total, channels, positions)
-    d_w = torch.zeros_like(gate.w)
-    d_recurrent, d_hoisted = gate.halves(d_w)
+    # Transposed, (C, D): the product that adds to them is a third faster so.
+    d_recurrent, d_hoisted = torch.zeros_like(recurrent_t), torch.zeros_like(hoisted_t)
     carry = x.new_zeros((clips, channels, positions), dtype=dtype)
     a, z, scratch = (torch.empty_like(carry) for _ in range(3))
     du_next: Tensor | None = None
@@ -174,9 +174,9 @@ def backward(
 
         if need_weights:
             operand = refined[t - 1] if inputs == "raw" else a
-            d_recurrent.addbmm_(du, operand.mT)
+            d_recurrent.addbmm_(operand, du.mT)
             if inputs != "appearance":
-                d_hoisted.addbmm_(du, frames.hoistable(inputs, t, out=scratch).mT)
+                d_hoisted.addbmm_(frames.hoistable(inputs, t, out=scratch), du.mT)
         if inputs == "raw":
             carry = g.sub_(zg).baddbmm_(_product(recurrent_t, du), du)
         else:
@@ -201,6 +201,9 @@ def backward(
         dx_maps[:, 0] = upstream.add_to(carry, 0).add_(d_before)
     if not need_weights:
         return dx, None, None, None, None, None, None, d_state_x, d_state_s
+    d_w = torch.empty_like(gate.w)
+    for half, d_half in zip(gate.halves(d_w), (d_recurrent, d_hoisted), strict=True):
+        half.copy_(d_half.t())
     d_weights = (d_w, gradients.gamma, gradients.beta, gradients.w_s1, gradients.w_s2, gradients.w_c)
     like = (w, gamma, beta, w_s1, w_s2, w_c)
     cast = [None if d is None or v is None else d.to(v.dtype) for d, v in zip(d_weights, like, strict=True)]
