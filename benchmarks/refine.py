@@ -3,7 +3,8 @@
     python -m benchmarks.refine
     python -m benchmarks.refine --shape 4 8 2048 8 8 --dtype bfloat16 --no-compile
 
-Forward, and forward with backward, in training mode. Roofline: GEMM FLOPs at this machine's own GEMM rate plus
+Forward, and forward with backward, in training mode. Two eager forms: the reference, S + Z (X - S), and the authors'
+(1 - Z) S + Z X, which keeps one map more a frame. Roofline: GEMM FLOPs at this machine's own GEMM rate plus
 compulsory bytes at its own copy rate, both measured in the same run.
 """
 
@@ -53,13 +54,16 @@ def main(options: Options) -> list[dict[str, Any]]:
     upstream = [torch.randn(options.shape, device=device), torch.randn(clips, channels, height, device=device)]
     upstream = [g.to(dtype) for g in upstream]
 
-    modules: dict[str, Callable[..., rru_fast.Refined]] = {"eager": eager}
+    modules: dict[str, Callable[..., rru_fast.Refined]] = {
+        "eager": eager,
+        "eager, authors' form": _twin(eager, Authors),
+    }
     for name, missing in config.BACKENDS.items():
         if missing is None and name != "reference":
-            modules[name] = _twin(eager, name)
+            modules[name] = _twin(eager, rru_fast.RRU, backend=name)
     _check(modules, x, upstream, dtype)
     if options.compile:
-        modules["torch.compile"] = torch.compile(_twin(eager, None))
+        modules["torch.compile"] = torch.compile(_twin(eager, reference.RRU))
 
     def forward(module: Callable[..., rru_fast.Refined]) -> Callable[[], object]:
         def work() -> rru_fast.Refined:
@@ -108,14 +112,28 @@ def main(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _twin(eager: reference.RRU, backend: str | None) -> reference.RRU:
-    """A module of its own with the eager one's weights; None: eager itself once more."""
-    settings: dict[str, Any] = {"hidden": eager.transition.out_channels}
-    twin = (
-        reference.RRU(eager.channels, eager.spatial, **settings)
-        if backend is None
-        else rru_fast.RRU(eager.channels, eager.spatial, backend=backend, **settings)
-    )
+class Authors(reference.RRU):
+    """The unit as its authors' code runs it, in this library's signs and names: what a user comes from."""
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, state: rru_fast.State | None = None
+    ) -> rru_fast.Refined:
+        """x (B, T, C, H, W) to `Refined`, training only."""
+        previous = torch.cat((x[:, :1], x[:, :-1]), 1)
+        motion, s, out = x - previous, x[:, 0], []
+        for t in range(x.shape[1]):
+            y = self.transition_norm(self.transition(torch.cat((x[:, t] - s, motion[:, t]), 1))).relu()
+            z_s = self.spatial_attention(y.mean(1).flatten(1)).view(-1, 1, *y.shape[2:])
+            z = torch.sigmoid(z_s * self.channel_attention(y.mean((2, 3)))[:, :, None, None])
+            s = (1 - z) * s + z * x[:, t]
+            out.append(s)
+        features = torch.stack(out, 1)
+        return rru_fast.Refined(features, features.mean((1, 4)), None)
+
+
+def _twin(eager: reference.RRU, cls: type[reference.RRU], **settings: str) -> reference.RRU:
+    """A module of its own with the eager one's weights."""
+    twin = cls(eager.channels, eager.spatial, hidden=eager.transition.out_channels, **settings)  # type: ignore[arg-type]
     twin.to(eager.transition.weight)
     twin.load_state_dict(eager.state_dict())
     return twin
@@ -132,7 +150,7 @@ def _check(modules: dict[str, Any], x: Tensor, upstream: list[Tensor], dtype: to
 
     eager = modules["eager"]
     in_dtype = results(eager, x, upstream)
-    oracle = results(_twin(eager, None).double(), x.detach().double(), [g.double() for g in upstream])
+    oracle = results(_twin(eager, reference.RRU).double(), x.detach().double(), [g.double() for g in upstream])
     for name, module in modules.items():
         if module is not eager:
             worst = parity.demand(name, results(module, x, upstream), in_dtype, oracle)

@@ -111,7 +111,7 @@ class GateGradients:
             dy = dy + (dh @ gate.w_s1).div_(y.shape[1])[:, None]
             self.w_s2.addmm_(dz_s.t(), h)
             self.w_s1.addmm_(dh.t(), y.mean(1))
-        dy = gate.grouped(torch.where(y > 0, dy, 0))
+        dy = gate.grouped(torch.ops.aten.threshold_backward(dy, y, 0))
         sum_dy, sum_dy_uhat = dy.sum((1, 3)), (dy * uhat).sum((1, 3))  # (groups, D)
         self.beta += sum_dy.sum(0)
         self.gamma += sum_dy_uhat.sum(0)

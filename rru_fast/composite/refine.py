@@ -60,8 +60,9 @@ def forward(
     saved_z_s = empty(kept if w_s2 is not None else 0, clips, positions)
     saved_z_c = empty(kept if w_c is not None else 0, clips, channels)
     saved_h = empty(kept if w_s1 is not None else 0, clips, 0 if w_s1 is None else w_s1.shape[0])
+    shared_first = _shared_first(inputs, start)
     if inputs != "appearance":
-        _hoisted(gate, frames, start, u)
+        _hoisted(gate, frames, start, u, skip=int(shared_first))
 
     if state_s is not None:
         s = state_s.flatten(2).to(dtype)
@@ -73,15 +74,16 @@ def forward(
         if training and inputs == "raw":  # the gate's one real input at t = 1, for the running statistics
             first = s.contiguous()
             var[0], mean[0] = gate.statistics(torch.bmm(_product(gate.recurrent + gate.hoisted, first), first))
-    a, z = empty(clips, channels, positions), empty(clips, channels, positions)
+    a = empty(clips, channels, positions)
     for n, t in enumerate(range(start, steps_total)):
         torch.sub(frames[t], s, out=a)
         operand = s if inputs == "raw" else a
-        weight = _product(gate.recurrent, operand)
-        if inputs == "appearance":
-            torch.bmm(weight, operand, out=u[n])
+        if n == 0 and shared_first:
+            torch.bmm(_product(gate.recurrent + gate.hoisted, a), a, out=u[n])
+        elif inputs == "appearance":
+            torch.bmm(_product(gate.recurrent, a), a, out=u[n])
         else:
-            u[n].baddbmm_(weight, operand)
+            u[n].baddbmm_(_product(gate.recurrent, operand), operand)
         if training:
             step_var, step_mean = gate.statistics(u[n])
             var[t], mean[t] = step_var, step_mean
@@ -90,11 +92,10 @@ def forward(
             for vectors, vector in ((saved_h, h), (saved_z_s, z_s), (saved_z_c, z_c)):
                 if vector is not None:
                     vectors[n] = vector
-        sigmoid_gate(z_s, z_c, out=z)
-        if dtype == x.dtype:
-            s = torch.addcmul(s, z, a, out=s_out[:, t])  # eq. 5
-        else:  # the state keeps the arithmetic dtype, the output rounds it
-            s = torch.addcmul(s, z, a)
+        # In place where the output has the arithmetic dtype; else the state keeps that dtype and the output rounds it.
+        z = sigmoid_gate(z_s, z_c, out=s_out[:, t] if x.dtype == dtype else torch.empty_like(a))
+        s = torch.addcmul(s, z, a, out=z)  # eq. 5
+        if x.dtype != dtype:
             s_out[:, t] = s
         total += s if lengths is None else s.masked_fill(~_alive(lengths, steps_total)[:, t], 0)
     if lengths is not None:
@@ -148,6 +149,7 @@ def backward(
     upstream = _Upstream(d_features, d_strips, lengths, x.shape, dtype)
     recurrent_t, hoisted_t = gate.recurrent.t().contiguous(), gate.hoisted.t().contiguous()
     start = 0 if state_s is not None else 1
+    shared_first = _shared_first(inputs, start)
     if not training:
         step_var, step_mean = _running(running_var, dtype), _running(running_mean, dtype)
 
@@ -165,40 +167,49 @@ def backward(
         g = upstream.add_to(carry, t)
         torch.sub(frames[t], refined[t - 1], out=a)
         sigmoid_gate(z_s, z_c, out=z)
-        one_minus_z = torch.sub(1, z, out=scratch)
+        dl = torch.mul(g, a, out=scratch)
+        torch.ops.aten.sigmoid_backward(dl, z, grad_input=dl)  # dl z (1 - z) in one pass
         zg = z.mul_(g)
-        dl = one_minus_z.mul_(a).mul_(zg)
         if training:
             step_var, step_mean = var[t], mean[t]
         du = gradients.step(dl, u[n], step_var, step_mean, h, z_s, z_c, training)
 
+        sharing = n == 0 and shared_first
         if need_weights:
             operand = refined[t - 1] if inputs == "raw" else a
-            d_recurrent.addbmm_(operand, du.mT)
-            if inputs != "appearance":
+            if sharing:
+                d_both = torch.zeros_like(d_hoisted).addbmm_(a, du.mT)
+                d_recurrent += d_both
+                d_hoisted += d_both
+            else:
+                d_recurrent.addbmm_(operand, du.mT)
+            if inputs != "appearance" and not sharing:
                 d_hoisted.addbmm_(frames.hoistable(inputs, t, out=scratch), du.mT)
+        through_s = recurrent_t + hoisted_t if sharing else recurrent_t
         if inputs == "raw":
-            carry = g.sub_(zg).baddbmm_(_product(recurrent_t, du), du)
+            carry = g.sub_(zg).baddbmm_(_product(through_s, du), du)
         else:
-            zg.baddbmm_(_product(recurrent_t, du), du)
+            zg.baddbmm_(_product(through_s, du), du)
             carry = g.sub_(zg)
         if dx_maps is not None:
-            if inputs != "appearance":
-                hoisted = du if inputs == "raw" or du_next is None else du - du_next
-                zg.baddbmm_(_product(hoisted_t, hoisted), hoisted)
+            du_x = None if inputs == "appearance" or sharing else du
+            if inputs == "appearance+motion" and du_next is not None:
+                du_x = -du_next if du_x is None else du_x - du_next
+            if du_x is not None:
+                zg.baddbmm_(_product(hoisted_t, du_x), du_x)
             dx_maps[:, t] = zg
         du_next = du
 
-    # What reaches the frame before the first step: through S by `carry`, through the motion by dU of that step.
-    d_before = torch.zeros_like(carry)
-    if inputs == "appearance+motion" and du_next is not None:
-        d_before.baddbmm_(_product(hoisted_t, du_next), du_next, alpha=-1)
     d_state_x = d_state_s = None
     if start == 0:
+        # The frame before reaches the first step through S, by `carry`, and through the motion, by its dU.
         maps = (clips, channels, height, width)
-        d_state_x, d_state_s = d_before.view(maps).to(x.dtype), carry.view(maps).to(x.dtype)
+        d_state_x, d_state_s = torch.zeros_like(carry), carry.view(maps).to(x.dtype)
+        if inputs == "appearance+motion" and du_next is not None:
+            d_state_x.baddbmm_(_product(hoisted_t, du_next), du_next, alpha=-1)
+        d_state_x = d_state_x.view(maps).to(x.dtype)
     elif dx_maps is not None:
-        dx_maps[:, 0] = upstream.add_to(carry, 0).add_(d_before)
+        dx_maps[:, 0] = upstream.add_to(carry, 0)
     if not need_weights:
         return dx, None, None, None, None, None, None, d_state_x, d_state_s
     d_w = torch.empty_like(gate.w)
@@ -214,6 +225,11 @@ def _running(statistic: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A running statistic (D,) as that of one group, (1, D)."""
     assert statistic is not None
     return statistic.to(dtype)[None]
+
+
+def _shared_first(inputs: str, start: int) -> bool:
+    """Whether A = M at the first step, so that one product serves both: its past is X_1 itself, S_1 = X_1."""
+    return inputs == "appearance+motion" and start == 1
 
 
 def _product(weight: Tensor, maps: Tensor) -> Tensor:
@@ -248,13 +264,13 @@ class _Frames:
         return torch.sub(self[t], self[t - 1], out=out)
 
 
-def _hoisted(gate: Gate, frames: _Frames, start: int, u: Tensor) -> None:
-    """u[n] = hoisted weights times what they multiply at frame start + n, for all steps."""
+def _hoisted(gate: Gate, frames: _Frames, start: int, u: Tensor, skip: int) -> None:
+    """u[n] = hoisted weights times what they multiply at frame start + n, for all steps but the first `skip`."""
     steps, clips = u.shape[:2]
     channels, positions = frames.maps.shape[2:]
     block = max(1, HOIST_BYTES // (clips * channels * positions * u.element_size()))
     scratch = u.new_empty(min(block, steps), clips, channels, positions)
-    for n0 in range(0, steps, block):
+    for n0 in range(skip, steps, block):
         n1 = min(n0 + block, steps)
         for n in range(n0, n1):
             frames.hoistable(gate.inputs, start + n, scratch[n - n0])
