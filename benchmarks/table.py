@@ -14,7 +14,7 @@ def show(title: str, environment: dict[str, Any], rows: list[dict[str, Any]], no
         title=title, caption=", ".join(f"{k} {v}" for k, v in environment.items()) + notes, title_justify="left"
     )
     for index, column in enumerate(rows[0]):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     Console(width=max(Console().width, 110)).print(table)
