@@ -5,8 +5,9 @@
 
 Forward, and forward with backward, in training mode. There are two eager rows. "authors" is the unit as its authors'
 code runs it, frames sliced one by one and the blend (1 - Z) S + Z X: what a user comes from. "reference" is this
-library's, with frames unbound at once and the blend S + Z (X - S): the same arithmetic, less memory traffic. Roofline: GEMM FLOPs at this machine's own GEMM rate plus
-compulsory bytes at its own copy rate, both measured in the same run.
+library's, with frames unbound at once and the blend S + Z (X - S): the same arithmetic, less memory traffic.
+Roofline: GEMM FLOPs at this machine's own GEMM rate plus compulsory bytes at its own copy rate, both measured in the
+same run.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ def show(title: str, environment: dict[str, Any], rows: list[dict[str, Any]], no
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=max(Console().width, 110)).print(table)
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
