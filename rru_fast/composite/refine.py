@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rru_fast.composite._frames import Frames, Upstream, alive
 from rru_fast.composite._gate import Gate, GateGradients, sigmoid_gate
 
 # Scratch for the hoisted product, a frame at least: small enough to stay warm, large enough to fill a product.
@@ -41,7 +42,7 @@ def forward(
     clips, steps_total, channels, height, width = x.shape
     positions, d = height * width, w.shape[0]
     gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
-    frames = _Frames(x, state_x, lengths, dtype)
+    frames = Frames(x, state_x, lengths, dtype)
     start = 0 if state_s is not None else 1
     steps = steps_total - start
 
@@ -97,9 +98,9 @@ def forward(
         s = torch.addcmul(s, z, a, out=z)  # eq. 5
         if x.dtype != dtype:
             s_out[:, t] = s
-        total += s if lengths is None else s.masked_fill(~_alive(lengths, steps_total)[:, t], 0)
+        total += s if lengths is None else s.masked_fill(~alive(lengths, steps_total)[:, t], 0)
     if lengths is not None:
-        s_out.masked_fill_(~_alive(lengths, steps_total), 0)
+        s_out.masked_fill_(~alive(lengths, steps_total), 0)
     strips = total.view(clips, channels, height, width).mean(3)
     strips = strips / (steps_total if lengths is None else lengths[:, None, None].to(dtype))
     u = u if save else empty(0, clips, d, positions)
@@ -145,8 +146,8 @@ def backward(
     positions = height * width
     gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
     gradients = GateGradients(gate)
-    frames, refined = _Frames(x, state_x, lengths, dtype), _Frames(features, state_s, None, dtype)
-    upstream = _Upstream(d_features, d_strips, lengths, x.shape, dtype)
+    frames, refined = Frames(x, state_x, lengths, dtype), Frames(features, state_s, None, dtype)
+    upstream = Upstream(d_features, d_strips, lengths, x.shape, dtype)
     recurrent_t, hoisted_t = gate.recurrent.t().contiguous(), gate.hoisted.t().contiguous()
     start = 0 if state_s is not None else 1
     shared_first = _shared_first(inputs, start)
@@ -175,28 +176,26 @@ def backward(
         du = gradients.step(dl, u[n], step_var, step_mean, h, z_s, z_c, training)
 
         sharing = n == 0 and shared_first
-        if need_weights:
-            operand = refined[t - 1] if inputs == "raw" else a
-            if sharing:
-                d_both = torch.zeros_like(d_hoisted).addbmm_(a, du.mT)
-                d_recurrent += d_both
-                d_hoisted += d_both
-            else:
-                d_recurrent.addbmm_(operand, du.mT)
-            if inputs != "appearance" and not sharing:
+        if need_weights and sharing:
+            d_both = torch.zeros_like(d_hoisted).addbmm_(a, du.mT)
+            d_recurrent += d_both
+            d_hoisted += d_both
+        elif need_weights:
+            d_recurrent.addbmm_(refined[t - 1] if inputs == "raw" else a, du.mT)
+            if inputs != "appearance":
                 d_hoisted.addbmm_(frames.hoistable(inputs, t, out=scratch), du.mT)
-        through_s = recurrent_t + hoisted_t if sharing else recurrent_t
+
+        # dX_t = Z G + E + (what goes through the hoisted weights); carry = (1 - Z) G - E, or + E for raw inputs.
         if inputs == "raw":
-            carry = g.sub_(zg).baddbmm_(_product(through_s, du), du)
+            carry = g.sub_(zg).baddbmm_(_product(recurrent_t, du), du)
         else:
-            zg.baddbmm_(_product(through_s, du), du)
+            through_a = recurrent_t + hoisted_t if sharing else recurrent_t
+            zg.baddbmm_(_product(through_a, du), du)
             carry = g.sub_(zg)
         if dx_maps is not None:
-            du_x = None if inputs == "appearance" or sharing else du
-            if inputs == "appearance+motion" and du_next is not None:
-                du_x = -du_next if du_x is None else du_x - du_next
-            if du_x is not None:
-                zg.baddbmm_(_product(hoisted_t, du_x), du_x)
+            du_hoisted = _through_hoisted(inputs, sharing, du, du_next)
+            if du_hoisted is not None:
+                zg.baddbmm_(_product(hoisted_t, du_hoisted), du_hoisted)
             dx_maps[:, t] = zg
         du_next = du
 
@@ -232,39 +231,21 @@ def _shared_first(inputs: str, start: int) -> bool:
     return inputs == "appearance+motion" and start == 1
 
 
+def _through_hoisted(inputs: str, sharing: bool, du: Tensor, du_next: Tensor | None) -> Tensor | None:
+    """What reaches frame t through the hoisted weights, if anything: dU_t, less dU_{t+1} whose motion begins there."""
+    if inputs == "appearance":
+        return None
+    if inputs == "raw" or du_next is None:
+        return None if sharing else du
+    return -du_next if sharing else du - du_next
+
+
 def _product(weight: Tensor, maps: Tensor) -> Tensor:
     """weight (M, K) as the left factor of every clip of `maps` (B, K, P)."""
     return weight.expand(len(maps), *weight.shape)
 
 
-def _alive(lengths: Tensor, frames: int) -> Tensor:
-    """(B, T, 1, 1), true where a clip has a frame."""
-    return (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, :, None, None]
-
-
-class _Frames:
-    """X as (B, T, C, P), frame by frame in the arithmetic dtype, with the frame before the first at index -1."""
-
-    def __init__(self, x: Tensor, before: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> None:
-        self.maps = x.flatten(3)
-        if lengths is not None:  # padding may hold anything
-            self.maps = self.maps.masked_fill(~_alive(lengths, x.shape[1]), 0)
-        self.before = None if before is None else before.flatten(2)
-        self.dtype = dtype
-
-    def __getitem__(self, t: int) -> Tensor:
-        frame = self.before if t < 0 else self.maps[:, t]
-        assert frame is not None
-        return frame.to(self.dtype)
-
-    def hoistable(self, inputs: str, t: int, out: Tensor) -> Tensor:
-        """What `hoisted` multiplies at frame t: X_t for raw inputs, else the motion X_t - X_{t-1} in full precision."""
-        if inputs == "raw":
-            return out.copy_(self[t])
-        return torch.sub(self[t], self[t - 1], out=out)
-
-
-def _hoisted(gate: Gate, frames: _Frames, start: int, u: Tensor, skip: int) -> None:
+def _hoisted(gate: Gate, frames: Frames, start: int, u: Tensor, skip: int) -> None:
     """u[n] = hoisted weights times what they multiply at frame start + n, for all steps but the first `skip`."""
     steps, clips = u.shape[:2]
     channels, positions = frames.maps.shape[2:]
@@ -276,32 +257,3 @@ def _hoisted(gate: Gate, frames: _Frames, start: int, u: Tensor, skip: int) -> N
             frames.hoistable(gate.inputs, start + n, scratch[n - n0])
         operand = scratch[: n1 - n0].flatten(0, 1)
         torch.bmm(_product(gate.hoisted, operand), operand, out=u[n0:n1].flatten(0, 1))
-
-
-class _Upstream:
-    """What the outputs' gradients add to each frame's S, (B, C, P)."""
-
-    def __init__(
-        self,
-        d_features: Tensor | None,
-        d_strips: Tensor | None,
-        lengths: Tensor | None,
-        shape: torch.Size,
-        dtype: torch.dtype,
-    ) -> None:
-        clips, frames, channels, height, width = shape
-        self.padding = None if lengths is None else ~_alive(lengths, frames)
-        self.features = None if d_features is None else d_features.flatten(3)
-        self.strips = None
-        if d_strips is not None:
-            count = frames if lengths is None else lengths[:, None, None].to(dtype)
-            share = d_strips.to(dtype) / count / width
-            self.strips = share[..., None].expand(-1, -1, -1, width).reshape(clips, channels, height * width)
-
-    def add_to(self, g: Tensor, t: int) -> Tensor:
-        """g += the gradient of frame t, in place."""
-        parts = (None if self.features is None else self.features[:, t], self.strips)
-        for part in parts:
-            if part is not None:
-                g += part if self.padding is None else part.masked_fill(self.padding[:, t], 0)
-        return g
