@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from rru_fast.reference import Inputs, Metric, Reduction, State
+from rru_fast.reference import FINITE, SMALLEST, Inputs, Reduction, State, check_loss, check_number, check_sizes
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,13 +25,15 @@ def _device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
 
 
 def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {meaning}")
     if tensor.dtype not in DTYPES:
@@ -71,11 +72,13 @@ def check_refine(
     """Arguments of `rru_fast.refine`."""
     _floating("x", x, (5,), "(B, T, C, H, W)")
     _choice("inputs", inputs, get_args(Inputs))
-    clips, frames, channels, height, width = x.shape
+    clips, _, channels, height, width = x.shape
     if not isinstance(w, Tensor) or w.dim() != 2:
         got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
         raise ValueError(f"w: got {got}, wanted a tensor (D, {'C' if inputs == 'appearance' else '2C'})")
     d = w.shape[0]
+    if d < 1:
+        raise ValueError(f"w: got shape {tuple(w.shape)}, wanted D of at least 1")
     columns = channels if inputs == "appearance" else 2 * channels
     _weight("w", w, x, (d, columns), f"(D, {'C' if inputs == 'appearance' else '2C'}) for inputs={inputs!r}")
     _weight("gamma", gamma, x, (d,), "(D,)")
@@ -95,16 +98,17 @@ def check_refine(
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is not None:
             _weight(name, buffer, x, (d,), "(D,)")
-    if not isinstance(momentum, float | int) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: got {momentum!r}, wanted a number from 0 to 1")
-    if not isinstance(eps, float | int) or not (0 < eps < math.inf):
-        raise ValueError(f"eps: got {eps!r}, wanted a number above 0")
-    if not isinstance(bn_groups, int) or bn_groups < 1:
-        raise ValueError(f"bn_groups: got {bn_groups!r}, wanted an integer of at least 1")
+            if buffer.requires_grad:
+                raise ValueError(f"{name}: got a tensor that requires gradients, wanted a buffer that does not")
+    check_number("momentum", momentum, 0, 1, "a number from 0 to 1")
+    check_number("eps", eps, SMALLEST, FINITE, "a number above 0")
+    check_sizes(bn_groups=bn_groups)
+    if not isinstance(training, bool):
+        raise TypeError(f"training: got {training!r}, wanted True or False")
     if training:
         if lengths is not None or state is not None:
             given = "lengths" if lengths is not None else "state"
-            raise ValueError(f"{given}: got it in training, wanted eval mode (batch statistics need whole clips)")
+            raise ValueError(f"{given}: got it with batch statistics (training), wanted running ones (eval mode)")
         if clips % bn_groups:
             raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
         if clips // bn_groups * height * width == 1:  # BatchNorm's own words
@@ -113,7 +117,7 @@ def check_refine(
     elif running_mean is None:
         raise ValueError("running_mean, running_var: got None in eval mode, wanted both")
     if lengths is not None:
-        _check_lengths(lengths, clips, frames)
+        _check_lengths(lengths, x)
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(f"state: got {type(state).__name__}, wanted the (x, s) of an earlier call's .state")
@@ -124,14 +128,17 @@ def check_refine(
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {x.dtype} as x")
 
 
-def _check_lengths(lengths: Tensor, clips: int, frames: int) -> None:
-    _shape("lengths", lengths, (clips,), "(B,)")
+def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+    _shape("lengths", lengths, (len(x),), "(B,)")
     _integers("lengths", lengths)
+    if lengths.device.type != "cpu":
+        _device("lengths", lengths, x, "x")
     # On a GPU, and inside a graph, looking at the values would wait for the device.
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest < 1 or longest > frames:
-            raise ValueError(f"lengths: got values from {shortest} to {longest}, wanted 1 to T={frames}")
+        values = lengths.to(torch.int64)
+        shortest, longest = int(values.min()), int(values.max())
+        if shortest < 1 or longest > x.shape[1]:
+            raise ValueError(f"lengths: got values from {shortest} to {longest}, wanted 1 to T={x.shape[1]}")
 
 
 def _integers(name: str, tensor: Tensor) -> None:
@@ -139,21 +146,24 @@ def _integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
 
 
+def check_derivatives(name: str, *tensors: Tensor | None) -> None:
+    """Raise where forward mode or torch.func asks for derivatives that a closed-form backward does not give."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        wrapped = torch._C._functorch.is_gradtrackingtensor(tensor)
+        dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        if wrapped or dual.tangent is not None:
+            raise RuntimeError(
+                f"{name}: forward-mode and torch.func derivatives are not implemented, backend='reference' has them"
+            )
+
+
 def check_strip_pool(s: Tensor) -> None:
     """Arguments of `rru_fast.strip_pool`."""
     _floating("s", s, (5,), "(B, T, C, H, W)")
-
-
-def check_margin(margin: Any) -> None:
-    """A finite number, or "soft"."""
-    number = isinstance(margin, float | int) and not isinstance(margin, bool) and math.isfinite(margin)
-    if margin != "soft" and not number:
-        raise ValueError(f"margin: got {margin!r}, wanted a finite number or 'soft'")
-
-
-def check_metric(metric: Any) -> None:
-    """A metric of the triplet loss."""
-    _choice("metric", metric, get_args(Metric))
 
 
 def check_batch_hard_triplet(features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str) -> None:
@@ -162,6 +172,5 @@ def check_batch_hard_triplet(features: Tensor, labels: Tensor, margin: Any, metr
     _shape("labels", labels, (features.shape[-2],), "(N,), one a feature")
     _integers("labels", labels)
     _device("labels", labels, features, "features")
-    check_margin(margin)
-    check_metric(metric)
+    check_loss(margin, metric)
     _choice("reduction", reduction, get_args(Reduction))

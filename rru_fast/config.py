@@ -20,10 +20,10 @@ BACKENDS: dict[str, str | None] = {
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or a backend that can serve here."""
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return
     usable = ", ".join(repr(name) for name, reason in BACKENDS.items() if reason is None)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}")
     if BACKENDS[backend] is not None:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}: {BACKENDS[backend]}")

@@ -52,9 +52,10 @@ def refine(
         bn_groups: the clips are normalised in this many consecutive groups, each with statistics of its own; the
             running ones follow the first. Divides B. Training only.
         lengths: integers (B,) from 1 to T: frames past a clip's length are ignored and their S is 0. Eval mode only.
-            Values are checked when the tensor is on the CPU.
-        state: `.state` of the call that refined the video so far; eval mode only. Chunk by chunk gives what one go
-            gives (16-bit dtypes: the state is rounded to the dtype at each boundary).
+            Values are checked when the tensor is on the CPU, but not inside torch.compile.
+        state: `.state` of the call that refined the video so far; eval mode only. Chunk by chunk the features are those
+            of one go (16-bit dtypes: the state is rounded to the dtype at each boundary); the strips are means over
+            each chunk's own frames, to be averaged by their numbers.
         backend: "auto", or a backend `show_config` lists as available.
 
     Weights are of x's dtype, or float32 beside a 16-bit x. Whatever x's dtype, the arithmetic is float32 at least.
@@ -64,7 +65,7 @@ def refine(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
-        RuntimeError: on second-order gradients (backend="reference" has them).
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_refine(
         x,
@@ -106,9 +107,10 @@ def refine(
             state=state,
         )
     if lengths is not None:
-        lengths = lengths.to(x.device)
-    state_x, state_s = (None, None) if state is None else state
+        lengths = lengths.to(x.device, torch.int64)
+    state_x, state_s = (None, None) if state is None else (_usable(state.x), _usable(state.s))
     differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
+    checks.check_derivatives("rru_fast.refine", *differentiable)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
     features, strips, mean, var, *_ = ops.refine.refine(
         x,
@@ -139,6 +141,13 @@ def refine(
     return Refined(features, strips, None)
 
 
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode where a backward may have to save it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 @torch.no_grad()
 def _update(running: Tensor, steps: Tensor, momentum: float) -> None:
     """running = (1 - momentum) running + momentum step, for each row of steps (T, D) in order."""
@@ -161,7 +170,10 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
     """
     checks.check_strip_pool(s)
     chosen = config.choose(backend)
-    return reference.strip_pool(s) if chosen == "reference" else cast(Tensor, ops.strip_pool.strip_pool(s, chosen))
+    if chosen == "reference":
+        return reference.strip_pool(s)
+    checks.check_derivatives("rru_fast.strip_pool", s)
+    return cast(Tensor, ops.strip_pool.strip_pool(s, chosen))
 
 
 def batch_hard_triplet(
@@ -194,7 +206,7 @@ def batch_hard_triplet(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
-        RuntimeError: on second-order gradients (backend="reference" has them).
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_batch_hard_triplet(features, labels, margin, metric, reduction)
     chosen = config.choose(backend)
@@ -202,6 +214,7 @@ def batch_hard_triplet(
         return reference.batch_hard_triplet(
             features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices
         )
+    checks.check_derivatives("rru_fast.batch_hard_triplet", features)
     grouped = features if features.dim() == 3 else features[None]
     if metric == "cosine":
         grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor
 
-from rru_fast import checks, config, functional, reference
-from rru_fast.reference import Metric, Refined
+from rru_fast import config, functional, reference
+from rru_fast.reference import Refined
 
 
 class RRU(reference.RRU):
@@ -73,17 +73,6 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
     >>> loss(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 1]))
     tensor(0.)
     """
-
-    def __init__(
-        self,
-        margin: float | Literal["soft"] = 0.3,
-        metric: Metric = "euclidean",
-        gather: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        checks.check_margin(margin)
-        checks.check_metric(metric)
-        super().__init__(margin, metric, gather, backend)
 
     def _choose_backend(self, backend: str) -> None:
         config.check_backend(backend)

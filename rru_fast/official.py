@@ -43,6 +43,8 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ...     print(error)
     state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or person-reid-lib
     """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping of names to tensors")
     anchor = "reduce_dim_z.conv.weight"
     prefixes = [key.removesuffix(anchor) for key in state_dict if key == anchor or key.endswith("." + anchor)]
     wanted = "wanted the weights of an RRU of rru-reid or person-reid-lib"

@@ -6,7 +6,10 @@ Liu, Yuan, Zhou, Li, "Spatial and Temporal Mutual Promotion for Video-based Pers
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+import math
+import sys
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed
@@ -18,6 +21,9 @@ Attention = Literal["both", "spatial", "channel"]
 Inputs = Literal["appearance+motion", "appearance", "raw"]
 Metric = Literal["euclidean", "cosine"]
 Reduction = Literal["mean", "none"]
+
+FINITE = sys.float_info.max
+SMALLEST = sys.float_info.min
 
 
 class State(NamedTuple):
@@ -61,7 +67,9 @@ def refine(
 ) -> Refined:
     """Eq. 1-5 and 9, frame by frame. Arguments as in `rru_fast.refine`."""
     if training and (lengths is not None or state is not None):
-        raise ValueError("lengths, state: got them in training, wanted eval mode (batch statistics need whole clips)")
+        raise ValueError("lengths, state: got them with batch statistics (training), wanted running ones (eval mode)")
+    if lengths is not None:
+        lengths = lengths.to(x.device, torch.int64)
 
     def normalise(u: Tensor) -> Tensor:
         if not training:
@@ -100,17 +108,20 @@ def refine(
     if lengths is None:
         strips = features.mean((1, 4))  # eq. 9
         return Refined(features, strips, None if training else State(x[:, -1], features[:, -1]))
-    alive = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+    alive = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
     features = features.masked_fill(~alive[:, :, None, None, None], 0)
     strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
     return Refined(features, strips, last_state(x, features, lengths))
 
 
 def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
-    """The last frame of each clip of x and of s, (B, T, C, H, W), as the state its next chunk starts from."""
+    """Copies of each clip's last frame of x and of s, (B, T, C, H, W): the state that its next chunk starts from.
+
+    Copies, so that the caller may reuse x's memory for the next chunk, and need not keep this one's.
+    """
     if lengths is None:
-        return State(x[:, -1], s[:, -1])
-    clip, last = torch.arange(len(x), device=x.device), lengths.to(x.device) - 1
+        return State(x[:, -1].clone(), s[:, -1].clone())
+    clip, last = torch.arange(len(x), device=x.device), lengths - 1
     return State(x[clip, last], s[clip, last])
 
 
@@ -158,6 +169,31 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(all_features, -2), torch.cat(all_labels)
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Raise ValueError unless every named value is an integer of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}: got {size!r}, wanted an integer of at least 1")
+
+
+def check_number(name: str, value: Any, least: float, most: float, wanted: str) -> None:
+    """Raise ValueError unless the value is a number from `least` to `most`, both included; NaN is not."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not least <= number <= most:
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def check_loss(margin: Any, metric: Any) -> None:
+    """Raise ValueError unless the margin is a finite number or "soft", and the metric one there is."""
+    if not (isinstance(margin, str) and margin == "soft"):
+        check_number("margin", margin, -FINITE, FINITE, "a finite number or 'soft'")
+    if not isinstance(metric, str) or metric not in ("euclidean", "cosine"):
+        raise ValueError(f"metric: got {metric!r}, wanted one of 'euclidean', 'cosine'")
+
+
 def _only_reference(backend: str) -> None:
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or 'reference' (this is the reference module)")
@@ -181,25 +217,21 @@ class RRU(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        sizes = {
-            "channels": channels,
-            "spatial[0]": spatial[0],
-            "spatial[1]": spatial[1],
-            "hidden": hidden,
-            "spatial_hidden": spatial_hidden,
-            "bn_groups": bn_groups,
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: got {size!r}, wanted an integer of at least 1")
+        if not isinstance(spatial, tuple | list) or len(spatial) != 2:
+            raise ValueError(f"spatial: got {spatial!r}, wanted (H, W)")
+        height, width = spatial
+        check_sizes(channels=channels, hidden=hidden, spatial_hidden=spatial_hidden, bn_groups=bn_groups)
+        check_sizes(**{"spatial[0]": height, "spatial[1]": width})
+        check_number("bn_eps", bn_eps, SMALLEST, FINITE, "a number above 0")
+        check_number("bn_momentum", bn_momentum, 0, 1, "a number from 0 to 1")
         if attention not in ("both", "spatial", "channel"):
             raise ValueError(f"attention: got {attention!r}, wanted 'both', 'spatial' or 'channel'")
         if inputs not in ("appearance+motion", "appearance", "raw"):
             raise ValueError(f"inputs: got {inputs!r}, wanted 'appearance+motion', 'appearance' or 'raw'")
         self._choose_backend(backend)
-        self.channels, self.spatial = channels, (spatial[0], spatial[1])
+        self.channels, self.spatial = channels, (height, width)
         self.attention, self.inputs, self.bn_groups = attention, inputs, bn_groups
-        positions = spatial[0] * spatial[1]
+        positions = height * width
         self.transition = nn.Conv2d(channels if inputs == "appearance" else 2 * channels, hidden, 1, bias=False)
         self.transition_norm = nn.BatchNorm2d(hidden, eps=bn_eps, momentum=bn_momentum)
         if attention != "channel":
@@ -219,10 +251,10 @@ class RRU(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
         """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
-        self._check(x)
         norm = self.transition_norm
         # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
         training = norm.training or norm.running_mean is None
+        self._check(x, training)
         spatial = self.spatial_attention if self.attention != "channel" else None
         out = self._refine(
             x,
@@ -246,17 +278,19 @@ class RRU(nn.Module):
             norm.num_batches_tracked.add_(x.shape[1])
         return out
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, training: bool) -> None:
         """What the module knows beyond its weights' shapes."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor (B, T, C, H, W)")
         if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, wanted (B, T, C={self.channels}, H, W), B and T at least 1"
             )
         if self.attention != "channel" and tuple(x.shape[3:]) != self.spatial:
             raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
-        if self.training and x.shape[0] % self.bn_groups:
+        if training and x.shape[0] % self.bn_groups:
             raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
-        if self.training and isinstance(self.transition_norm, nn.SyncBatchNorm):
+        if training and isinstance(self.transition_norm, nn.SyncBatchNorm):
             raise ValueError("transition_norm: got SyncBatchNorm, wanted BatchNorm2d (statistics are per process)")
 
     def extra_repr(self) -> str:
@@ -277,6 +311,7 @@ class BatchHardTripletLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_loss(margin, metric)
         self._choose_backend(backend)
         self.margin, self.metric, self.gather = margin, metric, gather
 
@@ -288,6 +323,9 @@ class BatchHardTripletLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
+        if labels.shape != features.shape[-2:-1]:
+            got, wanted = tuple(labels.shape), tuple(features.shape[-2:-1])
+            raise ValueError(f"labels: got shape {got}, wanted {wanted} = (N,), one a feature")
         if self.gather:
             features, labels = gather_batch(features, labels)
         return self._loss(features, labels)

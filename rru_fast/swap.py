@@ -21,8 +21,8 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     """Turn every reference module in `model` into its fast twin, in place.
 
     The module objects stay, and with them parameters, buffers, hooks and whoever else holds them (optimizers, DDP,
-    averaged copies); only what their forward runs changes. A subclass of a reference module is left alone, for its
-    forward is its own.
+    averaged copies); only what their forward runs changes. Called again, it changes their backend. A subclass of a
+    reference module is left alone, for its forward is its own.
 
     Args:
         model: any module, itself possibly a reference module.
@@ -40,12 +40,13 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     (True, True)
     """
     config.check_backend(backend)
-    targets = [module for module in model.modules() if type(module) in FAST]
+    targets = [module for module in model.modules() if type(module) in FAST or _accelerated(module)]
     if not targets:
         warnings.warn(f"accelerate: {type(model).__name__} holds no reference module to swap", stacklevel=2)
     for module in targets:
-        module._accelerated_from = type(module)  # type: ignore[assignment]
-        module.__class__ = FAST[type(module)]
+        if not _accelerated(module):
+            module._accelerated_from = type(module)  # type: ignore[assignment]
+            module.__class__ = FAST[type(module)]
         module.backend = backend  # type: ignore[assignment]
     return model
 
@@ -59,10 +60,14 @@ def restore(model: Model) -> Model:
     Returns:
         The same `model`. Warns if there was nothing to restore.
     """
-    targets = [module for module in model.modules() if "_accelerated_from" in module.__dict__]
+    targets = [module for module in model.modules() if _accelerated(module)]
     if not targets:
         warnings.warn(f"restore: {type(model).__name__} holds no accelerated module", stacklevel=2)
     for module in targets:
         module.__class__ = module.__dict__.pop("_accelerated_from")
         del module.__dict__["backend"]
     return model
+
+
+def _accelerated(module: nn.Module) -> bool:
+    return "_accelerated_from" in module.__dict__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +55,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eps": float("nan")}, ValueError, "eps: got nan, wanted a number above 0"),
     ({"bn_groups": 0}, ValueError, "bn_groups: got 0, wanted an integer of at least 1"),
     ({"training": True, "bn_groups": 3}, ValueError, "x: got 2 clips, wanted a multiple of bn_groups=3"),
-    ({"training": True, "lengths": torch.tensor([1, 2])}, ValueError, "lengths: got it in training, wanted eval mode"),
+    ({"training": True, "lengths": torch.tensor([1, 2])}, ValueError, "lengths: got it with batch statistics"),
     ({"lengths": torch.tensor([1])}, ValueError, r"lengths: got shape \(1,\), wanted \(2,\) = \(B,\)"),
     ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, r"lengths: got dtype torch\.float32, wanted an integer dtype"),
     ({"lengths": torch.tensor([0, 4])}, ValueError, "lengths: got values from 0 to 4, wanted 1 to T=3"),
@@ -69,6 +70,20 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         r"state\.s: got dtype torch\.float64, wanted torch\.float32 as x",
     ),
+    ({"lengths": torch.tensor([1, 2], device="meta")}, ValueError, "lengths: got device meta, wanted cpu as x"),
+    (
+        {"x": torch.randn(B, T, C, H, W).to_sparse()},
+        TypeError,
+        r"x: got layout torch\.sparse_coo, wanted a dense tensor",
+    ),
+    ({"w": torch.randn(0, 2 * C)}, ValueError, r"w: got shape \(0, 8\), wanted D of at least 1"),
+    ({"training": "no"}, TypeError, "training: got 'no', wanted True or False"),
+    (
+        {"running_mean": torch.zeros(D, requires_grad=True)},
+        ValueError,
+        "running_mean: got a tensor that requires gradients, wanted a buffer",
+    ),
+    ({"backend": ["auto"]}, ValueError, r"backend: got \['auto'\], wanted 'auto' or one of"),
     ({"backend": "fast"}, ValueError, "backend: got 'fast', wanted 'auto' or one of 'reference', 'composite'"),
     ({"backend": "cuda"}, ValueError, "backend: got 'cuda', wanted .*: CUDA kernels are not part of version"),
 ]
@@ -98,6 +113,9 @@ BAD_LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": torch.arange(4, device="meta")}, ValueError, "labels: got device meta, wanted cpu as features"),
     ({"margin": float("nan")}, ValueError, "margin: got nan, wanted a finite number or 'soft'"),
     ({"margin": "hard"}, ValueError, "margin: got 'hard', wanted a finite number or 'soft'"),
+    ({"margin": 10**400}, ValueError, "margin: got 1000.*, wanted a finite number or 'soft'"),
+    ({"margin": True}, ValueError, "margin: got True, wanted a finite number or 'soft'"),
+    ({"margin": np.ones(2)}, ValueError, "margin: got array.*, wanted a finite number or 'soft'"),
     ({"metric": "manhattan"}, ValueError, "metric: got 'manhattan', wanted one of 'euclidean', 'cosine'"),
     ({"reduction": "sum"}, ValueError, "reduction: got 'sum', wanted one of 'mean', 'none'"),
     ({"backend": "triton"}, ValueError, "backend: got 'triton', wanted .*: Triton kernels are not part of version"),
@@ -117,6 +135,11 @@ def test_batch_hard_triplet_names_what_is_wrong(changes: dict[str, Any], kind: t
     [
         ({"channels": 0}, "channels: got 0, wanted an integer of at least 1"),
         ({"spatial": (8, 0)}, r"spatial\[1\]: got 0, wanted an integer of at least 1"),
+        ({"spatial": 8}, r"spatial: got 8, wanted \(H, W\)"),
+        ({"spatial": (8, 8, 8)}, r"spatial: got \(8, 8, 8\), wanted \(H, W\)"),
+        ({"hidden": True}, "hidden: got True, wanted an integer of at least 1"),
+        ({"bn_eps": -1.0}, r"bn_eps: got -1\.0, wanted a number above 0"),
+        ({"bn_momentum": None}, "bn_momentum: got None, wanted a number from 0 to 1"),
         ({"hidden": 2.5}, r"hidden: got 2\.5, wanted an integer of at least 1"),
         ({"attention": "none"}, "attention: got 'none', wanted 'both', 'spatial' or 'channel'"),
         ({"inputs": "both"}, "inputs: got 'both', wanted 'appearance.motion', 'appearance' or 'raw'"),
@@ -131,15 +154,21 @@ def test_a_unit_that_cannot_work_is_not_built(settings_: dict[str, Any], message
 
 
 def test_a_loss_that_cannot_work_is_not_built() -> None:
-    with pytest.raises(ValueError, match="margin: got inf, wanted a finite number or 'soft'"):
-        rru_fast.BatchHardTripletLoss(margin=float("inf"))
-    with pytest.raises(ValueError, match="metric: got 'l1', wanted one of"):
-        rru_fast.BatchHardTripletLoss(metric="l1")  # type: ignore[arg-type]
+    for loss in (rru_fast.BatchHardTripletLoss, rru_fast.reference.BatchHardTripletLoss):
+        with pytest.raises(ValueError, match="margin: got inf, wanted a finite number or 'soft'"):
+            loss(margin=float("inf"))
+        with pytest.raises(ValueError, match="metric: got 'l1', wanted one of"):
+            loss(metric="l1")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"labels: got shape \(1,\), wanted \(6,\) = \(N,\), one a feature"):
+            loss()(torch.randn(6, 4), torch.zeros(1, dtype=torch.int64))
+        assert loss(margin=np.float32(0.5))(torch.zeros(2, 1), torch.arange(2)) == 0.5
 
 
 @pytest.mark.parametrize("module", [rru_fast.RRU, rru_fast.reference.RRU], ids=["fast", "reference"])
 def test_maps_that_do_not_fit_the_unit_are_named(module: type[rru_fast.RRU]) -> None:
     unit = module(4, (3, 2), bn_groups=2)
+    with pytest.raises(TypeError, match=r"x: got list, wanted a tensor \(B, T, C, H, W\)"):
+        unit([1.0])
     with pytest.raises(ValueError, match=r"x: got shape \(2, 3, 5, 3, 2\), wanted \(B, T, C=4, H, W\)"):
         unit(torch.randn(2, 3, 5, 3, 2))
     with pytest.raises(ValueError, match=r"x: got maps of \(2, 3\), wanted spatial=\(3, 2\)"):

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rru_fast
 from rru_fast import reference
+from rru_fast.ops.refine import Arguments
 from tests import parity
 
 
@@ -88,6 +90,16 @@ def test_a_frozen_norm_in_a_training_model_uses_and_keeps_its_running_statistics
     assert fast.transition_norm.num_batches_tracked == 0
 
 
+def test_groups_bind_only_where_batch_statistics_are_used() -> None:
+    x = torch.randn(3, 3, 6, 3, 2, dtype=torch.float64)
+    for module in twins(bn_groups=2):
+        module.transition_norm.eval()
+        assert module(x).features.isfinite().all()
+        module.transition_norm.train()
+        with pytest.raises(ValueError, match="x: got 3 clips, wanted a multiple of bn_groups=2"):
+            module.eval().train()(x)
+
+
 def test_a_batch_of_one_value_raises_what_batch_norm_raises() -> None:
     for module in (cls(4, (1, 1), hidden=3) for cls in (rru_fast.RRU, reference.RRU)):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
@@ -145,17 +157,33 @@ def save(module: nn.Module) -> io.BytesIO:
     return buffer
 
 
+class Saves(TorchDispatchMode):
+    """Notes, for every call of the operator, whether it was asked to keep anything for a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.rru_fast.refine.default:
+            self.seen.append(Arguments(*args).save)
+        return func(*args, **(kwargs or {}))
+
+
 def test_inference_and_no_grad_save_nothing_and_agree() -> None:
     fast, _ = twins()
     fast.eval()
     x = torch.randn(2, 4, 6, 3, 2, dtype=torch.float64)
     with torch.inference_mode():
         inferred = fast(x)
-    with torch.no_grad():
+    with torch.no_grad(), Saves() as saves:
         plain = fast(x)
+    assert saves.seen == [False]
     assert inferred.features.is_inference()
     assert torch.equal(inferred.features, plain.features)
-    assert torch.equal(plain.features, fast(x).features)
+    with Saves() as saves:
+        assert torch.equal(plain.features, fast(x).features)
+    assert saves.seen == [True]
 
 
 GATHER = """

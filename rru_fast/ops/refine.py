@@ -118,11 +118,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     a = Arguments(*inputs)
     if not a.save:
         raise RuntimeError("rru_fast::refine: got save=False with inputs that require gradients, wanted save=True")
-    if a.training:  # not read, and the caller is about to change them
-        a = a._replace(running_mean=None, running_var=None)
+    # In training the running statistics are not read, and the caller is about to change them.
+    running = (None, None) if a.training else (a.running_mean, a.running_var)
     features, _strips, *saved = output
-    tensors, ctx.options = a[:12], a[12:]
-    ctx.save_for_backward(features, *saved, *tensors)
+    # Slices of the plain tuple: torch.compile, where it falls back around us, takes a NamedTuple's for empty.
+    ctx.save_for_backward(features, *saved, *inputs[:7], *running, *inputs[9:12])
+    ctx.options = tuple(inputs[12:])
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 

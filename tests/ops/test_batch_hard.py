@@ -128,6 +128,17 @@ def test_coincident_points_have_loss_and_no_gradient(metric: str, backend: str) 
 
 
 @every_backend
+def test_points_nearer_than_the_floor_have_its_distance_and_no_gradient(backend: str) -> None:
+    features = torch.tensor([[0.0, 0.0], [3e-7, 0.0], [2e-6, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1])
+    options = {"margin": 1.0, "reduction": "none"}
+    got, oracle = run(features, labels, backend, **options), run(features, labels, "reference", **options)
+    assert float(got["loss"][0]) == pytest.approx(1 + 1e-6 - 2e-6, abs=1e-12)
+    for name in ("loss", "d_features"):
+        assert parity.error(got[name], oracle[name]) <= 1e-6, name  # the oracle's matrix form rounds at 1e-16 / 1e-6
+
+
+@every_backend
 def test_an_anchor_without_a_negative_has_no_loss(backend: str) -> None:
     features, _ = random_batch((9, 4))
     for margin in (1.0, "soft"):

@@ -216,6 +216,82 @@ def test_what_lies_past_a_clips_length_does_not_matter(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16], ids=str
+)
+def test_lengths_of_any_integer_dtype_are_the_same_lengths(dtype: torch.dtype, backend: str) -> None:
+    case = Case(mode="ragged")
+    call = parity.make_call(case)
+    wanted = parity.run(case, call, backend)
+    assert call.lengths is not None
+    call.lengths = call.lengths.to(dtype)
+    for name in (backend, "reference"):
+        got = parity.run(case, call, name)
+        for key in ("features", "strips", "next_x", "next_s"):
+            assert parity.error(got[key], wanted[key]) <= parity.EXACT, key
+
+
+@every_backend
+def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
+    call = parity.make_call(Case((2, 6, 5, 2, 2), mode="eval"))
+    arguments = dict(call.weights, running_mean=call.buffers[0], running_var=call.buffers[1], backend=backend)
+    wanted = rru_fast.refine(call.x, **arguments).features[:, 3:]
+    buffer = call.x[:, :3].clone()
+    with torch.inference_mode():
+        state = rru_fast.refine(buffer, **arguments).state
+    buffer.copy_(call.x[:, 3:])
+    call.weights["w"].requires_grad_()
+    assert parity.error(rru_fast.refine(buffer, **arguments, state=state).features, wanted) <= parity.EXACT
+    assert state is not None
+    assert state.x.untyped_storage().nbytes() == state.x.nbytes
+
+
+@every_backend
+@pytest.mark.parametrize("inputs", ["appearance+motion", "raw"])
+def test_blocks_of_time_do_not_show(inputs: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((3, 8, 6, 3, 2), inputs=inputs)
+    call = parity.make_call(case)
+    whole = parity.run(case, call, backend)
+    kernel = ops.refine.KERNELS[backend]
+    if not hasattr(kernel, "HOIST_BYTES"):
+        pytest.skip(f"{backend} has no blocks of time")
+    monkeypatch.setattr(kernel, "HOIST_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
+    for name, value in parity.run(case, call, backend).items():
+        assert parity.error(value, whole[name]) <= parity.EXACT, name
+
+
+@every_backend
+def test_forward_mode_and_functional_transforms_are_refused(backend: str) -> None:
+    call = parity.make_call(Case())
+
+    def strips(x: Tensor, backend: str = backend) -> Tensor:
+        return rru_fast.refine(x, **call.weights, training=True, backend=backend).strips
+
+    for transform in (
+        lambda: torch.func.jvp(strips, (call.x,), (call.x,)),
+        lambda: torch.func.grad(lambda x: strips(x).sum())(call.x),
+    ):
+        with pytest.raises(RuntimeError, match=r"forward-mode and torch\.func derivatives"):
+            transform()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        strips(torch.autograd.forward_ad.make_dual(call.x, call.x))
+    _, tangent = torch.func.jvp(lambda x: strips(x, "reference"), (call.x,), (call.x,))
+    assert tangent.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_backend
+@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+def test_float64_equals_the_oracle_on_a_gpu(case: Case, backend: str) -> None:
+    call = parity.make_call(case)
+    oracle = parity.run(case, call, "reference")
+    got = parity.run(case, call.map(lambda v: v.cuda()), backend)
+    for name, wanted in oracle.items():
+        assert parity.error(got[name].cpu(), wanted) <= parity.EXACT, name
+
+
+@every_backend
 def test_second_order_gradients_raise(backend: str) -> None:
     call = parity.make_call(Case())
     x = call.x.requires_grad_()
