@@ -1,14 +1,14 @@
-"""Checkpoints that a kill cannot spoil: `RUN/last` always leads to a whole one."""
+"""Checkpoints that a kill cannot spoil: the file `RUN/last` always names a whole one."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -18,51 +18,75 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.errors import UserError
+from training.model.weights import first_line, load_pickle
 
 LAST = "last"
-_FOLDERS = "checkpoint-*"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint folder holds.
 
+    folder: the folder.
     config: what was trained, on what, with what: `config.json`.
     model: the network's state_dict: `model.safetensors`.
     training: where training stands, the random generators included: `training.pt`.
     """
 
+    folder: Path
     config: dict[str, Any]
     model: dict[str, Tensor]
     training: dict[str, Any]
 
 
+def last(run: Path) -> Path | None:
+    """The folder of a run's last checkpoint, or `None` where it has none."""
+    try:
+        name = (run / LAST).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return run / name if re.fullmatch(r"checkpoint-\d{4,}", name) else None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that is continued from `path`: itself, or the one whose last checkpoint it is; `None` for neither."""
+    path = path.resolve()
+    if last(path):
+        return path
+    return path.parent if last(path.parent) == path else None
+
+
 def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write a checkpoint under `run` and point `run/last` at it; the one before goes only then.
+    """Write a checkpoint under `run` and have `run/last` name it; the one it named before goes only then.
 
     Args:
         run: an existing folder.
         network: what to keep the tensors of.
         training: `Trainer.state_dict()`; the states of the random generators are added.
         config: JSON values.
+
+    Raises:
+        OSError: it cannot be written; the checkpoint before stands.
     """
-    folder = run / _FOLDERS.replace("*", f"{training['epoch']:04d}")
+    before, folder = last(run), run / f"checkpoint-{training['epoch']:04d}"
     shutil.rmtree(folder, ignore_errors=True)  # left by a kill during its writing
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    torch.save({**training, "random": _random_state()}, folder / "training.pt")
+    try:
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        torch.save({**training, "random": _random_state()}, folder / "training.pt")
+    except (SafetensorError, RuntimeError) as error:  # how both tell of a full disk
+        raise OSError(f"{folder}: {first_line(error)}") from error
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in (*folder.iterdir(), folder):
         _to_disk(path)
-    link = run / f"{LAST}.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(run / LAST)
+    new = run / f"{LAST}.new"
+    new.write_text(folder.name + "\n")
+    _to_disk(new)
+    new.replace(run / LAST)
     _to_disk(run)
-    for old in run.glob(_FOLDERS):
-        if old != folder:
-            shutil.rmtree(old)
+    if before not in (None, folder):
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -74,19 +98,19 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none, or a file of it cannot be read.
     """
-    folder = path / LAST if (path / LAST).is_dir() else path
+    folder = last(path) or path
     for name in ("config.json", "model.safetensors", "training.pt"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
             raise UserError(f"{path}: no checkpoint here ({name} is missing)")
     try:
-        return Checkpoint(
-            config=json.loads((folder / "config.json").read_text()),
-            model=safetensors.torch.load_file(folder / "model.safetensors"),
-            training=torch.load(folder / "training.pt", map_location="cpu", weights_only=True),
-        )
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: a damaged checkpoint ({reason})") from error
+        config = json.loads((folder / "config.json").read_text())
+        model = safetensors.torch.load_file(folder / "model.safetensors")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
+    training = load_pickle(folder / "training.pt", "a damaged checkpoint")
+    if not isinstance(training, dict) or not isinstance(training.get("epoch"), int):
+        raise UserError(f"{folder / 'training.pt'}: a damaged checkpoint (it does not say after which epoch it is)")
+    return Checkpoint(folder, config, model, training)
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,12 @@ from rich.console import Console
 from training import checkpoint
 from training.command import run_command
 from training.data import Dataset, load_split
+from training.errors import UserError
 from training.evaluation.features import evaluate as rank
 from training.evaluation.result import Result, result_table
 from training.model.network import Network
 from training.model.operators import Ops
+from training.model.weights import load_weights
 from training.settings import Settings, choose_device
 
 
@@ -48,12 +51,22 @@ def evaluate(options: Options) -> Result:
     settings = Settings.of(saved)
     recipe, ops = replace(settings.recipe, weights="random"), options.ops or settings.ops
     dataset = options.dataset or recipe.dataset
-    # Another dataset does not lie where the one trained on did.
-    root = options.data_root or (settings.data_root if dataset == recipe.dataset else None)
-    split = load_split(dataset, root, settings.split if options.split is None else options.split)
+    # Another dataset does not lie where the one trained on did, nor is it split alike.
+    root, number = (settings.data_root, settings.split) if dataset == recipe.dataset else (None, 0)
+    root = options.data_root.resolve() if options.data_root else root
+    number = number if options.split is None else options.split
+    split = load_split(dataset, root, number)
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
-    network = Network(recipe, saved.config["identities"], ops).to(choose_device(options.device))
-    network.load_state_dict(saved.model)
+    people = saved.config["people"]
+    seen = {tracklet.person for tracklet in split.probe} & set(people)
+    # A MOT sequence searches for the people trained on, by later frames, and says so.
+    if seen and dataset == recipe.dataset != "mot":
+        line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"
+        if root == settings.data_root:
+            raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
+        warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
+    network = Network(recipe, len(people), ops).to(choose_device(options.device))
+    load_weights(network, saved.model, str(saved.folder))
     result = Result(recipe.name, ops, saved.training["epoch"], rank(network, split))
     console.print(result_table([result.record()]))
     return result

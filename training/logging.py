@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from training.errors import UserError
 from training.evaluation.result import Result
 
 METRICS = "metrics.jsonl"
@@ -22,11 +23,15 @@ class RunLog:
     """The log of one run; a context manager.
 
     Args:
-        run: the run's folder; what it already holds beyond the starting point is dropped.
+        run: the run's folder; what it already measured beyond the starting point is dropped.
         console: where people read.
         batches: steps an epoch.
         epochs: of the whole run.
         epoch: after which the run starts: 0, or that of the checkpoint it resumes.
+
+    Raises:
+        UserError: what it already measured cannot be read.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, run: Path, console: Console, batches: int, epochs: int, epoch: int = 0) -> None:
@@ -34,19 +39,19 @@ class RunLog:
         self.records: list[dict[str, Any]] = []
         metrics = run / METRICS
         if epoch:
-            # A kill may have cut the last line short.
-            whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
-            kept = [json.loads(line) for line in whole.splitlines()]
             # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
+            kept = _read_records(metrics) if metrics.exists() else []
             self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
-        self._metrics = metrics.open("w", buffering=1)  # a line at a time
-        for record in self.records:
-            self._metrics.write(json.dumps(record) + "\n")
+        new = metrics.with_suffix(".new")
+        new.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        new.replace(metrics)
+        self._metrics = metrics.open("a", buffering=1)  # a line at a time
         self._board = SummaryWriter(str(run), purge_step=self._first + 1)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
+            BarColumn(bar_width=16),  # all of it in 80 columns
             MofNCompleteColumn(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
@@ -77,7 +82,7 @@ class RunLog:
         self._board.add_scalar("train/frames_per_second", rate, step)
         self._sums["frames"] += frames
         self._spent += seconds
-        status = f"{_told(values)}  {rate:.0f} frames/s"
+        status = f"loss {values['loss']:.3f}  {rate:.0f} frames/s"
         self._progress.update(self._task, completed=step, epoch=epoch, status=status)
         if step % self._batches == 0:
             self._end_epoch(epoch, step)
@@ -107,6 +112,18 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self._metrics.write(json.dumps(record) + "\n")
+
+
+def _read_records(metrics: Path) -> list[dict[str, Any]]:
+    records = []
+    # A kill may have cut the last line short.
+    for number, line in enumerate(metrics.read_bytes().rpartition(b"\n")[0].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records.append({**record, "kind": record["kind"], "epoch": int(record["epoch"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{metrics}, line {number}: damaged ({type(error).__name__}: {error})") from error
+    return records
 
 
 def _told(losses: Mapping[str, float]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,7 +20,7 @@ from training.model.operators import Ops
 from training.recipes import RECIPES, TABLE_1, Recipe
 
 # What a resumed run may change: how long it runs and what it does beside training.
-_FREE = {"epochs", "eval_every", "compare_ops", "weights"}
+_FREE = {"epochs", "eval_every", "compare_ops"}
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Settings:
             "ops": self.ops,
             "data": split.description,
             "protocol": split.protocol,
-            "identities": len(split.train_people),
+            **trained_on(split),
             "environment": {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                 "threads": torch.get_num_threads(),
@@ -103,11 +104,23 @@ class Settings:
         """
         config = checkpoint.config
         try:
+            for name, kind in {"people": list, "tracklets": str, "data": str, "split": int}.items():
+                if not isinstance(config[name], kind):
+                    raise UserError(f"{name}: got {config[name]!r}, wanted a {kind.__name__}")
+            if config["ops"] not in get_args(Ops):
+                raise UserError(f"ops: got {config['ops']!r}, wanted one of {', '.join(get_args(Ops))}")
             root = config["data_root"]
             recipe = Recipe(**config["recipe"])
             return Settings(recipe, None if root is None else Path(root), config["split"], config["ops"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"config.json: not one this version wrote ({error})") from error
+        except (KeyError, TypeError, UserError) as error:
+            path = checkpoint.folder / "config.json"
+            raise UserError(f"{path}: not one this version wrote ({error})") from error
+
+
+def trained_on(split: Split) -> dict[str, Any]:
+    """What tells the training data of one run from another's: its people, and a hash of its tracklets."""
+    tracklets = repr([(t.person, t.camera, t.name, len(t.frames)) for t in split.train])
+    return {"people": list(split.train_people), "tracklets": hashlib.sha256(tracklets.encode()).hexdigest()}
 
 
 def resolve(options: Options, resumed: Settings | None) -> Settings:
@@ -122,6 +135,8 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
     """
     if options.workers < 0:
         raise UserError(f"workers: got {options.workers}, wanted 0 or more")
+    if resumed is not None and options.weights is not None:
+        raise UserError(f"weights: got {options.weights!r} with --resume, whose weights come from the checkpoint")
     if resumed is None:
         base = Settings(RECIPES[options.recipe or "quick"], None, 0, "fast")
     elif options.recipe not in (None, resumed.recipe.name):
@@ -130,9 +145,12 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         base = resumed
     given = {field.name: getattr(options, field.name, None) for field in fields(Recipe) if field.name != "name"}
     changes = {name: value for name, value in given.items() if value is not None and name != "recipe"}
+    # A run may be continued from another working folder.
+    if changes.get("weights") not in (None, "imagenet", "random"):
+        changes["weights"] = str(Path(changes["weights"]).resolve())
     settings = Settings(
         recipe=replace(base.recipe, **(TABLE_1[options.row] if options.row else {}), **changes),
-        data_root=base.data_root if options.data_root is None else options.data_root,
+        data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
     )

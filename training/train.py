@@ -27,9 +27,10 @@ from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
 from training.model.operators import Ops
+from training.model.weights import first_line, load_weights
 from training.optimizer import make_optimizer
 from training.recipes import Recipe
-from training.settings import Options, Settings, choose_device, resolve
+from training.settings import Options, Settings, choose_device, resolve, trained_on
 from training.step_timing import compare_ops, timing_table
 from training.trainer import Trainer, to_input
 
@@ -48,24 +49,28 @@ def train(options: Options) -> None:
     resumed = checkpoint.load(options.resume) if options.resume else None
     settings = resolve(options, Settings.of(resumed) if resumed else None)
     device = choose_device(options.device)
+    run = _run_folder(options, settings.recipe)
     split = load_split(settings.recipe.dataset, settings.data_root, settings.split)
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
     people = len(split.train_people)
-    if resumed and resumed.config["identities"] != people:
-        raise UserError(f"resume: the run was trained on {resumed.config['identities']} people, the data has {people}")
+    if resumed and any(resumed.config[name] != value for name, value in trained_on(split).items()):
+        raise UserError(f"resume: the run was trained on other data ({resumed.config['data']})")
     settings = replace(settings, recipe=_fit_people(settings.recipe, people, console))
     recipe = settings.recipe
     sampler = PKSampler(split.train, recipe.people, recipe.clips, recipe.frames, recipe.seed, recipe.batches)
     loader = make_loader(split.train, sampler, recipe.frames, options.workers)
 
-    run = _run_folder(options, recipe)
     config = settings.config(split, device)
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     trainer = _make_trainer(recipe, settings.ops, people, device, resumed)
-    with RunLog(run, console, len(sampler), recipe.epochs, trainer.epoch) as log:
-        size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-        log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
-        try:
+    if trainer.epoch >= recipe.epochs:
+        line = f"epoch {trainer.epoch} is reached already, of {recipe.epochs}: nothing to train; --epochs asks for more"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with RunLog(run, console, len(sampler), recipe.epochs, trainer.epoch) as log:
+            size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
+            log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
             while trainer.epoch < recipe.epochs:
                 if trainer.epoch % (recipe.eval_every or recipe.epochs) == 0:
                     log.result(_evaluate(trainer, settings, split), trainer.step)
@@ -73,10 +78,11 @@ def train(options: Options) -> None:
                 trainer.run_epoch(loader, log)
                 checkpoint.save(run, trainer.network, trainer.state_dict(), config)
             log.result(_evaluate(trainer, settings, split), trainer.step)
-        except KeyboardInterrupt:
-            kept = f"continue with --resume {run}" if (run / checkpoint.LAST).exists() else "no epoch was complete"
-            raise KeyboardInterrupt(f"interrupted; {kept}") from None
-        console.print(result_table(record for record in log.records if record["kind"] == "result"))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_kept(run)}") from None
+    except OSError as error:
+        raise UserError(f"output: {error}; {_kept(run)}") from error
+    console.print(result_table(record for record in log.records if record["kind"] == "result"))
     if recipe.compare_ops:
         sampler.set_epoch(0)
         clips, labels = to_input(next(iter(loader)), trainer.network)
@@ -92,9 +98,12 @@ def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, r
     network = Network(replace(recipe, weights="random") if resumed else recipe, people, ops).to(device)
     trainer = Trainer(network, Losses(recipe, ops), make_optimizer(network, recipe))
     if resumed:
-        network.load_state_dict(resumed.model)
-        trainer.load_state_dict(resumed.training)
-        checkpoint.restore_random_state(resumed.training["random"])
+        load_weights(network, resumed.model, str(resumed.folder))
+        try:
+            trainer.load_state_dict(resumed.training)
+            checkpoint.restore_random_state(resumed.training["random"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{resumed.folder / 'training.pt'}: not of this training ({first_line(error)})") from error
     return trainer
 
 
@@ -112,17 +121,34 @@ def _fit_people(recipe: Recipe, people: int, console: Console) -> Recipe:
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:
-    if options.output is None and options.resume is not None:
-        # `RUN/last` may be given for RUN.
-        return options.resume.resolve().parent if (options.resume / "model.safetensors").is_file() else options.resume
+    """The folder of the run: the resumed one's, or one that holds nothing yet."""
+    resumed = checkpoint.run_of(options.resume) if options.resume else None
+    if options.output is None and options.resume:
+        if resumed is None:
+            raise UserError(
+                f"resume: {options.resume} is not the last checkpoint of a run, wanted --output for a new one"
+            )
+        return options.resume if checkpoint.last(options.resume) else resumed
     run = options.output or Path("runs") / f"{recipe.name}-{recipe.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if (run / checkpoint.LAST).exists():
-        raise UserError(f"output: {run} holds a run already; continue it with --resume {run}, or choose another folder")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        taken = run.resolve() != resumed and any(run.iterdir())
+    except FileNotFoundError:
+        taken = False
     except OSError as error:
-        raise UserError(f"output: {run} cannot be made ({error.strerror})") from error
+        raise UserError(f"output: {error}") from error
+    if taken:
+        raise UserError(
+            f"output: {run} is not an empty folder; wanted a new one, or --resume to continue the run in it"
+        )
     return run
+
+
+def _kept(run: Path) -> str:
+    """What a run that ends early can be continued from."""
+    kept = checkpoint.last(run)
+    if kept is None:
+        return "no epoch was complete"
+    return f"last good epoch: {int(kept.name.rpartition('-')[2])}; continue with --resume {run}"
 
 
 if __name__ == "__main__":

@@ -70,6 +70,13 @@ class Trainer:
         return {"epoch": self.epoch, "step": self.step, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of another network.
+        """
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        # The optimiser itself compares no shapes.
+        if any(p.shape != kept["momentum_buffer"].shape for p, kept in self.optimizer.state.items()):
+            raise ValueError("the optimizer's momenta are of another network")

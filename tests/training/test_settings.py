@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from training.checkpoint import Checkpoint
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.recipes import RECIPES
-from training.settings import Options, Settings, resolve
+from training.settings import Options, Settings, resolve, trained_on
 
 
 def test_what_is_not_given_is_as_the_recipe_says() -> None:
@@ -27,9 +27,10 @@ def test_options_change_the_recipe_and_a_row_changes_the_model() -> None:
 
 def test_settings_survive_their_config(split: Split) -> None:
     settings = resolve(Options(data_root=Path("here"), ops="reference", people=4), None)
+    assert settings.data_root == Path.cwd() / "here"
     config = json.loads(json.dumps(settings.config(split, torch.device("cpu"))))
-    assert Settings.of(Checkpoint(config, {}, {})) == settings
-    assert config["identities"] == 4
+    assert Settings.of(Checkpoint(Path(), config, {}, {})) == settings
+    assert config["people"] == [3, 5, 8, 9]
     assert config["environment"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -45,9 +46,37 @@ def test_a_resumed_run_keeps_its_settings_and_may_be_longer() -> None:
         (Options(recipe="paper"), "trained with recipe 'quick', got 'paper'"),
         (Options(dataset="mot"), "trained with dataset='synthetic', got 'mot'$"),
         (Options(split=1, seed=4), "trained with seed=0, got 4; split=0, got 1$"),
+        (Options(weights="random"), "weights: got 'random' with --resume"),
         (Options(row="Baseline+RRU+STIM+Lv"), "trained with part_loss=True, got False$"),
     ],
 )
 def test_resuming_as_something_else_names_the_difference(options: Options, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(options, resolve(Options(), None))
+
+
+def test_a_weights_file_is_found_from_another_working_folder_too() -> None:
+    assert resolve(Options(weights="some.pth"), None).recipe.weights == str(Path.cwd() / "some.pth")
+    assert resolve(Options(recipe="paper", weights="imagenet"), None).recipe.weights == "imagenet"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ops": "slow"}, "ops: got 'slow', wanted one of fast, reference"),
+        ({"recipe": {**asdict(RECIPES["quick"]), "head": "tail"}}, "head: got 'tail', wanted one of baseline"),
+        ({"recipe": {"name": "quick"}}, "missing 2[0-9] required"),
+        ({"people": 4}, "people: got 4, wanted a list"),
+        ({"tracklets": None}, "tracklets: got None, wanted a str"),
+    ],
+)
+def test_a_config_of_another_version_is_named(split: Split, change: dict[str, object], message: str) -> None:
+    config = resolve(Options(), None).config(split, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"run/config.json: not one this version wrote .*{message}"):
+        Settings.of(Checkpoint(Path("run"), {**config, **change}, {}, {}))
+
+
+def test_the_data_trained_on_is_told_from_data_with_as_many_people(split: Split) -> None:
+    shorter = replace(split.train[0], frames=split.train[0].frames[:1])
+    assert trained_on(split) == trained_on(replace(split, probe=()))
+    assert trained_on(split) != trained_on(replace(split, train=(shorter, *split.train[1:])))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "frames_per_second"} for record in records]
 
 
+def last(run: Path) -> Path:
+    """The folder of a run's last checkpoint."""
+    folder = checkpoint.last(run)
+    assert folder is not None
+    return folder
+
+
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", *map(str, arguments)]
 
@@ -59,14 +67,14 @@ def begun(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def started(begun: Path, tmp_path: Path) -> Path:
     """A run of one epoch, to be continued or spoilt."""
-    return Path(shutil.copytree(begun, tmp_path / "started", symlinks=True))
+    return Path(shutil.copytree(begun, tmp_path / "started"))
 
 
 def set_rate(run: Path, rate: float) -> None:
     """Have the new layers of a run continue at another learning rate."""
-    state = torch.load(run / "last" / "training.pt", weights_only=True)
+    state = torch.load(last(run) / "training.pt", weights_only=True)
     state["optimizer"]["param_groups"][1]["lr"] = rate
-    torch.save(state, run / "last" / "training.pt")
+    torch.save(state, last(run) / "training.pt")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, started: Path) -> None:
@@ -84,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, start
 def test_steps_logged_after_the_last_checkpoint_are_dropped_on_resuming(trained: Path, started: Path) -> None:
     with (started / "metrics.jsonl").open("a") as file:  # what a run killed in its second epoch leaves
         file.write(json.dumps({"kind": "step", "epoch": 2, "step": 3, "loss": 1.0}) + '\n{"kind": "st')
-    train(Options(resume=started / "last", epochs=2, device="cpu"))
+    train(Options(resume=last(started), epochs=2, device="cpu"))
     assert metrics(started) == metrics(trained)
 
 
@@ -116,26 +124,27 @@ def test_too_few_people_lower_p_where_the_recipe_allows_it(
     told = capsys.readouterr().out
     assert "people in a batch (P): 4 instead of 8" in told
     assert "\x1b" not in told, "control characters, though this is no terminal"
-    with pytest.raises(UserError, match="got 10, but only 4 people"):
+    with pytest.raises(UserError, match="got 10, wanted at most 4,"):
         train(options(small_data, tmp_path / "strict", recipe="paper", weights="random", people=None))
 
 
-def test_resuming_on_other_data_is_refused(started: Path, tmp_path: Path) -> None:
-    config = started / "last" / "config.json"
-    config.write_text(config.read_text().replace('"identities": 4', '"identities": 7'))
-    with pytest.raises(UserError, match="trained on 7 people, the data has 4"):
-        train(Options(resume=started, epochs=2))
+def test_resuming_on_other_data_is_refused(small_data: Path, started: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(small_data, tmp_path / "data"))
+    for frame in data.rglob("*_00016.png"):  # every tracklet has that many
+        frame.unlink()
+    with pytest.raises(UserError, match="resume: the run was trained on other data"):
+        train(Options(resume=started, data_root=data, epochs=2))
 
 
 def test_a_loss_that_is_not_finite_names_step_part_and_clips_and_keeps_the_checkpoint(started: Path) -> None:
     set_rate(started, 1e30)
-    before = (started / "last" / "model.safetensors").read_bytes()
+    before = (last(started) / "model.safetensors").read_bytes()
     with pytest.raises(UserError) as told:
         train(Options(resume=started, epochs=2, device="cpu"))
     assert str(told.value).startswith("epoch 2, step 4: the identity loss is nan on cam")
     assert str(told.value).count("/person") == 8
     assert str(told.value).endswith("last good epoch: 1")
-    assert (started / "last" / "model.safetensors").read_bytes() == before
+    assert (last(started) / "model.safetensors").read_bytes() == before
 
 
 def test_weights_that_end_an_epoch_not_finite_are_not_saved(small_data: Path, tmp_path: Path) -> None:
@@ -144,7 +153,7 @@ def test_weights_that_end_an_epoch_not_finite_are_not_saved(small_data: Path, tm
     set_rate(run, float("inf"))
     with pytest.raises(UserError, match=r"epoch 2, step 2: \S+ is not finite after its update; last good epoch: 1"):
         train(Options(resume=run, epochs=2, device="cpu"))
-    tensors = safetensors.torch.load_file(run / "last" / "model.safetensors")
+    tensors = safetensors.torch.load_file(last(run) / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
@@ -163,7 +172,7 @@ def test_bad_input_ends_the_command_in_one_line(small_data: Path, trained: Path,
     shutil.copytree(small_data, data)
     for frame in data.rglob("cam1_*.png"):
         frame.write_bytes(b"not an image")
-    for output, message in ((tmp_path / "run", "not a readable image"), (trained, "holds a run already")):
+    for output, message in ((tmp_path / "run", "not a readable image"), (trained, "is not an empty folder")):
         arguments = ("--dataset", "ilids-vid", "--data-root", data, "--output", output)
         ended = subprocess.run(
             command("training.train", *arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False
@@ -201,5 +210,94 @@ def test_an_interrupted_run_says_how_to_continue(small_data: Path, tmp_path: Pat
     os.kill(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told == f"interrupted; continue with --resume {run}\n"
-    assert checkpoint.load(run).training["epoch"] >= 1
+    epoch = checkpoint.load(run).training["epoch"]
+    assert told == f"interrupted; last good epoch: {epoch}; continue with --resume {run}\n"
+
+
+def test_a_folder_that_holds_anything_is_no_output(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"output: {tmp_path / 'run'} is not an empty folder"):
+        train(options(small_data, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-mine"]
+
+
+def test_a_start_that_fails_leaves_no_folder(small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        train(options(small_data, tmp_path / "run", weights="absent.pth"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["file", "file/run", "x" * 300, "/proc/none/run"])
+def test_an_output_that_cannot_be_made_is_one_line(small_data: Path, tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output: \[Errno \d+\] .+: '.*'"):
+        train(options(small_data, tmp_path / output))
+
+
+def test_a_disk_that_fills_up_tells_how_to_continue(started: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(UserError) as told:
+            train(Options(resume=started, epochs=2, device="cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(told.value).startswith(f"output: {started}/checkpoint-0002")
+    assert str(told.value).endswith(f"; last good epoch: 1; continue with --resume {started}")
+    train(Options(resume=started, output=started, epochs=2, device="cpu"))
+    assert checkpoint.load(started).training["epoch"] == 2
+
+
+def test_a_copied_checkpoint_starts_a_run_of_its_own_and_only_where_told(started: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(last(started), started / "best"))
+    with pytest.raises(UserError, match=f"resume: {copy} is not the last checkpoint of a run, wanted --output"):
+        train(Options(resume=copy, epochs=2))
+    train(Options(resume=copy, output=tmp_path / "own", epochs=2, device="cpu"))
+    assert checkpoint.load(tmp_path / "own").training["epoch"] == 2
+    assert checkpoint.load(started).training["epoch"] == 1
+
+
+def test_a_run_that_has_all_its_epochs_says_so(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(Options(resume=started, device="cpu"))
+    assert "epoch 1 is reached already, of 1: nothing to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_network_is_named_in_one_line(started: Path) -> None:
+    state = torch.load(last(started) / "training.pt", weights_only=True)
+    for momenta in state["optimizer"]["state"].values():
+        momenta["momentum_buffer"] = torch.zeros(7)
+    torch.save(state, last(started) / "training.pt")
+    with pytest.raises(UserError, match=rf"{last(started)}/training\.pt: not of this training"):
+        train(Options(resume=started, epochs=2, device="cpu"))
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, last(started) / "model.safetensors")
+    for use in (
+        lambda: train(Options(resume=started, epochs=2, device="cpu")),
+        lambda: evaluate(EvaluateOptions(started, device="cpu")),
+    ):
+        with pytest.raises(UserError, match=f"{last(started)} does not fit this network: 1 unknown"):
+            use()
+
+
+def test_damaged_metrics_are_named_and_left_as_they_are(started: Path) -> None:
+    path = started / "metrics.jsonl"
+    damaged = path.read_text().replace("\n", "\n[]\n", 1)
+    path.write_text(damaged)
+    with pytest.raises(UserError, match=rf"{path}, line 2: damaged"):
+        train(Options(resume=started, epochs=2, device="cpu"))
+    assert path.read_text() == damaged
+
+
+def test_evaluating_on_people_trained_on_is_refused(trained: Path, small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"split 1: . of the people searched for have the numbers of people trained on"):
+        evaluate(EvaluateOptions(trained, split=1, device="cpu"))
+    (tmp_path / "moved").symlink_to(small_data)
+    assert evaluate(EvaluateOptions(trained, data_root=tmp_path / "moved", device="cpu")).epoch == 2
+    copy = Path(shutil.copytree(small_data, tmp_path / "copy"))
+    with pytest.warns(UserWarning, match="if they are the same, they were not held out"):
+        evaluate(EvaluateOptions(trained, data_root=copy, split=1, device="cpu"))
+
+
+def test_another_dataset_is_evaluated_from_its_first_split(small_data: Path, tmp_path: Path) -> None:
+    train(options(small_data, tmp_path / "run", split=3, batches=1, epochs=1))
+    with pytest.raises(UserError, match=r"absent/seqinfo\.ini"):  # not that a MOT sequence has no split 3
+        evaluate(EvaluateOptions(tmp_path / "run", dataset="mot", data_root=tmp_path / "absent", device="cpu"))

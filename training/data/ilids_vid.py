@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from training.data.tracklets import Split, Tracklet
 from training.errors import UserError
@@ -80,13 +78,17 @@ def _people(sequences: Path) -> list[str]:
 
 def _read_splits(path: Path) -> list[list[int]]:
     try:
-        rows = np.asarray(loadmat(path)["ls_set"])
-    except KeyError:
-        raise UserError(f"{path}: no key ls_set; wanted an array of splits by people") from None
-    except (OSError, ValueError, TypeError, EOFError, NotImplementedError, MatReadError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable MATLAB file ({error})") from None
-    if rows.ndim != 2 or rows.size == 0 or not np.issubdtype(rows.dtype, np.number):
+        content = loadmat(path)
+    except Exception as error:  # a damaged file has scipy raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a readable MATLAB file ({reason})") from None
+    if "ls_set" not in content:
+        raise UserError(f"{path}: no key ls_set; wanted an array of splits by people")
+    rows = np.asarray(content["ls_set"])
+    if rows.ndim != 2 or rows.size == 0 or rows.dtype.kind not in "iuf":
         raise UserError(f"{path}: ls_set has shape {rows.shape} of {rows.dtype}; wanted numbers, splits by people")
+    if not np.all(np.isfinite(rows) & (rows == np.floor(rows))):
+        raise UserError(f"{path}: ls_set has ordinals that are not whole; wanted a permutation of 1 to N in a row")
     return [[int(ordinal) for ordinal in row] for row in rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def load(root: Path, split: int) -> Split:
     else:
         train, probe, gallery, how = _split_by_part(sequence)
     if not probe:
-        raise UserError(f"{root}: nobody comes back, so there is nothing to search for ({how})")
+        raise UserError(f"{root}: nobody comes back, so there is nothing to search for; {how}")
     return Split(tuple(train), tuple(probe), tuple(gallery), "single-shot", f"MOT sequence {root}: {how}")
 
 
@@ -93,17 +94,21 @@ def _check_apart(who: str, visits: list[Track], allowed: float) -> None:
 
 def _read_identities(path: Path, tracks: set[int]) -> dict[int, str]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if not {"track", "person"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{path}: got the columns {rows.fieldnames}, wanted track,person")
-        names: dict[int, str] = {}
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            track, person = (row["track"] or "").strip(), (row["person"] or "").strip()
-            if not track.isdecimal() or not person:
-                raise UserError(f"{where}: got {track!r},{person!r}, wanted a track number and a person")
-            if int(track) not in tracks:
-                raise UserError(f"{where}: no track {track} with a box inside the image")
-            if names.setdefault(int(track), person) != person:
-                raise UserError(f"{where}: track {track} is person {names[int(track)]} already")
+        rows = csv.DictReader(file, strict=True)
+        try:
+            columns, listed = rows.fieldnames, [(rows.line_num, row) for row in rows]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.reader.line_num}: {error}, wanted track,person") from None
+    if not {"track", "person"} <= set(columns or ()):
+        raise UserError(f"{path}: got the columns {columns}, wanted track,person")
+    names: dict[int, str] = {}
+    for line, row in listed:
+        where = f"{path}, line {line}"
+        track, person = (row["track"] or "").strip(), (row["person"] or "").strip()
+        if not re.fullmatch(r"\d{1,18}", track) or not person:
+            raise UserError(f"{where}: got {track[:40]!r},{person[:40]!r}, wanted a track number and a person")
+        if int(track) not in tracks:
+            raise UserError(f"{where}: no track {track} with a box inside the image")
+        if names.setdefault(int(track), person) != person:
+            raise UserError(f"{where}: track {track} is person {names[int(track)]} already")
     return names

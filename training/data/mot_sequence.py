@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from configparser import ConfigParser
 from configparser import Error as IniError
 from dataclasses import dataclass
-from math import ceil, floor, isfinite
+from math import ceil, floor, inf, isfinite
 from pathlib import Path
 
 import av
@@ -17,6 +18,7 @@ from av.error import FFmpegError
 from training.data.tracklets import read_frame
 from training.errors import UserError
 
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 
 
@@ -68,7 +70,7 @@ def read_sequence(root: Path) -> Sequence:
         root: the folder of seqinfo.ini, gt/gt.txt or gt.txt, and the image folder or one video file.
 
     Raises:
-        UserError: a file is missing, malformed or unreadable, or there are fewer frames than seqinfo.ini says.
+        UserError: a file is missing, malformed or unreadable, there is no box, or fewer frames than seqinfo.ini says.
     """
     frame_rate, length, images = _read_seqinfo(root / "seqinfo.ini")
     boxes = _read_boxes(root, length)
@@ -81,6 +83,8 @@ def read_sequence(root: Path) -> Sequence:
             if crop.size:
                 moments[box.track].append(moment)
                 crops[box.track].append(crop)
+    if not moments:
+        raise UserError(f"{root}: gt.txt has no box, of a confidence other than 0, inside the image")
     tracks = (Track(number, tuple(moments[number]), tuple(crops[number])) for number in sorted(moments))
     return Sequence(frame_rate, tuple(tracks))
 
@@ -97,6 +101,8 @@ def _read_seqinfo(path: Path) -> tuple[float, int, str]:
     except (IniError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {reason}; wanted [Sequence] with numbers frameRate and seqLength") from None
+    if not 0 < frame_rate < inf or length < 1:
+        raise UserError(f"{path}: got frameRate {frame_rate:g} and seqLength {length}, wanted both positive and finite")
     return frame_rate, length, info.get("imDir", "img1")
 
 
@@ -132,7 +138,12 @@ def _read_boxes(root: Path, length: int) -> dict[int, list[_Box]]:
 
 
 def _read_images(folder: Path, length: int) -> Iterator[np.ndarray]:
-    paths = {int(path.stem): path for path in sorted(folder.iterdir()) if path.stem.isdecimal()}
+    paths: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGES and re.fullmatch(r"\d{1,18}", path.stem):
+            first = paths.setdefault(int(path.stem), path)
+            if first != path:
+                raise UserError(f"{folder}: {first.name} and {path.name} are both image {int(path.stem)}, wanted one")
     for number in range(1, length + 1):
         if number not in paths:
             raise UserError(f"{folder}: no image {number:06d}, wanted 1 to {length}, the seqLength of seqinfo.ini")

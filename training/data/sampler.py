@@ -53,7 +53,9 @@ class PKSampler(Sampler[list[Clip]]):
         for index, tracklet in enumerate(tracklets):
             by_person[tracklet.person][tracklet.camera].append(index)
         if len(by_person) < people:
-            raise UserError(f"people in a batch (P): got {people}, but only {len(by_person)} people to train on")
+            raise UserError(
+                f"people in a batch (P): got {people}, wanted at most {len(by_person)}, all there are to train on"
+            )
         # Plain dicts in sorted order: picklable, and independent of the order the tracklets came in.
         self._cameras = [list(dict(sorted(by_person[person].items())).values()) for person in sorted(by_person)]
         self._lengths = [len(tracklet.frames) for tracklet in tracklets]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.io import savemat
 
+from training.command import run_command
 from training.data import ilids_vid
 from training.data.figures import Person
 from training.data.rendering import CAMERAS, render_walk
@@ -42,8 +43,8 @@ def load(root: Path, split: int) -> Split:
     return replace(read, description=f"synthetic, {PEOPLE} rendered people (seed {SEED}); {read.description}")
 
 
-def generate(root: Path, people: int = PEOPLE, seed: int = SEED) -> None:
-    """Render a dataset to `root`, unless it is there already; it appears whole or not at all.
+def generate(root: Path = DEFAULT_ROOT, people: int = PEOPLE, seed: int = SEED) -> None:
+    """Render a dataset in the iLIDS-VID layout, unless it is there already; it appears whole or not at all.
 
     Args:
         root: the folder to make.
@@ -109,22 +110,7 @@ def _write(root: Path, people: int, seed: int) -> None:
                 image.save(folder / f"{name.replace('/', '_')}_{t:05d}.png", compress_level=1)
 
 
-def main(root: Path = DEFAULT_ROOT, people: int = PEOPLE, seed: int = SEED) -> None:
-    """Render a synthetic dataset in the iLIDS-VID layout.
-
-    Args:
-        root: The folder to make.
-        people: How many people.
-        seed: The same seed gives the same pictures.
-    """
-    try:
-        generate(root, people, seed)
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    run_command(lambda: tyro.cli(generate))

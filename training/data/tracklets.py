@@ -19,6 +19,7 @@ Frame: TypeAlias = Path | np.ndarray
 """An image file, or an (h, w, 3) uint8 RGB array."""
 
 # Everything Pillow lets out of a damaged file; it names no common base for them.
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8 bits or fewer: converting a deeper one to RGB clips it
 _CORRUPT = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -76,7 +77,7 @@ def people_of(tracklets: Iterable[Tracklet]) -> tuple[int, ...]:
 
 
 def read_frame(frame: Frame) -> torch.Tensor:
-    """Read one frame as RGB.
+    """Read one frame as RGB; an alpha channel is dropped.
 
     Args:
         frame: an image file, or an (h, w, 3) uint8 RGB array.
@@ -85,15 +86,18 @@ def read_frame(frame: Frame) -> torch.Tensor:
         (3, h, w) uint8, contiguous, sharing nothing with `frame`.
 
     Raises:
-        UserError: the file is missing or is not an image that can be read to its end.
+        UserError: the file is missing, is not an image that can be read to its end, or is one of 16 bits or of inks.
     """
     if isinstance(frame, Path):
         try:
             with Image.open(frame) as image:
-                frame = np.asarray(image.convert("RGB"))
+                mode, pixels = image.mode, np.asarray(image.convert("RGB"))
         except FileNotFoundError:
             raise UserError(f"frame {frame}: no such file") from None
         except _CORRUPT as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).removesuffix(f" {str(frame)!r}")
             raise UserError(f"frame {frame}: not a readable image ({type(error).__name__}: {reason})") from None
+        if mode not in _MODES:
+            raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
+        frame = pixels
     return torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).clone()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,8 +22,9 @@ def download_inception() -> dict[str, Tensor] | None:
     """Torchvision's ImageNet weights of Inception-v3, or `None` and a warning where they cannot be fetched."""
     try:
         return dict(Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
-    except OSError as error:  # URLError is one
-        warnings.warn(f"no ImageNet weights ({error}): Inception-v3 starts at random", stacklevel=3)
+    # URLError is an OSError; a wrong hash is a RuntimeError; a file fetched by halves is any of the last three.
+    except (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError) as error:
+        warnings.warn(f"no ImageNet weights ({first_line(error)}): Inception-v3 starts at random", stacklevel=3)
         return None
 
 
@@ -32,16 +36,37 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"weights: {path} cannot be read as a state_dict ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable state_dict ({first_line(error)})") from error
+    state = load_pickle(path, "not a readable state_dict")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"weights: {path} holds a {type(state).__name__}, wanted a state_dict (names to tensors)")
     return state
+
+
+def load_pickle(path: Path, otherwise: str) -> Any:
+    """What `torch.save` wrote to a file, on the CPU.
+
+    Args:
+        path: the file.
+        otherwise: what to call it in the message where it cannot be read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes raises anything
+        raise UserError(f"{path}: {otherwise} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The reason in an error's message: its first sentence, without colours or PyTorch's advice to trust the file."""
+    reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
+    return re.split(r"(?<=\.)\s|\n", reason.strip())[0] or type(error).__name__
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

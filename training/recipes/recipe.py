@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from training.data import Dataset
 from training.errors import UserError
@@ -44,13 +44,17 @@ class Recipe:
     compare_ops: bool  # end by timing a step with the fast operators against the reference ones
 
     def __post_init__(self) -> None:
+        for field, kind in get_type_hints(Recipe).items():
+            value = getattr(self, field)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise UserError(f"{field}: got {value!r}, wanted one of {', '.join(get_args(kind))}")
         for field in ("people", "clips", "frames", "batches", "epochs", "eval_every", "bn_groups"):
             least = 2 if field in ("people", "clips") else 1  # batch-hard mining compares people, and clips of one
             value = getattr(self, field)
             if value is not None and value < least:
                 raise UserError(f"{field}: got {value}, wanted at least {least}")
-        if self.seed < 0:
-            raise UserError(f"seed: got {self.seed}, wanted 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: got {self.seed}, wanted 0 to {2**32 - 1}")
         if self.part_loss and self.rru == "none":
             raise UserError("part_loss: got True with rru='none', wanted an RRU: the strips come out of it")
         if self.people * self.clips % self.bn_groups:

@@ -103,3 +103,19 @@ def test_a_truncated_split_file_is_refused(ilids: Path) -> None:
     (ilids / SPLITS).write_bytes((ilids / SPLITS).read_bytes()[:-20])
     with pytest.raises(UserError, match=re.escape(SPLITS.name)):
         load(ilids, 0)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 2.5, 2 + 1j])
+def test_ordinals_that_are_not_whole_numbers_are_refused(ilids: Path, wrong: complex) -> None:
+    savemat(ilids / SPLITS, {"ls_set": np.array([[4, 1, 3, wrong]])})
+    with pytest.raises(UserError, match=rf"{re.escape(SPLITS.name)}: ls_set has"):
+        load(ilids, 0)
+
+
+def test_a_split_file_cut_short_anywhere_is_one_line(ilids: Path) -> None:
+    whole = (ilids / SPLITS).read_bytes()
+    for length in range(len(whole)):
+        (ilids / SPLITS).write_bytes(whole[:length])
+        with pytest.raises(UserError, match=re.escape(SPLITS.name)) as caught:
+            load(ilids, 0)
+        assert "\n" not in str(caught.value)

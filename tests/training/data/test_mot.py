@@ -120,6 +120,9 @@ def test_a_malformed_line_is_named_with_its_number(mot: Write, line: str, wanted
         ("track,person\none,Ann\n", "line 2: got 'one','Ann'"),
         ("track,person\n1\n", "line 2: got '1',''"),
         ("track,person\n1,Ann\n8,Ann\n", "line 3: no track 8"),
+        ("track,person\n" + "1" * 5000 + ",Ann\n", "line 2: got '1111"),
+        ('track,person\n1,"Ann\n', "wanted track,person"),
+        ("track,person\n1," + "x" * 200_000, "line 2: field larger than"),
         ("track,person\n1,Ann\n1,Bob\n", "line 3: track 1 is person Ann already"),
     ],
 )
@@ -152,6 +155,33 @@ def test_a_malformed_seqinfo_is_one_line(mot: Write, ini: str) -> None:
     with pytest.raises(UserError, match=r"seqinfo\.ini: .*wanted \[Sequence\]") as caught:
         load(root, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("rate", "length"), [("nan", 60), ("inf", 60), ("0", 60), ("-7", 60), ("7", 0)])
+def test_a_seqinfo_of_no_time_is_refused(mot: Write, rate: str, length: int) -> None:
+    root = mot({1: range(1, 21)})
+    (root / "seqinfo.ini").write_text(f"[Sequence]\nframeRate={rate}\nseqLength={length}\n")
+    with pytest.raises(UserError, match=rf"seqinfo\.ini: got frameRate {rate} and seqLength {length}"):
+        load(root, 0)
+
+
+def test_stray_files_among_the_images_are_ignored_and_a_frame_twice_is_not(mot: Write) -> None:
+    root = mot({1: range(1, 21)})
+    before = load(root, 0).description
+    for stray in ("1.txt", "000002.xml", "Thumbs.db"):
+        (root / "img1" / stray).touch()
+    assert load(root, 0).description == before
+    (root / "img1" / "7.png").touch()
+    with pytest.raises(UserError, match=r"000007\.png and 7\.png are both image 7"):
+        load(root, 0)
+
+
+@pytest.mark.parametrize("line", ["", "1,1,1,1,9,9,0", "1,1,900,900,9,9,1"])
+def test_a_sequence_without_a_box_says_so(mot: Write, line: str) -> None:
+    root = mot({1: range(1, 21)})
+    (root / "gt/gt.txt").write_text(line)
+    with pytest.raises(UserError, match=r"gt\.txt has no box, of a confidence other than 0, inside the image"):
+        load(root, 0)
 
 
 def test_only_split_zero_is_there(mot: Write) -> None:

@@ -103,5 +103,5 @@ def test_numbers_out_of_range_are_named(wrong: dict[str, int]) -> None:
 
 
 def test_too_few_people_say_how_many_there_are() -> None:
-    with pytest.raises(UserError, match=r"got 10, but only 3 people"):
+    with pytest.raises(UserError, match=r"got 10, wanted at most 3,"):
         PKSampler(many(3), 10, 2, 8, seed=0)

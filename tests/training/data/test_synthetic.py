@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.command import run_command
 from training.data import ilids_vid, synthetic
 from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
@@ -118,7 +119,7 @@ def test_the_command_line_makes_a_set(tmp_path: Path) -> None:
 
 def test_the_command_line_refuses_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        synthetic.main(root, people=3)
+        run_command(lambda: synthetic.generate(root, people=3))
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {root}: holds")

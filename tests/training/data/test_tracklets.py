@@ -21,12 +21,27 @@ def test_a_file_and_an_array_read_alike(tmp_path: Path) -> None:
     assert torch.equal(read_frame(PIXELS), expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
 def test_every_kind_of_image_becomes_three_channels(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "frame.png"
     image = Image.fromarray(PIXELS).convert(mode)
     image.save(path)
     assert torch.equal(read_frame(path), torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("CMYK", "jpg")])
+def test_an_image_that_would_be_clipped_is_named_with_its_mode(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"frame.{suffix}"
+    Image.new(mode, (7, 9)).save(path)
+    with pytest.raises(UserError, match=f"frame {path}: got an image of mode {mode}, wanted one of"):
+        read_frame(path)
+
+
+def test_a_message_names_the_file_once(tmp_path: Path) -> None:
+    (tmp_path / "frame.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as told:
+        read_frame(tmp_path / "frame.png")
+    assert str(told.value).count("frame.png") == 1
 
 
 def test_reading_an_array_leaves_it_alone() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,6 +48,15 @@ def test_average_precision_of_ranks_one_and_four() -> None:
 def test_cosine_distance_ignores_length_and_keeps_float64() -> None:
     distance = cosine_distance(np.array([[1.0, 0.0]]), np.array([[1e-3, 1e-11], [0.0, 7.0], [-2.0, 0.0]]))
     assert distance[0].tolist() == pytest.approx([0.0, 1.0, 2.0], abs=1e-15)
+
+
+@pytest.mark.parametrize("probes", [1, 2, 19])
+def test_equal_rows_of_the_gallery_are_equally_far(probes: int) -> None:
+    for people, features in itertools.product((5, 7, 37, 101), (13, 64, 100, 256)):
+        rng = np.random.default_rng(people)
+        gallery = np.repeat(rng.normal(size=(people, features)), 5, axis=0)
+        distance = cosine_distance(rng.normal(size=(probes, features)), gallery).reshape(probes, people, 5)
+        assert (distance == distance[:, :, :1]).all()
 
 
 def test_chance_is_the_share_of_right_items_in_the_gallery() -> None:

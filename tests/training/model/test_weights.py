@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision.models import inception_v3
+from torchvision.models import Inception_V3_Weights, inception_v3
 
 from training.errors import UserError
 from training.model.backbone import Inception, Tiny
+from training.model.weights import download_inception, read_weights
 
 
 @pytest.fixture
@@ -47,11 +49,12 @@ def test_names_and_shapes_that_do_not_fit_are_told_on_one_line(weights: dict[str
     )
 
 
-@pytest.mark.parametrize("name", ["noise.pth", "noise.safetensors", "list.pth", "absent.pth"])
+@pytest.mark.parametrize("name", ["noise.pth", "noise.safetensors", "list.pth", "numbered.pth", "absent.pth"])
 def test_a_file_that_is_no_state_dict_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
     (tmp_path / "noise.safetensors").write_bytes(b"not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pth")
     with pytest.raises(UserError, match=name) as told:
         Tiny(str(tmp_path / name))
     assert "\n" not in str(told.value)
@@ -66,3 +69,31 @@ def test_without_a_network_inception_starts_at_random_and_says_so_once(
         inception = Inception(5, "imagenet")
     assert len(told) == 1
     assert not inception.pretrained
+
+
+def test_any_bytes_end_in_one_line_without_colours_or_advice_to_trust_them(tmp_path: Path) -> None:
+    path, rng = tmp_path / "damaged.pth", random.Random(0)
+    torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    torch.save({"trainer": Path("x")}, path)
+    contents = [path.read_bytes(), *(rng.randbytes(rng.randrange(40)) for _ in range(200))]
+    contents += [whole[: rng.randrange(len(whole))] for _ in range(100)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"\A.*damaged\.pth: not a readable state_dict \(.+\)\Z"
+        ) as told:  # . is no line end
+            read_weights(path)
+        assert "\x1b" not in str(told.value)
+        assert "weights_only" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut short"])
+def test_a_download_gone_wrong_is_a_random_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints" / Inception_V3_Weights.IMAGENET1K_V1.url.rpartition("/")[2]).write_bytes(content)
+    with pytest.warns(UserWarning, match="no ImageNet weights"):
+        assert download_inception() is None
