@@ -107,7 +107,7 @@ def refine(
     features = torch.stack(refined, 1)
     if lengths is None:
         strips = features.mean((1, 4))  # eq. 9
-        return Refined(features, strips, None if training else State(x[:, -1], features[:, -1]))
+        return Refined(features, strips, None if training else last_state(x, features, None))
     alive = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
     features = features.masked_fill(~alive[:, :, None, None, None], 0)
     strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
