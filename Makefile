@@ -5,22 +5,26 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test sanitize lint format bench clean
 
 help:
-	@echo "make train   train the paper's model, small, on rendered video; ARGS=... go to training.train"
-	@echo "make test    run the test suite; ARGS=... go to pytest"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  rewrite the sources as ruff likes them"
-	@echo "make bench   measure the operators against eager PyTorch and torch.compile"
-	@echo "make setup   .venv with everything installed, which the others do first"
-	@echo "make clean   remove .venv, caches and build output"
+	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
+	@echo "make test      run the test suite; ARGS=... go to pytest"
+	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    rewrite the sources as ruff likes them"
+	@echo "make bench     measure the operators against eager PyTorch and torch.compile"
+	@echo "make setup     .venv with everything installed and built, which the others do first"
+	@echo "make clean     remove .venv, caches and build output"
 
+# The kernels are built last, against the torch that .ready brings, and again whenever their sources have changed.
 setup: $(VENV)/.ready
+	@"$(BIN)/python" -m build_tools
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv "$(VENV)"
-	"$(BIN)/python" -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[train,bench,dev]"
+	RRU_FAST_NATIVE=0 RRU_FAST_CUDA= "$(BIN)/python" -m pip install --disable-pip-version-check -q \
+		-c constraints.txt -e ".[train,bench,dev]"
 	@touch "$@"
 
 train: setup
@@ -28,6 +32,21 @@ train: setup
 
 test: setup
 	"$(BIN)/python" -m pytest -q $(ARGS)
+
+# A package of its own under build/, with sanitized kernels; the tests find it before the checkout's. libstdc++ is loaded
+# early too: the sanitizer has to find the function that throws. Leaks: torch's own are not ours. Tests of memory use are
+# left out: the sanitizer's red zones would count. --capture=sys: a report ends the process, and with it what pytest has
+# captured, so it goes straight to the terminal.
+SANITIZED := build/sanitize
+CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
+
+sanitize: setup
+	RRU_FAST_SANITIZE=1 RRU_FAST_NATIVE=1 RRU_FAST_CUDA=0 "$(BIN)/python" -m pip install \
+		--disable-pip-version-check -q --no-deps --upgrade --target "$(SANITIZED)" .
+	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		"$(BIN)/python" -m pytest -q --capture=sys -o pythonpath="$(SANITIZED) ." \
+		tests/ops -m "not gpu" -k "cpu and not memory" $(ARGS)
 
 lint: setup
 	"$(BIN)/ruff" check .
@@ -40,8 +59,9 @@ format: setup
 
 bench: setup
 	"$(BIN)/python" -m benchmarks.refine $(ARGS)
+	"$(BIN)/python" -m benchmarks.scaling
 	"$(BIN)/python" -m benchmarks.strip_pool
 	"$(BIN)/python" -m benchmarks.batch_hard
 
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json

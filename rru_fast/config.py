@@ -6,13 +6,15 @@ import platform
 
 import torch
 
+from rru_fast import native
+
 __version__ = "0.1.0"
 
 # Why a backend cannot serve; None where it can. In the order of DESIGN: the oracle, then ever closer to the machine.
 BACKENDS: dict[str, str | None] = {
     "reference": None,
     "composite": None,
-    "cpu": f"C++ kernels are not part of version {__version__}",
+    "cpu": native.missing(),
     "triton": f"Triton kernels are not part of version {__version__}",
     "cuda": f"CUDA kernels are not part of version {__version__}",
 }
@@ -29,10 +31,14 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}: {BACKENDS[backend]}")
 
 
-def choose(backend: str) -> str:
-    """The backend that serves a call that asks for `backend`."""
+def choose(backend: str, device: torch.device) -> str:
+    """The backend that serves a call that asks for `backend` with tensors on `device`."""
     check_backend(backend)
-    return "composite" if backend == "auto" else backend
+    if backend == "auto":
+        return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: got 'cpu' with tensors on {device}, wanted 'auto', or tensors on the CPU")
+    return backend
 
 
 def report() -> str:
@@ -41,7 +47,8 @@ def report() -> str:
     lines = [
         f"rru_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"threads: {torch.get_num_threads()}, CPU: {torch.backends.cpu.get_cpu_capability()}, GPU: {gpu}",
-        f"auto runs: {choose('auto')}",
+        *native.describe(),
+        f"auto runs: {choose('auto', torch.device('cpu'))} on a CPU, {choose('auto', torch.device('cuda'))} on a GPU",
     ]
     lines += [
         f"  {name:<10} {'available' if why is None else 'not available: ' + why}" for name, why in BACKENDS.items()

@@ -85,7 +85,7 @@ def refine(
         lengths,
         state,
     )
-    chosen = config.choose(backend)
+    chosen = config.choose(backend, x.device)
     if chosen == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
         return reference.refine(
@@ -169,7 +169,7 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
     """
     checks.check_strip_pool(s)
-    chosen = config.choose(backend)
+    chosen = config.choose(backend, s.device)
     if chosen == "reference":
         return reference.strip_pool(s)
     checks.check_derivatives("rru_fast.strip_pool", s)
@@ -209,7 +209,7 @@ def batch_hard_triplet(
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_batch_hard_triplet(features, labels, margin, metric, reduction)
-    chosen = config.choose(backend)
+    chosen = config.choose(backend, features.device)
     if chosen == "reference":
         return reference.batch_hard_triplet(
             features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices

@@ -67,6 +67,9 @@ ODD_SHAPES = [
         ((2, 2, 1, 4, 1), 1),  # one channel, one gate channel
         ((2, 5, 37, 5, 3), 17),
         ((1, 33, 130, 2, 2), 65),
+        ((3, 3, 70, 9, 8), 70),  # more positions, channels and gate channels than a kernel takes at a time
+        ((5, 2, 600, 4, 4), 66),
+        ((2, 3, 20, 2, 70), 8),  # a row of the map alone is more
     )
     for mode in ("train", "eval")
 ]

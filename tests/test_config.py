@@ -15,7 +15,8 @@ import torch
 import rru_fast
 from rru_fast import config
 
-MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast."))]
+# Not the extension: rru_fast.native decides whether it may be loaded.
+MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast.") if m.name[-3:] != "._C")]
 
 
 def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,9 +28,26 @@ def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: py
         assert line.endswith("available" if reason is None else reason)
 
 
-def test_what_auto_runs_is_an_available_backend() -> None:
-    assert config.BACKENDS[config.choose("auto")] is None
-    assert config.choose("auto") != "reference"
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_what_auto_runs_is_an_available_backend(device: str) -> None:
+    chosen = config.choose("auto", torch.device(device))
+    assert config.BACKENDS[chosen] is None
+    assert chosen != "reference"
+
+
+@pytest.mark.parametrize(("missing", "chosen"), [(None, "cpu"), ("no compiler", "composite")])
+def test_auto_runs_the_native_kernels_on_a_cpu_where_they_serve(
+    missing: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(config.BACKENDS, "cpu", missing)
+    assert config.choose("auto", torch.device("cpu")) == chosen
+    assert config.choose("auto", torch.device("cuda")) == "composite"
+
+
+def test_the_cpu_backend_refuses_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.BACKENDS, "cpu", None)
+    with pytest.raises(ValueError, match=r"^backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on"):
+        rru_fast.strip_pool(torch.empty(1, 1, 1, 1, 1, device="meta"), backend="cpu")
 
 
 @pytest.mark.parametrize("name", MODULES)

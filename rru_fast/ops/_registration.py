@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
+from rru_fast import native
+
+
+def kernels(op: str, composite: Any) -> dict[str, Any]:
+    """What runs operator `op`, by backend: objects with `forward` and `backward`."""
+    return {"composite": composite} | ({"cpu": native.kernels(op)} if native.missing() is None else {})
+
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which kernels compute in the dtype they chose: autocast reaches into Python implementations too."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import batch_hard as composite
-from rru_fast.ops._registration import forbid_second_order, without_autocast
+from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
 
-KERNELS = {"composite": composite}
+KERNELS = kernels("batch_hard", composite)
 
 
 @torch.library.custom_op("rru_fast::batch_hard", mutates_args=())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import refine as composite
-from rru_fast.ops._registration import forbid_second_order, without_autocast
+from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
 
-KERNELS = {"composite": composite}
+KERNELS = kernels("refine", composite)
 
 _ARGUMENTS = (
     "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "

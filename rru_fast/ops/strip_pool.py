@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import strip_pool as composite
-from rru_fast.ops._registration import forbid_second_order, without_autocast
+from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
 
-KERNELS = {"composite": composite}
+KERNELS = kernels("strip_pool", composite)
 
 
 @torch.library.custom_op("rru_fast::strip_pool", mutates_args=())

@@ -16,8 +16,9 @@ from tests import parity
 from tests.parity import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+native_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
 MARGINS: list[Any] = [0.3, 2.0, 0.0, "soft"]
-SHAPES = [(20, 16), (8, 20, 33), (1, 1, 5), (3, 7, 2), (2, 65, 3)]
+SHAPES = [(20, 16), (8, 20, 33), (1, 1, 5), (3, 7, 2), (2, 65, 3), (1, 131, 70)]
 
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -168,13 +169,11 @@ def test_gradcheck(backend: str) -> None:
             )
 
 
-@every_backend
-def test_tiles_do_not_show(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = ops.batch_hard.KERNELS[backend]
+def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = random_batch((3, 50, 8))
-    whole = run(features, labels, backend)
-    monkeypatch.setattr(kernel, "TILE_BYTES", 3 * 50 * 8 * 7)  # seven anchors at a time
-    for name, value in run(features, labels, backend).items():
+    whole = run(features, labels, "composite")
+    monkeypatch.setattr(ops.batch_hard.KERNELS["composite"], "TILE_BYTES", 3 * 50 * 8 * 7)  # seven anchors at a time
+    for name, value in run(features, labels, "composite").items():
         assert parity.error(value, whole[name]) <= 1e-14, name
 
 
@@ -190,7 +189,7 @@ def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert 2**20 < peak < 40 * 2**20
+    assert features.nbytes < peak < 40 * 2**20
 
 
 @every_backend
@@ -203,13 +202,91 @@ def test_inputs_are_left_alone_and_runs_are_bitwise_equal(backend: str) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+@native_backend
+@pytest.mark.parametrize("shape", [(8, 20, 100), (2, 300, 70)], ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype, metric: str, shape: tuple[int, ...], backend: str) -> None:
+    features, labels = random_batch(shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(run(features.to(dtype), labels, backend, metric=metric))
+    finally:
+        torch.set_num_threads(before)
+    for name, alone in results[0].items():
+        assert torch.equal(alone, results[1][name]), name
+        assert torch.equal(alone, results[2][name]), name
+
+
 @every_backend
-def test_any_strides_give_the_same(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
     features, labels = random_batch((4, 20, 6))
+    features = features.to(dtype)
+    layouts = {
+        "strips": features.permute(1, 2, 0).contiguous().permute(2, 0, 1),  # how (B, C, H) strips arrive
+        "every second": features.repeat_interleave(2, 2)[:, :, ::2],
+        "cut from wider": torch.cat([features, features], 2)[:, :, :6],
+        "groups last": features.transpose(0, 1).contiguous().transpose(0, 1),
+    }
     wanted = run(features, labels, backend)
-    strips = features.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # how (B, C, H) strips arrive
-    for name, value in run(strips, labels, backend).items():
-        assert parity.error(value, wanted[name]) <= parity.EXACT, name
+    for layout, same in layouts.items():
+        assert torch.equal(same, features)
+        for name, value in run(same, labels, backend).items():
+            assert parity.error(value, wanted[name]) <= parity.EXACT, (layout, name)
+    shared = features[:1].expand(4, -1, -1)
+    for name, value in run(shared, labels, backend, reduction="none").items():
+        alone = run(shared.clone(), labels, backend, reduction="none")
+        assert parity.error(value, alone[name]) <= parity.EXACT, name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_are_only_names(dtype: torch.dtype, backend: str) -> None:
+    features, labels = random_batch((2, 40, 6))
+    wanted = run(features, labels, backend)
+    ends = torch.iinfo(dtype)
+    names = torch.randperm(100)[: int(labels.max()) + 1] + ends.min  # negative where the dtype has that
+    names[0] = ends.max
+    for name, value in run(features, names.to(dtype)[labels], backend).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@native_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 1e-40], ids=str)
+@pytest.mark.parametrize("where", ["one number", "a feature", "everywhere"])
+def test_values_beyond_the_ordinary_give_the_references_loss(
+    where: str, value: float, metric: str, backend: str
+) -> None:
+    for seed in range(5):
+        features, labels = random_batch((1, 70, 6), seed)
+        features = features.float()
+        if where == "one number":
+            features[0, 33, 2] = value
+        elif where == "a feature":
+            features[0, 33] = value * features[0, 33].sign()
+        else:
+            features = value * features.sign()
+        options = {"metric": metric, "reduction": "none"}
+        got = rru_fast.batch_hard_triplet(features, labels, backend=backend, **options)
+        wanted = rru_fast.batch_hard_triplet(features, labels, backend="reference", **options)
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@every_backend
+def test_the_first_nan_is_the_partner_and_nan_the_gradient(backend: str) -> None:
+    features, labels = random_batch((1, 100, 6))
+    features[0, 50], features[0, 80] = float("nan"), float("nan")
+    labels[50], labels[80] = 1, 2
+    got, wanted = run(features, labels, backend), run(features, labels, "reference")
+    assert torch.equal(got["positive"], wanted["positive"])
+    assert torch.equal(got["negative"], wanted["negative"])
+    assert {50, 80} == set(got["negative"][0, :50].tolist())
+    assert got["d_features"].isnan().all()
 
 
 @every_backend

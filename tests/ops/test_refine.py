@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels are not built")
 ALL_WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
 
@@ -143,6 +148,75 @@ def test_inputs_are_left_alone_and_runs_are_bitwise_equal(case: Case, backend: s
         assert torch.equal(call.weights[name], before.weights[name]), name
 
 
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case((9, 3, 70, 9, 8), hidden=70, spatial_hidden=9, bn_groups=3),  # a task a clip, on any of these threads
+        Case((5, 4, 600, 4, 4), hidden=66, inputs="raw"),  # a task a clip on one or two of them
+        Case((1, 4, 520, 8, 8), hidden=66, mode="continued", attention="channel"),
+        Case((4, 4, 70, 5, 5), inputs="appearance", mode="ragged", attention="spatial"),
+    ],
+    ids=str,
+)
+def test_the_number_of_threads_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
+    call = parity.make_call(case, dtype).map(lambda v: v.to(dtype))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(parity.run(case, call, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(other[name], value), name
+
+
+@native
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_simd_capability_keeps_to_the_oracle(capability: str) -> None:
+    code = f"""
+import torch
+from tests import parity
+from tests.parity import Case
+assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}, torch.backends.cpu.get_cpu_capability()
+for case in (Case(), Case((3, 3, 70, 9, 8), hidden=70, inputs="raw"), Case(mode="ragged", inputs="appearance")):
+    call = parity.make_call(case)
+    oracle = parity.run(case, call, "reference")
+    for name, value in parity.run(case, call, "cpu").items():
+        assert parity.error(value, oracle[name]) <= parity.EXACT, (case, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        low = call.map(lambda v: v.to(dtype))
+        for name, value in parity.run(case, low, "cpu").items():
+            assert parity.error(value, oracle[name]) <= 20 * torch.finfo(dtype).eps, (case, dtype, name)
+"""
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_does_not_vanish(value: float, dtype: torch.dtype, mode: str, backend: str) -> None:
+    case = Case((4, 4, 6, 3, 2), mode=mode)
+    call = parity.make_call(case).map(lambda v: v.to(dtype))
+    call.x[1, 1, 2, 1, 1] = value
+    got, reference = parity.run(case, call, backend), parity.run(case, call, "reference")
+    if value != value:  # of infinities, which differences become NaN depends on the order of the products
+        assert torch.equal(got["features"].isnan(), reference["features"].isnan())
+        assert torch.equal(got["strips"].isnan(), reference["strips"].isnan())
+    for name in ("features", "strips", "d_x", "d_w", "d_w_c"):
+        assert not got[name].isfinite().all(), name
+
+
 @every_backend
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(training: bool, backend: str) -> None:
@@ -246,16 +320,13 @@ def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
     assert state.x.untyped_storage().nbytes() == state.x.nbytes
 
 
-@every_backend
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if hasattr(ops.refine.KERNELS[name], "HOIST_BYTES")])
 @pytest.mark.parametrize("inputs", ["appearance+motion", "raw"])
 def test_blocks_of_time_do_not_show(inputs: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((3, 8, 6, 3, 2), inputs=inputs)
     call = parity.make_call(case)
     whole = parity.run(case, call, backend)
-    kernel = ops.refine.KERNELS[backend]
-    if not hasattr(kernel, "HOIST_BYTES"):
-        pytest.skip(f"{backend} has no blocks of time")
-    monkeypatch.setattr(kernel, "HOIST_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
+    monkeypatch.setattr(ops.refine.KERNELS[backend], "HOIST_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
     for name, value in parity.run(case, call, backend).items():
         assert parity.error(value, whole[name]) <= parity.EXACT, name
 
@@ -281,7 +352,7 @@ def test_forward_mode_and_functional_transforms_are_refused(backend: str) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@every_backend
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_float64_equals_the_oracle_on_a_gpu(case: Case, backend: str) -> None:
     call = parity.make_call(case)

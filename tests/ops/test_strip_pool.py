@@ -11,11 +11,21 @@ from tests import parity
 from tests.parity import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+native_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
+SHAPES = [
+    (2, 3, 4, 5, 6),
+    (1, 1, 1, 1, 1),
+    (3, 7, 2, 1, 9),
+    (2, 40, 3, 8, 8),
+    (2, 3, 70, 8, 8),  # more channels than a task takes
+    (1, 2, 3, 9, 17),
+    (1, 900, 2, 4, 3),
+]
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (3, 7, 2, 1, 9), (2, 40, 3, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     draws = []
     for _ in range(5):
@@ -40,12 +50,44 @@ def test_equals_the_strips_of_refine(backend: str) -> None:
 
 
 @every_backend
-def test_any_strides_give_the_same(backend: str) -> None:
-    s = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
-    last = s.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    assert torch.allclose(
-        rru_fast.strip_pool(last, backend=backend), rru_fast.strip_pool(s, backend=backend), rtol=1e-14
-    )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
+    s = torch.randn(2, 3, 40, 5, 14).to(dtype)
+    layouts = {
+        "channels last": s.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+        "frames last": s.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3),
+        "transposed maps": s.mT.contiguous().mT,
+        "every second": s.repeat_interleave(2, 4)[..., ::2],
+        "cut from larger": torch.cat([s, s], 4)[..., :14],
+        "every second frame": s.repeat_interleave(2, 1)[:, ::2],
+    }
+    wanted = rru_fast.strip_pool(s, backend=backend)
+    for name, same in layouts.items():
+        assert torch.equal(same, s)
+        got = rru_fast.strip_pool(same, backend=backend)
+        assert torch.allclose(got, wanted, rtol=1e-13 if dtype == torch.float64 else 1e-2, atol=1e-14), name
+    d_strips = torch.randn(2, 5, 40, dtype=torch.float64).mT
+    d_s = [ops.strip_pool.strip_pool_backward(d, 3, 14, backend) for d in (d_strips, d_strips.contiguous())]
+    assert torch.equal(*d_s)
+
+
+@native_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype, backend: str) -> None:
+    s, d_strips = torch.randn(3, 9, 70, 8, 8).to(dtype), torch.randn(3, 70, 8).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            leaf = s.clone().requires_grad_()
+            strips = rru_fast.strip_pool(leaf, backend=backend)
+            results.append((strips, *torch.autograd.grad(strips, leaf, d_strips)))
+    finally:
+        torch.set_num_threads(before)
+    for alone, two, four in zip(*results, strict=True):
+        assert torch.equal(alone, two)
+        assert torch.equal(alone, four)
 
 
 @every_backend

@@ -1,0 +1,158 @@
+"""What there is to build with: PyTorch, a C++ compiler, a CUDA toolkit; and what the environment asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Each csrc/cpu file is compiled once for each of these, with the flags ATen compiles its own kernels with.
+CAPABILITIES: dict[str, list[str]] = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+
+
+class MissingError(Exception):
+    """Something cannot be built here; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The PyTorch to build for."""
+
+    folder: Path
+    version: str
+    cuda: str | None  # the CUDA version it was built with
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its command and the first line of its --version."""
+
+    command: list[str]
+    version: str
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit: its nvcc, its version and where libcudart_static.a lies."""
+
+    nvcc: Path
+    version: str
+    libraries: Path
+
+
+def asked(variable: str) -> bool | None:
+    """What an environment variable demands: True for 1, False for 0, None where it is unset."""
+    value = os.environ.get(variable) or None
+    if value not in (None, "0", "1"):
+        raise SystemExit(f"{variable}: got {value!r}, wanted 1, 0 or unset")
+    return None if value is None else value == "1"
+
+
+def jobs() -> int:
+    """How many compilers run at once: MAX_JOBS, else the number of processors this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    value = os.environ.get("MAX_JOBS") or str(usable)
+    if not value.isdecimal() or int(value) == 0:
+        raise SystemExit(f"MAX_JOBS: got {value!r}, wanted a positive integer or unset")
+    return int(value)
+
+
+def run(
+    command: list[str], cwd: str | Path | None = None, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and keep what it prints; in English and ASCII, since errors are looked for in it and recorded."""
+    environment = {**environment, "LC_ALL": "C"}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+
+
+def _output(command: list[str], cwd: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """What a command prints, both streams; empty where it fails or is not there."""
+    try:
+        done = run(command, cwd, environment)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
+
+
+def find_torch() -> Torch:
+    """The PyTorch of the environment that is being installed into, found without importing it.
+
+    pip builds in an isolated environment that has what build-system.requires names. torch is not named there: pip would
+    fetch gigabytes of it, and of a version that need not be the one the kernels will meet. So where this process has no
+    torch, the same interpreter is asked again without the variables with which pip isolates it.
+    """
+    spec = importlib.util.find_spec("torch")
+    origin = spec.origin if spec else None
+    if origin is None:
+        outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+        code = "import importlib.util as u; print(getattr(u.find_spec('torch'), 'origin', None) or '')"
+        origin = _output([sys.executable, "-c", code], sys.prefix, outside).strip()
+    folder = Path(origin).parent if origin else None
+    if folder is None or not (folder / "include" / "ATen").is_dir():
+        raise MissingError(
+            "no PyTorch to build for: install torch first, then pip install --no-build-isolation --no-deps ."
+        )
+    version = runpy.run_path(str(folder / "version.py"))
+    return Torch(folder, version["__version__"], version["cuda"])
+
+
+def find_compiler() -> Compiler:
+    """The C++ compiler: CXX, else the first of c++, g++ and clang++."""
+    wanted = os.environ.get("CXX")
+    candidates = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    for command in candidates:
+        if version := _output([*command, "--version"]):
+            return Compiler(command, version.splitlines()[0])
+    raise MissingError(f"no C++ compiler: {f'CXX={wanted}' if wanted else 'none of c++, g++ and clang++'} runs here")
+
+
+def find_cuda() -> Cuda:
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the one behind the nvcc on the PATH."""
+    home = next((f"{v}={os.environ[v]}" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)), None)
+    if home is not None:
+        root = Path(home.split("=", 1)[1])
+    else:
+        found = shutil.which("nvcc")
+        if found is None:
+            raise MissingError("no nvcc: neither CUDA_HOME nor CUDA_PATH is set, and none is on the PATH")
+        # The one on the PATH may be a link, which nvcc does not follow to its own files, or a script that runs another
+        # nvcc, so it is asked where it lives; it prints that before it looks at the input, which need not exist.
+        real = Path(found).resolve()
+        top = re.search(r"^#\$ TOP=(.+)$", _output([str(real), "--dryrun", "-c", "none.cu"]), re.MULTILINE)
+        root = Path(top[1]).resolve() if top else real.parent.parent
+    nvcc = root / "bin" / "nvcc"
+    release = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
+    if release is None:
+        raise MissingError(f"no working nvcc: {nvcc} ({home or 'behind the nvcc on the PATH'}) does not run")
+    folders = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
+    libraries = next((f for f in folders if (f / "libcudart_static.a").is_file()), None)
+    if libraries is None:
+        raise MissingError(f"no libcudart_static.a in the CUDA toolkit {root}")
+    return Cuda(nvcc, release[1], libraries)
+
+
+def cuda_architectures() -> list[str]:
+    """What to build CUDA for: TORCH_CUDA_ARCH_LIST, else the GPUs present, else 80 and 90; as "90" or "90+PTX"."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    words = listed.replace(";", " ").replace(",", " ").split()
+    if not words:
+        seen = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).split()
+        words = sorted({w for w in seen if re.fullmatch(r"\d+\.\d", w)}, key=float) or ["8.0", "9.0"]
+    for word in words:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
+            raise MissingError(f"TORCH_CUDA_ARCH_LIST: got {listed!r}, wanted numbers such as '8.0;9.0+PTX'")
+    return list(dict.fromkeys(word.replace(".", "") for word in words))

@@ -1,0 +1,315 @@
+// rru_fast::batch_hard, eq. 8 and 10: mining tile by tile, never the N x N matrix.
+//
+// Features are packed once, transposed, into panels (D, kWidth) of neighbours; a panel is both operands of the matrix
+// product: anchors are broadcast from one, candidates loaded as vectors from another. A few anchors against a panel are
+// one micro-tile; its inner products leave the registers as ranks and are mined at once. Ranks only choose the two
+// partners; the distances that enter the loss are taken from the difference of the vectors, so that near points do not
+// lose their digits. One task has an anchor's whole row, in one order: threads change nothing.
+
+#include "batch_hard.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Unroll.h>
+
+#include <algorithm>
+#include <unordered_map>
+#include <vector>
+
+namespace rru {
+namespace CPU_CAPABILITY {
+
+namespace {
+
+// A micro-tile: anchors by vectors of candidates. Its sums fill half the registers, enough to hide the latency of fma.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kAnchors = 8;
+#else
+constexpr int64_t kAnchors = 4;
+#endif
+constexpr int64_t kVectors = 2;
+
+// A task takes so many panels of anchors: their mining state and their panels stay in the second-level cache.
+constexpr int64_t kPanels = 2;
+
+template <typename A>
+class Mining {
+  using V = at::vec::Vectorized<A>;
+  // As wide as A, so that one mask serves both.
+  using Index = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+  static constexpr int64_t kWidth = kVectors * V::size(), kBlock = kPanels * kWidth;
+
+  // The best rank seen by each lane of a panel, and in which panel; -1 for none.
+  struct alignas(64) Best {
+    A rank[kWidth];
+    Index panel[kWidth];
+  };
+  struct State {
+    Best farthest, nearest;  // of the same label, and of another: there the rank is negated, so that more is nearer
+  };
+  struct Partner {
+    A rank;
+    int64_t index;
+  };
+
+  // The panels of some groups, (groups, panels, D, kWidth), and what each feature adds to the rank.
+  class Packed {
+   public:
+    Packed(const Mining& m, int64_t groups)
+        : panels_(at::empty({groups, m.panels_, m.D_, kWidth}, m.options_)),
+          offsets_(at::empty({groups, m.panels_, kWidth}, m.options_)) {}
+
+    A* panel(int64_t group, int64_t index) const {
+      return panels_.template mutable_data_ptr<A>() + group * panels_.stride(0) + index * panels_.stride(1);
+    }
+
+    A* offset(int64_t group, int64_t index) const {
+      return offsets_.template mutable_data_ptr<A>() + group * offsets_.stride(0) + index * kWidth;
+    }
+
+   private:
+    const Tensor panels_, offsets_;
+  };
+
+ public:
+  Mining(const Tensor& features, const Tensor& labels, double margin, bool soft, bool cosine)
+      : G_(features.size(0)),
+        N_(features.size(1)),
+        D_(features.size(2)),
+        panels_((N_ + kWidth - 1) / kWidth),
+        margin_(static_cast<A>(margin)),
+        soft_(soft),
+        cosine_(cosine),
+        f_(features),
+        options_(features.options().dtype(c10::CppTypeToScalarType<A>::value)),
+        codes_(at::empty({panels_ * kWidth}, labels.options().dtype(c10::CppTypeToScalarType<Index>::value))) {
+    number(labels.const_data_ptr<int64_t>(), codes_.template mutable_data_ptr<Index>());
+    d_pos_ = at::empty({G_, N_}, options_);
+    d_neg_ = at::empty({G_, N_}, options_);
+    loss_ = at::empty({G_, N_}, options_);
+    positive_ = at::empty({G_, N_}, labels.options());
+    negative_ = at::empty({G_, N_}, labels.options());
+  }
+
+  Tensors5 run() {
+    const int64_t blocks = (panels_ + kPanels - 1) / kPanels;
+    // A group of one block is its task's alone, which packs it into memory that stays in its cache.
+    if (blocks == 1) {
+      at::parallel_for(0, G_, 1, [&](int64_t begin, int64_t end) {
+        const Packed packed(*this, 1);
+        for (int64_t group = begin; group < end; group++) {
+          for (int64_t index = 0; index < panels_; index++) {
+            pack(group, index, packed.panel(0, index), packed.offset(0, index));
+          }
+          mine(group, 0, packed.panel(0, 0), packed.offset(0, 0));
+        }
+      });
+    } else {
+      const Packed packed(*this, G_);
+      at::parallel_for(0, G_ * panels_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t group = i / panels_, index = i % panels_;
+          pack(group, index, packed.panel(group, index), packed.offset(group, index));
+        }
+      });
+      at::parallel_for(0, G_ * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t group = i / blocks;
+          mine(group, i % blocks * kBlock, packed.panel(group, 0), packed.offset(group, 0));
+        }
+      });
+    }
+    return {loss_, d_pos_, d_neg_, positive_, negative_};
+  }
+
+ private:
+  // Labels as small numbers from 0 in order of appearance, -1 past the end.
+  void number(const int64_t* labels, Index* codes) {
+    std::unordered_map<int64_t, Index> known;
+    for (int64_t n = 0; n < N_; n++) {
+      codes[n] = known.try_emplace(labels[n], static_cast<Index>(known.size())).first->second;
+      if (second_ < 0 && codes[n] > 0) {
+        second_ = n;
+      }
+    }
+    std::fill(codes + N_, codes + panels_ * kWidth, Index(-1));
+  }
+
+  const Index* codes() const {
+    return codes_.template const_data_ptr<Index>();
+  }
+
+  // One panel, zeros past the end, and what its features add to the rank: |b|^2, summed as the inner products are.
+  void pack(int64_t group, int64_t index, A* panel, A* offset) const {
+    const int64_t n0 = index * kWidth, n = std::min(kWidth, N_ - n0);
+    constexpr int64_t kDepth = 64;  // transposed within the first-level cache
+    for (int64_t d0 = 0; d0 < D_; d0 += kDepth) {
+      for (int64_t lane = 0; lane < n; lane++) {
+        const A* row = f_.row(group, n0 + lane);
+        for (int64_t d = d0; d < std::min(D_, d0 + kDepth); d++) {
+          panel[d * kWidth + lane] = row[d];
+        }
+      }
+    }
+    for (int64_t d = 0; n < kWidth && d < D_; d++) {
+      std::fill(panel + d * kWidth + n, panel + (d + 1) * kWidth, A(0));
+    }
+    V sums[kVectors] = {V(0), V(0)};
+    for (int64_t d = 0; !cosine_ && d < D_; d++) {
+      for (int64_t v = 0; v < kVectors; v++) {
+        const V values = V::loadu(panel + d * kWidth + v * V::size());
+        sums[v] = at::vec::fmadd(values, values, sums[v]);
+      }
+    }
+    for (int64_t v = 0; v < kVectors; v++) {
+      sums[v].store(offset + v * V::size());
+    }
+  }
+
+  // A block of anchors from a0 on: their partners among all of the group, given its panels, and their losses.
+  void mine(int64_t group, int64_t a0, const A* panels, const A* offsets) {
+    const int64_t a1 = std::min(N_, a0 + kBlock);
+    std::vector<State> states(a1 - a0);
+    for (State& state : states) {
+      for (Best* best : {&state.farthest, &state.nearest}) {
+        std::fill_n(best->rank, kWidth, -std::numeric_limits<A>::infinity());
+        std::fill_n(best->panel, kWidth, Index(-1));
+      }
+    }
+    alignas(64) A products[kAnchors * kWidth];
+    for (int64_t j = 0; j < panels_; j++) {
+      for (int64_t a = a0; a < a1; a += kAnchors) {
+        multiply_tile(panels + a / kWidth * D_ * kWidth + a % kWidth, panels + j * D_ * kWidth, products);
+        for (int64_t i = a; i < std::min(a1, a + kAnchors); i++) {
+          rank(products + (i - a) * kWidth, offsets + j * kWidth, codes() + j * kWidth, codes()[i], j, states[i - a0]);
+        }
+      }
+    }
+    for (int64_t a = a0; a < a1; a++) {
+      finish(group, a, states[a - a0]);
+    }
+  }
+
+  // products (kAnchors, kWidth) = inner products of the first kAnchors lanes of one panel with all of another.
+  void multiply_tile(const A* anchors, const A* candidates, A* products) const {
+    V sums[kAnchors][kVectors];
+    c10::ForcedUnroll<kAnchors>{}([&](auto i) { sums[i][0] = sums[i][1] = V(0); });
+    for (int64_t d = 0; d < D_; d++, anchors += kWidth, candidates += kWidth) {
+      const V first = V::loadu(candidates), second = V::loadu(candidates + V::size());
+      c10::ForcedUnroll<kAnchors>{}([&](auto i) {
+        const V anchor(anchors[i]);
+        sums[i][0] = at::vec::fmadd(anchor, first, sums[i][0]);
+        sums[i][1] = at::vec::fmadd(anchor, second, sums[i][1]);
+      });
+    }
+    c10::ForcedUnroll<kAnchors>{}([&](auto i) {
+      sums[i][0].store(products + i * kWidth);
+      sums[i][1].store(products + i * kWidth + V::size());
+    });
+  }
+
+  // One anchor's inner products with a panel, ranked: up to a constant of the anchor |b|^2 - 2 ab, or -ab.
+  void rank(
+      const A* products, const A* offset, const Index* codes, Index code, int64_t panel, State& state) const {
+    const A scale = cosine_ ? A(-1) : A(-2);
+    const Index here = static_cast<Index>(panel);
+    // Branchless, as the compiler needs it for vectors. A number beats only a smaller one, NaN beats any number: as
+    // torch.max and torch.min have it.
+    const auto keep = [here](bool eligible, A value, Best& best, int64_t lane) {
+      const A old = best.rank[lane];
+      const bool better = eligible & ((value > old) | ((value != value) & (old == old)));
+      best.rank[lane] = better ? value : old;
+      best.panel[lane] = better ? here : best.panel[lane];
+    };
+    for (int64_t lane = 0; lane < kWidth; lane++) {
+      const A value = scale * products[lane] + offset[lane];
+      const bool same = codes[lane] == code;
+      keep(same, value, state.farthest, lane);
+      keep(!same & (codes[lane] >= 0), -value, state.nearest, lane);
+    }
+  }
+
+  // The best of all lanes, ties to the lowest index; `otherwise` where every rank was -inf.
+  static Partner best_lane(const Best& best, int64_t otherwise) {
+    Partner found{-std::numeric_limits<A>::infinity(), -1};
+    for (int64_t lane = 0; lane < kWidth; lane++) {
+      const A value = best.rank[lane];
+      const int64_t index = best.panel[lane] * kWidth + lane;
+      if (best.panel[lane] < 0) {
+        continue;
+      }
+      const bool tie = value == found.rank || (value != value && found.rank != found.rank);
+      const bool better = value > found.rank || (value != value && found.rank == found.rank);
+      if (better || (tie && index < found.index)) {
+        found = {value, index};
+      }
+    }
+    return found.index < 0 ? Partner{found.rank, otherwise} : found;
+  }
+
+  void finish(int64_t group, int64_t a, const State& state) {
+    // Overflow can leave every rank at -inf. Then any partner will do that has the right label: there is another label
+    // at 0 or at second_, unless there is but one.
+    const Partner positive = best_lane(state.farthest, a);
+    const Partner negative = best_lane(state.nearest, second_ < 0 ? -1 : codes()[a] == 0 ? second_ : 0);
+    const A far = distance(group, a, positive);
+    const A near = negative.index < 0 ? std::numeric_limits<A>::infinity() : distance(group, a, negative);
+    const A gap = far - near;
+    const int64_t at = group * N_ + a;
+    d_pos_.template mutable_data_ptr<A>()[at] = far;
+    d_neg_.template mutable_data_ptr<A>()[at] = near;
+    positive_.mutable_data_ptr<int64_t>()[at] = positive.index;
+    negative_.mutable_data_ptr<int64_t>()[at] = negative.index;
+    loss_.template mutable_data_ptr<A>()[at] = soft_ ? softplus(gap) : hinge(margin_ + gap);
+  }
+
+  // D(anchor, partner); NaN where the rank is, which the difference alone need not show.
+  A distance(int64_t group, int64_t a, const Partner& partner) const {
+    if (partner.rank != partner.rank) {
+      return partner.rank;
+    }
+    constexpr int64_t kChains = 4;  // of sums, to hide the latency of fma
+    const A *x = f_.row(group, a), *y = f_.row(group, partner.index);
+    V sums[kChains] = {V(0), V(0), V(0), V(0)};
+    const auto add = [&](V& sum, int64_t d, int64_t count) {
+      const V left = V::loadu(x + d, count), right = V::loadu(y + d, count);
+      const V difference = left - right;
+      sum = cosine_ ? at::vec::fmadd(left, right, sum) : at::vec::fmadd(difference, difference, sum);
+    };
+    int64_t d = 0;
+    for (; d + kChains * V::size() <= D_; d += kChains * V::size()) {
+      c10::ForcedUnroll<kChains>{}([&](auto i) { add(sums[i], d + i * V::size(), V::size()); });
+    }
+    for (; d < D_; d += V::size()) {
+      add(sums[0], d, std::min<int64_t>(V::size(), D_ - d));
+    }
+    const A sum = total<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return cosine_ ? 1 - sum : std::sqrt(sum < kFloor ? static_cast<A>(kFloor) : sum);
+  }
+
+  static A hinge(A x) {
+    return x < 0 ? A(0) : x;  // NaN stays
+  }
+
+  static A softplus(A x) {
+    return x > 20 ? x : std::log1p(std::exp(x));  // as torch's
+  }
+
+  const int64_t G_, N_, D_, panels_;
+  const A margin_;
+  const bool soft_, cosine_;
+  const Features<A> f_;
+  const at::TensorOptions options_;
+  const Tensor codes_;   // (panels * kWidth)
+  int64_t second_ = -1;  // the first feature with a label other than the first's
+  Tensor d_pos_, d_neg_, loss_, positive_, negative_;  // (G, N)
+};
+
+}  // namespace
+
+Tensors5 batch_hard(const Tensor& features, const Tensor& labels, double margin, bool soft, bool cosine) {
+  return features.scalar_type() == at::kDouble ? Mining<double>(features, labels, margin, soft, cosine).run()
+                                               : Mining<float>(features, labels, margin, soft, cosine).run();
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace rru

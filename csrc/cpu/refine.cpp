@@ -1,0 +1,376 @@
+// rru_fast::refine, eq. 1-5 and 9: per step, one pass over the maps and one product, fused clip by clip.
+//
+// The pass over frame t reads X_t, S_{t-1} and X_{t+1}, writes S_t, adds it to the strips and leaves the next frame's
+// gate input V = (A; M), (A) or (X; S) in cache, where the product U = W V finds it.
+
+#include "refine.h"
+
+namespace rru {
+namespace CPU_CAPABILITY {
+
+namespace {
+
+// Channels between two products of a clip: their rows of V stay in the second-level cache.
+constexpr int64_t kDepth = 512;
+// Few clips for the threads at hand are cut into tasks of this many channels, and of this many rows of U.
+constexpr int64_t kChannelTask = 64, kGateTask = 32;
+
+template <typename T, typename G>
+class Forward {
+  using A = Arithmetic<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kI = kInterleave<G>;
+
+ public:
+  Forward(const RefineArguments& a, bool save)
+      : s_(a),
+        gate_(a, s_),
+        training_(a.training),
+        save_(save),
+        lengths_(a.lengths ? a.lengths->const_data_ptr<int64_t>() : nullptr),
+        x_(a.x),
+        state_x_(a.state_x ? *a.state_x : a.x.select(1, 0)),
+        state_s_(a.state_s ? *a.state_s : a.x.select(1, 0)),
+        w_(left_operand<G>(a.w, s_.halves)),
+        whole_clips_(s_.B >= 2 * at::get_num_threads()),
+        depth_(round_up(whole_clips_ ? std::min(kDepth, s_.C) : s_.C, kI)) {
+    if (s_.halves == 2) {
+      const Tensor w = a.w.to(gate_.options);
+      w_first_ = Array<const G>(left_operand<G>(w.narrow(1, 0, s_.C).add(w.narrow(1, s_.C, s_.C)), 1));
+    }
+    if (a.w_c) {
+      w_c_t_ = Array<const A>(gate_.w_c.tensor().t().contiguous());
+    }
+    features_ = Array<T>(huge(at::empty(a.x.sizes(), a.x.options())));
+    strips_ = Array<A>(at::zeros({s_.B, s_.C, s_.H}, gate_.options));
+    mean_ = Array<A>(at::zeros({training_ ? s_.T : 0, a.groups, s_.D}, gate_.options));
+    var_ = Array<A>(at::zeros_like(mean_.tensor()));
+    const int64_t slices = save ? s_.steps : std::min<int64_t>(s_.steps, 1);
+    u_ = slots({slices, s_.B, s_.D, s_.P});
+    z_s_ = slots({a.w_s2 ? slices : 0, s_.B, s_.P});
+    z_c_ = slots({a.w_c ? slices : 0, s_.B, s_.C});
+    h_ = slots({a.w_s1 ? slices : 0, s_.B, s_.A});
+    ones_ = Array<const A>(at::ones({s_.P}, gate_.options));
+    y_p_ = slots({s_.B, s_.D});
+    y_d_ = slots({s_.B, s_.P});
+    clip_mean_ = slots({s_.B, s_.D});
+    clip_m2_ = slots({s_.B, s_.D});
+    const int64_t operands = whole_clips_ ? at::get_num_threads() : s_.B * s_.chunks;
+    v_ = Array<G>(at::empty(
+        {operands, s_.halves * depth_ * kRow}, a.x.options().dtype(c10::CppTypeToScalarType<G>::value)));
+    if (!std::is_same_v<T, A>) {
+      state_ = slots({s_.B, s_.C, s_.P});  // S before it is rounded to T
+    }
+  }
+
+  Tensors8 run(const RefineArguments& a) {
+    if (s_.raw && training_ && s_.start == 1) {
+      // The gate sees (X_1, X_1) at frame 0: nothing comes of it but its statistics.
+      const Array<A> u = slots({s_.B, s_.D, s_.P});
+      parallel(s_.B, [&](int64_t clip) {
+        opening(clip, u(clip));
+        clip_statistics(clip, u(clip));
+      });
+      merge_statistics(0);
+    }
+    advance(s_.start - 1);
+    for (int64_t t = s_.start; t < s_.T; t++) {
+      attention(t);
+      advance(t);
+    }
+    const Tensor frames = a.lengths ? a.lengths->to(gate_.options).view({s_.B, 1, 1}) : at::full({1}, s_.T, gate_.options);
+    const Tensor strips = strips_.tensor().div(frames.mul(s_.W)).to(a.x.scalar_type());
+    const auto kept = [&](const Array<A>& slices) {
+      return save_ ? slices.tensor() : slices.tensor().narrow(0, 0, 0).clone();
+    };
+    return {
+        features_.tensor(), strips, mean_.tensor(), var_.tensor(), kept(u_), kept(z_s_), kept(z_c_), kept(h_)};
+  }
+
+ private:
+  // Scratch, or what is kept; zero where padding would otherwise leave it unwritten.
+  Array<A> slots(at::IntArrayRef shape) const {
+    return Array<A>(huge(lengths_ ? at::zeros(shape, gate_.options) : at::empty(shape, gate_.options)));
+  }
+
+  bool alive(int64_t clip, int64_t t) const {
+    return lengths_ == nullptr || t < lengths_[clip];
+  }
+
+  // A clip's part of what frame t keeps; the one slice there is where nothing is kept.
+  A* at(const Array<A>& slices, int64_t t, int64_t clip) const {
+    return slices(save_ ? t - s_.start : 0, clip);
+  }
+
+  // S_t for all clips, and the next frame's U with its statistics.
+  void advance(int64_t t) {
+    const int64_t next = t + 1;
+    const auto has_next = [&](int64_t clip) { return next < s_.T && alive(clip, next); };
+    if (whole_clips_) {
+      parallel(s_.B, [&](int64_t clip) {
+        G* v = v_(at::get_thread_num());
+        for (int64_t q = 0; q < s_.chunks; q++) {
+          for (int64_t c0 = 0; c0 < s_.C; c0 += kDepth) {
+            const int64_t c1 = std::min(c0 + kDepth, s_.C);
+            blend(clip, s_.chunk(q), t, c0, c1, v);
+            if (has_next(clip)) {
+              multiply_w(clip, s_.chunk(q), next, c0, c1, v, 0, s_.D);
+            }
+          }
+        }
+        if (training_ && next < s_.T) {
+          clip_statistics(clip, at(u_, next, clip));
+        }
+      });
+      return;
+    }
+    const auto operand = [&](int64_t clip, int64_t q) {
+      return v_(clip * s_.chunks + q);
+    };
+    const int64_t blocks = (s_.C + kChannelTask - 1) / kChannelTask, tiles = (s_.D + kGateTask - 1) / kGateTask;
+    parallel(s_.B * blocks, [&](int64_t task) {
+      const int64_t clip = task / blocks, c0 = task % blocks * kChannelTask, c1 = std::min(c0 + kChannelTask, s_.C);
+      for (int64_t q = 0; q < s_.chunks; q++) {
+        blend(clip, s_.chunk(q), t, c0, c1, operand(clip, q) + c0 * s_.chunk(q).ld);
+      }
+    });
+    if (next >= s_.T) {
+      return;
+    }
+    parallel(s_.B * s_.chunks * tiles, [&](int64_t task) {
+      const int64_t clip = task / tiles / s_.chunks, q = task / tiles % s_.chunks, d0 = task % tiles * kGateTask;
+      for (int64_t c0 = 0; c0 < s_.C && has_next(clip); c0 += kDepth) {
+        const int64_t c1 = std::min(c0 + kDepth, s_.C), d1 = std::min(d0 + kGateTask, s_.D);
+        multiply_w(clip, s_.chunk(q), next, c0, c1, operand(clip, q) + c0 * s_.chunk(q).ld, d0, d1);
+      }
+    });
+    if (training_) {
+      parallel(s_.B, [&](int64_t clip) { clip_statistics(clip, at(u_, next, clip)); });
+    }
+  }
+
+  bool shares_product(int64_t t) const {
+    return s_.shared_first && t == s_.start;
+  }
+
+  // Rows d0 to d1 of U_t += W V for channels c0 to c1, whose rows of V begin at v.
+  void multiply_w(
+      int64_t clip, const Chunk& chunk, int64_t t, int64_t c0, int64_t c1, const G* v, int64_t d0, int64_t d1) {
+    const int64_t halves = shares_product(t) ? 1 : s_.halves;
+    const G* w = shares_product(t) ? w_first_() : w_();
+    const int64_t k = round_up(s_.C, kI), ldw = halves * k;
+    A* u = at(u_, t, clip) + s_.D * chunk.p0 + d0 * chunk.n;
+    for (int64_t half = 0; half < halves; half++) {
+      multiply<G>(
+          d1 - d0, chunk.n, round_up(c1 - c0, kI), w + d0 * ldw + half * k + c0, ldw,
+          v + half * depth_ * chunk.ld, chunk.ld, u, chunk.n, c0 > 0 || half > 0);
+    }
+  }
+
+  // What the maps of a clip's chunk are gathered into where they have to be.
+  struct Reading {
+    Lines<A> x, next, past;
+  };
+
+  // S_t for channels c0 to c1, and their rows of frame t + 1's operand from v on.
+  void blend(int64_t clip, const Chunk& chunk, int64_t t, int64_t c0, int64_t c1, G* v) {
+    alignas(64) A first[kI * kRow], second[kI * kRow];
+    Reading reading;
+    for (int64_t c = c0; c < c1; c += kI) {
+      for (int64_t i = 0; i < kI; i++) {
+        if (c + i < c1) {
+          blend_row(clip, chunk, t, c + i, reading, first + i * kRow, second + i * kRow);
+        } else {
+          std::fill(first + i * kRow, first + (i + 1) * kRow, A(0));
+          std::fill(second + i * kRow, second + (i + 1) * kRow, A(0));
+        }
+      }
+      if (t + 1 < s_.T && alive(clip, t + 1)) {
+        put_rows(first, v, c - c0, chunk.ld, chunk.n);
+        if (s_.halves == 2 && !shares_product(t + 1)) {
+          put_rows(second, v + depth_ * chunk.ld, c - c0, chunk.ld, chunk.n);
+        }
+      }
+    }
+  }
+
+  // One channel's S_t; its rows of V_{t+1} into first and second.
+  void blend_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* first, A* second) {
+    const int64_t p0 = chunk.p0, n = chunk.n, next = t + 1;
+    T* out = t < 0 ? nullptr : features_(clip, t, c) + p0;
+    if (!alive(clip, t)) {
+      std::fill(out, out + n, T(0));
+      return;
+    }
+    Row<A> s;
+    const A* x = t < 0 ? state_x_.row(clip, 0, c, p0, n, in.x) : x_.row(clip, t, c, p0, n, in.x);
+    if (t < s_.start) {
+      const A* begin = t < 0 ? state_s_.row(clip, 0, c, p0, n, in.past) : x;
+      std::copy(begin, begin + chunk.ld, s.values);
+    } else {
+      Row<A> past_row;
+      const A* past = past_s(clip, t, c, p0, n, in.past, past_row.values);
+      const A* z_s = (z_s_ ? at(z_s_, t, clip) : ones_()) + p0;
+      const V z_c(z_c_ ? at(z_c_, t, clip)[c] : A(1));
+      for (int64_t i = 0; i < n; i += V::size()) {
+        const V a = V::loadu(x + i) - V::loadu(past + i);
+        const V z = sigmoid(z_c * V::loadu(z_s + i, std::min<int64_t>(V::size(), n - i)));
+        at::vec::fmadd(z, a, V::loadu(past + i)).store(s.values + i);  // eq. 5
+      }
+    }
+    if (out != nullptr) {
+      store(s.values, n, out);
+      add_to_strips(s.values, chunk, strips_(clip, c));
+    }
+    if (!std::is_same_v<T, A>) {
+      std::copy(s.values, s.values + n, state_(clip, c) + p0);
+    }
+    if (next < s_.T && alive(clip, next)) {
+      const A* x_next = x_.row(clip, next, c, p0, n, in.next);
+      for (int64_t i = 0; i < n; i += V::size()) {
+        const V coming = V::loadu(x_next + i), refined = V::loadu(s.values + i);
+        (s_.raw ? coming : coming - refined).store(first + i);
+        (s_.raw ? refined : coming - V::loadu(x + i)).store(second + i);
+      }
+    }
+  }
+
+  // A row of S_{t-1} in the arithmetic dtype.
+  const A* past_s(
+      int64_t clip, int64_t t, int64_t c, int64_t p0, int64_t n, Lines<A>& lines, A* buffer) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (t == 0) {
+        return state_s_.row(clip, 0, c, p0, n, lines);
+      }
+      return load(features_(clip, t - 1, c) + p0, n, buffer);
+    } else {
+      return load(state_(clip, c) + p0, n, buffer);
+    }
+  }
+
+  // Sums a row over its columns into the channel's strips (H,), eq. 9.
+  void add_to_strips(const A* row, const Chunk& chunk, A* strips) const {
+    each_map_row(chunk, s_.W, [&](int64_t h, int64_t i, auto count) {
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t w = 0; w < count; w++) {
+        sum += row[i + w];
+      }
+      strips[h] += sum;
+    });
+  }
+
+  // U (D, P) of frame 0 for raw inputs (X_1, X_1): the halves of W add up.
+  void opening(int64_t clip, A* u) {
+    const int64_t k = round_up(s_.C, kI);
+    const Array<G> v(at::empty({k * kRow}, v_.tensor().options()));
+    Row<A> rows[kI];
+    for (int64_t q = 0; q < s_.chunks; q++) {
+      const Chunk chunk = s_.chunk(q);
+      Lines<A> lines;
+      for (int64_t c = 0; c < s_.C; c += kI) {
+        for (int64_t i = 0; i < kI; i++) {
+          if (c + i < s_.C) {
+            const A* x = x_.row(clip, 0, c + i, chunk.p0, chunk.n, lines);
+            std::copy(x, x + chunk.n, rows[i].values);
+          } else {
+            std::fill(rows[i].values, rows[i].values + kRow, A(0));
+          }
+        }
+        put_rows(rows[0].values, v(), c, chunk.ld, chunk.n);
+      }
+      multiply<G>(
+          s_.D, chunk.n, k, w_first_(), k, v(), chunk.ld, u + s_.D * chunk.p0,
+          chunk.n, false);
+    }
+  }
+
+  // Mean of each gate channel over one clip's positions, and the sum of squares about it.
+  void clip_statistics(int64_t clip, const A* u) {
+    A *mean = clip_mean_(clip), *m2 = clip_m2_(clip);
+    const auto sum = [&](int64_t d, const auto& of) {
+      A result = 0;
+      for (int64_t q = 0; q < s_.chunks; q++) {
+        const Chunk chunk = s_.chunk(q);
+        const A* row = u + s_.D * chunk.p0 + d * chunk.n;
+        V partial(0);
+        for (int64_t i = 0; i < chunk.n; i += V::size()) {
+          const int64_t count = std::min<int64_t>(V::size(), chunk.n - i);
+          partial = partial + V::set(V(0), of(V::loadu(row + i, count)), count);
+        }
+        result += total<A>(partial);
+      }
+      return result;
+    };
+    for (int64_t d = 0; d < s_.D; d++) {
+      mean[d] = sum(d, [](const V& v) { return v; }) / static_cast<A>(s_.P);
+      m2[d] = sum(d, [&](const V& v) { return (v - V(mean[d])) * (v - V(mean[d])); });
+    }
+  }
+
+  // Statistics of frame t for every group, from its clips' in their order; the gate uses them from here on.
+  void merge_statistics(int64_t t) {
+    const int64_t clips = s_.B / gate_.groups;
+    A *mean = mean_(t), *var = var_(t);
+    for (int64_t i = 0; i < gate_.groups * s_.D; i++) {
+      const int64_t first = i / s_.D * clips, d = i % s_.D;
+      const A *means = clip_mean_(first) + d, *m2s = clip_m2_(first) + d;
+      double sum = 0, m2 = 0;
+      for (int64_t clip = 0; clip < clips; clip++) {
+        sum += means[clip * s_.D];
+      }
+      const double whole = sum / clips;
+      for (int64_t clip = 0; clip < clips; clip++) {
+        const double off = means[clip * s_.D] - whole;
+        m2 += m2s[clip * s_.D] + s_.P * off * off;
+      }
+      mean[i] = static_cast<A>(whole);
+      var[i] = static_cast<A>(m2 / (clips * s_.P));
+    }
+    gate_.use(mean, var);
+  }
+
+  // z_s and z_c of frame t from its U, eq. 2 and 3.
+  void attention(int64_t t) {
+    if (training_) {
+      merge_statistics(t);
+    }
+    parallel(s_.B, [&](int64_t clip) {
+      if (!alive(clip, t)) {
+        return;
+      }
+      gate_.pool(clip, at(u_, t, clip), y_p_(clip), y_d_(clip));
+      if (z_s_) {
+        gate_.spatial(y_d_(clip), at(h_, t, clip), at(z_s_, t, clip));
+      }
+    });
+    if (z_c_) {
+      product(s_.B, s_.C, s_.D, y_p_(), s_.D, w_c_t_(), at(z_c_, t, 0));
+    }
+  }
+
+  const Sizes s_;
+  Gate<A> gate_;
+  const bool training_, save_;
+  const int64_t* const lengths_;
+  const Maps<T> x_, state_x_, state_s_;
+  const Array<const G> w_;
+  const bool whole_clips_;  // whether a task is a clip, or clips are too few for the threads
+  const int64_t depth_;     // rows of V that lie between its halves
+  Array<const G> w_first_;
+  Array<const A> w_c_t_, ones_;
+  Array<T> features_;
+  Array<A> strips_, mean_, var_, u_, z_s_, z_c_, h_, y_p_, y_d_, clip_mean_, clip_m2_, state_;
+  Array<G> v_;
+};
+
+}  // namespace
+
+Tensors8 refine(const RefineArguments& arguments, bool save) {
+  return dispatch(arguments.x, [&](auto stored, auto multiplied) {
+    return Forward<decltype(stored), decltype(multiplied)>(arguments, save).run(arguments);
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace rru

@@ -1,0 +1,292 @@
+// What refine and its backward share: sizes, weights in the arithmetic dtype, and the gate after its transition.
+//
+// Letters as in the paper: B clips, T frames, C channels, P = H W positions, D gate channels, A attention units.
+// Positions are taken in chunks of at most kRow. U of a clip lies chunk after chunk, each a matrix (D, n).
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace rru {
+namespace CPU_CAPABILITY {
+
+struct Chunk {
+  int64_t p0, n, ld;  // first position, number of them, and that rounded up to whole vectors
+};
+
+// Calls body(i) for every i of 0 to tasks, on as many threads as there are. Which thread takes which changes nothing.
+template <typename F>
+inline void parallel(int64_t tasks, const F& body) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      body(i);
+    }
+  });
+}
+
+// Calls body(h, i, count) for each map row h that a chunk touches: `count` positions from chunk.p0 + i on lie in it.
+// At the paper's width the count is known to the compiler.
+template <typename F>
+inline void each_map_row(const Chunk& chunk, int64_t width, const F& body) {
+  if (width == 8) {
+    for (int64_t i = 0; i < chunk.n; i += 8) {
+      body((chunk.p0 + i) / 8, i, std::integral_constant<int64_t, 8>());
+    }
+    return;
+  }
+  for (int64_t i = 0, end; i < chunk.n; i = end) {
+    const int64_t h = (chunk.p0 + i) / width;
+    end = std::min(chunk.n, (h + 1) * width - chunk.p0);
+    body(h, i, end - i);
+  }
+}
+
+// 1 / (1 + exp(-logits)), eq. 4; NaN where the logits are.
+template <typename V>
+inline V sigmoid(const V& logits) {
+  const V one(1);
+  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
+    // Within 2e-7 of the exponential, relative, but a number even of what is none.
+    return V::blendv(one / (one + logits.neg().exp_u20()), logits, logits != logits);
+  } else {
+    return one / (one + logits.neg().exp());
+  }
+}
+
+// sum over i of a[i] b[i]
+template <typename A>
+inline A dot(const A* a, const A* b, int64_t n) {
+  using V = at::vec::Vectorized<A>;
+  V sum(0);
+  int64_t i = 0;
+  for (; i + V::size() <= n; i += V::size()) {
+    sum = at::vec::fmadd(V::loadu(a + i), V::loadu(b + i), sum);
+  }
+  A rest = 0;
+  for (; i < n; i++) {
+    rest += a[i] * b[i];
+  }
+  return total<A>(sum) + rest;
+}
+
+// y += factor x
+template <typename A>
+inline void add_scaled(A* y, A factor, const A* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    y[i] += factor * x[i];
+  }
+}
+
+struct Sizes {
+  int64_t B, T, C, H, W, P, D, A;
+  int64_t chunks, start, steps;  // start: the first frame that goes through the gate; steps of recurrence
+  bool motion, raw;              // what the gate sees beside A_t: M_t, or X_t and S_{t-1} instead
+  bool shared_first;             // A = M at the first step, since S_1 = X_1: one product serves both halves of W
+  int64_t halves;                // of W's columns
+
+  explicit Sizes(const RefineArguments& a)
+      : B(a.x.size(0)),
+        T(a.x.size(1)),
+        C(a.x.size(2)),
+        H(a.x.size(3)),
+        W(a.x.size(4)),
+        P(H * W),
+        D(a.w.size(0)),
+        A(a.w_s1 ? a.w_s1->size(0) : 0),
+        chunks((P + kRow - 1) / kRow),
+        start(a.state_s ? 0 : 1),
+        steps(T - start),
+        motion(a.inputs == Inputs::appearance_motion),
+        raw(a.inputs == Inputs::raw),
+        shared_first(motion && start == 1),
+        halves(a.inputs == Inputs::appearance ? 1 : 2) {}
+
+  Chunk chunk(int64_t q) const {
+    const int64_t p0 = q * kRow, n = std::min(kRow, P - p0);
+    return {p0, n, round_up(n, kAlign)};
+  }
+};
+
+// A contiguous tensor with its address at hand: asking a tensor for it costs more than a row of arithmetic.
+template <typename E>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(Tensor tensor) : tensor_(std::move(tensor)) {
+    if constexpr (std::is_const_v<E>) {
+      data_ = tensor_.const_data_ptr<std::remove_const_t<E>>();
+    } else {
+      data_ = tensor_.mutable_data_ptr<E>();
+    }
+    for (size_t i = 0; i < std::min<size_t>(tensor_.dim(), 3); i++) {
+      strides_[i] = tensor_.stride(i);
+    }
+  }
+
+  E* operator()(int64_t i = 0, int64_t j = 0, int64_t k = 0) const {
+    return data_ + i * strides_[0] + j * strides_[1] + k * strides_[2];
+  }
+  // Whether there is anything in it: the variant has it.
+  explicit operator bool() const {
+    return tensor_.defined() && tensor_.numel() > 0;
+  }
+  const Tensor& tensor() const {
+    return tensor_;
+  }
+
+ private:
+  Tensor tensor_;
+  E* data_ = nullptr;
+  std::array<int64_t, 3> strides_{};
+};
+
+// The gate's weights in the arithmetic dtype A, and what it computes of U.
+template <typename A>
+struct Gate {
+  const Sizes& s;
+  const int64_t groups;  // of clips, with statistics of their own
+  const at::TensorOptions options;  // of the arithmetic dtype
+  const Array<const A> gamma, beta, w_s1, w_s2, w_c;
+  const A eps;
+  const Array<A> mean, r;  // (groups, D): what U is normalised by at the step under way; r = 1 / sqrt(var + eps)
+
+  Gate(const RefineArguments& a, const Sizes& sizes)
+      : s(sizes),
+        groups(a.training ? a.groups : 1),
+        options(a.x.options().dtype(c10::CppTypeToScalarType<A>::value)),
+        gamma(weight(a.gamma)),
+        beta(weight(a.beta)),
+        w_s1(weight(a.w_s1)),
+        w_s2(weight(a.w_s2)),
+        w_c(weight(a.w_c)),
+        eps(static_cast<A>(a.eps)),
+        mean(at::empty({groups, s.D}, options)),
+        r(at::empty({groups, s.D}, options)) {
+    if (!a.training) {
+      use(weight(a.running_mean)(), weight(a.running_var)());
+    }
+  }
+
+  Array<const A> weight(const std::optional<Tensor>& tensor) const {
+    return tensor ? Array<const A>(tensor->to(options).contiguous()) : Array<const A>();
+  }
+
+  // Normalise by these statistics, (groups, D), from here on.
+  void use(const A* new_mean, const A* var) const {
+    for (int64_t i = 0; i < groups * s.D; i++) {
+      mean()[i] = new_mean[i];
+      r()[i] = 1 / std::sqrt(var[i] + eps);
+    }
+  }
+
+  int64_t group(int64_t clip) const {
+    return clip / (s.B / groups);
+  }
+
+  // Calls body(d, chunk, uhat, y, i) for each gate channel and chunk of a clip, vector by vector: uhat and y are vectors
+  // at positions chunk.p0 + i and following, `count` of them within the chunk. u: the clip's U.
+  template <typename F>
+  void each(int64_t clip, const A* u, const F& body) const {
+    using V = at::vec::Vectorized<A>;
+    const A *mu = mean(group(clip)), *rs = r(group(clip)), *g = gamma(), *b = beta();
+    for (int64_t q = 0; q < s.chunks; q++) {
+      const Chunk chunk = s.chunk(q);
+      for (int64_t d = 0; d < s.D; d++) {
+        const A* row = u + s.D * chunk.p0 + d * chunk.n;
+        for (int64_t i = 0; i < chunk.n; i += V::size()) {
+          const int64_t count = std::min<int64_t>(V::size(), chunk.n - i);
+          const V uhat = (V::loadu(row + i, count) - V(mu[d])) * V(rs[d]);
+          const V pre = at::vec::fmadd(uhat, V(g[d]), V(b[d]));
+          body(d, chunk, i, count, uhat, relu(pre));
+        }
+      }
+    }
+  }
+
+  // max(v, 0), and NaN where v is.
+  static at::vec::Vectorized<A> relu(const at::vec::Vectorized<A>& v) {
+    using V = at::vec::Vectorized<A>;
+    return at::vec::clamp_min(v, V(0));
+  }
+
+  // h (A,) and z_s (P,) of eq. 2, from y_d (P,), the mean of Y over gate channels.
+  void spatial(const A* y_d, A* h, A* z_s) const {
+    for (int64_t a = 0; a < s.A; a++) {
+      const A pre = dot(w_s1(a), y_d, s.P);
+      h[a] = pre < 0 ? A(0) : pre;
+    }
+    for (int64_t p = 0; p < s.P; p++) {
+      z_s[p] = dot(w_s2(p), h, s.A);
+    }
+  }
+
+  // Means of Y of one clip: y_p (D,) over positions for eq. 3, y_d (P,) over gate channels for eq. 2.
+  void pool(int64_t clip, const A* u, A* y_p, A* y_d) const {
+    using V = at::vec::Vectorized<A>;
+    std::fill(y_d, y_d + s.P, A(0));
+    std::fill(y_p, y_p + s.D, A(0));
+    each(clip, u, [&](int64_t d, const Chunk& chunk, int64_t i, int64_t count, const V&, const V& y) {
+      A* at = y_d + chunk.p0 + i;
+      (V::loadu(at, count) + y).store(at, count);
+      y_p[d] += total<A>(V::set(V(0), y, count));
+    });
+    for (int64_t d = 0; d < s.D; d++) {
+      y_p[d] /= static_cast<A>(s.P);
+    }
+    for (int64_t p = 0; p < s.P; p++) {
+      y_d[p] /= static_cast<A>(s.D);
+    }
+  }
+};
+
+// W (M, K halves) as left operand: dtype G, contiguous, each half's K columns rounded up to kInterleave with zeros.
+template <typename G>
+Tensor left_operand(const Tensor& w, int64_t halves) {
+  const auto type = c10::CppTypeToScalarType<G>::value;
+  const int64_t rows = w.size(0), k = w.size(1) / halves;
+  if (k % kInterleave<G> == 0) {
+    return w.to(type).contiguous();
+  }
+  const Tensor padded = at::zeros({rows, halves, round_up(k, kInterleave<G>)}, w.options().dtype(type));
+  padded.narrow(2, 0, k).copy_(w.reshape({rows, halves, k}));
+  return padded;
+}
+
+// Columns n0 to n0 + n of C = A B for small A, one tile a task: B (K, N) in the arithmetic dtype.
+template <typename A>
+void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, A* c) {
+  parallel((n + kColumns - 1) / kColumns, [&](int64_t tile) {
+    const int64_t n0 = tile * kColumns;
+    multiply<A>(m, std::min(kColumns, n - n0), k, a, lda, b + n0, n, c + n0, n, false);
+  });
+}
+
+// Calls f with the types that serve x: T stored, G multiplied. A machine without bfloat16 products multiplies float.
+template <typename F>
+auto dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+      return f(double(), double());
+    case at::kFloat:
+      return f(float(), float());
+    case at::kHalf:
+      return f(c10::Half(), float());
+    default:
+      return multiplies_bfloat16() ? f(c10::BFloat16(), c10::BFloat16()) : f(c10::BFloat16(), float());
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace rru

@@ -1,0 +1,110 @@
+"""Copies of this repository to build in, with stand-in kernels that compile in a second and need no torch header."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
+# What decides about a build, beside what a test sets itself.
+VARIABLES = ("RRU_FAST_NATIVE", "RRU_FAST_CUDA", "RRU_FAST_SANITIZE", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
+VARIABLES += ("CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
+
+STAND_INS = {
+    "csrc/bindings.cpp": """
+        #include <Python.h>
+        #include "cpu/kernels.h"
+        #ifdef RRU_HAS_CUDA
+        int cuda_runtime();
+        #else
+        static int cuda_runtime() { return 0; }
+        #endif
+        using namespace rru::DEFAULT;
+        static PyObject* sum(PyObject*, PyObject*) { return PyLong_FromLong(first() + second()); }
+        static PyObject* runtime(PyObject*, PyObject*) { return PyLong_FromLong(cuda_runtime()); }
+        static PyObject* flags(PyObject*, PyObject*) { return PyUnicode_FromString(RRU_FLAGS "; " RRU_TORCH_VERSION); }
+        static PyMethodDef methods[] = {
+            {"sum", sum, METH_NOARGS, ""},
+            {"runtime", runtime, METH_NOARGS, ""},
+            {"flags", flags, METH_NOARGS, ""},
+            {}};
+        static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
+        PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+    """,
+    "csrc/cpu/kernels.h": "namespace rru { namespace DEFAULT { int first(); int second(); } }",
+    "csrc/cpu/first.cpp": '#include "kernels.h"\nnamespace rru::CPU_CAPABILITY { int first() { return 40; } }',
+    "csrc/cpu/second.cpp": "namespace rru::CPU_CAPABILITY { int second() { return 2; } }",
+}
+STAND_IN_CUDA = """
+    #include <cuda_runtime.h>
+    __global__ void twice_kernel(float* x) { x[threadIdx.x] *= 2; }
+    int cuda_runtime() { int version = 0; cudaRuntimeGetVersion(&version); return version; }
+    void twice(float* x, cudaStream_t stream) { twice_kernel<<<1, 32, 0, stream>>>(x); }
+"""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the repository."""
+
+    root: Path
+
+    def write(self, path: str, text: str) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+    def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        """`python -m build_tools`, as `make setup` runs it."""
+        return run([sys.executable, "-m", "build_tools"], self.root, **variables)
+
+    def record(self) -> dict[str, Any]:
+        return dict(json.loads((self.root / "rru_fast/_build.json").read_text()))
+
+    def binaries(self) -> list[Path]:
+        return list((self.root / "rru_fast").glob("_C*"))
+
+    def call(self, function: str) -> str:
+        """What a function of the built extension returns, in a process without torch."""
+        code = f"import sys; sys.path.insert(0, 'rru_fast'); import _C; print(_C.{function}())"
+        done = run([sys.executable, "-c", code], self.root)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+
+def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with none of the variables that decide about a build but those given."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def _copy_repository(root: Path, *folders: str) -> None:
+    root.mkdir(parents=True)
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, root)
+    for folder in ("build_tools", "rru_fast", *folders):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "*.tmp")
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
+
+
+def real_tree(root: Path) -> Tree:
+    """The repository as it is, without what was built in it."""
+    _copy_repository(root, "csrc")
+    return Tree(root)
+
+
+def stand_in_tree(root: Path) -> Tree:
+    """The repository with stand-in kernels, and a package that is only rru_fast.native."""
+    _copy_repository(root)
+    tree = Tree(root)
+    tree.write("rru_fast/__init__.py", "from rru_fast import native\n")
+    for path, text in STAND_INS.items():
+        tree.write(path, text)
+    return tree

@@ -1,0 +1,133 @@
+"""The C++ operators called as they are, past Python's checks: a wrong argument is one clear error, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rru_fast import native
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+
+B, T, C, H, W, D, A = 2, 3, 4, 3, 2, 5, 3
+
+
+def refine_arguments(**changed: Any) -> dict[str, Any]:
+    good = {
+        "x": torch.randn(B, T, C, H, W),
+        "w": torch.randn(D, 2 * C),
+        "gamma": torch.ones(D),
+        "beta": torch.zeros(D),
+        "w_s1": torch.randn(A, H * W),
+        "w_s2": torch.randn(H * W, A),
+        "w_c": torch.randn(C, D),
+        "running_mean": torch.zeros(D),
+        "running_var": torch.ones(D),
+        "lengths": None,
+        "state_x": None,
+        "state_s": None,
+        "inputs": "appearance+motion",
+        "training": False,
+        "eps": 1e-3,
+        "bn_groups": 1,
+    }
+    return good | changed
+
+
+STATE = torch.randn(B, C, H, W)
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.randn(B, T, C, H)}, ValueError, r"x: got shape \[2, 3, 4, 3\], wanted 5 dimensions"),
+    ({"x": torch.randn(B, 0, C, H, W)}, ValueError, r"x: got shape .*, wanted 5 dimensions, every size at least 1"),
+    ({"x": torch.ones(B, T, C, H, W, dtype=torch.int32)}, TypeError, "x: got dtype Int, wanted float64"),
+    ({"w": torch.randn(D, C)}, ValueError, r"w: got shape \[5, 4\], wanted \[5, 8\]"),
+    ({"gamma": torch.ones(D + 1)}, ValueError, r"gamma: got shape \[6\], wanted \[5\]"),
+    ({"beta": torch.ones(1)}, ValueError, "beta: got shape"),
+    ({"w_s2": None}, ValueError, "w_s1, w_s2: got one of them, wanted both"),
+    ({"w_s1": torch.randn(A, 5)}, ValueError, r"w_s1: got shape \[3, 5\], wanted \[3, 6\]"),
+    ({"w_s2": torch.randn(H * W, A + 1)}, ValueError, r"w_s2: got shape \[6, 4\], wanted \[6, 3\]"),
+    ({"w_s1": None, "w_s2": None, "w_c": None}, ValueError, "w_s1, w_s2, w_c: got none, wanted"),
+    ({"w_c": torch.randn(D, C)}, ValueError, r"w_c: got shape \[5, 4\], wanted \[4, 5\]"),
+    ({"running_mean": None}, ValueError, "running_mean, running_var: got None in eval mode, wanted both"),
+    ({"running_var": torch.ones(D - 1)}, ValueError, "running_var: got shape"),
+    ({"inputs": "motion"}, ValueError, "inputs: got 'motion', wanted 'appearance[+]motion', 'appearance' or 'raw'"),
+    ({"bn_groups": 3, "training": True}, ValueError, "bn_groups: got 3, wanted a divisor of the 2 clips"),
+    ({"bn_groups": 0}, ValueError, "bn_groups: got 0, wanted"),
+    ({"lengths": torch.tensor([1, 4])}, ValueError, "lengths: got 4, wanted 1 to T=3"),
+    ({"lengths": torch.tensor([1, 0])}, ValueError, "lengths: got 0, wanted 1 to T=3"),
+    ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: got dtype Float, wanted Long"),
+    ({"lengths": torch.tensor([1, 2]), "training": True}, ValueError, "lengths, state: got them with batch statistics"),
+    ({"state_x": STATE}, ValueError, "state_x, state_s: got one of them, wanted both"),
+    ({"state_x": STATE, "state_s": STATE.double()}, TypeError, "state_s: got dtype Double, wanted Float"),
+    ({"state_x": STATE[:1], "state_s": STATE}, ValueError, "state_x: got shape"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
+def test_refine_names_what_does_not_fit(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch.ops.rru_fast.refine_cpu(**refine_arguments(**changed), save=True)
+
+
+@pytest.mark.parametrize("name", ["d_features", "d_strips", "features", "u", "z_s", "z_c", "h", "mean", "var"])
+def test_refine_backward_names_what_does_not_fit(name: str) -> None:
+    arguments = refine_arguments(training=True)
+    features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine_cpu(**arguments, save=True)
+    saved = {"features": features, "mean": mean, "var": var, "u": u, "z_s": z_s, "z_c": z_c, "h": h}
+    call = {"d_features": features, "d_strips": strips, "need_x": True, "need_weights": True, **saved, **arguments}
+    torch.ops.rru_fast.refine_backward_cpu(**call)
+    with pytest.raises(ValueError, match=f"{name}: got shape"):
+        torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name][1:]})
+    with pytest.raises(TypeError, match=f"{name}: got dtype Double, wanted Float"):
+        torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name].double()})
+
+
+def batch_hard(**changed: Any) -> Any:
+    good = {"features": torch.randn(2, 6, 3), "labels": torch.arange(6) // 2}
+    return torch.ops.rru_fast.batch_hard_cpu(**good | changed, margin=0.3, soft=False, metric="euclidean")
+
+
+def batch_hard_backward(**changed: Any) -> Any:
+    features = torch.randn(2, 6, 3)
+    loss, d_pos, d_neg, positive, negative = batch_hard(features=features)
+    good = {"d_loss": torch.ones_like(loss), "features": features, "d_pos": d_pos, "d_neg": d_neg}
+    good |= {"positive": positive, "negative": negative, "margin": 0.3, "soft": False, "metric": "euclidean"}
+    return torch.ops.rru_fast.batch_hard_backward_cpu(**good | changed)
+
+
+OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: batch_hard(features=torch.randn(6, 3)), ValueError, r"features: got shape \[6, 3\], wanted 3 dimensions"),
+    (lambda: batch_hard(labels=torch.arange(5)), ValueError, r"labels: got shape \[5\], wanted \[6\]"),
+    (lambda: batch_hard(labels=torch.rand(6)), TypeError, "labels: got dtype Float, wanted an integer dtype"),
+    (lambda: batch_hard_backward(metric="taxi"), ValueError, "metric: got 'taxi', wanted 'euclidean' or 'cosine'"),
+    (lambda: batch_hard_backward(d_loss=torch.ones(1)), ValueError, r"d_loss: got shape \[1\], wanted \[2, 6\]"),
+    (lambda: batch_hard_backward(positive=torch.full((2, 6), 6)), IndexError, "positive: got index 6, wanted -1 to 5"),
+    (lambda: batch_hard_backward(negative=torch.full((2, 6), -2)), IndexError, "negative: got index -2, wanted"),
+    (lambda: torch.ops.rru_fast.strip_pool_cpu(torch.randn(3)), ValueError, r"s: got shape \[3\], wanted 5 dimensions"),
+    (
+        lambda: torch.ops.rru_fast.strip_pool_backward_cpu(torch.randn(2, 3, 4), 0, 2),
+        ValueError,
+        "frames, width: got 0, 2, wanted at least 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), OTHERS, ids=[message[:40] for _, _, message in OTHERS])
+def test_the_other_operators_name_what_does_not_fit(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_build_info_says_what_was_built() -> None:
+    from rru_fast import _C  # type: ignore[attr-defined]
+
+    info = _C.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["simd_here"] in info["simd"]
+    assert "-std=c++17" in info["flags"]
+    assert info["compiler"]
+    assert info["cuda_architectures"] == []
