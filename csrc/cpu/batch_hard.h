@@ -13,7 +13,8 @@
 namespace rru {
 namespace CPU_CAPABILITY {
 
-// Distances are sqrt(max(d2, kFloor)); at the floor, up to rounding, their gradient is 0: coincident points do not pull.
+// Distances are sqrt(max(d2, kFloor)); at the floor, up to rounding, their gradient is 0: coincident points do not
+// pull.
 constexpr double kFloor = 1e-12;
 constexpr double kClosest = 1e-6 * (1 + 1e-6);
 

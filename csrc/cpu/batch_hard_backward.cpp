@@ -1,7 +1,7 @@
 // Backward of rru_fast::batch_hard: an active anchor moves itself and its two partners, nobody else.
 //
 // Anchor and partner are moved alike, so each pair is an edge of a graph, listed at both its ends; a task then gathers
-// all edges of one feature, in the order of their anchors. Nothing is scattered: no atomics, and threads change nothing.
+// all edges of a feature, in the order of their anchors. Nothing is scattered: no atomics, and threads change nothing.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

@@ -27,7 +27,6 @@ class Forward {
         gate_(a, s_),
         training_(a.training),
         save_(save),
-        lengths_(a.lengths ? a.lengths->const_data_ptr<int64_t>() : nullptr),
         x_(a.x),
         state_x_(a.state_x ? *a.state_x : a.x.select(1, 0)),
         state_s_(a.state_s ? *a.state_s : a.x.select(1, 0)),
@@ -90,11 +89,7 @@ class Forward {
  private:
   // Scratch, or what is kept; zero where padding would otherwise leave it unwritten.
   Array<A> slots(at::IntArrayRef shape) const {
-    return Array<A>(huge(lengths_ ? at::zeros(shape, gate_.options) : at::empty(shape, gate_.options)));
-  }
-
-  bool alive(int64_t clip, int64_t t) const {
-    return lengths_ == nullptr || t < lengths_[clip];
+    return Array<A>(huge(s_.lengths ? at::zeros(shape, gate_.options) : at::empty(shape, gate_.options)));
   }
 
   // A clip's part of what frame t keeps; the one slice there is where nothing is kept.
@@ -105,7 +100,7 @@ class Forward {
   // S_t for all clips, and the next frame's U with its statistics.
   void advance(int64_t t) {
     const int64_t next = t + 1;
-    const auto has_next = [&](int64_t clip) { return next < s_.T && alive(clip, next); };
+    const auto has_next = [&](int64_t clip) { return next < s_.T && s_.alive(clip, next); };
     if (whole_clips_) {
       parallel(s_.B, [&](int64_t clip) {
         G* v = v_(at::get_thread_num());
@@ -149,15 +144,11 @@ class Forward {
     }
   }
 
-  bool shares_product(int64_t t) const {
-    return s_.shared_first && t == s_.start;
-  }
-
   // Rows d0 to d1 of U_t += W V for channels c0 to c1, whose rows of V begin at v.
   void multiply_w(
       int64_t clip, const Chunk& chunk, int64_t t, int64_t c0, int64_t c1, const G* v, int64_t d0, int64_t d1) {
-    const int64_t halves = shares_product(t) ? 1 : s_.halves;
-    const G* w = shares_product(t) ? w_first_() : w_();
+    const int64_t halves = s_.shares_product(t) ? 1 : s_.halves;
+    const G* w = s_.shares_product(t) ? w_first_() : w_();
     const int64_t k = round_up(s_.C, kI), ldw = halves * k;
     A* u = at(u_, t, clip) + s_.D * chunk.p0 + d0 * chunk.n;
     for (int64_t half = 0; half < halves; half++) {
@@ -185,9 +176,9 @@ class Forward {
           std::fill(second + i * kRow, second + (i + 1) * kRow, A(0));
         }
       }
-      if (t + 1 < s_.T && alive(clip, t + 1)) {
+      if (t + 1 < s_.T && s_.alive(clip, t + 1)) {
         put_rows(first, v, c - c0, chunk.ld, chunk.n);
-        if (s_.halves == 2 && !shares_product(t + 1)) {
+        if (s_.halves == 2 && !s_.shares_product(t + 1)) {
           put_rows(second, v + depth_ * chunk.ld, c - c0, chunk.ld, chunk.n);
         }
       }
@@ -198,7 +189,7 @@ class Forward {
   void blend_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* first, A* second) {
     const int64_t p0 = chunk.p0, n = chunk.n, next = t + 1;
     T* out = t < 0 ? nullptr : features_(clip, t, c) + p0;
-    if (!alive(clip, t)) {
+    if (!s_.alive(clip, t)) {
       std::fill(out, out + n, T(0));
       return;
     }
@@ -225,7 +216,7 @@ class Forward {
     if (!std::is_same_v<T, A>) {
       std::copy(s.values, s.values + n, state_(clip, c) + p0);
     }
-    if (next < s_.T && alive(clip, next)) {
+    if (next < s_.T && s_.alive(clip, next)) {
       const A* x_next = x_.row(clip, next, c, p0, n, in.next);
       for (int64_t i = 0; i < n; i += V::size()) {
         const V coming = V::loadu(x_next + i), refined = V::loadu(s.values + i);
@@ -336,7 +327,7 @@ class Forward {
       merge_statistics(t);
     }
     parallel(s_.B, [&](int64_t clip) {
-      if (!alive(clip, t)) {
+      if (!s_.alive(clip, t)) {
         return;
       }
       gate_.pool(clip, at(u_, t, clip), y_p_(clip), y_d_(clip));
@@ -352,7 +343,6 @@ class Forward {
   const Sizes s_;
   Gate<A> gate_;
   const bool training_, save_;
-  const int64_t* const lengths_;
   const Maps<T> x_, state_x_, state_s_;
   const Array<const G> w_;
   const bool whole_clips_;  // whether a task is a clip, or clips are too few for the threads

@@ -95,6 +95,7 @@ struct Sizes {
   bool motion, raw;              // what the gate sees beside A_t: M_t, or X_t and S_{t-1} instead
   bool shared_first;             // A = M at the first step, since S_1 = X_1: one product serves both halves of W
   int64_t halves;                // of W's columns
+  const int64_t* lengths;        // (B,), or null where every clip has T frames
 
   explicit Sizes(const RefineArguments& a)
       : B(a.x.size(0)),
@@ -111,7 +112,17 @@ struct Sizes {
         motion(a.inputs == Inputs::appearance_motion),
         raw(a.inputs == Inputs::raw),
         shared_first(motion && start == 1),
-        halves(a.inputs == Inputs::appearance ? 1 : 2) {}
+        halves(a.inputs == Inputs::appearance ? 1 : 2),
+        lengths(a.lengths ? a.lengths->const_data_ptr<int64_t>() : nullptr) {}
+
+  // Whether a clip has a frame t.
+  bool alive(int64_t clip, int64_t t) const {
+    return lengths == nullptr || t < lengths[clip];
+  }
+
+  bool shares_product(int64_t t) const {
+    return shared_first && t == start;
+  }
 
   Chunk chunk(int64_t q) const {
     const int64_t p0 = q * kRow, n = std::min(kRow, P - p0);
