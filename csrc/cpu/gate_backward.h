@@ -15,9 +15,11 @@ class GateBackward {
   // Of the frame under way, by the sweep over the maps: dz_c (B, C), and dz_s as parts by blocks of channels
   // (blocks, B, P).
   const Array<A> d_z_c, d_z_s_parts;
-  // For that sweep, by clip and chunk: dU_t (D, n) as right operand of W^T dU; what M's half of W sends to dX_t,
-  // dU_t - dU_{t+1}, likewise; and dU_t^T (n, D) as right operand of V dU^T, in blocks of kColumns gate channels.
+  // For that sweep, by clip and chunk: dU_t (D, n) as right operand of W^T dU, and dU_t - dU_{t+1}, what M's half of W
+  // sends to dX_t, likewise. By block of kColumns gate channels: dU_t^T (B depth, kColumns) as right operand of V dU^T,
+  // with `depth` rows a clip, P but for interleaving.
   const Array<G> e_operand, f_operand, t_operand;
+  const int64_t depth;
   const Array<A> d_gamma, d_beta;
 
   GateBackward(const RefineArguments& a, const RefineSaved& saved, const Sizes& sizes, int64_t blocks)
@@ -25,7 +27,8 @@ class GateBackward {
         d_z_s_parts(empty(a, {blocks, sizes.B, sizes.P})),
         e_operand(operand(a, {sizes.B, sizes.chunks, round_up(sizes.D, kI) * kRow})),
         f_operand(operand(a, {sizes.B, sizes.chunks, round_up(sizes.D, kI) * kRow})),
-        t_operand(operand(a, {sizes.B, sizes.chunks, round_up(sizes.D, kColumns) * kRow})),
+        t_operand(operand(a, {(sizes.D + kColumns - 1) / kColumns, sizes.B * round_up(sizes.P, kI), kColumns})),
+        depth(round_up(sizes.P, kI)),
         d_gamma(zeros(a, {sizes.D})),
         d_beta(zeros(a, {sizes.D})),
         s_(sizes),
@@ -192,8 +195,8 @@ class GateBackward {
 
   void put_operands(int64_t clip, int64_t q, int64_t t, const A* du, const A* du_next) const {
     const Chunk chunk = s_.chunk(q);
-    const int64_t n = chunk.n, depth = round_up(n, kI);
-    G *e = e_operand(clip, q), *f = f_operand(clip, q), *transposed = t_operand(clip, q);
+    const int64_t n = chunk.n;
+    G *e = e_operand(clip, q), *f = f_operand(clip, q);
     for (int64_t d = 0; d < s_.D; d += kI) {
       alignas(64) A rows[kI * kRow] = {}, differences[kI * kRow] = {};
       for (int64_t i = 0; i < kI && d + i < s_.D; i++) {
@@ -210,14 +213,14 @@ class GateBackward {
     }
     for (int64_t d0 = 0; d0 < s_.D; d0 += kColumns) {
       const int64_t width = std::min(kColumns, s_.D - d0);
-      for (int64_t p = 0; p < depth; p += kI) {
+      for (int64_t p = 0; p < n; p += kI) {
         alignas(64) A rows[kI * kRow] = {};
         for (int64_t i = 0; i < kI && p + i < n; i++) {
           for (int64_t d = 0; d < width; d++) {
             rows[i * kRow + d] = du[(d0 + d) * n + p + i];
           }
         }
-        put_rows(rows, transposed + d0 * depth, p, kColumns, width);
+        put_rows(rows, t_operand(d0 / kColumns), clip * depth + chunk.p0 + p, kColumns, width);
       }
     }
   }

@@ -8,6 +8,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <type_traits>
 
 namespace rru {
@@ -23,6 +24,9 @@ constexpr int64_t kInterleave = std::is_same_v<G, c10::BFloat16> ? 2 : 1;
 
 // Right operands are cut into blocks of this many columns: what the micro-kernels' registers hold.
 constexpr int64_t kColumns = 64;
+
+// Products are summed in runs of this many, and the runs then: a single chain over K loses twice the digits.
+constexpr int64_t kRun = 256;
 
 // C (M, N) = A (M, K) B (K, N), or C += A B; row-major with leading dimensions lda, ldb, ldc. K is a multiple of
 // kInterleave<G>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
@@ -40,7 +44,11 @@ inline void multiply(
       at::mm_out(result, matrix(a, m, k, lda), matrix(b, k, n, ldb));
     }
   } else {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/kInterleave<G> > 1);
+    for (int64_t k0 = 0; k0 < k; k0 += kRun) {
+      at::native::cpublas::brgemm(
+          m, n, std::min(kRun, k - k0), lda, ldb, ldc, add || k0 > 0, a + k0, b + k0 * ldb, c,
+          /*is_vnni=*/kInterleave<G> > 1);
+    }
   }
 }
 

@@ -197,7 +197,7 @@ class Forward {
     const A* x = t < 0 ? state_x_.row(clip, 0, c, p0, n, in.x) : x_.row(clip, t, c, p0, n, in.x);
     if (t < s_.start) {
       const A* begin = t < 0 ? state_s_.row(clip, 0, c, p0, n, in.past) : x;
-      std::copy(begin, begin + chunk.ld, s.values);
+      store(begin, chunk.ld, s.values);
     } else {
       Row<A> past_row;
       const A* past = past_s(clip, t, c, p0, n, in.past, past_row.values);
@@ -214,7 +214,7 @@ class Forward {
       add_to_strips(s.values, chunk, strips_(clip, c));
     }
     if (!std::is_same_v<T, A>) {
-      std::copy(s.values, s.values + n, state_(clip, c) + p0);
+      store(s.values, n, state_(clip, c) + p0);
     }
     if (next < s_.T && s_.alive(clip, next)) {
       const A* x_next = x_.row(clip, next, c, p0, n, in.next);
@@ -263,7 +263,7 @@ class Forward {
         for (int64_t i = 0; i < kI; i++) {
           if (c + i < s_.C) {
             const A* x = x_.row(clip, 0, c + i, chunk.p0, chunk.n, lines);
-            std::copy(x, x + chunk.n, rows[i].values);
+            store(x, chunk.n, rows[i].values);
           } else {
             std::fill(rows[i].values, rows[i].values + kRow, A(0));
           }

@@ -13,7 +13,6 @@
 
 #include <array>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"

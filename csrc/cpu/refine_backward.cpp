@@ -13,6 +13,8 @@ namespace {
 
 // Channels a task has: their gradient of W, (channels, D) for each half, stays in the second-level cache.
 constexpr int64_t kChannels = 64;
+// Positions that W's gradient is summed over at once, of several clips where theirs are few.
+constexpr int64_t kPositions = 256;
 // Maps of fewer channels than this are cut finer, so that there are tasks for all threads.
 constexpr int64_t kManyChannels = 512, kFewChannels = 16;
 
@@ -60,8 +62,11 @@ class Backward {
       d_state_x_ = Array<T>(at::zeros(a.state_x->sizes(), a.x.options()));
       d_state_s_ = Array<T>(at::empty(a.state_s->sizes(), a.x.options()));
     }
-    g_ = Array<A>(huge(at::empty({s_.B, s_.C, s_.P}, options)));
+    if (!g_in_d_x()) {
+      g_ = Array<A>(huge(at::empty({s_.B, s_.C, s_.P}, options)));
+    }
     ones_ = Array<const A>(at::ones({s_.P}, options));
+    tiles_ = Array<uint8_t>(at::empty({at::get_num_threads(), sizeof(Tile)}, options.dtype(at::kByte)));
   }
 
   Tensors9 run(const RefineArguments& a) {
@@ -103,10 +108,25 @@ class Backward {
     return s_.motion && (!s_.shares_product(t) || t + 1 < s_.T);
   }
 
+  // Whether G_t waits for its dU where dX_t will be.
+  bool g_in_d_x() const {
+    return std::is_same_v<T, A> && need_x_;
+  }
+  A* g(int64_t clip, int64_t t, int64_t c) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (need_x_) {
+        return d_x_(clip, t, c);
+      }
+    }
+    return g_(clip, c);
+  }
+
   // What a block of channels needs while a clip's chunk is worked on.
-  struct Tile {
-    A e[kChannels * kRow], f[kChannels * kRow];           // W^T dU by halves
-    G first[kChannels * kRow], second[kChannels * kRow];  // V, as left operand of W's gradient
+  struct alignas(64) Tile {
+    A e[kChannels * kRow], f[kChannels * kRow];  // W^T dU by halves
+    // V as left operand of W's gradient, for rows `from` to `from + rows` of its right operand.
+    G first[kChannels * kPositions], second[kChannels * kPositions];
+    int64_t from, rows;
   };
 
   // What the maps of a clip's chunk are gathered into where they have to be.
@@ -118,13 +138,19 @@ class Backward {
     const int64_t c0 = block * block_, c1 = std::min(c0 + block_, s_.C), next = t + 1;
     A* d_z_s = gate_.d_z_s_parts(block);
     std::fill(d_z_s, d_z_s + s_.B * s_.P, A(0));
-    const std::unique_ptr<Tile> tile(new Tile);
+    Tile* tile = reinterpret_cast<Tile*>(tiles_(at::get_thread_num()));
+    tile->from = tile->rows = 0;
     for (int64_t clip = 0; clip < s_.B; clip++) {
       const bool has_next = next < s_.T && next >= s_.start, ends = has_next && s_.alive(clip, next);
       for (int64_t q = 0; q < s_.chunks; q++) {
         const Chunk chunk = s_.chunk(q);
         if (ends) {
           multiply_w_t(clip, q, next, c0, c1, *tile);
+          if (const int64_t row = clip * gate_.depth + chunk.p0;
+              row != tile->from + tile->rows || tile->rows + kRow > kPositions) {
+            multiply_v(next, c0, c1, *tile);
+            tile->from = row;
+          }
         }
         Reading begun, ended;
         for (int64_t c = c0; c < c1; c++) {
@@ -143,14 +169,15 @@ class Backward {
             store(g.values, chunk.n, d_state_s_(clip, c) + chunk.p0);
           }
         }
-        if (ends && need_weights_) {
-          multiply_v(clip, q, next, c0, c1, *tile);
+        if (ends) {
+          tile->rows += round_up(chunk.n, kI);
         }
         if (t < 0 && s_.motion && ends) {
           end_state_x(clip, q, c0, c1, *tile);
         }
       }
     }
+    multiply_v(next, c0, c1, *tile);
   }
 
   // tile.e, tile.f = W^T dU_t for channels c0 to c1, by halves.
@@ -171,15 +198,17 @@ class Backward {
     }
   }
 
-  // W's gradient, transposed, += V_t dU_t^T for channels c0 to c1.
-  void multiply_v(int64_t clip, int64_t q, int64_t t, int64_t c0, int64_t c1, const Tile& tile) {
-    const Chunk chunk = s_.chunk(q);
-    const int64_t k = round_up(chunk.n, kI);
+  // W's gradient, transposed, += V_t dU_t^T for channels c0 to c1 and the positions in the tile.
+  void multiply_v(int64_t t, int64_t c0, int64_t c1, Tile& tile) {
+    const int64_t k = std::exchange(tile.rows, 0);
+    if (k == 0 || !need_weights_) {
+      return;
+    }
     const auto product_into = [&](const G* v, A* d_w_t) {
       for (int64_t d = 0; d < s_.D; d += kColumns) {
         multiply<G>(
-            c1 - c0, std::min(kColumns, s_.D - d), k, v, kRow, gate_.t_operand(clip, q) + d * k, kColumns, d_w_t + d, s_.D,
-            true);
+            c1 - c0, std::min(kColumns, s_.D - d), k, v, kPositions, gate_.t_operand(d / kColumns, tile.from), kColumns,
+            d_w_t + d, s_.D, true);
       }
     };
     product_into(tile.first, s_.shares_product(t) ? d_w_first_(c0) : d_w_t_(0, c0));
@@ -226,10 +255,10 @@ class Backward {
     const V z_c = channel(clip, t, c);
     const bool to_x = need_x_, moves = has_motion(t);
     Row<A> g_row, d_x, row;
-    const A* g = load(g_(clip, c) + chunk.p0, n, g_row.values);
+    const A* g_t = load(g(clip, t, c) + chunk.p0, n, g_row.values);
     for (int64_t i = 0; i < n; i += V::size()) {
       const V z = sigmoid(z_c * V::loadu(z_s + i, std::min<int64_t>(V::size(), n - i)));
-      const V g_i = V::loadu(g + i), zg = z * g_i;
+      const V g_i = V::loadu(g_t + i), zg = z * g_i;
       if (s_.raw) {
         (g_i - zg + V::loadu(f + i)).store(carry + i);
         if (to_x) {
@@ -255,15 +284,15 @@ class Backward {
       const V x_i = V::loadu(x + i);
       (s_.raw ? x_i : x_i - V::loadu(s + i)).store(row.values + i);
     }
-    put_left(row.values, n, tile.first + at * kRow);
+    put_left(row.values, n, tile.first + at * kPositions + tile.rows);
     if (s_.raw) {
-      put_left(s, n, tile.second + at * kRow);
+      put_left(s, n, tile.second + at * kPositions + tile.rows);
     } else if (s_.motion && !s_.shares_product(t)) {
       const A* x_past = past(x_, state_x_, clip, t, c, chunk, in.past_x);
       for (int64_t i = 0; i < n; i += V::size()) {
         (V::loadu(x + i) - V::loadu(x_past + i)).store(row.values + i);
       }
-      put_left(row.values, n, tile.second + at * kRow);
+      put_left(row.values, n, tile.second + at * kPositions + tile.rows);
     }
   }
 
@@ -273,28 +302,30 @@ class Backward {
     store(row, n, to);
   }
 
-  // One channel of frame t, g holding what is carried to it: G_t, and where the frame has a gate, its dL summed into dz_c
+  // One channel of frame t, g_t holding what is carried to it: G_t, and where the frame has a gate, its dL summed into dz_c
   // and dz_s.
-  void begin_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* g, A* d_z_s) {
+  void begin_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* g_t, A* d_z_s) {
     const int64_t n = chunk.n;
     const bool lives = s_.alive(clip, t);
     if (lives && has_d_features_) {
       const A* d = d_features_.row(clip, t, c, chunk.p0, n, in.d);
       for (int64_t i = 0; i < n; i += V::size()) {
-        (V::loadu(g + i) + V::loadu(d + i)).store(g + i);
+        (V::loadu(g_t + i) + V::loadu(d + i)).store(g_t + i);
       }
     }
     if (lives && share_) {
       const A* share = share_(clip, c);
       each_map_row(chunk, s_.W, [&](int64_t h, int64_t i, auto count) {
+        const A value = share[h];
+#pragma omp simd
         for (int64_t w = 0; w < count; w++) {
-          g[i + w] += share[h];
+          g_t[i + w] += value;
         }
       });
     }
     if (t < s_.start) {
       if (need_x_) {
-        store(g, n, d_x_(clip, t, c) + chunk.p0);
+        store(g_t, n, d_x_(clip, t, c) + chunk.p0);
       }
       return;
     }
@@ -306,13 +337,13 @@ class Backward {
       for (int64_t i = 0; i < n; i += V::size()) {
         const int64_t count = std::min<int64_t>(V::size(), n - i);
         const V z_s_i = V::loadu(z_s + i, count), z = sigmoid(z_c * z_s_i);
-        const V whole = V::loadu(g + i) * (V::loadu(x + i) - V::loadu(s + i)) * z * (V(1) - z);
+        const V whole = V::loadu(g_t + i) * (V::loadu(x + i) - V::loadu(s + i)) * z * (V(1) - z);
         const V d_l = count == V::size() ? whole : V::set(V(0), whole, count);
         d_z_c = at::vec::fmadd(d_l, z_s_i, d_z_c);
         at::vec::fmadd(d_l, z_c, V::loadu(d_z_s + i, count)).store(d_z_s + i, count);
       }
     }
-    std::copy(g, g + n, g_(clip, c) + chunk.p0);
+    store(g_t, n, g(clip, t, c) + chunk.p0);
     A& sum = gate_.d_z_c(clip)[c];
     sum = (chunk.p0 == 0 ? A(0) : sum) + total<A>(d_z_c);
   }
@@ -328,6 +359,7 @@ class Backward {
   Array<const A> share_, ones_;
   Array<T> d_x_, d_state_x_, d_state_s_;
   Array<A> d_w_t_, d_w_first_, g_;
+  Array<uint8_t> tiles_;  // a Tile for each thread
 };
 
 }  // namespace

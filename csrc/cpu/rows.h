@@ -81,7 +81,14 @@ inline const A* load(const T* from, int64_t n, A* buffer) {
 template <typename A, typename T>
 inline void store(const A* row, int64_t n, T* to) {
   if constexpr (std::is_same_v<A, T>) {
-    std::memcpy(to, row, n * sizeof(A));
+    using V = at::vec::Vectorized<A>;
+    int64_t i = 0;
+    for (; i + V::size() <= n; i += V::size()) {  // a row is too short to call memcpy for
+      V::loadu(row + i).store(to + i);
+    }
+    if (i < n) {
+      V::loadu(row + i, n - i).store(to + i, n - i);
+    }
   } else {
     using V = at::vec::Vectorized<T>;
     using VA = at::vec::Vectorized<A>;
@@ -154,7 +161,7 @@ inline uint32_t bfloat16_bits(float value) {
 template <typename G>
 inline void put_rows(const Sum<G>* rows, G* operand, int64_t k, int64_t ld, int64_t n) {
   if constexpr (kInterleave<G> == 1) {
-    std::copy(rows, rows + n, operand + k * ld);
+    store(rows, n, operand + k * ld);
   } else {
     auto* pairs = reinterpret_cast<uint32_t*>(operand + k * ld);  // a pair has the size of one word
     for (int64_t i = 0; i < n; i++) {
