@@ -7,17 +7,18 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 MIB = 2**20
 Work = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def seconds(work: Work) -> float:
@@ -36,18 +37,23 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def paired(works: Mapping[str, Work], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def paired(works: Mapping[Name, Work], repeats: int, warmup: int = 2) -> dict[Name, list[float]]:
     """Seconds of each work in each of `repeats` rounds; a round runs all of them, in an order that rotates."""
     names = list(works)
     for name in names:
         for _ in range(warmup):
             works[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            gc.collect()
-            times[name].append(seconds(works[name]))
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # so that each collection below looks only at what the works have left behind
+    try:
+        for turn in range(repeats):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                gc.collect()
+                times[name].append(seconds(works[name]))
+    finally:
+        gc.unfreeze()
     return times
 
 
@@ -88,23 +94,28 @@ def peak_bytes(work: Work) -> int:
     return peak
 
 
-def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of this machine's own matrix product at (m, k) x (k, n)."""
-    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-    times = paired({"gemm": lambda: a @ b}, repeats=9)["gemm"]
-    return 2 * m * k * n / min(times)
+def gemm_rates(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """FLOP/s of each matrix product, (m, k) x (k, n), that PyTorch has here; medians, as all times."""
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+    products: dict[str, Work] = {"torch.mm": lambda: a @ b.t()}
+    # What the compiler calls: on processors that are not Intel's, MKL behind torch.mm may reach half of it in float32.
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device.type == "cpu" and has_onednn and dtype in (torch.float32, torch.bfloat16):
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    times = paired(products, repeats=25)
+    return {name: 2 * m * k * n / median(times[name]) for name in products}
 
 
 def copy_rate(size: int, device: torch.device) -> float:
     """Bytes/s, read and written, of this machine's own copy of `size` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    times = paired({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
-    return 2 * size / min(times)
+    times = paired({"copy": lambda: target.copy_(source)}, repeats=25)["copy"]
+    return 2 * size / median(times)
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a figure means nothing without."""
+def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What a figure means nothing without; `dtype` where all rows share one."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -113,7 +124,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),

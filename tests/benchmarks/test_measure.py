@@ -45,7 +45,27 @@ def test_a_wrong_answer_ends_the_benchmark_and_names_the_tensor() -> None:
     wanted = {"d_x": torch.ones(3, dtype=torch.float64)}
     eager = {"d_x": torch.ones(3)}
     assert parity.demand("fine", {"d_x": torch.ones(3)}, eager, wanted) == 0
-    with pytest.raises(SystemExit, match=r"parity: broken is off by .* in d_x, allowed .*; nothing was measured"):
+    with pytest.raises(SystemExit, match=r"parity: broken is off by .* in d_x, allowed .*; it is not measured"):
         parity.demand("broken", {"d_x": torch.ones(3) * 1.001}, eager, wanted)
     with pytest.raises(SystemExit, match="off by inf in d_x"):
         parity.demand("nan", {"d_x": torch.full((3,), float("nan"))}, eager, wanted)
+
+
+def test_of_small_tensors_the_median_draw_decides() -> None:
+    fine, off = {"d_x": (1e-7, 2e-7)}, {"d_x": (3e-7, 2e-7)}
+    assert parity.judge("lucky", [fine, off, fine]) == 1e-7
+    with pytest.raises(SystemExit, match=r"parity: wrong is off by 3\.0e-07 in d_x, allowed 2\.0e-07"):
+        parity.judge("wrong", [off, fine, off])
+
+
+def test_in_float64_eager_is_the_oracle_and_1e9_is_asked_for() -> None:
+    wanted = {"d_x": torch.ones(3, dtype=torch.float64)}
+    assert parity.demand("fine", {"d_x": wanted["d_x"] + 1e-12}, wanted, wanted) < 2e-12
+    with pytest.raises(SystemExit, match=r"allowed 1\.0e-09"):
+        parity.demand("broken", {"d_x": wanted["d_x"] + 1e-8}, wanted, wanted)
+
+
+def test_every_product_there_is_gets_a_rate() -> None:
+    rates = measure.gemm_rates(64, 32, 16, torch.float32, torch.device("cpu"))
+    assert "torch.mm" in rates
+    assert all(1e5 < rate < 1e14 for rate in rates.values())
