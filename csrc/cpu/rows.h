@@ -69,7 +69,8 @@ inline const A* load(const T* from, int64_t n, A* buffer) {
   } else {
     using V = at::vec::Vectorized<T>;
     for (int64_t i = 0; i < n; i += V::size()) {
-      const auto [low, high] = at::vec::convert_to_float<T>(V::loadu(from + i, std::min<int64_t>(V::size(), n - i)));
+      const V wide = i + V::size() <= n ? V::loadu(from + i) : V::loadu(from + i, n - i);
+      const auto [low, high] = at::vec::convert_to_float<T>(wide);
       low.store(buffer + i);
       high.store(buffer + i + V::size() / 2);
     }
@@ -94,7 +95,11 @@ inline void store(const A* row, int64_t n, T* to) {
     using VA = at::vec::Vectorized<A>;
     for (int64_t i = 0; i < n; i += V::size()) {
       const V narrow = at::vec::convert_from_float<T>(VA::loadu(row + i), VA::loadu(row + i + VA::size()));
-      narrow.store(to + i, std::min<int64_t>(V::size(), n - i));
+      if (i + V::size() <= n) {
+        narrow.store(to + i);
+      } else {
+        narrow.store(to + i, n - i);
+      }
     }
   }
 }
@@ -124,6 +129,13 @@ class Maps {
     if (run_) {
       return load(data_ + clip * clip_ + frame * frame_ + channel * channel_ + p0, n, lines.values);
     }
+    return gather(clip, frame, channel, p0, n, lines);
+  }
+
+ private:
+  template <typename A>
+  C10_NOINLINE const A* gather(
+      int64_t clip, int64_t frame, int64_t channel, int64_t p0, int64_t n, Lines<A>& lines) const {
     const int64_t first = channel / kLines * kLines, count = std::min(kLines, channels_ - first);
     int64_t h = p0 / width_, w = p0 % width_;
     const T* maps = data_ + clip * clip_ + frame * frame_ + first * channel_;
@@ -144,7 +156,6 @@ class Maps {
     return lines.values + (channel - first) * kRow;
   }
 
- private:
   const T* data_;
   int64_t channels_, width_, column_, row_, channel_, frame_, clip_;
   bool run_;  // whether a map's positions follow each other in memory
