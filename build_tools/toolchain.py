@@ -104,7 +104,7 @@ def find_torch() -> Torch:
     folder = Path(origin).parent if origin else None
     if folder is None or not (folder / "include" / "ATen").is_dir():
         raise MissingError(
-            "no PyTorch to build for: install torch first, then pip install --no-build-isolation --no-deps ."
+            "no PyTorch to build for: install torch first, then pip install --no-deps --force-reinstall ."
         )
     version = runpy.run_path(str(folder / "version.py"))
     return Torch(folder, version["__version__"], version["cuda"])
@@ -113,7 +113,10 @@ def find_torch() -> Torch:
 def find_compiler() -> Compiler:
     """The C++ compiler: CXX, else the first of c++, g++ and clang++."""
     wanted = os.environ.get("CXX")
-    candidates = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    try:
+        candidates = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        raise MissingError(f"no C++ compiler: CXX={wanted} is no command: {error}") from None
     for command in candidates:
         if version := _output([*command, "--version"]):
             return Compiler(command, version.splitlines()[0])

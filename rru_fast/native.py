@@ -25,6 +25,11 @@ _RECORD = _FOLDER / "_build.json"
 _BINARY = _FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
+# What the record says of a build, beside why it is none.
+_FIELDS: dict[str, Any] = dict.fromkeys(("python", "torch", "compiler", "flags", "sha256"), str)
+_FIELDS |= {"capabilities": list, "cuda_architectures": list, "cuda": str | None, "nvcc": str | None}
+
+
 class NativeWarning(UserWarning):
     """Native kernels were built but cannot be used, so the composite backend serves."""
 
@@ -66,9 +71,15 @@ def describe() -> list[str]:
 
 def _read_record() -> dict[str, Any]:
     try:
-        return dict(json.loads(_RECORD.read_text()))
+        built = dict(json.loads(_RECORD.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _UnusableError(f"the record of the native build, {_RECORD.name}, cannot be read: {error}") from None
+    if built.get("native") is None:
+        for name, kind in _FIELDS.items():
+            if not isinstance(built.get(name), kind):
+                got, wanted = f"got {name} {built.get(name)!r}", f"wanted {getattr(kind, '__name__', kind)}"
+                raise _UnusableError(f"the record of the native build, {_RECORD.name}: {got}, {wanted}")
+    return built
 
 
 def _load() -> tuple[str | None, dict[str, Any]]:
@@ -77,13 +88,12 @@ def _load() -> tuple[str | None, dict[str, Any]]:
         return f"native kernels have not been built; {REMEDY}", {}
     try:
         built = _read_record()
-        if built["native"] is not None:
+        if built.get("native") is not None:
             return f"native kernels were not built: {built['native']}", {}
         _check(built)
         importlib.import_module("rru_fast._C")
-    # A binary that passes the check may still lack a library or a symbol of its own: ImportError. KeyError: a record of
-    # another version.
-    except (_UnusableError, OSError, ImportError, KeyError) as error:
+    # A binary that passes the check may still lack a library or a symbol of its own: ImportError.
+    except (_UnusableError, OSError, ImportError) as error:
         what = str(error) if isinstance(error, _UnusableError) else f"the native kernels do not load: {error!r}"
         reason = f"{what}; {REMEDY}"
         warnings.warn(f"rru_fast runs without its native kernels: {reason}", NativeWarning, stacklevel=2)

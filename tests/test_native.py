@@ -37,7 +37,12 @@ def record(binary: Path, content: bytes = b"", **changed: Any) -> None:
         "python": sysconfig.get_config_var("SOABI"),
         "torch": torch.__version__,
         "sha256": hashlib.sha256(content).hexdigest(),
+        "compiler": "c++ 12",
         "flags": "-O3",
+        "capabilities": ["DEFAULT"],
+        "cuda": "csrc/cuda holds no kernels yet",
+        "nvcc": None,
+        "cuda_architectures": [],
     }
     binary.with_name("_build.json").write_text(json.dumps(good | changed))
 
@@ -83,6 +88,13 @@ def test_an_unreadable_record_is_no_crash(binary: Path, text: str) -> None:
 def test_a_record_of_another_version_is_no_crash(binary: Path) -> None:
     binary.with_name("_build.json").write_text('{"native": null}')
     unusable()
+
+
+@pytest.mark.parametrize(("name", "value"), [("flags", None), ("capabilities", "AVX2"), ("compiler", 12), ("nvcc", 13)])
+def test_a_record_with_a_wrong_field_is_no_crash(name: str, value: Any, binary: Path) -> None:
+    binary.touch()
+    record(binary, **{name: value})
+    assert f"_build.json: got {name} {value!r}, wanted " in unusable()
 
 
 def test_a_binary_cut_short_is_refused_before_it_is_loaded(binary: Path) -> None:

@@ -1,10 +1,9 @@
-// Matrix products of one tile on the calling thread, through ATen: oneDNN's micro-kernels, or BLAS for double.
+// Matrix products of one tile on the calling thread: oneDNN's micro-kernels through ATen, and loops for double.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/Context.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
@@ -28,20 +27,42 @@ constexpr int64_t kColumns = 64;
 // Products are summed in runs of this many, and the runs then: a single chain over K loses twice the digits.
 constexpr int64_t kRun = 256;
 
+// R rows of C (N) = A (K) B (K, N), or C += A B, in double: BLAS may sum in another order on another number of threads.
+template <int64_t R>
+inline void multiply_rows(
+    int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc, bool add) {
+  using V = at::vec::Vectorized<double>;
+  for (int64_t j = 0; j < n; j += V::size()) {
+    const int64_t count = std::min<int64_t>(V::size(), n - j);
+    V sums[R];
+    for (int64_t r = 0; r < R; r++) {
+      sums[r] = add ? V::loadu(c + r * ldc + j, count) : V(0);
+    }
+    for (int64_t i = 0; i < k; i++) {
+      const V right = count == V::size() ? V::loadu(b + i * ldb + j) : V::loadu(b + i * ldb + j, count);
+      for (int64_t r = 0; r < R; r++) {
+        sums[r] = at::vec::fmadd(V(a[r * lda + i]), right, sums[r]);
+      }
+    }
+    for (int64_t r = 0; r < R; r++) {
+      sums[r].store(c + r * ldc + j, count);
+    }
+  }
+}
+
 // C (M, N) = A (M, K) B (K, N), or C += A B; row-major with leading dimensions lda, ldb, ldc. K is a multiple of
 // kInterleave<G>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
 template <typename G>
 inline void multiply(
     int64_t m, int64_t n, int64_t k, const G* a, int64_t lda, const G* b, int64_t ldb, Sum<G>* c, int64_t ldc, bool add) {
   if constexpr (std::is_same_v<G, double>) {
-    const auto matrix = [](const double* data, int64_t rows, int64_t columns, int64_t ld) {
-      return at::from_blob(const_cast<double*>(data), {rows, columns}, {ld, 1}, at::kDouble);
-    };
-    at::Tensor result = matrix(c, m, n, ldc);
-    if (add) {
-      result.addmm_(matrix(a, m, k, lda), matrix(b, k, n, ldb));
-    } else {
-      at::mm_out(result, matrix(a, m, k, lda), matrix(b, k, n, ldb));
+    constexpr int64_t kRows = 8;
+    int64_t i = 0;
+    for (; i + kRows <= m; i += kRows) {
+      multiply_rows<kRows>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    }
+    for (; i < m; i++) {
+      multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
     }
   } else {
     for (int64_t k0 = 0; k0 < k; k0 += kRun) {
@@ -52,8 +73,11 @@ inline void multiply(
   }
 }
 
-// Whether this machine multiplies bfloat16 as it is; found by trying, once.
+// Whether bfloat16 can be multiplied as it is: the machine can, found by trying once, and oneDNN is not switched off.
 inline bool multiplies_bfloat16() {
+  if (!at::globalContext().userEnabledMkldnn()) {
+    return false;
+  }
   static const bool does = [] {
     const c10::BFloat16 a[2] = {1.0f, 1.0f};
     c10::BFloat16 b[2 * 16] = {};

@@ -32,6 +32,7 @@ inline void parallel(int64_t tasks, const F& body) {
     for (int64_t i = begin; i < end; i++) {
       body(i);
     }
+    at::native::cpublas::brgemm_release();  // the matrix tiles, where the processor has such registers
   });
 }
 
@@ -205,7 +206,7 @@ struct Gate {
     return clip / (s.B / groups);
   }
 
-  // Calls body(d, chunk, uhat, y, i) for each gate channel and chunk of a clip, vector by vector: uhat and y are vectors
+  // Calls body(d, chunk, i, count, uhat, y) for each gate channel and chunk of a clip, vector by vector: uhat and y are vectors
   // at positions chunk.p0 + i and following, `count` of them within the chunk. u: the clip's U.
   template <typename F>
   void each(int64_t clip, const A* u, const F& body) const {

@@ -156,6 +156,7 @@ def test_inputs_are_left_alone_and_runs_are_bitwise_equal(case: Case, backend: s
         Case(),
         Case((9, 3, 70, 9, 8), hidden=70, spatial_hidden=9, bn_groups=3),  # a task a clip, on any of these threads
         Case((5, 4, 600, 4, 4), hidden=66, inputs="raw"),  # a task a clip on one or two of them
+        Case((10, 4, 15, 5, 2), hidden=63, spatial_hidden=17),  # where BLAS would sum in another order
         Case((1, 4, 520, 8, 8), hidden=66, mode="continued", attention="channel"),
         Case((4, 4, 70, 5, 5), inputs="appearance", mode="ragged", attention="spatial"),
     ],
@@ -173,6 +174,17 @@ def test_the_number_of_threads_changes_no_bit(case: Case, dtype: torch.dtype) ->
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(other[name], value), name
+
+
+@native
+def test_bfloat16_needs_no_onednn() -> None:
+    case = Case((3, 3, 70, 4, 4), hidden=16)
+    call = parity.make_call(case, torch.bfloat16).map(lambda v: v.to(torch.bfloat16))
+    oracle = parity.run(case, call.map(lambda v: v.double()), "reference")
+    parity.run(case, call, "cpu")
+    with torch.backends.mkldnn.flags(enabled=False):
+        for name, value in parity.run(case, call, "cpu").items():
+            assert parity.error(value, oracle[name]) <= 20 * torch.finfo(torch.bfloat16).eps, name
 
 
 @native
