@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -16,9 +17,10 @@ def kernels(op: str, composite: Any) -> dict[str, Any]:
     return {"composite": composite} | ({"cpu": native.kernels(op)} if native.missing() is None else {})
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels compute in the dtype they chose: autocast reaches into Python implementations too."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def forbid_second_order(op: CustomOpDef, name: str) -> None:
