@@ -141,7 +141,7 @@ def test_without_torch_the_build_says_how_to_get_kernels(tmp_path: Path, tree: T
     done = run([str(python), "-m", "build_tools"], tree.root)
     assert done.returncode == 0, done.stderr
     assert tree.record()["native"].startswith(
-        "no PyTorch to build for: install torch first, then pip install --no-build"
+        "no PyTorch to build for: install torch first, then pip install --no-deps"
     )
 
 
