@@ -205,6 +205,7 @@ for cls in (rru_fast.BatchHardTripletLoss, rru_fast.reference.BatchHardTripletLo
     assert abs(loss - alone) < 1e-12, (loss, alone)
     for parameter, gradient in zip(embed.parameters(), wanted):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
+dist.barrier()  # none leaves while another still listens to it
 dist.destroy_process_group()
 """
 
@@ -222,7 +223,7 @@ def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_p
         str(script),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
 
 
 def test_gather_without_a_process_group_is_a_group_of_one() -> None:
