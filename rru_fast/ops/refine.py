@@ -57,8 +57,8 @@ def refine(*arguments: Any) -> tuple[Tensor, ...]:
     """features (B, T, C, H, W) and strips (B, C, H) in x's dtype; the rest in float32 at least, N steps of recurrence.
 
     mean, var (T, groups, D): batch statistics, var biased; T = 0 in eval mode. u (N, B, D, P), z_s (N, B, P),
-    z_c (N, B, C), h (N, B, A): kept for the backward, u in an order of the backend's own; N = 0 unless `save`, and where
-    the variant has none.
+    z_c (N, B, C), h (N, B, A): kept for the backward, u in an order of the backend's own; N = 0 unless `save`, and
+    where the variant has none.
     """
     with without_autocast(arguments[0]):
         outputs: tuple[Tensor, ...] = KERNELS[arguments[-1]].forward(*arguments[:-1])
