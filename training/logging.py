@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import UserError
 from training.evaluation.result import Result
+from training.interrupts import uninterrupted
 
 METRICS = "metrics.jsonl"
 
@@ -46,7 +47,9 @@ class RunLog:
         new.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         new.replace(metrics)
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
-        self._board = SummaryWriter(str(run), purge_step=self._first + 1)
+        # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.
+        with uninterrupted():
+            self._board = SummaryWriter(str(run), purge_step=self._first + 1)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=16),  # all of it in 80 columns
@@ -66,11 +69,13 @@ class RunLog:
         self._progress.start()
         return self
 
+    @uninterrupted()
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
         self._board.close()
         self._metrics.close()
 
+    @uninterrupted()
     def step(self, epoch: int, step: int, losses: Mapping[str, float], frames: int, seconds: float) -> None:
         """Note one training step, numbered from 1: its losses by part, its frames, and its time with loading."""
         values = {"loss": sum(losses.values()), **losses}
@@ -96,6 +101,7 @@ class RunLog:
         self._sums.clear()
         self._spent = 0.0
 
+    @uninterrupted()
     def result(self, result: Result, step: int) -> None:
         """Note an evaluation, made after so many steps."""
         record = {"kind": "result", **result.record()}

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import io
+import json
+import signal
+import threading
+from collections.abc import ValuesView
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from training.logging import RunLog
+from training.interrupts import uninterrupted
+from training.logging import METRICS, RunLog
 
 
 def test_the_progress_of_a_long_run_fits_in_80_columns(tmp_path: Path) -> None:
@@ -19,3 +25,49 @@ def test_the_progress_of_a_long_run_fits_in_80_columns(tmp_path: Path) -> None:
     assert len("epoch 800" + shown) <= 80
     assert "12000/13500 ETA " in shown
     assert shown.endswith("loss 12.750  16000 frames/s")
+
+
+def test_an_interrupt_waits_for_the_end_of_what_must_not_be_cut() -> None:
+    ended = []
+
+    @uninterrupted()
+    def block() -> None:
+        signal.raise_signal(signal.SIGINT)
+        ended.append("the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert ended == ["the block"]
+    with pytest.raises(KeyboardInterrupt):  # the handler is Python's own again
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_only_the_main_thread_puts_interrupts_off() -> None:
+    handlers = []
+
+    def work() -> None:
+        with uninterrupted():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+class Interrupting(dict[str, float]):
+    """Losses that send an interrupt when they are read."""
+
+    def values(self) -> ValuesView[float]:  # type: ignore[override]
+        signal.raise_signal(signal.SIGINT)
+        return super().values()
+
+
+def test_a_step_is_noted_whole_or_not_at_all(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        RunLog(tmp_path, Console(file=io.StringIO()), batches=2, epochs=1) as log,
+    ):
+        log.step(1, 1, Interrupting(identity=5.0), frames=8, seconds=0.01)
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    assert json.loads(line)["identity"] == 5.0
