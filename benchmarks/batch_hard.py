@@ -64,9 +64,8 @@ def main(options: Options) -> list[dict[str, Any]]:
         return torch.stack(losses).mean()  # type: ignore[arg-type]
 
     losses: dict[str, Loss] = {"eager": eager}
-    for name, missing in config.BACKENDS.items():
-        if missing is None and name != "reference":
-            losses[name] = rru_fast.BatchHardTripletLoss(MARGIN, backend=name)
+    _, *backends = config.serving(device)
+    losses |= {name: rru_fast.BatchHardTripletLoss(MARGIN, backend=name) for name in backends}
     large = _measure({**losses, "pytorch-metric-learning": _peer()}, features, labels, options.repeats, 1)
     small = _measure(losses, strips, people, options.repeats, CALLS)
     many = _memory(losses, options, device)

@@ -109,12 +109,11 @@ def contenders(
         module(x[:, :8])  # running statistics other than the initial ones
         module.eval()
     eager = Contender(module, x.requires_grad_(training), upstream)
-    backends = [name for name, missing in config.BACKENDS.items() if missing is None and name != "reference"]
+    _, *backends = config.serving(device)
     return {
         AUTHORS: eager.twin(Authors),
         REFERENCE: eager,
-        # A backend of the CPU's has no row on a GPU.
-        **{name: eager.twin(rru_fast.RRU, backend=name) for name in backends if name != "cpu" or device.type == "cpu"},
+        **{name: eager.twin(rru_fast.RRU, backend=name) for name in backends},
     }
 
 

@@ -42,8 +42,7 @@ def main(options: Options) -> list[dict[str, Any]]:
         leaf = s.detach().requires_grad_()
         return parity.gradients([rru_fast.strip_pool(leaf, backend=backend)], [upstream.to(s.dtype)], {"s": leaf})
 
-    backends = {"eager": "reference"}
-    backends |= {name: name for name, missing in config.BACKENDS.items() if missing is None and name != "reference"}
+    backends = {"eager" if name == "reference" else name: name for name in config.serving(device)}
     in_dtype, oracle = results("reference", s), results("reference", s.double())
     for name, backend in backends.items():
         parity.demand(name, results(backend, s), in_dtype, oracle)

@@ -88,7 +88,8 @@ RefineArguments refine_arguments(
     check("running_var", *running_var, {d});
   }
   TORCH_CHECK_VALUE(
-      groups >= 1 && (!training || clips % groups == 0), "bn_groups: got ", groups, ", wanted a divisor of the ", clips, " clips");
+      groups >= 1 && (!training || clips % groups == 0), "bn_groups: got ", groups, ", wanted a divisor of the ", clips,
+      " clips");
   TORCH_CHECK_VALUE(
       !training || (!lengths && !state_x && !state_s), "lengths, state: got them with batch statistics (training), ",
       "wanted running ones (eval mode)");

@@ -41,6 +41,11 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
+def serving(device: torch.device) -> list[str]:
+    """The backends that can serve tensors on `device`, the reference first."""
+    return [name for name, why in BACKENDS.items() if why is None and (name != "cpu" or device.type == "cpu")]
+
+
 def report() -> str:
     """Versions, devices and backends, as `show_config` prints them."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

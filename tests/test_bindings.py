@@ -9,32 +9,23 @@ import pytest
 import torch
 
 from rru_fast import native
+from tests.good_call import A, B, C, D, H, T, W, arguments
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
 
-B, T, C, H, W, D, A = 2, 3, 4, 3, 2, 5, 3
+OTHERS_OF_REFINE = {
+    "lengths": None,
+    "state_x": None,
+    "state_s": None,
+    "inputs": "appearance+motion",
+    "training": False,
+    "eps": 1e-3,
+    "bn_groups": 1,
+}
 
 
 def refine_arguments(**changed: Any) -> dict[str, Any]:
-    good = {
-        "x": torch.randn(B, T, C, H, W),
-        "w": torch.randn(D, 2 * C),
-        "gamma": torch.ones(D),
-        "beta": torch.zeros(D),
-        "w_s1": torch.randn(A, H * W),
-        "w_s2": torch.randn(H * W, A),
-        "w_c": torch.randn(C, D),
-        "running_mean": torch.zeros(D),
-        "running_var": torch.ones(D),
-        "lengths": None,
-        "state_x": None,
-        "state_s": None,
-        "inputs": "appearance+motion",
-        "training": False,
-        "eps": 1e-3,
-        "bn_groups": 1,
-    }
-    return good | changed
+    return arguments(**OTHERS_OF_REFINE | changed)
 
 
 STATE = torch.randn(B, C, H, W)
@@ -73,10 +64,10 @@ def test_refine_names_what_does_not_fit(changed: dict[str, Any], error: type[Exc
 
 @pytest.mark.parametrize("name", ["d_features", "d_strips", "features", "u", "z_s", "z_c", "h", "mean", "var"])
 def test_refine_backward_names_what_does_not_fit(name: str) -> None:
-    arguments = refine_arguments(training=True)
-    features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine_cpu(**arguments, save=True)
+    good = refine_arguments(training=True)
+    features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine_cpu(**good, save=True)
     saved = {"features": features, "mean": mean, "var": var, "u": u, "z_s": z_s, "z_c": z_c, "h": h}
-    call = {"d_features": features, "d_strips": strips, "need_x": True, "need_weights": True, **saved, **arguments}
+    call = {"d_features": features, "d_strips": strips, "need_x": True, "need_weights": True, **saved, **good}
     torch.ops.rru_fast.refine_backward_cpu(**call)
     with pytest.raises(ValueError, match=f"{name}: got shape"):
         torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name][1:]})

@@ -44,6 +44,12 @@ def test_auto_runs_the_native_kernels_on_a_cpu_where_they_serve(
     assert config.choose("auto", torch.device("cuda")) == "composite"
 
 
+def test_a_backend_of_the_cpu_serves_tensors_on_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.BACKENDS, "cpu", None)
+    assert {"reference", "composite", "cpu"} <= set(config.serving(torch.device("cpu")))
+    assert "cpu" not in config.serving(torch.device("cuda"))
+
+
 def test_the_cpu_backend_refuses_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(config.BACKENDS, "cpu", None)
     with pytest.raises(ValueError, match=r"^backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on"):

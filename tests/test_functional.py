@@ -12,24 +12,7 @@ from hypothesis import strategies as st
 
 import rru_fast
 from rru_fast.reference import State
-
-B, T, C, H, W, D, A = 2, 3, 4, 3, 2, 5, 6
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    good: dict[str, Any] = {
-        "x": torch.randn(B, T, C, H, W),
-        "w": torch.randn(D, 2 * C),
-        "gamma": torch.ones(D),
-        "beta": torch.zeros(D),
-        "w_s1": torch.randn(A, H * W),
-        "w_s2": torch.randn(H * W, A),
-        "w_c": torch.randn(C, D),
-        "running_mean": torch.zeros(D),
-        "running_var": torch.ones(D),
-    }
-    return {**good, **changes}
-
+from tests.good_call import A, B, C, D, H, T, W, arguments
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.randn(B, T, C, H)}, ValueError, r"x: got shape \(2, 3, 4, 3\), wanted \(B, T, C, H, W\)"),
@@ -42,7 +25,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"w": torch.randn(D, 2 * C).double()}, TypeError, r"w: got dtype torch\.float64, wanted torch\.float32 beside x"),
     ({"gamma": torch.ones(D + 1)}, ValueError, r"gamma: got shape \(6,\), wanted \(5,\)"),
     ({"beta": None}, TypeError, r"beta: got NoneType, wanted a tensor \(D,\)"),
-    ({"w_s1": torch.randn(A, 5)}, ValueError, r"w_s1: got shape \(6, 5\), wanted \(6, 6\) = \(A, P\)"),
+    ({"w_s1": torch.randn(A, 5)}, ValueError, r"w_s1: got shape \(3, 5\), wanted \(3, 6\) = \(A, P\)"),
     ({"w_s2": None}, ValueError, "w_s1, w_s2: got one of them, wanted both"),
     ({"w_s1": None, "w_s2": None, "w_c": None}, ValueError, "w_s1, w_s2, w_c: got none, wanted"),
     ({"w_c": torch.randn(D, C)}, ValueError, r"w_c: got shape \(5, 4\), wanted \(4, 5\) = \(C, D\)"),

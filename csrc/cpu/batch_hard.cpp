@@ -8,12 +8,13 @@
 
 #include "batch_hard.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/Unroll.h>
 
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
+
+#include "parallel.h"
 
 namespace rru {
 namespace CPU_CAPABILITY {
@@ -105,17 +106,13 @@ class Mining {
       });
     } else {
       const Packed packed(*this, G_);
-      at::parallel_for(0, G_ * panels_, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t group = i / panels_, index = i % panels_;
-          pack(group, index, packed.panel(group, index), packed.offset(group, index));
-        }
+      parallel(G_ * panels_, [&](int64_t i) {
+        const int64_t group = i / panels_, index = i % panels_;
+        pack(group, index, packed.panel(group, index), packed.offset(group, index));
       });
-      at::parallel_for(0, G_ * blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t group = i / blocks;
-          mine(group, i % blocks * kBlock, packed.panel(group, 0), packed.offset(group, 0));
-        }
+      parallel(G_ * blocks, [&](int64_t i) {
+        const int64_t group = i / blocks;
+        mine(group, i % blocks * kBlock, packed.panel(group, 0), packed.offset(group, 0));
       });
     }
     return {loss_, d_pos_, d_neg_, positive_, negative_};

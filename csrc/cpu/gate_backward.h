@@ -1,6 +1,8 @@
 // The gate's share of refine's backward: from dz_s and dz_c of a frame to its dU, and to the gate's own gradients.
 #pragma once
 
+#include <vector>
+
 #include "refine.h"
 
 namespace rru {

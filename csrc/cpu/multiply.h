@@ -30,7 +30,8 @@ constexpr int64_t kRun = 256;
 // R rows of C (N) = A (K) B (K, N), or C += A B, in double: BLAS may sum in another order on another number of threads.
 template <int64_t R>
 inline void multiply_rows(
-    int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc, bool add) {
+    int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc,
+    bool add) {
   using V = at::vec::Vectorized<double>;
   for (int64_t j = 0; j < n; j += V::size()) {
     const int64_t count = std::min<int64_t>(V::size(), n - j);
@@ -54,7 +55,8 @@ inline void multiply_rows(
 // kInterleave<G>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
 template <typename G>
 inline void multiply(
-    int64_t m, int64_t n, int64_t k, const G* a, int64_t lda, const G* b, int64_t ldb, Sum<G>* c, int64_t ldc, bool add) {
+    int64_t m, int64_t n, int64_t k, const G* a, int64_t lda, const G* b, int64_t ldb, Sum<G>* c, int64_t ldc,
+    bool add) {
   if constexpr (std::is_same_v<G, double>) {
     constexpr int64_t kRows = 8;
     int64_t i = 0;

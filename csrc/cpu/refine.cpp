@@ -33,7 +33,7 @@ class Forward {
         w_(left_operand<G>(a.w, s_.halves)),
         whole_clips_(s_.B >= 2 * at::get_num_threads()),
         depth_(round_up(whole_clips_ ? std::min(kDepth, s_.C) : s_.C, kI)) {
-    if (s_.halves == 2) {
+    if (s_.shared_first || (s_.raw && training_)) {
       const Tensor w = a.w.to(gate_.options);
       w_first_ = Array<const G>(left_operand<G>(w.narrow(1, 0, s_.C).add(w.narrow(1, s_.C, s_.C)), 1));
     }
@@ -63,7 +63,7 @@ class Forward {
   }
 
   Tensors8 run(const RefineArguments& a) {
-    if (s_.raw && training_ && s_.start == 1) {
+    if (s_.raw && training_) {
       // The gate sees (X_1, X_1) at frame 0: nothing comes of it but its statistics.
       const Array<A> u = slots({s_.B, s_.D, s_.P});
       parallel(s_.B, [&](int64_t clip) {
@@ -77,8 +77,7 @@ class Forward {
       attention(t);
       advance(t);
     }
-    const Tensor frames = a.lengths ? a.lengths->to(gate_.options).view({s_.B, 1, 1}) : at::full({1}, s_.T, gate_.options);
-    const Tensor strips = strips_.tensor().div(frames.mul(s_.W)).to(a.x.scalar_type());
+    const Tensor strips = strips_.tensor().div(s_.positions_of_strips(a, gate_.options)).to(a.x.scalar_type());
     const auto kept = [&](const Array<A>& slices) {
       return save_ ? slices.tensor() : slices.tensor().narrow(0, 0, 0).clone();
     };

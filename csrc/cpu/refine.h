@@ -4,7 +4,6 @@
 // Positions are taken in chunks of at most kRow. U of a clip lies chunk after chunk, each a matrix (D, n).
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
@@ -13,9 +12,10 @@
 
 #include <array>
 #include <cmath>
-#include <vector>
+#include <utility>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "rows.h"
 
 namespace rru {
@@ -24,17 +24,6 @@ namespace CPU_CAPABILITY {
 struct Chunk {
   int64_t p0, n, ld;  // first position, number of them, and that rounded up to whole vectors
 };
-
-// Calls body(i) for every i of 0 to tasks, on as many threads as there are. Which thread takes which changes nothing.
-template <typename F>
-inline void parallel(int64_t tasks, const F& body) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      body(i);
-    }
-    at::native::cpublas::brgemm_release();  // the matrix tiles, where the processor has such registers
-  });
-}
 
 // Calls body(h, i, count) for each map row h that a chunk touches: `count` positions from chunk.p0 + i on lie in it.
 // At the paper's width the count is known to the compiler.
@@ -124,6 +113,11 @@ struct Sizes {
     return shared_first && t == start;
   }
 
+  // T W of eq. 9, by clip where they are of different lengths.
+  Tensor positions_of_strips(const RefineArguments& a, const at::TensorOptions& options) const {
+    return a.lengths ? a.lengths->to(options).mul(W).view({B, 1, 1}) : at::full({1}, T * W, options);
+  }
+
   Chunk chunk(int64_t q) const {
     const int64_t p0 = q * kRow, n = std::min(kRow, P - p0);
     return {p0, n, round_up(n, kAlign)};
@@ -206,8 +200,8 @@ struct Gate {
     return clip / (s.B / groups);
   }
 
-  // Calls body(d, chunk, i, count, uhat, y) for each gate channel and chunk of a clip, vector by vector: uhat and y are vectors
-  // at positions chunk.p0 + i and following, `count` of them within the chunk. u: the clip's U.
+  // Calls body(d, chunk, i, count, uhat, y) for each gate channel and chunk of a clip, vector by vector: uhat and y
+  // are vectors at positions chunk.p0 + i and following, `count` of them within the chunk. u: the clip's U.
   template <typename F>
   void each(int64_t clip, const A* u, const F& body) const {
     using V = at::vec::Vectorized<A>;

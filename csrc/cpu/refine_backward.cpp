@@ -1,8 +1,8 @@
 // The gradients of rru_fast::refine, from the last frame to the first.
 //
 // Two sweeps a frame. One over the maps, a block of channels a task: it ends frame t + 1, whose dU is known by then
-// (E = W^T dU, dX, the carry, W's gradient), and begins frame t (G, dL and its sums dz_s and dz_c). One over the gate, a
-// clip a task: dz_s and dz_c to dU. Z, A and M are recomputed from X and S.
+// (E = W^T dU, dX, the carry, W's gradient), and begins frame t (G, dL and its sums dz_s and dz_c). One over the gate,
+// a clip a task: dz_s and dz_c to dU. Z, A and M are recomputed from X and S.
 
 #include "gate_backward.h"
 
@@ -52,8 +52,7 @@ class Backward {
       d_w_first_ = zeros({s_.C, s_.D});
     }
     if (d_strips) {
-      const Tensor frames = a.lengths ? a.lengths->to(options).view({s_.B, 1, 1}) : at::full({1}, s_.T, options);
-      share_ = Array<const A>(d_strips->to(options).div(frames).div(s_.W).contiguous());
+      share_ = Array<const A>(d_strips->to(options).div(s_.positions_of_strips(a, options)).contiguous());
     }
     if (need_x) {
       d_x_ = Array<T>(huge(at::empty(a.x.sizes(), a.x.options())));
@@ -302,8 +301,8 @@ class Backward {
     store(row, n, to);
   }
 
-  // One channel of frame t, g_t holding what is carried to it: G_t, and where the frame has a gate, its dL summed into dz_c
-  // and dz_s.
+  // One channel of frame t, g_t holding what is carried to it: G_t, and where the frame has a gate, its dL summed into
+  // dz_c and dz_s.
   void begin_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* g_t, A* d_z_s) {
     const int64_t n = chunk.n;
     const bool lives = s_.alive(clip, t);

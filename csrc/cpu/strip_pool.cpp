@@ -1,7 +1,6 @@
 // rru_fast::strip_pool, eq. 9 alone: the mean over time and width, one pass over S.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "rows.h"
 
 namespace rru {
@@ -27,11 +27,9 @@ int64_t block_of_channels(int64_t positions) {
 template <typename F>
 void each_block(int64_t clips, int64_t channels, int64_t block, const F& body) {
   const int64_t blocks = (channels + block - 1) / block;
-  at::parallel_for(0, clips * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t c0 = task % blocks * block;
-      body(task / blocks, c0, std::min(channels, c0 + block));
-    }
+  parallel(clips * blocks, [&](int64_t task) {
+    const int64_t c0 = task % blocks * block;
+    body(task / blocks, c0, std::min(channels, c0 + block));
   });
 }
 
