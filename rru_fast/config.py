@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from rru_fast import native
+from rru_fast import native, triton
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ BACKENDS: dict[str, str | None] = {
     "reference": None,
     "composite": None,
     "cpu": native.missing(),
-    "triton": f"Triton kernels are not part of version {__version__}",
+    "triton": triton.missing(),
     "cuda": f"CUDA kernels are not part of version {__version__}",
 }
 
@@ -35,15 +35,25 @@ def choose(backend: str, device: torch.device) -> str:
     """The backend that serves a call that asks for `backend` with tensors on `device`."""
     check_backend(backend)
     if backend == "auto":
-        return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: got 'cpu' with tensors on {device}, wanted 'auto', or tensors on the CPU")
+        best = "triton" if device.type == "cuda" else "cpu"
+        return best if BACKENDS[best] is None and _serves(best, device) else "composite"
+    if not _serves(backend, device):
+        major, minor = triton.CAPABILITY
+        on = {"cpu": "the CPU", "triton": f"an NVIDIA GPU of compute capability {major}.{minor} or newer"}[backend]
+        raise ValueError(f"backend: got {backend!r} with tensors on {device}, wanted 'auto', or tensors on {on}")
     return backend
+
+
+def _serves(backend: str, device: torch.device) -> bool:
+    """Whether a backend that is here runs on `device`."""
+    if backend == "cpu":
+        return device.type == "cpu"
+    return triton.serves(device) if backend == "triton" else True
 
 
 def serving(device: torch.device) -> list[str]:
     """The backends that can serve tensors on `device`, the reference first."""
-    return [name for name, why in BACKENDS.items() if why is None and (name != "cpu" or device.type == "cpu")]
+    return [name for name, why in BACKENDS.items() if why is None and _serves(name, device)]
 
 
 def report() -> str:

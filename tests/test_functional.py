@@ -101,7 +101,7 @@ BAD_LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"margin": np.ones(2)}, ValueError, "margin: got array.*, wanted a finite number or 'soft'"),
     ({"metric": "manhattan"}, ValueError, "metric: got 'manhattan', wanted one of 'euclidean', 'cosine'"),
     ({"reduction": "sum"}, ValueError, "reduction: got 'sum', wanted one of 'mean', 'none'"),
-    ({"backend": "triton"}, ValueError, "backend: got 'triton', wanted .*: Triton kernels are not part of version"),
+    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', wanted .*: CUDA kernels are not part of version"),
 ]
 
 

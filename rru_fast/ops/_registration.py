@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -9,12 +10,17 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-from rru_fast import native
+from rru_fast import native, triton
 
 
 def kernels(op: str, composite: Any) -> dict[str, Any]:
     """What runs operator `op`, by backend: objects with `forward` and `backward`."""
-    return {"composite": composite} | ({"cpu": native.kernels(op)} if native.missing() is None else {})
+    found = {"composite": composite}
+    if native.missing() is None:
+        found["cpu"] = native.kernels(op)
+    if triton.missing() is None:
+        found["triton"] = importlib.import_module(f"rru_fast.triton.{op}")
+    return found
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -77,7 +77,7 @@ def test_float64_equals_the_oracle(
 @pytest.mark.parametrize("margin", [0.3, "soft"])
 def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: torch.dtype, backend: str) -> None:
     draws = []
-    for seed in range(9):
+    for seed in parity.draws(backend, 9):
         features, labels = random_batch((4, 40, 24), seed)
         low = features.to(dtype)
         options = {"margin": margin, "metric": metric}
@@ -177,7 +177,7 @@ def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> No
         assert parity.error(value, whole[name]) <= 1e-14, name
 
 
-@every_backend
+@pytest.mark.parametrize("backend", parity.COMPILED)
 def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
     n, d = 8192, 16  # the matrix would be 256 MiB
     features, labels = torch.randn(n, d), torch.arange(n) // 4

@@ -39,7 +39,7 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
     draws = []
-    for seed in range(15 if dtype == torch.float32 and case.x_numel < 1000 else 5):
+    for seed in parity.draws(backend, 15 if dtype == torch.float32 and case.x_numel < 1000 else 5):
         call = parity.make_call(case, dtype, seed)
         low = call.map(lambda v: v.to(dtype))
         with parity.poisoned():
@@ -362,18 +362,6 @@ def test_forward_mode_and_functional_transforms_are_refused(backend: str) -> Non
     assert tangent.abs().max() > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
-@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
-def test_float64_equals_the_oracle_on_a_gpu(case: Case, backend: str) -> None:
-    call = parity.make_call(case)
-    oracle = parity.run(case, call, "reference")
-    got = parity.run(case, call.map(lambda v: v.cuda()), backend)
-    for name, wanted in oracle.items():
-        assert parity.error(got[name].cpu(), wanted) <= parity.EXACT, name
-
-
 @every_backend
 def test_second_order_gradients_raise(backend: str) -> None:
     call = parity.make_call(Case())
@@ -393,7 +381,7 @@ def test_the_reference_backend_has_second_order_gradients() -> None:
     assert second.abs().max() > 0
 
 
-@every_backend
+@pytest.mark.parametrize("backend", parity.COMPILED)
 def test_memory_saved_at_the_papers_shape(backend: str) -> None:
     module = rru_fast.RRU(2048, backend=backend)
     x = torch.rand(20, 8, 2048, 8, 8)

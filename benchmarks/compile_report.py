@@ -1,0 +1,219 @@
+"""Compile every Triton kernel ahead of time, at the paper's shape and in each dtype, and hold it to a budget.
+
+python -m benchmarks.compile_report --arch 80 90 100
+
+Needs no GPU. The operators run on tensors without storage; each kernel they would launch is compiled as the launch
+would have, for each architecture, and disassembled: registers, stack (where spills go), shared memory and, from the
+PTX, the matrix instructions. A kernel over the budget, or a product that misses the tensor cores, fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+import tyro
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+import rru_fast.triton
+from benchmarks import table
+from rru_fast.reference import RRU
+from rru_fast.triton import _host as host
+from rru_fast.triton import batch_hard, refine, strip_pool
+
+PAPER = (20, 8, 2048, 8, 8)
+CLIPS = 20
+
+# What a kernel may use. Shared memory is what one program can have on the architecture, in bytes.
+MAX_REGISTERS = 255
+MAX_STACK = 0
+MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+
+MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
+
+# How each dtype is multiplied; float32 in each way there is.
+DTYPES = {
+    "float32 ieee": (torch.float32, "ieee"),
+    "float32 tf32": (torch.float32, "tf32"),
+    "float32 tf32x3": (torch.float32, "tf32x3"),
+    "bfloat16": (torch.bfloat16, ""),
+    "float16": (torch.float16, ""),
+}
+
+
+@dataclass
+class Options:
+    """What to compile."""
+
+    arch: tuple[int, ...] = (80, 90, 100)
+    """Compute capabilities, times ten."""
+    dtype: tuple[str, ...] = tuple(DTYPES)
+    """Of the maps and features, and how float32 is multiplied."""
+    jobs: int = os.cpu_count() or 1
+    """Compilers at once."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it would be launched."""
+
+    op: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+def launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """What the operators launch at the paper's shape, training and eval, forward and backward."""
+    found: list[Launch] = []
+    op = ""
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+        found.append(Launch(op, kernel, arguments, meta))
+
+    clips, frames, channels, height, width = PAPER
+    x = torch.empty(PAPER, dtype=dtype, device="meta")
+    strips = torch.empty(clips, channels, height, dtype=dtype, device="meta")
+    with patch.object(host, "launch", record), torch.device("meta"):
+        for training in (True, False):
+            op = f"refine, {'training' if training else 'eval'}"
+            arguments = (*_weights(dtype), None, None, None, "appearance+motion", training, 1e-3, 1)
+            features, _, mean, var, *saved = refine.forward(x, *arguments, True)
+            refine.backward(x, strips, True, True, features, mean, var, *saved, x, *arguments)
+        op = "strip_pool"
+        strip_pool.backward(strip_pool.forward(x), frames, width)
+        op = "batch_hard"
+        for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256)):
+            loss, *saved = batch_hard.forward(
+                torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64), 0.3, False, "euclidean"
+            )
+            batch_hard.backward(loss, torch.empty(groups, n, d, dtype=dtype), *saved, 0.3, False, "euclidean")
+    return iter(found)
+
+
+def _weights(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """w, gamma, beta, w_s1, w_s2, w_c, running mean and variance of the paper's RRU."""
+    rru = RRU(PAPER[2], PAPER[3:]).to("meta", dtype)
+    norm = rru.transition_norm
+    assert norm.running_mean is not None and norm.running_var is not None
+    return (
+        rru.transition.weight.flatten(1).detach(),
+        norm.weight.detach(),
+        norm.bias.detach(),
+        rru.spatial_attention[0].weight.detach(),
+        rru.spatial_attention[2].weight.detach(),
+        rru.channel_attention.weight.detach(),
+        norm.running_mean,
+        norm.running_var,
+    )
+
+
+def compile_all(arch: int, name: str) -> list[dict[str, Any]]:
+    """A row for each different kernel of a dtype, compiled for an architecture."""
+    dtype, precision = DTYPES[name]
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    rows: dict[str, dict[str, Any]] = {}
+    with patch.dict(os.environ, {"RRU_FAST_FLOAT32": precision}):
+        recorded = list(launches(dtype))
+    for launch in recorded:
+        kernel = launch.kernel
+        # As JITFunction.run binds and specialises a launch's arguments.
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(*launch.arguments, **launch.meta, debug=False)
+        key = f"{kernel.__name__} {specialization} {options}"
+        if key in rows:
+            continue
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, {**launch.meta, "debug": False}, bound, specialization, options
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        rows[key] = {
+            "kernel": kernel.__name__.removesuffix("_kernel"),
+            "op": launch.op,
+            "dtype": name,
+            "sm": arch,
+            **_resources(compiled.asm["cubin"]),
+            "shared": compiled.metadata.shared,
+            "warps": compiled.metadata.num_warps,
+            "matrix instructions": ", ".join(sorted(set(_matrix(compiled.asm["ptx"])))) or None,
+            "multiplies": "tt.dot" in compiled.asm["ttir"],
+        }
+    return [*rows.values()]
+
+
+def _matrix(ptx: str) -> Iterator[str]:
+    """The kinds of matrix instructions in a PTX text, as wgmma.m64n64k8.tf32."""
+    for found in MATRIX.finditer(ptx):
+        parts = found.group(0).split(".")
+        shape = next((part for part in parts if re.fullmatch(r"m\d+n\d+k\d+", part)), None)
+        types = [part for part in parts if part in ("tf32", "bf16", "f16", "kind::tf32", "kind::f16")]
+        yield ".".join(filter(None, (parts[0], shape, types[-1] if types else None)))
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"\b{what}:(\d+)", told).group(1)) for what in ("REG", "STACK"))  # type: ignore[union-attr]
+    return {"registers": registers, "stack": stack}
+
+
+def over_budget(row: dict[str, Any]) -> list[str]:
+    """What of a kernel is more than it may be, a sentence each."""
+    who = f"{row['kernel']} ({row['op']}, {row['dtype']}, sm_{row['sm']})"
+    limits = {"registers": MAX_REGISTERS, "stack": MAX_STACK, "shared": MAX_SHARED[row["sm"]]}
+    told = [f"{who}: {what} {row[what]}, at most {most}" for what, most in limits.items() if row[what] > most]
+    # Float32 as such, and the sums of the small weights' gradients, which always are, have no matrix instruction.
+    exact = row["dtype"] == "float32 ieee" or row["kernel"] == "outer"
+    if row["multiplies"] and not exact and not row["matrix instructions"]:
+        told.append(f"{who}: no matrix instructions")
+    return told
+
+
+def main(options: Options) -> None:
+    """Compile, print, and exit with what is over budget."""
+    if rru_fast.triton.interpreted():
+        raise SystemExit("TRITON_INTERPRET: got 1, wanted it unset: nothing is compiled in the interpreter")
+    for what, known, asked in (("--arch", MAX_SHARED, options.arch), ("--dtype", DTYPES, options.dtype)):
+        for one in asked:  # type: ignore[attr-defined]
+            if one not in known:
+                raise SystemExit(f"{what}: got {one!r}, wanted one of {', '.join(map(repr, known))}")
+    work = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for (arch, dtype), found in zip(work, pool.map(compile_all, *zip(*work, strict=True)), strict=True):
+            table.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies"))
+            rows += found
+    told = [sentence for row in rows for sentence in over_budget(row)]
+    if told:
+        raise SystemExit("over budget:\n  " + "\n  ".join(told))
+    print(f"{len(rows)} kernels within budget: {MAX_REGISTERS} registers, no stack, shared memory of the architecture")
+
+
+def _environment() -> dict[str, Any]:
+    shape = " x ".join(map(str, PAPER))
+    return {"triton": triton.__version__, "torch": torch.__version__, "shape": shape}
+
+
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

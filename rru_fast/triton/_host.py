@@ -1,0 +1,95 @@
+"""What the operators' host code shares: how maps are addressed, in which arithmetic, and how a kernel is launched."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """Run `kernel` on `grid` programs."""
+    kernel[grid](*arguments, **meta)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels are launched where the tensor is, not on whichever device is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: as torch.matmul would, or by RRU_FAST_FLOAT32."""
+    if dtype != torch.float32:
+        return "ieee"  # one kind of product in the others
+    asked = os.environ.get("RRU_FAST_FLOAT32", "")
+    if asked and asked not in PRECISIONS:
+        raise ValueError(f"RRU_FAST_FLOAT32: got {asked!r}, wanted one of {', '.join(PRECISIONS)}")
+    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+
+
+def factors(dtype: torch.dtype) -> tuple[Any, str]:
+    """In which type gradients are multiplied, and how: float16 would overflow, TF32 has its digits in a wide range."""
+    if dtype == torch.float16:
+        return tl.float32, "tf32"
+    return TYPES[dtype], precision(dtype)
+
+
+def depth(dtype: torch.dtype, how: str) -> int:
+    """Terms that a product of `dtype` takes at a time: what fits the registers where no matrix unit does it."""
+    if dtype.itemsize == 2:
+        return 64
+    return 32 if how == "tf32" else 16
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device, which a launch should fill; an H100's number where there is no GPU."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
+class Maps(NamedTuple):
+    """Maps (B, F, C, P) as kernels take them: a pointer and four strides."""
+
+    tensor: Tensor
+    clip: int
+    frame: int
+    channel: int
+    position: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset within a frame may need more than 31 bits."""
+        _, _, channels, height, width = self.tensor.shape
+        return (channels - 1) * self.channel + (height * width - 1) * self.position >= 2**31
+
+    def at(self, frame: int) -> tuple[Tensor, int, int, int]:
+        """One frame of all clips: pointer and the strides of clip, channel and position."""
+        return self.tensor[:, frame], self.clip, self.channel, self.position
+
+
+def maps(tensor: Tensor) -> Maps:
+    """(B, F, C, H, W) in place, NCHW and channels-last among others; a copy where positions do not lie evenly."""
+    height, width = tensor.shape[3:]
+    clip, frame, channel, row, column = tensor.stride()
+    if width == 1:
+        column = row
+    if height > 1 and width > 1 and row != width * column:
+        return maps(tensor.contiguous())
+    return Maps(tensor, clip, frame, channel, column)
