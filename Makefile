@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test sanitize lint format bench clean
+.PHONY: help setup train test test-triton compile-report sanitize lint format bench clean
 
 help:
 	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
 	@echo "make test      run the test suite; ARGS=... go to pytest"
+	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
+	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
@@ -32,6 +34,13 @@ train: setup
 
 test: setup
 	"$(BIN)/python" -m pytest -q $(ARGS)
+
+# The interpreter replaces the kernels of a whole process. A test takes seconds there: two processes at least.
+test-triton: setup
+	TRITON_INTERPRET=1 "$(BIN)/python" -m pytest -q -n auto -k triton tests/ops tests/test_triton.py tests/benchmarks $(ARGS)
+
+compile-report: setup
+	"$(BIN)/python" -m benchmarks.compile_report $(ARGS)
 
 # A package of its own under build/, with sanitized kernels; the tests find it before the checkout's. libstdc++ is loaded
 # early too: the sanitizer has to find the function that throws. Leaks: torch's own are not ours. Tests of memory use are

@@ -37,6 +37,17 @@ from rru_fast.triton import batch_hard, refine, strip_pool
 PAPER = (20, 8, 2048, 8, 8)
 CLIPS = 20
 
+# attention, inputs and mode of the RRUs: the paper's, and between them every flag that a kernel has.
+VARIANTS = (
+    ("both", "appearance+motion", "training"),
+    ("both", "appearance+motion", "eval"),
+    ("both", "appearance+motion", "continued"),
+    ("both", "raw", "training"),
+    ("spatial", "appearance", "ragged"),
+    ("channel", "raw", "eval"),
+    ("channel", "appearance+motion", "ragged"),
+)
+
 # What a kernel may use. Shared memory is what one program can have on the architecture, in bytes.
 MAX_REGISTERS = 255
 MAX_STACK = 0
@@ -88,37 +99,46 @@ def launches(dtype: torch.dtype) -> Iterator[Launch]:
     x = torch.empty(PAPER, dtype=dtype, device="meta")
     strips = torch.empty(clips, channels, height, dtype=dtype, device="meta")
     with patch.object(host, "launch", record), torch.device("meta"):
-        for training in (True, False):
-            op = f"refine, {'training' if training else 'eval'}"
-            arguments = (*_weights(dtype), None, None, None, "appearance+motion", training, 1e-3, 1)
-            features, _, mean, var, *saved = refine.forward(x, *arguments, True)
-            refine.backward(x, strips, True, True, features, mean, var, *saved, x, *arguments)
+        for attention, inputs, mode in VARIANTS:
+            op = f"refine, {attention}, {inputs}, {mode}"
+            call = _refine_arguments(x, attention, inputs, mode)
+            features, _, *saved = refine.forward(*[*call, True])
+            for needed in ((True, True), (False, True), (True, False)):
+                refine.backward(*[x, strips, *needed, features, *saved, *call])
         op = "strip_pool"
         strip_pool.backward(strip_pool.forward(x), frames, width)
         op = "batch_hard"
         for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256)):
-            loss, *saved = batch_hard.forward(
-                torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64), 0.3, False, "euclidean"
-            )
-            batch_hard.backward(loss, torch.empty(groups, n, d, dtype=dtype), *saved, 0.3, False, "euclidean")
+            features, labels = torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
+            loss, *partners = batch_hard.forward(features, labels, 0.3, False, "euclidean")
+            options: tuple[Any, ...] = (*partners, 0.3, False, "euclidean")
+            batch_hard.backward(loss, features, *options)
     return iter(found)
 
 
-def _weights(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """w, gamma, beta, w_s1, w_s2, w_c, running mean and variance of the paper's RRU."""
-    rru = RRU(PAPER[2], PAPER[3:]).to("meta", dtype)
-    norm = rru.transition_norm
-    assert norm.running_mean is not None and norm.running_var is not None
-    return (
-        rru.transition.weight.flatten(1).detach(),
+def _refine_arguments(x: torch.Tensor, attention: str, inputs: str, mode: str) -> list[Any]:
+    """The arguments of `refine`'s kernels in a mode, from x to bn_groups."""
+    clips, _, channels, height, width = PAPER
+    rru = RRU(channels, (height, width), attention=attention, inputs=inputs).to("meta", x.dtype)  # type: ignore[arg-type]
+    weights = {name: weight.detach() for name, weight in rru.named_parameters()}
+    norm, state = rru.transition_norm, x.new_empty(clips, channels, height, width)
+    return [
+        x,
+        weights["transition.weight"].flatten(1),
         norm.weight.detach(),
         norm.bias.detach(),
-        rru.spatial_attention[0].weight.detach(),
-        rru.spatial_attention[2].weight.detach(),
-        rru.channel_attention.weight.detach(),
+        weights.get("spatial_attention.0.weight"),
+        weights.get("spatial_attention.2.weight"),
+        weights.get("channel_attention.weight"),
         norm.running_mean,
         norm.running_var,
-    )
+        torch.empty(clips, dtype=torch.int64) if mode == "ragged" else None,
+        *([state, state] if mode == "continued" else [None, None]),
+        inputs,
+        mode == "training",
+        1e-3,
+        1,
+    ]
 
 
 def compile_all(arch: int, name: str) -> list[dict[str, Any]]:
@@ -211,8 +231,6 @@ def main(options: Options) -> None:
 def _environment() -> dict[str, Any]:
     shape = " x ".join(map(str, PAPER))
     return {"triton": triton.__version__, "torch": torch.__version__, "shape": shape}
-
-
 
 
 if __name__ == "__main__":

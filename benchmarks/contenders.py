@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,10 +72,10 @@ class Contender:
         leaves = {"x": self.x, **dict(self.module.named_parameters())}
         return parity.gradients(self.module(self.x)[:2], self.upstream, leaves)
 
-    def twin(self, cls: type[reference.RRU], **settings: str) -> Contender:
+    def twin(self, cls: type[reference.RRU], **settings: Any) -> Contender:
         """Another implementation with weights of its own, equal to this one's, on the same maps."""
         own = self.module
-        module = cls(own.channels, own.spatial, hidden=own.transition.out_channels, **settings)  # type: ignore[arg-type]
+        module = cls(own.channels, own.spatial, hidden=own.transition.out_channels, **settings)
         module.to(own.transition.weight).load_state_dict(own.state_dict())
         return replace(self, module=module.train(own.training))
 

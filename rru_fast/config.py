@@ -35,8 +35,8 @@ def choose(backend: str, device: torch.device) -> str:
     """The backend that serves a call that asks for `backend` with tensors on `device`."""
     check_backend(backend)
     if backend == "auto":
-        best = "triton" if device.type == "cuda" else "cpu"
-        return best if BACKENDS[best] is None and _serves(best, device) else "composite"
+        # On a GPU the Triton kernels are for whoever asks for them until they have been run, and timed, on one.
+        return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
     if not _serves(backend, device):
         major, minor = triton.CAPABILITY
         on = {"cpu": "the CPU", "triton": f"an NVIDIA GPU of compute capability {major}.{minor} or newer"}[backend]

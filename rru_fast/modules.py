@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from rru_fast import config, functional, reference
+from rru_fast.graphs import Graphs
 from rru_fast.reference import Refined
+
+
+def check_cuda_graph(cuda_graph: bool, backend: str) -> None:
+    """Raise ValueError unless the backend can serve here, by CUDA graphs if asked."""
+    config.check_backend(backend)
+    if not isinstance(cuda_graph, bool):
+        raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted True or False")
+    if cuda_graph and backend in ("reference", "cpu"):
+        raise ValueError(f"cuda_graph: got True with backend={backend!r}, wanted 'auto', 'composite' or 'triton'")
 
 
 class RRU(reference.RRU):
@@ -26,6 +37,9 @@ class RRU(reference.RRU):
         bn_eps, bn_momentum: of the transition's batch norm.
         bn_groups: consecutive groups of clips with batch statistics of their own, as replicas under DataParallel have.
         backend: "auto", or a backend `rru_fast.show_config` lists as available.
+        cuda_graph: run forward and backward as CUDA graphs, captured at the first call of each shape, for tensors on a
+            GPU: worth it where launches, not arithmetic, take the time. What a call returns is overwritten by the next
+            of the same shape, so run the backward before it, and copy what is to be kept.
 
     Parameters: `transition.weight` (D, 2C, 1, 1), the appearance half first ((D, C, 1, 1) for inputs="appearance");
     `transition_norm.*`; `spatial_attention.{0,2}.weight` (A, P), (P, A); `channel_attention.weight` (C, D).
@@ -42,15 +56,19 @@ class RRU(reference.RRU):
     (torch.Size([2, 5, 16, 4, 2]), torch.Size([2, 16, 4]))
     """
 
-    def _choose_backend(self, backend: str) -> None:
-        config.check_backend(backend)
-        self.backend = backend
+    def _choose_backend(self, backend: str, cuda_graph: bool) -> None:
+        check_cuda_graph(cuda_graph, backend)
+        self.backend, self.cuda_graph, self._graphs = backend, cuda_graph, Graphs()
 
     def _refine(self, x: Tensor, **arguments: object) -> Refined:
-        return functional.refine(x, **arguments, backend=self.backend)  # type: ignore[arg-type]
+        arguments["backend"] = self.backend
+        graphs = self.cuda_graph and not torch.compiler.is_compiling()
+        if graphs and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._graphs.refine(functional.refine, x, arguments)
+        return functional.refine(x, **arguments)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend!r}"
+        return f"{super().extra_repr()}, backend={self.backend!r}" + ", cuda_graph=True" * self.cuda_graph
 
 
 class BatchHardTripletLoss(reference.BatchHardTripletLoss):

@@ -215,6 +215,7 @@ class RRU(nn.Module):
         bn_momentum: float = 0.1,
         bn_groups: int = 1,
         backend: str = "auto",
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(spatial, tuple | list) or len(spatial) != 2:
@@ -228,7 +229,7 @@ class RRU(nn.Module):
             raise ValueError(f"attention: got {attention!r}, wanted 'both', 'spatial' or 'channel'")
         if inputs not in ("appearance+motion", "appearance", "raw"):
             raise ValueError(f"inputs: got {inputs!r}, wanted 'appearance+motion', 'appearance' or 'raw'")
-        self._choose_backend(backend)
+        self._choose_backend(backend, cuda_graph)
         self.channels, self.spatial = channels, (height, width)
         self.attention, self.inputs, self.bn_groups = attention, inputs, bn_groups
         positions = height * width
@@ -243,8 +244,10 @@ class RRU(nn.Module):
         if attention != "spatial":
             self.channel_attention = nn.Linear(hidden, channels, bias=False)
 
-    def _choose_backend(self, backend: str) -> None:
+    def _choose_backend(self, backend: str, cuda_graph: bool) -> None:
         _only_reference(backend)
+        if cuda_graph is not False:
+            raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted False (this is the reference module)")
 
     def _refine(self, x: Tensor, **arguments: object) -> Refined:
         return refine(x, **arguments)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from rru_fast import config, modules, reference
+from rru_fast import modules, reference
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     reference.RRU: modules.RRU,
@@ -17,7 +17,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, backend: str = "auto") -> Model:
+def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False) -> Model:
     """Turn every reference module in `model` into its fast twin, in place.
 
     The module objects stay, and with them parameters, buffers, hooks and whoever else holds them (optimizers, DDP,
@@ -27,19 +27,20 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     Args:
         model: any module, itself possibly a reference module.
         backend: what the fast modules shall run, as in their constructors.
+        cuda_graph: whether the RRUs shall run as CUDA graphs, as in their constructor.
 
     Returns:
         The same `model`. Warns if there was nothing to swap.
 
     Raises:
-        ValueError: the backend is unknown or cannot serve here.
+        ValueError: the backend is unknown or cannot serve here, or runs no CUDA graphs.
 
     >>> import rru_fast
     >>> model = rru_fast.accelerate(rru_fast.reference.RRU(16, spatial=(4, 2)))
     >>> type(model) is rru_fast.RRU, type(rru_fast.restore(model)) is rru_fast.reference.RRU
     (True, True)
     """
-    config.check_backend(backend)
+    modules.check_cuda_graph(cuda_graph, backend)
     targets = [module for module in model.modules() if type(module) in FAST or _accelerated(module)]
     if not targets:
         warnings.warn(f"accelerate: {type(model).__name__} holds no reference module to swap", stacklevel=2)
@@ -47,7 +48,10 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
         if not _accelerated(module):
             module._accelerated_from = type(module)  # type: ignore[assignment]
             module.__class__ = FAST[type(module)]
-        module.backend = backend  # type: ignore[assignment]
+        if isinstance(module, reference.RRU):
+            module._choose_backend(backend, cuda_graph)
+        elif isinstance(module, reference.BatchHardTripletLoss):
+            module._choose_backend(backend)
     return model
 
 
@@ -65,7 +69,8 @@ def restore(model: Model) -> Model:
         warnings.warn(f"restore: {type(model).__name__} holds no accelerated module", stacklevel=2)
     for module in targets:
         module.__class__ = module.__dict__.pop("_accelerated_from")
-        del module.__dict__["backend"]
+        for name in ("backend", "cuda_graph", "_graphs"):
+            module.__dict__.pop(name, None)
     return model
 
 

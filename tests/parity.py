@@ -144,8 +144,8 @@ def make_call(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
 
 
 def draws(backend: str, count: int) -> range:
-    """Seeds of that many draws, or of a few in Triton's interpreter."""
-    return range(count if backend in COMPILED else min(count, 3))
+    """Seeds of that many draws; of a few where each takes Triton's interpreter seconds."""
+    return range(count if backend in COMPILED else min(count, 5))
 
 
 def run(case: Case, call: Call, backend: str, frozen: tuple[str, ...] = ()) -> Results:

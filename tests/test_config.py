@@ -84,6 +84,7 @@ def test_arrows_run_one_way() -> None:
     forbidden = {
         "reference.py": ("rru_fast", "training", "benchmarks"),
         "composite": ("rru_fast", "training", "benchmarks"),
+        "triton": ("rru_fast", "training", "benchmarks"),
         "ops": ("rru_fast.functional", "rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
         "functional.py": ("rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
         "modules.py": ("rru_fast.swap", "rru_fast.ops", "rru_fast.composite", "training", "benchmarks"),
@@ -93,6 +94,6 @@ def test_arrows_run_one_way() -> None:
         assert files
         for path in files:
             wrong = {i for i in imports_of(path) if any(i == n or i.startswith(n + ".") for n in names)}
-            if layer == "composite":
-                wrong = {i for i in wrong if not i.startswith("rru_fast.composite")}
+            if layer in ("composite", "triton"):
+                wrong = {i for i in wrong if not i.startswith(f"rru_fast.{layer}")}
             assert not wrong, f"{path.name} imports {wrong}"

@@ -31,7 +31,7 @@ def product(v, w, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def normalise(u, mean, var, gamma, beta, d, p, inside, D: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
-    """Uhat and Y = relu(gamma Uhat + beta) [BLOCK_D, BLOCK_P] of a clip's U (D, P), 0 outside; and gamma r [BLOCK_D]."""
+    """Uhat and Y = relu(gamma Uhat + beta) [BLOCK_D, BLOCK_P] of a clip's U (D, P), 0 outside; gamma r [BLOCK_D]."""
     SUM: tl.constexpr = u.dtype.element_ty
     here = d < D
     r = tl.rsqrt(tl.load(var + d, here, 1.0).to(SUM) + EPS)

@@ -45,7 +45,8 @@ def tuned(
     choices: by kernel, what to try instead of the default.
     """
     device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
-    key = f"{kind} {' '.join(map(str, sizes))} {str(tensor.dtype).removeprefix('torch.')} {device} triton {triton.__version__}"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    key = f"{kind} {' '.join(map(str, sizes))} {dtype} {device} triton {triton.__version__}"
     if key in _found:
         return _found[key]
     if not enabled(tensor):
@@ -58,9 +59,7 @@ def tuned(
     return kept[key]
 
 
-def _best(
-    default: Plan, choices: Mapping[str, list[Meta]], run: Callable[[Plan], object], on_gpu: bool
-) -> Plan:
+def _best(default: Plan, choices: Mapping[str, list[Meta]], run: Callable[[Plan], object], on_gpu: bool) -> Plan:
     plan, seconds = default, _seconds(lambda: run(default), on_gpu)
     for kernel, metas in choices.items():
         for meta in metas:

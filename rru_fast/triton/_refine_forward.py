@@ -1,303 +1,238 @@
-"""The forward kernels of `refine`: `transition` makes U, eq. 1, and its batch statistics; `gate` the rest, eq. 2-5, 9.
-
-Maps are (B, F, C, P) behind a pointer and strides, P = H W; F frames of them lie in one launch. SUM is the type of
-arithmetic, float64 for float64 and float32 otherwise.
-"""
+"""The forward of `refine`: which kernel is launched when, and on what."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from typing import Any
 
-from rru_fast.triton._device import last_to_arrive, narrowed, normalise, product
+from torch import Tensor
+
+from rru_fast.triton import _host as host
+from rru_fast.triton import _refine_forward_kernels as kernels
+from rru_fast.triton._host import Maps, power_of_2
+from rru_fast.triton._plans import Meta, Plan
+from rru_fast.triton._refine_call import NO_FRAME, NOTHING, Call
 
 
-@triton.jit
-def transition_kernel(
-    u,  # (F, B, D, P)
-    x,  # (B, F, C, P)
-    x_clip,
-    x_frame,
-    x_channel,
-    x_position,
-    y,  # like x, subtracted from it; or None
-    y_clip,
-    y_frame,
-    y_channel,
-    y_position,
-    w,  # (D, C)
-    w_gate,
-    partial,  # (tiles, SPLIT, BLOCK_D, BLOCK_P), where SPLIT > 1
-    arrivals,  # (tiles + groups * d tiles,), zeros
-    tile_mean,  # (B * p tiles, D)
-    tile_square,  # (B * p tiles, D), sums of squared differences from the tile's own mean
-    mean,  # (groups, D), or None: no statistics
-    var,
-    lengths,  # (B,), or None
-    first,  # the first of the F frames is the video's frame `first`
-    clips,
-    channels,
-    clips_per_group,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    ADD: tl.constexpr,  # whether u already holds a part of the sum
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """U = W V, V = X - Y formed in full precision on load; U is split over C, the last program of a tile adds up."""
-    SUM: tl.constexpr = u.dtype.element_ty
-    D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    P_TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    tile = tl.program_id(0)
-    part = tl.program_id(1)
-    d_tile = tile % D_TILES
-    columns = tile // D_TILES
-    frame_clip = columns // P_TILES
-    clip = (frame_clip % clips).to(tl.int64)
-    frame = (frame_clip // clips).to(tl.int64)
-    d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    p = columns % P_TILES * BLOCK_P + tl.arange(0, BLOCK_P)
-    alive = p < P
-    if lengths is not None:
-        alive = alive & (first + frame < tl.load(lengths + clip))
+def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
+    """A plan for the forward, and what else might be faster."""
+    processors = host.processors(call.x.tensor)
+    dtype, how = call.x.tensor.dtype, host.precision(call.x.tensor.dtype)
+    block_p = min(64, max(16, power_of_2(call.positions)))
+    columns = call.clips * -(-call.positions // block_p)
+    block_k, exact = host.depth(dtype, how), how == "ieee" and dtype.itemsize >= 4
 
-    x += clip * x_clip + frame * x_frame
-    if y is not None:
-        y += clip * y_clip + frame * y_frame
-    acc = tl.zeros([BLOCK_D, BLOCK_P], SUM)
-    share = tl.cdiv(tl.cdiv(channels, BLOCK_K), SPLIT) * BLOCK_K
-    for c0 in range(part * share, tl.minimum((part + 1) * share, channels), BLOCK_K):
-        c = c0 + tl.arange(0, BLOCK_K)
-        weights = tl.load(w + d[:, None] * w_gate + c[None, :], (d < D)[:, None] & (c < channels)[None, :], 0.0)
-        inside = (c < channels)[:, None] & alive[None, :]
-        if WIDE:
-            c = c.to(tl.int64)
-        v = tl.load(x + c[:, None] * x_channel + p[None, :] * x_position, inside, 0.0).to(SUM)
-        if y is not None:
-            v -= tl.load(y + c[:, None] * y_channel + p[None, :] * y_position, inside, 0.0).to(SUM)
-        acc = product(weights, narrowed(v, weights.dtype), acc, PRECISION)
+    def product(block_d: int, block_k: int, split: int, warps: int, stages: int) -> Meta:
+        blocks = {"BLOCK_D": min(block_d, max(16, power_of_2(call.d))), "BLOCK_P": block_p, "BLOCK_K": block_k}
+        return {**blocks, "SPLIT": split, "num_warps": warps, "num_stages": stages}
 
-    if SPLIT == 1:
-        _finish(u, acc, frame_clip, d, p, tile_mean, tile_square, mean, var, arrivals, tile, clips_per_group, D, P, ADD)
+    def transition(block_d: int, block_k: int, waves: int, warps: int = 4, stages: int = 3) -> Meta:
+        tiles = columns * -(-call.d // block_d)
+        split = max(1, min(waves * processors // tiles, -(-call.channels // block_k), 32))
+        return product(block_d, block_k, split, warps, stages)
+
+    def gate(programs: int, block_c: int, warps: int) -> Meta:
+        q = power_of_2(call.height) * power_of_2(call.width)
+        chunk = power_of_2(max(16, min(256, call.channels * call.clips // max(1, programs))))
+        return {
+            "CHUNK": chunk,
+            "BLOCK_C": min(chunk, max(1, min(block_c, 8192 // q))),
+            "BLOCK_D": max(1, min(32, power_of_2(call.d), 4096 // q)),
+            "BLOCK_A": max(1, min(32, power_of_2(max(1, call.a)), 4096 // q)),
+            "num_warps": warps,
+        }
+
+    # Without matrix units a tile is what the registers of 8 warps hold.
+    most = 64 if exact else 128
+    narrow = min(32 if columns * 8 < processors else most, most)
+    plan = {
+        "hoist": product(most, block_k, 1, 8, 3),
+        "transition": transition(narrow, block_k, 1, 8 if exact else 4),
+        "gate": gate(processors, 64, 8),
+    }
+    gates = [gate(2 * processors, 64, 4), gate(2 * processors, 32, 8), gate(processors // 2, 64, 8)]
+    if exact:
+        return plan, {
+            "hoist": [product(32, block_k, 1, 4, 3)],
+            "transition": [transition(64, block_k, 2, 8), transition(32, block_k, 1)],
+            "gate": gates,
+        }
+    return plan, {
+        "hoist": [product(256, block_k, 1, 8, 3), product(128, block_k // 2, 1, 4, 4), product(64, block_k, 1, 4, 3)],
+        "transition": [
+            transition(64, block_k, 1),
+            transition(64, block_k, 2),
+            transition(128, block_k, 2),
+            transition(256, block_k, 1, 8),
+        ],
+        "gate": gates,
+    }
+
+
+def run(call: Call, plan: Plan, mean: Tensor, var: Tensor, save: bool) -> tuple[Tensor, ...]:
+    """features, strips, u, z_s, z_c, h; in training `mean` and `var` are filled, else they are the running ones."""
+    x = call.x.tensor
+    clips, channels, steps = call.clips, call.channels, call.steps
+    features = x.new_empty(x.shape)
+    refined = host.maps(features)
+    strips = call.empty(clips, channels, call.height)
+    u = call.empty(steps, clips, call.d, call.positions)
+    kept = steps if save else 0
+    h = call.empty(kept if call.w_s1 is not None else 0, clips, call.a)
+    z_s = call.empty(kept if call.w_s1 is not None else 0, clips, call.positions)
+    # `gate` passes z_c on to itself through memory, so there is always one.
+    z_c = call.empty((steps if save else 1) if call.w_c is not None else 0, clips, channels)
+    state = Maps(
+        call.empty(clips, 1, channels, call.height, call.width), channels * call.positions, 0, call.positions, 1
+    )
+
+    transition = _Transition(call, plan)
+    if call.w_x is not None:
+        for first, end, maps, subtracted in call.unlike_s():
+            transition.hoisted(u[first:end], maps, subtracted, call.start + first)
+
+    gate = _Gate(call, plan, refined, state if call.keeps_state else None, strips)
+    if call.start == 1:
+        if call.inputs == "raw" and call.training:  # the gate's one real input at the first frame, for its statistics
+            first_u = call.empty(1, clips, call.d, call.positions)
+            transition.hoisted(first_u, call.x, None, 0)
+            transition.step(first_u[0], 0, call.x.at(0), mean[0], var[0])
+        gate.launch(0, None, None, NO_FRAME, mean, var)
+    for n in range(steps):
+        t = call.start + n
+        if t == 0:
+            assert call.state_s is not None
+            s = call.state_s.at(0)
+        else:
+            s = state.at(0) if call.keeps_state else refined.at(t - 1)
+        step_mean, step_var = (mean[t], var[t]) if call.training else (mean, var)
+        transition.step(u[n], t, s, step_mean, step_var)
+        vectors = tuple(v[n if save else 0] if len(v) else None for v in (h, z_s, z_c))
+        gate.launch(t, u[n], vectors, s, step_mean, step_var)
+    if call.lengths is None:
+        strips /= call.frames * call.width
     else:
-        i = tl.arange(0, BLOCK_D)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_D * BLOCK_P) + i
-        tl.store(partial + part * (BLOCK_D * BLOCK_P), acc)
-        if last_to_arrive(arrivals + tile, SPLIT):
-            acc = tl.load(partial, cache_modifier=".cg")
-            for other in range(1, SPLIT):
-                acc += tl.load(partial + other * (BLOCK_D * BLOCK_P), cache_modifier=".cg")
-            _finish(
-                u, acc, frame_clip, d, p, tile_mean, tile_square, mean, var, arrivals, tile, clips_per_group, D, P, ADD
-            )
+        strips /= (call.lengths * call.width).to(call.sum)[:, None, None]
+    none_kept = call.empty(0, clips, call.d, call.positions)
+    return features, strips.to(x.dtype), u if save else none_kept, z_s, z_c[:kept], h
 
 
-@triton.jit
-def _finish(
-    u,
-    acc,
-    frame_clip,
-    d,
-    p,
-    tile_mean,
-    tile_square,
-    mean,
-    var,
-    arrivals,
-    tile,
-    clips_per_group,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """Store a tile of U; the last tile of a group merges the statistics of all."""
-    BLOCK_D: tl.constexpr = acc.shape[0]
-    BLOCK_P: tl.constexpr = acc.shape[1]
-    D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    P_TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    inside = (d < D)[:, None] & (p < P)[None, :]
-    u += frame_clip.to(tl.int64) * (D * P) + d[:, None] * P + p[None, :]
-    if ADD:
-        acc += tl.load(u, inside, 0.0)
-    tl.store(u, acc, inside)
-    if mean is not None:
-        d_tile = tile % D_TILES
-        columns = tile // D_TILES
-        count = tl.minimum(P - columns % P_TILES * BLOCK_P, BLOCK_P)
-        own_mean = tl.sum(tl.where(inside, acc, 0.0), 1) / count
-        difference = tl.where(inside, acc - own_mean[:, None], 0.0)
-        tl.store(tile_mean + columns * D + d, own_mean, d < D)
-        tl.store(tile_square + columns * D + d, tl.sum(difference * difference, 1), d < D)
-        group = frame_clip // clips_per_group
-        tiles = clips_per_group * P_TILES
-        arrivals += tl.num_programs(0) + group * D_TILES + d_tile
-        if last_to_arrive(arrivals, tiles):
-            _merge(tile_mean, tile_square, mean + group * D, var + group * D, group * tiles, tiles, d, D, P, BLOCK_P)
+class _Transition:
+    """Launches of `transition`, with the scratch memory that they share."""
+
+    def __init__(self, call: Call, plan: Plan) -> None:
+        self.call, self.meta, self.hoist = call, plan["transition"], plan["hoist"]
+        self.d_tiles = -(-call.d // self.meta["BLOCK_D"])
+        self.p_tiles = -(-call.positions // self.meta["BLOCK_P"])
+        tiles = call.clips * self.p_tiles
+        split = self.meta["SPLIT"]
+        self.partial = call.empty(tiles * self.d_tiles * split * self.meta["BLOCK_D"] * self.meta["BLOCK_P"])
+        self.arrivals = call.counters((tiles + call.groups) * self.d_tiles)
+        self.tile_mean, self.tile_square = call.empty(tiles, call.d), call.empty(tiles, call.d)
+        self.precision = host.precision(call.x.tensor.dtype)
+
+    def hoisted(self, u: Tensor, maps: Maps, subtracted: Maps | None, first: int) -> None:
+        """u (F, B, D, P) = W_x (maps - subtracted), for all frames at once."""
+        call, meta = self.call, self.hoist
+        assert call.w_x is not None
+        tiles = -(-call.d // meta["BLOCK_D"]) * -(-call.positions // meta["BLOCK_P"])
+        host.launch(
+            kernels.transition_kernel,
+            (len(u) * call.clips * tiles, 1),
+            u,
+            *maps,
+            *(NOTHING if subtracted is None else subtracted),
+            call.w_x,
+            call.w_x.stride(0),
+            *[None] * 6,
+            call.lengths,
+            first,
+            call.clips,
+            call.channels,
+            call.clips_per_group,
+            D=call.d,
+            P=call.positions,
+            ADD=False,
+            WIDE=call.wide,
+            PRECISION=self.precision,
+            **meta,
+        )
+
+    def step(self, u: Tensor, t: int, s: tuple[Any, ...], mean: Tensor, var: Tensor) -> None:
+        """u (B, D, P) += W_s times S, or X_t - S; in training with the statistics of U, (groups, D)."""
+        call, meta = self.call, self.meta
+        tensor, clip, channel, position = s
+        s_maps = (tensor, clip, 0, channel, position)
+        x_t, x_clip, x_channel, x_position = call.x.at(t)
+        x_maps = (x_t, x_clip, 0, x_channel, x_position)
+        host.launch(
+            kernels.transition_kernel,
+            (call.clips * self.p_tiles * self.d_tiles, meta["SPLIT"]),
+            u,
+            *(s_maps if call.inputs == "raw" else x_maps),
+            *(NOTHING if call.inputs == "raw" else s_maps),
+            call.w_s,
+            call.w_s.stride(0),
+            self.partial,
+            self.arrivals,
+            self.tile_mean,
+            self.tile_square,
+            mean if call.training else None,
+            var if call.training else None,
+            call.lengths,
+            t,
+            call.clips,
+            call.channels,
+            call.clips_per_group,
+            D=call.d,
+            P=call.positions,
+            ADD=call.w_x is not None,
+            WIDE=call.wide,
+            PRECISION=self.precision,
+            **meta,
+        )
 
 
-@triton.jit
-def _merge(
-    tile_mean, tile_square, mean, var, begin, tiles, d, D: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """The mean and the biased variance of a group from its tiles', in the tiles' order."""
-    SUM: tl.constexpr = tile_mean.dtype.element_ty
-    BLOCK: tl.constexpr = 16
-    P_TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    elements = (tiles // P_TILES * P).to(SUM)
-    total = tl.zeros_like(d).to(SUM)
-    for i0 in range(0, tiles, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        count = tl.minimum(P - i % P_TILES * BLOCK_P, BLOCK_P).to(SUM)
-        own = tl.load(
-            tile_mean + (begin + i)[:, None] * D + d[None, :], (i < tiles)[:, None] & (d < D)[None, :], 0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        total += tl.sum(own * count[:, None], 0)
-    centre = total / elements
-    square = tl.zeros_like(d).to(SUM)
-    for i0 in range(0, tiles, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        inside = (i < tiles)[:, None] & (d < D)[None, :]
-        at = (begin + i)[:, None] * D + d[None, :]
-        count = tl.minimum(P - i % P_TILES * BLOCK_P, BLOCK_P).to(SUM)
-        away = tl.load(tile_mean + at, inside, 0.0, cache_modifier=".cg") - centre[None, :]
-        own = tl.load(tile_square + at, inside, 0.0, cache_modifier=".cg") + away * away * count[:, None]
-        square += tl.sum(tl.where(inside, own, 0.0), 0)
-    tl.store(mean + d, centre, d < D)
-    tl.store(var + d, square / elements, d < D)
+class _Gate:
+    """Launches of `gate`."""
 
+    def __init__(self, call: Call, plan: Plan, refined: Maps, state: Maps | None, strips: Tensor) -> None:
+        self.call, self.meta = call, plan["gate"]
+        self.refined, self.strips = refined, strips
+        self.state = None if state is None else state.tensor
 
-@triton.jit
-def gate_kernel(
-    out,  # S_t (B, C, P), P contiguous
-    out_clip,
-    state,  # S_t in float32 beside a 16-bit `out`, read and written (B, C, P); or None
-    strips,  # (B, C, H), sums of S over time and columns
-    x,  # X_t (B, C, P)
-    x_clip,
-    x_channel,
-    x_position,
-    s,  # S_{t-1} (B, C, P); None at a first frame, where S = X
-    s_clip,
-    s_channel,
-    s_position,
-    u,  # U_t (B, D, P)
-    gamma,  # (D,)
-    beta,  # (D,)
-    mean,  # (groups, D)
-    var,
-    w_s1,  # (A, P), or None
-    w_s2,  # (P, A), or None
-    w_c,  # (C, D), or None
-    h,  # (B, A), out; or None
-    z_s,  # (B, P), out; or None
-    z_c,  # (B, C), out; or None where the variant has none
-    lengths,  # (B,), or None
-    t,
-    channels,
-    clips_per_group,
-    D: tl.constexpr,
-    A: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    EPS: tl.constexpr,
-    FIRST: tl.constexpr,  # whether this frame is the first of the strips
-    WIDE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A clip and CHUNK channels a program: attention from the clip's U, then S_t = S_{t-1} + Z (X_t - S_{t-1})."""
-    SUM: tl.constexpr = strips.dtype.element_ty
-    P: tl.constexpr = H * W
-    Q: tl.constexpr = BLOCK_H * BLOCK_W  # positions, a row at a time rounded up to a power of 2
-    clip = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0) * CHUNK
-    q = tl.arange(0, Q)
-    row = q // BLOCK_W
-    column = q % BLOCK_W
-    p = row * W + column
-    live = (row < H) & (column < W)
-
-    SPATIAL: tl.constexpr = w_s1 is not None
-    CHANNEL: tl.constexpr = w_c is not None
-    v_s = tl.zeros([Q], SUM)
-    if s is not None:
-        u += clip * (D * P)
-        mean += clip // clips_per_group * D
-        var += clip // clips_per_group * D
-        pooled = tl.zeros([Q], SUM)
-        c_all = begin + tl.arange(0, CHUNK)
-        v_c = tl.zeros([CHUNK], SUM)
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            inside = (d < D)[:, None] & live[None, :]
-            _, y, _ = normalise(u, mean, var, gamma, beta, d, p, inside, D, P, EPS)  # [BLOCK_D, Q]
-            pooled += tl.sum(y, 0)
-            if CHANNEL:
-                weights = tl.load(
-                    w_c + c_all.to(tl.int64)[:, None] * D + d[None, :],
-                    (c_all < channels)[:, None] & (d < D)[None, :],
-                    0.0,
-                )  # [CHUNK, BLOCK_D]
-                v_c += tl.sum(weights.to(SUM) * (tl.sum(y, 1) / P)[None, :], 1)
-        if SPATIAL:
-            pooled = pooled / D
-            for a0 in range(0, A, BLOCK_A):
-                a = a0 + tl.arange(0, BLOCK_A)
-                weights = tl.load(w_s1 + a[:, None] * P + p[None, :], (a < A)[:, None] & live[None, :], 0.0)
-                v_h = tl.sum(weights.to(SUM) * pooled[None, :], 1)
-                v_h = tl.where(v_h <= 0, 0.0, v_h)  # a NaN stays one
-                if h is not None and begin == 0:
-                    tl.store(h + clip * A + a, v_h, a < A)
-                weights = tl.load(w_s2 + p[:, None] * A + a[None, :], live[:, None] & (a < A)[None, :], 0.0)
-                v_s += tl.sum(weights.to(SUM) * v_h[None, :], 1)
-            if z_s is not None and begin == 0:
-                tl.store(z_s + clip * P + p, v_s, live)
-        if CHANNEL:
-            z_c += clip * channels
-            tl.store(z_c + c_all, v_c, c_all < channels)
-            tl.debug_barrier()  # read back below, by other threads
-
-    x += clip * x_clip
-    out += clip * out_clip
-    if state is not None:
-        state += clip * channels * P
-    if s is not None:
-        s += clip * s_clip
-    for c0 in range(begin, tl.minimum(begin + CHUNK, channels), BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        inside = (c < channels)[:, None] & live[None, :]
-        rows = strips + (clip * channels + c)[:, None] * H + tl.arange(0, BLOCK_H)[None, :]
-        if WIDE:
-            c = c.to(tl.int64)
-        there = inside
-        if lengths is not None:
-            there = inside & (t < tl.load(lengths + clip))
-        new = tl.load(x + c[:, None] * x_channel + p[None, :] * x_position, there, 0.0).to(SUM)
-        if s is not None:
-            old = tl.load(s + c[:, None] * s_channel + p[None, :] * s_position, inside, 0.0).to(SUM)
-            if not CHANNEL:
-                logits = tl.broadcast_to(v_s[None, :], BLOCK_C, Q)
-            elif not SPATIAL:
-                logits = tl.broadcast_to(tl.load(z_c + c, c < channels, 0.0)[:, None], BLOCK_C, Q)
-            else:
-                logits = tl.load(z_c + c, c < channels, 0.0)[:, None] * v_s[None, :]
-            new = old + tl.sigmoid(logits) * (new - old)  # eq. 4, 5
-        at = c[:, None] * P + p[None, :]
-        if state is not None:
-            tl.store(state + at, new, inside)
-        new = tl.where(there, new, 0.0)
-        tl.store(out + at, narrowed(new, out.dtype.element_ty), inside)
-        summed = tl.sum(tl.reshape(new, (BLOCK_C, BLOCK_H, BLOCK_W)), 2)  # [BLOCK_C, BLOCK_H]
-        here = (c < channels)[:, None] & (tl.arange(0, BLOCK_H) < H)[None, :]
-        if not FIRST:
-            summed += tl.load(rows, here, 0.0)
-        tl.store(rows, summed, here)
+    def launch(self, t: int, u: Tensor | None, vectors: Any, s: tuple[Any, ...], mean: Tensor, var: Tensor) -> None:
+        """S_t and its strips from u (B, D, P) and S_{t-1}; vectors: where h, z_s and z_c go. Without u: S_t = X_t."""
+        call = self.call
+        host.launch(
+            kernels.gate_kernel,
+            (-(-call.channels // self.meta["CHUNK"]), call.clips),
+            self.refined.tensor[:, t],
+            self.refined.clip,
+            self.state,
+            self.strips,
+            *call.x.at(t),
+            *s,
+            u,
+            call.gamma,
+            call.beta,
+            mean,
+            var,
+            call.w_s1,
+            call.w_s2,
+            call.w_c,
+            *((None, None, None) if vectors is None else vectors),
+            call.lengths,
+            t,
+            call.channels,
+            call.clips_per_group,
+            D=call.d,
+            A=call.a,
+            H=call.height,
+            W=call.width,
+            EPS=call.eps,
+            FIRST=t == 0,
+            WIDE=call.wide,
+            BLOCK_H=power_of_2(call.height),
+            BLOCK_W=power_of_2(call.width),
+            **self.meta,
+        )

@@ -38,8 +38,11 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
+    if backend not in parity.COMPILED and case.shape[1] > 10:
+        pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
     draws = []
-    for seed in parity.draws(backend, 15 if dtype == torch.float32 and case.x_numel < 1000 else 5):
+    few = case.x_numel < 50 or backend in parity.COMPILED  # numbers: luck decides, and draws are cheap
+    for seed in range(15 if dtype == torch.float32 and few and case.x_numel < 1000 else 5):
         call = parity.make_call(case, dtype, seed)
         low = call.map(lambda v: v.to(dtype))
         with parity.poisoned():
@@ -243,7 +246,7 @@ def test_gradcheck(training: bool, backend: str) -> None:
         )[:2]
 
     leaves = [v.requires_grad_() for v in (call.x, *call.weights.values())]
-    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(f, leaves, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=backend not in parity.COMPILED)
 
 
 @every_backend

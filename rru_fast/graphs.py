@@ -1,0 +1,89 @@
+"""CUDA graphs of `refine`, forward and backward: a call of a kind seen before is one launch each way.
+
+A graph reads and writes memory of its own. Maps are copied in; weights and running statistics are used where they lie,
+so a module whose parameters have moved is captured anew. What a call returns is overwritten by the next of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rru_fast.reference import Refined, State
+
+# Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
+KEPT = 8
+
+WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
+RUNNING = ("running_mean", "running_var")
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Graphs:
+    """The graphs of one module."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, Function] = {}
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        """A copy of the module captures its own."""
+        return Graphs, ()
+
+    def refine(self, refine: Callable[..., Refined], x: Tensor, arguments: dict[str, Any]) -> Refined:
+        """refine(x, **arguments) by a graph, captured at the first call of its kind.
+
+        Raises:
+            ValueError: x is not on a GPU.
+        """
+        if x.device.type != "cuda":
+            raise ValueError(f"cuda_graph: got True with tensors on {x.device}, wanted tensors on a GPU")
+        settings = dict(arguments)
+        state, lengths = settings.pop("state"), settings.pop("lengths")
+        weights = {name: weight for name in WEIGHTS if (weight := settings.pop(name)) is not None}
+        running = [tensor for name in RUNNING if (tensor := settings[name]) is not None]
+        maps: dict[str, Tensor] = {"x": x}
+        if lengths is not None:
+            maps["lengths"] = lengths.to(x.device, torch.int64)
+        if state is not None:
+            maps |= {"state_x": state.x, "state_s": state.s}
+        names = (*weights, *maps)
+
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+            given: dict[str, Any] = dict(zip(names, tensors, strict=True))
+            if "state_x" in given:
+                given["state"] = State(given.pop("state_x"), given.pop("state_s"))
+            out = refine(given.pop("x"), **given, **settings)
+            return (out.features, out.strips) if out.state is None else (out.features, out.strips, *out.state)
+
+        differentiable = torch.is_grad_enabled()
+        key = (
+            names,
+            differentiable,
+            torch.is_inference_mode_enabled(),
+            *((v.shape, v.stride(), v.dtype, v.requires_grad) for v in (*weights.values(), *maps.values())),
+            *(v.data_ptr() for v in (*weights.values(), *running)),
+            *(value for name, value in settings.items() if name not in RUNNING),
+        )
+        if key not in self._captured:
+            while len(self._captured) >= KEPT:
+                del self._captured[next(iter(self._captured))]
+            samples = [v.detach() for v in weights.values()] + [v.detach().clone() for v in maps.values()]
+            for sample, v in zip(samples, (*weights.values(), *maps.values()), strict=True):
+                sample.requires_grad_(differentiable and v.requires_grad)
+            self._captured[key] = _capture(call, samples, running)
+        features, strips, *last = self._captured[key](*weights.values(), *maps.values())
+        return Refined(features, strips, State(*last) if last else None)
+
+
+def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Function:
+    """`call` as a graph, with gradients; what its rehearsals did to the running statistics is undone."""
+    before = [tensor.clone() for tensor in running]
+    with torch.autocast("cuda", enabled=False):  # the kernels choose their dtypes themselves
+        graphed = torch.cuda.make_graphed_callables(call, tuple(samples), allow_unused_input=True)
+    for tensor, value in zip(running, before, strict=True):
+        tensor.copy_(value)
+    return cast(Function, graphed)

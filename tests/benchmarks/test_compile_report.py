@@ -1,0 +1,66 @@
+"""The report that compiles the Triton kernels without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from rru_fast import triton
+
+if triton.interpreted():
+    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
+pytest.importorskip("triton")
+
+from benchmarks import compile_report
+from benchmarks.compile_report import Options, main, over_budget
+
+ROW = {
+    "kernel": "maps",
+    "op": "refine",
+    "dtype": "bfloat16",
+    "sm": 80,
+    "registers": 255,
+    "stack": 0,
+    "shared": 166_912,
+    "multiplies": True,
+    "matrix instructions": "mma.m16n8k16.bf16",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, []),
+        ({"registers": 256}, ["registers 256, at most 255"]),
+        ({"stack": 8}, ["stack 8, at most 0"]),
+        ({"shared": 166_913}, ["shared 166913, at most 166912"]),
+        ({"shared": 166_913, "sm": 90}, []),
+        ({"matrix instructions": None}, ["no matrix instructions"]),
+        ({"matrix instructions": None, "dtype": "float32 ieee"}, []),
+        ({"matrix instructions": None, "multiplies": False}, []),
+    ],
+)
+def test_what_is_over_budget_is_told(changed: dict[str, object], told: list[str]) -> None:
+    found = over_budget({**ROW, **changed})
+    assert [sentence.split(": ")[1] for sentence in found] == told
+
+
+def test_every_kernel_is_compiled_and_within_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_report, "VARIANTS", compile_report.VARIANTS[:1])
+    rows = compile_report.compile_all(90, "bfloat16")
+    kernels = {row["kernel"] for row in rows}
+    assert {"transition", "gate", "maps", "gate_backward", "norm_backward", "weight_gradient", "outer"} < kernels
+    assert {"strip_pool", "strip_pool_backward", "batch_hard", "batch_hard_backward"} < kernels
+    assert [sentence for row in rows for sentence in over_budget(row)] == []
+    assert any("wgmma" in (row["matrix instructions"] or "") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(arch=(75,)), r"--arch: got 75, wanted one of 80, 90, 100"),
+        (Options(dtype=("int8",)), r"--dtype: got 'int8', wanted one of 'float32 ieee'"),
+    ],
+)
+def test_what_it_cannot_compile_for_is_refused(options: Options, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(options)

@@ -1,0 +1,216 @@
+"""The parity suite at full size, on a GPU: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import rru_fast
+from rru_fast import config, reference
+from tests import parity
+from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+_, *BACKENDS = config.serving(torch.device("cuda"))
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+PAPER = Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128)
+LARGE = [
+    PAPER,
+    Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128, bn_groups=4),
+    Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128, inputs="raw"),
+    Case((1, 200, 2048, 8, 8), hidden=256, spatial_hidden=128, mode="eval"),
+    Case((8, 4, 2048, 16, 8), hidden=256, spatial_hidden=128),
+    Case((6, 20, 512, 8, 4), hidden=128, spatial_hidden=64, mode="ragged"),
+]
+
+
+def on_gpu(call: Call) -> Call:
+    return call.map(lambda v: v.cuda())
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@every_backend
+@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
+    call = parity.make_call(case)
+    oracle = parity.run(case, call, "reference")
+    with parity.poisoned():
+        got = parity.run(case, on_gpu(call), backend)
+    for name, wanted in oracle.items():
+        assert parity.error(got[name].cpu(), wanted) <= parity.EXACT, name
+
+
+def judged(case: Case, dtype: torch.dtype, backend: str, count: int) -> None:
+    draws = []
+    for seed in range(count):
+        call = on_gpu(parity.make_call(case, dtype, seed))
+        low = call.map(lambda v: v.to(dtype))
+        draws.append(
+            (parity.run(case, low, backend), parity.run(case, low, "reference"), parity.run(case, call, "reference"))
+        )
+    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
+    judged(case, dtype, backend, 15 if dtype == torch.float32 and case.x_numel < 1000 else 5)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_error_at_full_size(case: Case, dtype: torch.dtype, backend: str) -> None:
+    judged(case, dtype, backend, 1)
+
+
+@every_backend
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.usefixtures("tf32")
+def test_error_at_full_size_in_tf32(case: Case, backend: str) -> None:
+    judged(case, torch.float32, backend, 1)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_are_bitwise_equal_and_wait_for_no_host(dtype: torch.dtype, backend: str) -> None:
+    call = on_gpu(parity.make_call(PAPER, dtype)).map(lambda v: v.to(dtype))
+    first = parity.run(PAPER, call, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = parity.run(PAPER, call, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_channels_last_maps_give_the_same(mode: str, backend: str) -> None:
+    case = Case((4, 3, 256, 8, 8), hidden=64, spatial_hidden=32, mode=mode)
+    call = on_gpu(parity.make_call(case))
+    wanted = parity.run(case, call, backend)
+    call.x = call.x.movedim(2, -1).contiguous().movedim(-1, 2)
+    for name, value in parity.run(case, call, backend).items():
+        assert parity.error(value, wanted[name]) <= parity.EXACT, name
+
+
+@every_backend
+def test_maps_of_more_than_31_bits(backend: str) -> None:
+    rru = rru_fast.RRU(2048, (32, 32), hidden=64, attention="channel", backend=backend).cuda().bfloat16().eval()
+    x = torch.randn(1, 1, 2048, 32, 32, device="cuda", dtype=torch.bfloat16).expand(-1, 1030, -1, -1, -1).contiguous()
+    assert x.numel() > 2**31
+    with torch.inference_mode():
+        out = rru(x)
+    assert torch.equal(out.features[:, -1], x[:, -1])  # nothing moves
+    assert parity.error(out.strips, x[:, 0].mean(3)) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@every_backend
+def test_memory_saved_at_the_papers_shape(backend: str) -> None:
+    from benchmarks import measure
+
+    rru = rru_fast.RRU(2048, backend=backend).cuda()
+    x = torch.rand(20, 8, 2048, 8, 8, device="cuda", requires_grad=True)
+    assert measure.saved_bytes(lambda: rru(x)[:2], [x, *rru.parameters()]) <= 16 * 2**20
+
+
+@every_backend
+@pytest.mark.parametrize("attention", ["both", "channel"])
+def test_graphed_training_equals_plain(attention: str, backend: str) -> None:
+    plain = rru_fast.RRU(64, (4, 4), hidden=32, attention=attention, backend=backend).cuda().double()
+    graphed = rru_fast.RRU(64, (4, 4), hidden=32, attention=attention, backend=backend, cuda_graph=True).cuda().double()
+    graphed.load_state_dict(plain.state_dict())
+    for step in range(4):
+        x = torch.randn(4, 5, 64, 4, 4, device="cuda", dtype=torch.float64)
+        gradients = []
+        for module in (plain, graphed):
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            out = module(leaf)
+            (out.features.square().sum() + out.strips.sum()).backward()
+            gradients.append(leaf.grad)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.01 * parameter.grad  # type: ignore[operator]
+        assert parity.error(*gradients) <= parity.EXACT, step  # type: ignore[arg-type]
+    for name, wanted in plain.state_dict().items():
+        assert parity.error(graphed.state_dict()[name], wanted) <= parity.EXACT, name
+
+
+@every_backend
+def test_graphed_eval_in_chunks_equals_plain(backend: str) -> None:
+    plain = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend).cuda().eval()
+    graphed = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend, cuda_graph=True).cuda().eval()
+    graphed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 12, 64, 4, 4, device="cuda")
+    state, parts = None, []
+    with torch.inference_mode():
+        for chunk in x.split(3, 1):
+            out = graphed(chunk, state=state)
+            parts.append(out.features.clone())
+            state = rru_fast.State(*(v.clone() for v in out.state))
+        assert parity.error(torch.cat(parts, 1), plain(x).features) <= 1e-6
+
+
+@every_backend
+def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
+    rru = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend).cuda().eval()
+    x = torch.rand(3, 4, 64, 4, 4, device="cuda")
+    results = []
+    for f in (rru, torch.compile(rru, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        f(leaf).features.square().sum().backward()
+        results.append(leaf.grad)
+    assert parity.error(*results) <= 1e-6
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 20, 2048), (1, 1000, 256), (3, 77, 65)], ids=str)
+def test_batch_hard(shape: tuple[int, int, int], dtype: torch.dtype, metric: str, backend: str) -> None:
+    features = torch.randn(shape, device="cuda").to(dtype)
+    labels = torch.arange(shape[1], device="cuda") // 4
+
+    def run(features: Tensor, backend: str) -> parity.Results:
+        leaf = features.detach().requires_grad_()
+        loss = rru_fast.batch_hard_triplet(leaf, labels, margin=0.4, metric=metric, backend=backend)  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(loss, leaf)  # type: ignore[arg-type]
+        return {"loss": loss.detach(), "d_features": gradient}  # type: ignore[union-attr]
+
+    got, again, oracle = run(features, backend), run(features, backend), run(features.double(), "reference")
+    assert all(torch.equal(value, again[name]) for name, value in got.items())
+    if dtype == torch.float64:
+        assert all(parity.error(got[name], wanted) <= parity.EXACT for name, wanted in oracle.items())
+    else:
+        parity.assert_parity([(got, run(features, "reference"), oracle)], rounding=torch.finfo(dtype).eps)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_strip_pool(dtype: torch.dtype, backend: str) -> None:
+    s = torch.randn(20, 8, 2048, 8, 8, device="cuda").to(dtype).requires_grad_()
+    strips = rru_fast.strip_pool(s, backend=backend)
+    upstream = torch.randn_like(strips)
+    (gradient,) = torch.autograd.grad(strips, s, upstream)
+    wanted = reference.strip_pool(s.detach().double())
+    rounding = parity.EXACT if dtype == torch.float64 else torch.finfo(dtype).eps
+    assert parity.error(strips, wanted) <= rounding
+    spread = (upstream.double() / 64)[:, None, :, :, None].expand(s.shape)
+    assert parity.error(gradient, spread) <= rounding

@@ -1,0 +1,181 @@
+"""The Triton backend as such: what runs where, how float32 is multiplied, and what tuning keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rru_fast
+from rru_fast import config, triton
+from tests import parity
+from tests.parity import Case
+
+ROOT = Path(__file__).resolve().parents[1]
+interpreted = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_INTERPRET=1")
+
+
+def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or triton.interpreted(), reason="the kernels can run here")
+def test_without_a_gpu_it_says_how_the_kernels_can_be_run() -> None:
+    with pytest.raises(ValueError, match=r"got 'triton', wanted .*: no NVIDIA GPU is seen; TRITON_INTERPRET=1 runs"):
+        rru_fast.RRU(6, (3, 2), backend="triton")
+    assert "triton     not available: no NVIDIA GPU is seen" in config.report()
+
+
+def test_importing_the_library_imports_no_triton_and_starts_no_cuda() -> None:
+    code = "import sys, torch, rru_fast; print('triton' in sys.modules, torch.cuda.is_initialized())"
+    bare = in_another_process("import sys, torch; print('triton' in sys.modules)", TRITON_INTERPRET="")
+    done = in_another_process(code, TRITON_INTERPRET="")
+    assert done.stdout.split() == [bare.stdout.strip(), "False"], done.stderr
+
+
+@interpreted
+def test_on_a_cpu_auto_does_not_choose_the_interpreter() -> None:
+    assert config.choose("auto", torch.device("cpu")) != "triton"
+    assert config.choose("triton", torch.device("cpu")) == "triton"
+
+
+def test_float32_is_multiplied_as_pytorch_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = pytest.importorskip("rru_fast.triton._host")
+    before = torch.get_float32_matmul_precision()
+    try:
+        for asked, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(asked)
+            assert host.precision(torch.float32) == wanted
+            assert host.precision(torch.float64) == host.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
+    assert host.precision(torch.float32) == "tf32x3"
+    monkeypatch.setenv("RRU_FAST_FLOAT32", "fast")
+    with pytest.raises(ValueError, match="RRU_FAST_FLOAT32: got 'fast', wanted one of ieee, tf32, tf32x3"):
+        host.precision(torch.float32)
+
+
+def test_maps_are_addressed_where_they_lie_and_copied_only_where_positions_are_uneven() -> None:
+    host = pytest.importorskip("rru_fast.triton._host")
+    x = torch.randn(2, 3, 5, 4, 6)
+    channels_last = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    for tensor in (x, channels_last, x[:, ::2], x[:, :, 1:4], x.transpose(0, 1), x[..., :1], x[..., :1, :]):
+        assert host.maps(tensor).tensor is tensor
+    for tensor in (x.transpose(3, 4), x[..., 1:], x[..., ::2, :]):
+        maps = host.maps(tensor)
+        assert maps.tensor.is_contiguous() and torch.equal(maps.tensor, tensor)
+
+
+def test_offsets_beyond_31_bits_are_seen() -> None:
+    host = pytest.importorskip("rru_fast.triton._host")
+    for channels, wide in ((2**15, False), (2**15 + 1, True)):
+        tensor = torch.empty(1, 1, channels, 256, 256, device="meta")
+        assert host.maps(tensor).wide is wide
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_every_precision_runs(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RRU_FAST_FLOAT32", precision)
+    case = Case()
+    call = parity.make_call(case, torch.float32)
+    got = parity.run(case, call.map(lambda v: v.float()), "triton")
+    for name, wanted in parity.run(case, call, "reference").items():
+        assert parity.error(got[name], wanted) <= 1e-5, name  # the interpreter multiplies in float32 whatever is asked
+
+
+@interpreted
+def test_splitting_the_channels_changes_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rru_fast.triton import _host
+
+    case = Case((3, 3, 100, 3, 3), hidden=20, bn_groups=3)
+    call = parity.make_call(case)
+    oracle = parity.run(case, call, "reference")
+    for processors in (1, 1000):  # one program for all channels; as many as there are blocks of them
+        monkeypatch.setattr(_host, "processors", lambda tensor, n=processors: n)
+        for name, value in parity.run(case, call, "triton").items():
+            assert parity.error(value, oracle[name]) <= parity.EXACT, name
+
+
+@interpreted
+def test_offsets_in_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rru_fast.triton._host import Maps
+
+    case = Case(mode="continued")
+    call = parity.make_call(case)
+    wanted = parity.run(case, call, "triton")
+    monkeypatch.setattr(Maps, "wide", property(lambda maps: True))
+    for name, value in parity.run(case, call, "triton").items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@interpreted
+def test_a_tuned_plan_is_kept_on_disk_and_changes_no_more_than_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rru_fast.triton import _plans
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    case = Case((2, 2, 5, 2, 1), hidden=3, spatial_hidden=2)
+    call = parity.make_call(case)
+    oracle = parity.run(case, call, "reference")
+    monkeypatch.setenv("RRU_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(_plans, "_found", {})
+    for name, value in parity.run(case, call, "triton").items():
+        assert parity.error(value, oracle[name]) <= parity.EXACT, name
+    kept = json.loads((tmp_path / "rru_fast" / "plans.json").read_text())
+    assert [key.split()[0] for key in kept] == ["refine", "refine_backward"]
+    monkeypatch.setattr(_plans, "_found", {})
+    monkeypatch.setattr(_plans, "_best", None)  # what is on disk is not measured again
+    parity.run(case, call, "triton")
+    (tmp_path / "rru_fast" / "plans.json").write_text('{"half')
+    monkeypatch.setattr(_plans, "_found", {})
+    monkeypatch.undo()
+    parity.run(case, call, "triton")
+
+
+def test_autotuning_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = pytest.importorskip("rru_fast.triton._plans")
+    cpu = torch.zeros(1)
+    for asked, wanted in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("RRU_FAST_AUTOTUNE", asked)
+        assert plans.enabled(cpu) is wanted
+    monkeypatch.setenv("RRU_FAST_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="RRU_FAST_AUTOTUNE: got 'yes', wanted 0 or 1"):
+        plans.enabled(cpu)
+
+
+def test_a_cuda_graph_needs_a_gpu_and_a_backend_of_a_gpus() -> None:
+    rru = rru_fast.RRU(6, (3, 2), hidden=5, cuda_graph=True)
+    assert "cuda_graph=True" in repr(rru)
+    with pytest.raises(ValueError, match="cuda_graph: got True with tensors on cpu, wanted tensors on a GPU"):
+        rru(torch.rand(2, 3, 6, 3, 2))
+    for backend in ("reference", *(["cpu"] if config.BACKENDS["cpu"] is None else [])):
+        with pytest.raises(ValueError, match=f"cuda_graph: got True with backend='{backend}', wanted 'auto'"):
+            rru_fast.RRU(6, (3, 2), backend=backend, cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph: got 1, wanted True or False"):
+        rru_fast.RRU(6, (3, 2), cuda_graph=1)
+    with pytest.raises(ValueError, match="cuda_graph: got True, wanted False"):
+        rru_fast.reference.RRU(6, (3, 2), cuda_graph=True)
+
+
+def test_accelerate_gives_and_restore_takes_cuda_graphs() -> None:
+    model = rru_fast.accelerate(rru_fast.reference.RRU(6, (3, 2)), cuda_graph=True)
+    assert model.cuda_graph
+    assert not rru_fast.accelerate(model).cuda_graph
+    with pytest.raises(ValueError, match="cuda_graph: got True with backend='reference'"):
+        rru_fast.accelerate(model, backend="reference", cuda_graph=True)
+    assert not hasattr(rru_fast.restore(model), "cuda_graph")
