@@ -51,6 +51,7 @@ VARIANTS = (
 # What a kernel may use. Shared memory is what one program can have on the architecture, in bytes.
 MAX_REGISTERS = 255
 MAX_STACK = 0
+MAX_STACK_OTHERS = 32  # of units that are not the paper's: a few registers, which ptxas spills to hold more programs
 MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
@@ -199,7 +200,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def over_budget(row: dict[str, Any]) -> list[str]:
     """What of a kernel is more than it may be, a sentence each."""
     who = f"{row['kernel']} ({row['op']}, {row['dtype']}, sm_{row['sm']})"
-    limits = {"registers": MAX_REGISTERS, "stack": MAX_STACK, "shared": MAX_SHARED[row["sm"]]}
+    others = any(word in row["op"] for word in ("raw", "spatial", "channel"))
+    stack = MAX_STACK_OTHERS if others else MAX_STACK
+    limits = {"registers": MAX_REGISTERS, "stack": stack, "shared": MAX_SHARED[row["sm"]]}
     told = [f"{who}: {what} {row[what]}, at most {most}" for what, most in limits.items() if row[what] > most]
     # Float32 as such, and the sums of the small weights' gradients, which always are, have no matrix instruction.
     exact = row["dtype"] == "float32 ieee" or row["kernel"] == "outer"
@@ -225,7 +228,9 @@ def main(options: Options) -> None:
     told = [sentence for row in rows for sentence in over_budget(row)]
     if told:
         raise SystemExit("over budget:\n  " + "\n  ".join(told))
-    print(f"{len(rows)} kernels within budget: {MAX_REGISTERS} registers, no stack, shared memory of the architecture")
+    print(
+        f"{len(rows)} kernels within budget: {MAX_REGISTERS} registers, no stack for the paper's, shared memory of the architecture"
+    )
 
 
 def _environment() -> dict[str, Any]:

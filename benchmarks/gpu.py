@@ -159,7 +159,8 @@ def _training(
             "x graphed eager": measure.ratio(steps[GRAPHED], steps[name]) if GRAPHED in steps else None,
             "% of roofline": 100 * least[True] / median(steps[name]),
             "saved MiB": None if "graphed" in name or name == COMPILED else _saved(own) / measure.MIB,
-            "peak MiB": measure.peak_bytes(own.step) / measure.MIB,
+            # A graph's memory is taken when it is captured.
+            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.step) / measure.MIB,
         }
         for name, own in field.items()
     ]
@@ -179,7 +180,7 @@ def _tracklet(sizes: Sizes, device: torch.device, options: Options, copy: float)
             "x authors": measure.ratio(times[AUTHORS], times[name]),
             "x reference": measure.ratio(times[REFERENCE], times[name]),
             "% of roofline": 100 * least / median(times[name]),
-            "peak MiB": measure.peak_bytes(own.forward) / measure.MIB,
+            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.forward) / measure.MIB,
         }
         for name, own in field.items()
     ]

@@ -74,16 +74,38 @@ class Graphs:
             samples = [v.detach() for v in weights.values()] + [v.detach().clone() for v in maps.values()]
             for sample, v in zip(samples, (*weights.values(), *maps.values()), strict=True):
                 sample.requires_grad_(differentiable and v.requires_grad)
-            self._captured[key] = _capture(call, samples, running)
-        features, strips, *last = self._captured[key](*weights.values(), *maps.values())
+            with torch.cuda.device(x.device):
+                self._captured[key] = _capture(call, samples, running)
+        with torch.cuda.device(x.device):
+            features, strips, *last = self._captured[key](*map(_own, (*weights.values(), *maps.values())))
         return Refined(features, strips, State(*last) if last else None)
 
 
 def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Function:
     """`call` as a graph, with gradients; what its rehearsals did to the running statistics is undone."""
     before = [tensor.clone() for tensor in running]
-    with torch.autocast("cuda", enabled=False):  # the kernels choose their dtypes themselves
-        graphed = torch.cuda.make_graphed_callables(call, tuple(samples), allow_unused_input=True)
-    for tensor, value in zip(running, before, strict=True):
-        tensor.copy_(value)
+    try:
+        with torch.autocast("cuda", enabled=False):  # the kernels choose their dtypes themselves
+            graphed = torch.cuda.make_graphed_callables(call, tuple(samples), allow_unused_input=True)
+    finally:
+        for tensor, value in zip(running, before, strict=True):
+            tensor.copy_(value)
     return cast(Function, graphed)
+
+
+class _Own(torch.autograd.Function):
+    """The same tensor, with a gradient of its own: the graph's lies where its next replay writes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The tensor where it lies."""
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """A copy."""
+        return gradient.clone()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return cast(Tensor, _Own.apply(tensor)) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]

@@ -52,7 +52,9 @@ def tuned(
     if not enabled(tensor):
         return default
     kept = _read()
-    if key not in kept:
+    if key not in kept or {name: set(meta) for name, meta in kept[key].items()} != {
+        name: set(meta) for name, meta in default.items()
+    }:  # none yet, or one of another version's kernels
         kept[key] = _best(default, choices, run, tensor.is_cuda)
         _write(key, kept[key])
     _found[key] = kept[key]

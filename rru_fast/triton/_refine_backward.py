@@ -47,12 +47,12 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     warps, most = 8 if exact or dtype == torch.float16 else 4, 64 if exact else 128
     plan = {
         "maps": maps(64, min(block_k, 32), warps),
-        "gate": gate(32, 8),
+        "gate": gate(32, 4),
         "norm": norm(32, 4),
         "weights": weights(most, most, block_k, 1, 8, 3),
         "outer": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4},
     }
-    gates = [gate(16, 4), gate(32, 4), gate(64, 8)]
+    gates = [gate(16, 4), gate(32, 8), gate(64, 8)]
     if exact:
         return plan, {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, block_k, 2, 8, 3)]}
     return plan, {

@@ -292,7 +292,7 @@ def norm_backward_kernel(
     SUM: tl.constexpr = u.dtype.element_ty
     clip = tl.program_id(1).to(tl.int64)
     group = clip // clips_per_group
-    elements = (clips_per_group * P).to(SUM)
+    elements = tl.full([], clips_per_group * P, SUM)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     here = d < D
     v_b = tl.load(b + clip * D + d, here, 0.0)

@@ -64,8 +64,8 @@ def strip_pool_backward_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """A frame of a clip, BLOCK_C channels and BLOCK_P positions a program."""
-    frame = tl.program_id(1).to(tl.int64)  # of all clips' frames
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    frame = tl.program_id(0).to(tl.int64)  # of all clips' frames
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (c < channels)[:, None] & (p < P)[None, :]
     d_strips += frame // frames * clip_stride

@@ -49,7 +49,7 @@ def backward(d_strips: Tensor, frames: int, width: int) -> Tensor:
     with host.on_device(d_strips):
         host.launch(
             kernels.strip_pool_backward_kernel,
-            (-(-channels // 32), clips * frames, -(-height * width // block_p)),
+            (clips * frames, -(-channels // 32), -(-height * width // block_p)),
             d_s,
             d_strips,
             *d_strips.stride(),
