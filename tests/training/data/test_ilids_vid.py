@@ -119,3 +119,76 @@ def test_a_split_file_cut_short_anywhere_is_one_line(ilids: Path) -> None:
         with pytest.raises(UserError, match=re.escape(SPLITS.name)) as caught:
             load(ilids, 0, check_counts=False)
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much as the real dataset holds, of empty files: reading opens none."""
+    root = tmp_path_factory.mktemp("published")
+    for camera in (1, 2):
+        for ordinal in range(300):
+            person = ordinal + 1 if ordinal < 281 else ordinal + 20  # a gap, up to 319
+            folder = root / SEQUENCES / f"cam{camera}/person{person:03d}"
+            folder.mkdir(parents=True)
+            for frame in range(192 if ordinal == camera else 23):
+                (folder / f"cam{camera}_person{person:03d}_{frame + 1:05d}.png").touch()
+    (root / SPLITS).parent.mkdir()
+    rows = [np.random.default_rng(row).permutation(300) + 1 for row in range(10)]
+    savemat(root / SPLITS, {"ls_set": np.stack(rows).astype(np.uint16)})
+    return root
+
+
+def test_a_whole_set_has_the_published_counts_in_each_split(published: Path) -> None:
+    for number in (0, 9):
+        split = load(published, number)
+        assert (len(split.train), len(split.probe), len(split.gallery)) == (300, 150, 150)
+        assert len(split.train_people) == 150
+        assert not {t.person for t in split.probe} & set(split.train_people)
+        assert {len(t.frames) for t in split.train + split.probe + split.gallery} == {23, 192}
+    with pytest.raises(UserError, match=r"got 10, wanted 0 to 9"):
+        load(published, 10)
+
+
+def test_a_person_too_few_is_told_and_what_to_do(ilids: Path) -> None:
+    with pytest.raises(UserError) as told:
+        load(ilids, 0)
+    assert str(told.value) == (
+        f"{ilids / SEQUENCES}: got 4 person folders a camera, wanted 300; copy the dataset again, or read a part of it "
+        "with --no-check-counts"
+    )
+
+
+def test_a_split_too_few_is_told(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "i-LIDS-VID").symlink_to(published / "i-LIDS-VID")
+    (tmp_path / SPLITS).parent.mkdir()
+    savemat(tmp_path / SPLITS, {"ls_set": np.stack([np.arange(300) + 1] * 9)})
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / SPLITS))}: got 9 splits, wanted 10; copy"):
+        load(tmp_path, 0)
+    assert len(load(tmp_path, 8, check_counts=False).train) == 300
+
+
+@pytest.mark.parametrize("frames", [22, 193])
+def test_a_tracklet_of_another_length_than_published_is_named(published: Path, frames: int) -> None:
+    folder = published / SEQUENCES / "cam2/person319"
+    whole = sorted(folder.iterdir())
+    added = [folder / f"cam2_person319_{frame + 1:05d}.png" for frame in range(len(whole), frames)]
+    for path in added:
+        path.touch()
+    for path in whole[frames:]:
+        path.unlink()
+    try:
+        with pytest.raises(UserError, match=rf"^{folder}: got {frames} frames, wanted 23 to 192; copy the dataset"):
+            load(published, 0)
+    finally:
+        for path in added:
+            path.unlink()
+        for path in whole:
+            path.touch()
+
+
+def test_an_unreadable_frame_is_one_line_that_says_what_to_do(ilids: Path) -> None:
+    frame = load(ilids, 0, check_counts=False).probe[0].frames[0]
+    assert isinstance(frame, Path)
+    frame.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match=rf"\Aframe {frame}: not a readable image \(.*\); copy it again\Z"):
+        read_frame(frame)
