@@ -37,6 +37,8 @@ class Options:
     """The dataset's folder; only the synthetic one has a default."""
     split: int | None = None
     """Which of the dataset's splits, from 0; the first if not given."""
+    check_counts: bool = True
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; a resumed run is as it was."""
     output: Path | None = None
     """The run's folder; a new one under runs/, or the resumed run's, if not given."""
     resume: Path | None = None
@@ -69,12 +71,14 @@ class Settings:
     data_root: the dataset's folder; `None` for the dataset's default.
     split: which of its splits, from 0.
     ops: which operators.
+    check_counts: whether the dataset must hold as much as published.
     """
 
     recipe: Recipe
     data_root: Path | None
     split: int
     ops: Ops
+    check_counts: bool = True
 
     def config(self, split: Split, device: torch.device) -> dict[str, Any]:
         """What `config.json` keeps: these settings, the data they met, and what they ran on."""
@@ -83,6 +87,7 @@ class Settings:
             "data_root": None if self.data_root is None else str(self.data_root),
             "split": self.split,
             "ops": self.ops,
+            "check_counts": self.check_counts,
             "data": split.description,
             "protocol": split.protocol,
             **trained_on(split),
@@ -104,14 +109,16 @@ class Settings:
         """
         config = checkpoint.config
         try:
-            for name, kind in {"people": list, "tracklets": str, "data": str, "split": int}.items():
+            kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool}
+            for name, kind in kinds.items():
                 if not isinstance(config[name], kind):
                     raise UserError(f"{name}: got {config[name]!r}, wanted a {kind.__name__}")
             if config["ops"] not in get_args(Ops):
                 raise UserError(f"ops: got {config['ops']!r}, wanted one of {', '.join(get_args(Ops))}")
             root = config["data_root"]
             recipe = Recipe(**config["recipe"])
-            return Settings(recipe, None if root is None else Path(root), config["split"], config["ops"])
+            root = None if root is None else Path(root)
+            return Settings(recipe, root, config["split"], config["ops"], config["check_counts"])
         except (KeyError, TypeError, UserError) as error:
             path = checkpoint.folder / "config.json"
             raise UserError(f"{path}: not one this version wrote ({error})") from error
@@ -153,6 +160,7 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
+        check_counts=options.check_counts and base.check_counts,
     )
     if resumed is not None:
         before, now = ({**asdict(s.recipe), "split": s.split} for s in (resumed, settings))

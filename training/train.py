@@ -50,7 +50,7 @@ def train(options: Options) -> None:
     settings = resolve(options, Settings.of(resumed) if resumed else None)
     device = choose_device(options.device)
     run = _run_folder(options, settings.recipe)
-    split = load_split(settings.recipe.dataset, settings.data_root, settings.split)
+    split = load_split(settings.recipe.dataset, settings.data_root, settings.split, check_counts=settings.check_counts)
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
     people = len(split.train_people)
     if resumed and any(resumed.config[name] != value for name, value in trained_on(split).items()):
