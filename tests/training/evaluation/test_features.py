@@ -15,6 +15,7 @@ from training.evaluation.features import evaluate, extract
 from training.model.network import Network
 from training.model.operators import Ops
 from training.recipes import Recipe
+from training.settings import choose_device
 
 RRUS = {
     "none": {"rru": "none", "part_loss": False},
@@ -83,7 +84,7 @@ def test_no_more_than_a_chunk_of_frames_goes_through_at_once(network: Network, c
 @pytest.mark.parametrize("rru", ["none", "both"])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_tracklet_ten_times_as_long_needs_no_more_memory(recipe: Recipe, head: str, rru: str) -> None:
-    network = make_network(recipe, head, rru, "fast")
+    network = make_network(recipe, head, rru, "fast").to(choose_device("auto"))
     frames = tracklet_of(40).frames
     short, long = (replace(tracklet_of(1), frames=frames * times) for times in (1, 10))
     extract(network, [short], chunk=8)  # the first call keeps what a library sets up
