@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rru_fast import State
 from training.errors import UserError
 from training.model.backbone import make_backbone
 from training.model.heads import make_head
@@ -26,6 +27,13 @@ class Output(NamedTuple):
     strips: Tensor | None
     logits: Tensor
     auxiliary: Tensor | None
+
+
+class Carried(NamedTuple):
+    """What a chunk of a clip leaves to the next: the RRU's state, and what the head's `stream` gives back."""
+
+    rru: State | None = None
+    head: Any = None
 
 
 class Network(nn.Module):
@@ -60,6 +68,25 @@ class Network(nn.Module):
             refined = self.rru(maps)
             maps, strips = refined.features, refined.strips
         return self.head(maps), strips
+
+    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: Carried) -> tuple[Tensor, Carried]:
+        """What a chunk adds to the sum over a clip's frames that the feature is the mean of; eval mode only.
+
+        Args:
+            maps: (B, T, C, H, W), the chunk's T frames of B clips.
+            lengths: int64 (B,), how many of them exist, from 1 to T; all, unless the chunk is the last.
+            last: whether the clips end with this chunk.
+            carried: what the chunk before gave back, or `Carried()`.
+
+        Returns:
+            The sum (B, D), and what the next chunk is to be given.
+        """
+        state = None
+        if self.rru is not None:
+            refined = self.rru(maps, lengths, carried.rru)
+            maps, state = refined.features, refined.state
+        total, of_head = self.head.stream(maps, lengths, last, carried.head)
+        return total, Carried(state, of_head)
 
     def forward(self, frames: Tensor) -> Output:
         """Clips of frames (B, T, 3, h, w), float, normalised.
