@@ -27,7 +27,7 @@ _FREE = {"epochs", "eval_every", "compare_ops"}
 class Options:
     """Train the paper's network. What is not given is as the recipe says, or as the resumed run had it."""
 
-    recipe: Literal["quick", "paper"] | None = None
+    recipe: Literal["quick", "paper", "official"] | None = None
     """The recipe; quick if neither it nor --resume is given."""
     row: Literal[tuple(TABLE_1)] | None = None  # type: ignore[valid-type]
     """A row of the paper's Table 1 to train instead of the full model."""
@@ -47,8 +47,12 @@ class Options:
     """Passes over the sampler."""
     batches: int | None = None
     """Batches an epoch."""
+    sampler: Literal["pk", "official"] | None = None
+    """The order of training: P people in turn with K clips each, or that of the authors' code."""
     people: int | None = None
     """P, people a batch."""
+    bn_groups: int | None = None
+    """Groups of clips with batch statistics of their own, in every batch norm; 4 stands for the authors' GPUs."""
     seed: int | None = None
     """Decides initial weights, order of the data and dropout."""
     weights: str | None = None

@@ -18,7 +18,7 @@ from training.checkpoint import Checkpoint
 from training.command import run_command
 from training.data import load_split
 from training.data.loading import make_loader
-from training.data.sampler import PKSampler
+from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.features import evaluate
@@ -57,7 +57,7 @@ def train(options: Options) -> None:
         raise UserError(f"resume: the run was trained on other data ({resumed.config['data']})")
     settings = replace(settings, recipe=_fit_people(settings.recipe, people, console))
     recipe = settings.recipe
-    sampler = PKSampler(split.train, recipe.people, recipe.clips, recipe.frames, recipe.seed, recipe.batches)
+    sampler = make_sampler(recipe, split.train)
     loader = make_loader(split.train, sampler, recipe.frames, options.workers)
 
     config = settings.config(split, device)
@@ -68,11 +68,11 @@ def train(options: Options) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        with RunLog(run, console, len(sampler), recipe.epochs, trainer.epoch) as log:
+        with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
             size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
             log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
             while trainer.epoch < recipe.epochs:
-                if trainer.epoch % (recipe.eval_every or recipe.epochs) == 0:
+                if recipe.tested_after(trainer.epoch):
                     log.result(_evaluate(trainer, settings, split), trainer.step)
                 sampler.set_epoch(trainer.epoch)
                 trainer.run_epoch(loader, log)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rru_fast import State
 from training.errors import UserError
 from training.model.backbone import make_backbone
+from training.model.ghost_norm import use_ghost_norm
 from training.model.heads import make_head
 from training.model.operators import Ops, operators
 from training.recipes.recipe import Recipe
@@ -20,7 +21,8 @@ class Output(NamedTuple):
     feature: f, (B, D), what clips are compared by.
     strips: (B, C, H), eq. 9; `None` without an RRU.
     logits: (B, identities).
-    auxiliary: logits of every frame, (B * T, identities), clip-major; `None` in eval mode or without such a head.
+    auxiliary: logits of every frame, (B * T, identities), clip-major, or of every clip, (B, identities); `None` in
+        eval mode or without such a classifier.
     """
 
     feature: Tensor
@@ -59,7 +61,10 @@ class Network(nn.Module):
                 channels, spatial, attention=recipe.rru, inputs=recipe.rru_inputs, bn_groups=recipe.bn_groups
             )
         self.head = make_head(recipe, channels)
-        self.classifier = _classifier(self.head.features, recipe.classifier_width, identities)
+        self.classifier = _classifier(recipe, self.head.features, identities)
+        if recipe.bn_groups > 1:
+            for part in (self.backbone, self.head, self.classifier):  # the RRU does it itself
+                use_ghost_norm(part, recipe.bn_groups)
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, T, C, H, W) to the feature (B, D) and the strips (B, C, H), or `None` without an RRU."""
@@ -97,16 +102,21 @@ class Network(nn.Module):
         h, w = self.backbone.size
         if frames.dim() != 5 or frames.shape[2:] != (3, h, w):
             raise UserError(f"frames: got shape {tuple(frames.shape)}, wanted (clips, frames a clip, 3, {h}, {w})")
-        maps, auxiliary = self.backbone(frames.flatten(0, 1))
+        maps, auxiliary = self.backbone(frames.flatten(0, 1), times=frames.shape[1])
         feature, strips = self.embed(maps.unflatten(0, frames.shape[:2]))
         return Output(feature, strips, self.classifier(feature), auxiliary)
 
 
-def _classifier(features: int, width: int, identities: int) -> nn.Sequential:
-    first, last = nn.Linear(features, width), nn.Linear(width, identities)
+def _classifier(recipe: Recipe, features: int, identities: int) -> nn.Sequential:
+    width = recipe.classifier_width
+    first, norm, last = nn.Linear(features, width), nn.BatchNorm1d(width), nn.Linear(width, identities)
+    official = recipe.classifier == "official"
+    if official:
+        nn.init.normal_(norm.weight, mean=1.0, std=0.02)
+    activation = nn.LeakyReLU(0.1, inplace=True) if official else nn.ReLU(inplace=True)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     # Near zero, so that training starts from no opinion: the identity loss begins at log(identities).
     nn.init.normal_(last.weight, std=0.001)
     nn.init.zeros_(first.bias)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(first, nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Dropout(0.5), last)
+    return nn.Sequential(first, norm, activation, nn.Dropout(0.5), last)
