@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from training.data.loading import frames_to_input
-from training.data.tracklets import Split, Tracklet, read_frame
+from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
-from training.evaluation.ranking import PROTOCOLS, Floats, Ranking
+from training.evaluation.ranking import Floats
 from training.model.network import Network
 
 CHUNK = 64  # frames through the backbone at once: bounds the memory of a long tracklet
@@ -48,13 +48,3 @@ def extract(network: Network, tracklets: Iterable[Tracklet], chunk: int = CHUNK)
         return np.stack(rows)
     finally:
         network.train(was_training)
-
-
-def evaluate(network: Network, split: Split) -> Ranking:
-    """Rank the split's gallery for each of its probes, by the split's own protocol."""
-    probe, gallery = extract(network, split.probe), extract(network, split.gallery)
-    return PROTOCOLS[split.protocol](probe, _people(split.probe), gallery, _people(split.gallery))
-
-
-def _people(tracklets: Sequence[Tracklet]) -> np.ndarray:
-    return np.array([tracklet.person for tracklet in tracklets], dtype=np.int64)
