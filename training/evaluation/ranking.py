@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,15 +61,11 @@ def cosine_distances(probe: Floats, gallery: Floats, device: torch.device | str 
     Yields:
         (q, G) float64 on the device: the next q <= BLOCK probes' distances.
     """
-    probe_unit, gallery_unit = (_unit(torch.from_numpy(features).to(device)) for features in (probe, gallery))
+    probe_unit, gallery_unit = (normalize(torch.from_numpy(of).to(device), dim=1) for of in (probe, gallery))
     # A matrix product rounds equal columns differently, by where they stand: each distinct row goes in once.
     distinct, places = torch.unique(gallery_unit, dim=0, return_inverse=True)
     for block in torch.split(probe_unit, BLOCK):
         yield (1 - block @ distinct.T)[:, places]
-
-
-def _unit(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(features, dim=1)
 
 
 def positive_ranks(distance: Tensor, positive: Tensor, counts: Tensor, ties: Ties) -> list[Ints]:
