@@ -48,10 +48,18 @@ def factors(dtype: torch.dtype) -> tuple[Any, str]:
     return TYPES[dtype], precision(dtype)
 
 
-def depth(dtype: torch.dtype, how: str) -> int:
-    """Terms that a product of `dtype` takes at a time: what fits the registers where no matrix unit does it."""
+def even(tensor: Tensor, dims: int) -> bool:
+    """Whether what lies behind the first so many strides is 16 bytes apart; else each element takes its own address."""
+    return all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:dims]) and tensor.stride(-1) == 1
+
+
+def depth(dtype: torch.dtype, how: str, even: bool = True) -> int:
+    """Terms that a product of `dtype` takes at a time: what fits the registers where no matrix unit does it.
+
+    even: whether the elements lie so that a thread loads several by one address.
+    """
     if dtype.itemsize == 2:
-        return 64
+        return 64 if even else 32
     return 32 if how == "tf32" else 16
 
 

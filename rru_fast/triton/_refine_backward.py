@@ -20,7 +20,8 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     processors, dtype = host.processors(call.x.tensor), call.x.tensor.dtype
     _, how = host.factors(dtype)
     exact = how == "ieee" and dtype.itemsize >= 4
-    block_k = host.depth(torch.float32 if dtype == torch.float16 else dtype, how)
+    factor = torch.float32 if dtype == torch.float16 else dtype
+    block_k, depth = host.depth(factor, how), host.depth(factor, how, host.even(call.x.tensor, 3))
     all_positions = power_of_2(call.positions)
     block_p = min(64, max(16, all_positions))
 
@@ -50,18 +51,18 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
         "maps": maps(64, min(block_k, 32), warps),
         "gate": gate(32, 4),
         "norm": norm(32, 4),
-        "weights": weights(most, most, block_k, 1, 8, 3),
+        "weights": weights(most, most, depth, 1, 8, 3),
         "outer": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4},
     }
     gates = [gate(16, 4), gate(32, 8), gate(64, 8)]
     if exact:
-        return plan, {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, block_k, 2, 8, 3)]}
+        return plan, {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, depth, 2, 8, 3)]}
     return plan, {
-        # In three products of TF32 a tile of 128 channels does not fit the registers.
-        "maps": [maps(block_c, block_k, 8) for block_c in ((64,) if how == "tf32x3" else (64, 128))]
+        # Of float32 a tile of 128 channels does not fit the registers.
+        "maps": [maps(block_c, block_k, 8) for block_c in ((64, 128) if dtype.itemsize == 2 else (64,))]
         + [maps(32, block_k, 4)],
         "gate": gates,
-        "weights": [weights(128, 128, block_k, 2, 8, 3), weights(64, 128, block_k, 1, 4, 3)],
+        "weights": [weights(128, 128, depth, 2, 8, 3), weights(64, 128, min(depth, 32), 1, 4, 3)],
     }
 
 

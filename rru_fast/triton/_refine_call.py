@@ -67,7 +67,8 @@ class Call:
     def kind(self) -> tuple[Any, ...]:
         """What a plan depends on, beside the dtype."""
         sizes = (self.clips, self.channels, self.height, self.width, self.d, self.a, self.groups)
-        layout = "channels-last" if self.x.channel == 1 and self.channels > 1 else "NCHW"
+        channels_last = self.x.channel == 1 and self.channels > 1
+        layout = "channels-last" if channels_last else "even" if host.even(self.x.tensor, 3) else "odd"
         return *sizes, self.inputs, self.training, layout, host.precision(self.x.tensor.dtype)
 
     def unlike_s(self) -> list[tuple[int, int, Maps, Maps | None]]:

@@ -23,7 +23,7 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
 
     def product(block_d: int, block_k: int, split: int, warps: int, stages: int) -> Meta:
         blocks = {"BLOCK_D": min(block_d, max(16, power_of_2(call.d))), "BLOCK_P": block_p, "BLOCK_K": block_k}
-        return {**blocks, "SPLIT": split, "num_warps": warps, "num_stages": stages}
+        return {**blocks, "SPLIT": split, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
 
     def transition(block_d: int, block_k: int, waves: int, warps: int = 4, stages: int = 3) -> Meta:
         tiles = columns * -(-call.d // block_d)

@@ -58,9 +58,8 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     rows = 16
     while rows < 64 and groups * -(-n // (2 * rows)) >= processors:
         rows *= 2
-    k = host.depth(features.dtype, precision)
-    # Where rows are not 16 bytes apart, every element takes an address of its own: a thread can hold fewer.
-    even = all(stride * features.element_size() % 16 == 0 for stride in features.stride()[:2])
+    even = host.even(features, 2)
+    k = host.depth(features.dtype, precision, even)
     warps = 8 if rows == 64 and (precision == "ieee" or not even) else 4
     default = blocks(rows, 64 if n > 32 else 32, k, warps, 3)
     if precision == "ieee" and features.dtype.itemsize >= 4:
@@ -68,7 +67,7 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     else:
         tiles = [(16, 64, 4), (64, 64, 8)]
         tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)] if even else []
-        tiles += [(128, 128, 8)] if even and precision != "tf32x3" else []
+        tiles += [(128, 128, 8)] if even and features.dtype.itemsize == 2 else []
     others = [blocks(m, other, k, warps, 3) for m, other, warps in tiles]
     with host.on_device(features):
         sizes = (groups, n, d, soft, metric, precision, even)
