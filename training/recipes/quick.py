@@ -28,6 +28,8 @@ QUICK = Recipe(
     learning_rate_pretrained=0.005,
     weight_decay=5e-4,
     eval_every=None,
+    eval_from=0,
+    prid="paper-21",
     seed=0,
     compare_ops=True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from training.data import Dataset
+from training.data import Dataset, PridPeople
 from training.errors import UserError
 
 
@@ -40,6 +40,8 @@ class Recipe:
     learning_rate_pretrained: float  # of layers that come out of a weights file
     weight_decay: float
     eval_every: int | None  # epochs; None: before and after training only
+    eval_from: int  # the first epoch after which eval_every counts
+    prid: PridPeople  # which of PRID-2011's people
     seed: int
     compare_ops: bool  # end by timing a step with the fast operators against the reference ones
 
@@ -53,6 +55,8 @@ class Recipe:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise UserError(f"{field}: got {value}, wanted at least {least}")
+        if self.eval_from < 0:
+            raise UserError(f"eval_from: got {self.eval_from}, wanted 0 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed: got {self.seed}, wanted 0 to {2**32 - 1}")
         if self.part_loss and self.rru == "none":
