@@ -15,8 +15,8 @@ Results: TypeAlias = Sequence[Mapping[str, Any]]
 NOTE = (
     "In percent, the mean ± standard deviation (of a sample) over splits. Last: after the last epoch. Best: after the "
     "one trained epoch whose mean {first} over the splits is the highest; it is chosen on the people tested on, and so "
-    "flatters. A best epoch of each split's own would flatter more and is not shown. vs paper: the difference to the "
-    "paper's figure, in points."
+    "flatters. A best epoch of each split's own would flatter more and is not shown. diff: ours less the paper's, in "
+    "points."
 )
 
 
@@ -66,7 +66,7 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str
         scores: as given to it.
         notes: paragraphs to stand below.
     """
-    head = ("row", "figure", "splits", "last", "vs paper", "best", "vs paper", "best epoch", "paper")
+    head = ("row", "figure", "splits", "last", "diff", "best", "diff", "best epoch", "paper")
     lines = [f"{title}\n", _line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for row in rows:
         epoch = str(row["best"]["epoch"]) if row["splits"] else "-"
@@ -78,8 +78,12 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str
 
 def terminal(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Table:
     """The same for a terminal, in 80 columns."""
-    table = Table("row", "figure", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("last", "vs paper", "best", "vs paper", "paper"):
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True
+    )
+    for column in ("row", "figure"):
+        table.add_column(column, no_wrap=True)
+    for column in ("last", "diff", "best", "diff", "paper"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         ran = len(row["splits"])
