@@ -86,7 +86,7 @@ class Options:
     workers: int = 0
     """Processes that read frames ahead."""
     check_counts: bool = True
-    """Whether a set that lacks some of what was published is an error, or read as it is."""
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published."""
 
 
 def reproduce(options: Options) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Options:
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint."""
     check_counts: bool = True
-    """Whether a set that lacks some of what was published is an error, or read as it is."""
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; a resumed run is as it was."""
     prid: PridPeople | None = None
     """Which of PRID-2011's people: those of more than 21 frames, or of at least 27, as in the official splits."""
     backbone: Literal["inception_v3", "tiny"] | None = None
@@ -79,7 +79,7 @@ class Settings:
     data_root: the dataset's folder; `None` for the dataset's default.
     split: which of its splits, from 0.
     ops: which operators.
-    check_counts: whether a dataset that lacks some of what was published is an error.
+    check_counts: whether the dataset must hold as much as published.
     """
 
     recipe: Recipe

@@ -10,8 +10,10 @@ from training.data.tracklets import Split
 from training.errors import UserError
 
 Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars"]
-PridPeople: TypeAlias = Literal["paper-21", "official-27"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
+
+PridPeople: TypeAlias = Literal["paper-21", "official-27"]
+"""Who counts in PRID-2011, and how they are split: see `training.data.prid_2011`."""
 
 
 def load_split(
@@ -23,8 +25,8 @@ def load_split(
         dataset: one of `DATASETS`.
         root: the dataset's folder; None for the dataset's default, where it has one.
         split: which split, from 0.
-        prid: which of PRID-2011's people.
-        check_counts: whether a set that lacks some of what was published is an error.
+        prid: who counts in PRID-2011; the other datasets do not ask.
+        check_counts: whether iLIDS-VID, PRID-2011 and MARS must hold as much as published.
 
     Raises:
         UserError: the name is unknown, no folder was given, or what it holds does not make a dataset.
