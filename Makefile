@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-triton compile-report sanitize lint format bench clean
+.PHONY: help setup train test test-triton test-gpu compile-report sanitize lint format bench clean
 
 help:
 	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
 	@echo "make test      run the test suite; ARGS=... go to pytest"
 	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
+	@echo "make test-gpu  run the parity suite at full size on a GPU; ARGS as above"
 	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
@@ -38,6 +39,10 @@ test: setup
 # The interpreter replaces the kernels of a whole process. A test takes seconds there: two processes at least.
 test-triton: setup
 	TRITON_INTERPRET=1 "$(BIN)/python" -m pytest -q -n auto -k triton tests/ops tests/test_triton.py tests/benchmarks $(ARGS)
+
+# Compiling takes most of the time, and every process compiles for itself.
+test-gpu: setup
+	"$(BIN)/python" -m pytest -q -m gpu -n 8 $(ARGS)
 
 compile-report: setup
 	"$(BIN)/python" -m benchmarks.compile_report $(ARGS)

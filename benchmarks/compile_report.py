@@ -13,9 +13,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,25 +33,48 @@ from benchmarks import table
 from rru_fast.reference import RRU
 from rru_fast.triton import _host as host
 from rru_fast.triton import batch_hard, refine, strip_pool
+from rru_fast.triton._plans import Meta, Plan
 
 PAPER = (20, 8, 2048, 8, 8)
 CLIPS = 20
 
-# attention, inputs and mode of the RRUs: the paper's, and between them every flag that a kernel has.
+
+@dataclass(frozen=True)
+class Variant:
+    """A unit, and how it is called."""
+
+    attention: str = "both"
+    inputs: str = "appearance+motion"
+    mode: str = "training"  # or eval, ragged (lengths), continued (state)
+    layout: str = "NCHW"  # or channels-last, odd (no stride but 1 is a multiple of 16)
+    groups: int = 1
+
+    def __str__(self) -> str:
+        own = (getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default)
+        return ", ".join(f"{value} groups" if isinstance(value, int) else value for value in own) or "the paper's"
+
+
+# The paper's, and between them every flag that a kernel has and every way its arguments are specialised.
+PAPERS = Variant()
 VARIANTS = (
-    ("both", "appearance+motion", "training"),
-    ("both", "appearance+motion", "eval"),
-    ("both", "appearance+motion", "continued"),
-    ("both", "raw", "training"),
-    ("spatial", "appearance", "ragged"),
-    ("channel", "raw", "eval"),
-    ("channel", "appearance+motion", "ragged"),
+    PAPERS,
+    Variant(mode="eval"),
+    Variant(mode="continued"),
+    Variant(inputs="raw"),
+    Variant("spatial", "appearance", "ragged"),
+    Variant("channel", "raw", "eval"),
+    Variant("channel", mode="ragged"),
+    Variant(groups=CLIPS),
+    Variant(layout="channels-last"),
+    Variant(layout="odd"),
+    Variant(inputs="raw", layout="odd"),
 )
+
+LAYOUTS = ("NCHW", "channels-last", "odd")
 
 # What a kernel may use. Shared memory is what one program can have on the architecture, in bytes.
 MAX_REGISTERS = 255
 MAX_STACK = 0
-MAX_STACK_OTHERS = 32  # of units that are not the paper's: a few registers, which ptxas spills to hold more programs
 MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
@@ -83,44 +106,76 @@ class Launch:
     """A kernel as it would be launched."""
 
     op: str
+    tuning: bool  # whether tuning tries it
     kernel: Any
     arguments: tuple[Any, ...]
     meta: dict[str, Any]
 
 
-def launches(dtype: torch.dtype) -> Iterator[Launch]:
-    """What the operators launch at the paper's shape, training and eval, forward and backward."""
+def launches(dtype: torch.dtype) -> list[Launch]:
+    """What the operators launch at the paper's shape, training and eval, forward and backward; tuning's choices too."""
     found: list[Launch] = []
-    op = ""
+    op, tuning = "", False
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-        found.append(Launch(op, kernel, arguments, meta))
+        found.append(Launch(op, tuning, kernel, arguments, meta))
+
+    def every_plan(
+        kind: str, sizes: Any, tensor: Any, default: Plan, choices: dict[str, list[Meta]], run: Callable[[Plan], object]
+    ) -> Plan:
+        nonlocal tuning
+        if op in (f"refine, {PAPERS}", "batch_hard"):
+            tuning = True
+            for kernel, metas in choices.items():
+                for meta in metas:
+                    run(default | {kernel: meta})
+            tuning = False
+        return default
 
     clips, frames, channels, height, width = PAPER
-    x = torch.empty(PAPER, dtype=dtype, device="meta")
     strips = torch.empty(clips, channels, height, dtype=dtype, device="meta")
-    with patch.object(host, "launch", record), torch.device("meta"):
-        for attention, inputs, mode in VARIANTS:
-            op = f"refine, {attention}, {inputs}, {mode}"
-            call = _refine_arguments(x, attention, inputs, mode)
+    with (
+        patch.object(host, "launch", record),
+        patch.object(refine, "tuned", every_plan),
+        patch.object(batch_hard, "tuned", every_plan),
+        torch.device("meta"),
+    ):
+        for variant in VARIANTS:
+            op = f"refine, {variant}"
+            x = _maps(variant.layout, dtype)
+            call = _refine_arguments(x, variant)
             features, _, *saved = refine.forward(*[*call, True])
             for needed in ((True, True), (False, True), (True, False)):
-                refine.backward(*[x, strips, *needed, features, *saved, *call])
+                refine.backward(*[_maps(variant.layout, dtype), strips, *needed, features, *saved, *call])
         op = "strip_pool"
-        strip_pool.backward(strip_pool.forward(x), frames, width)
+        for layout in LAYOUTS:
+            strip_pool.forward(_maps(layout, dtype))
+        strip_pool.backward(strips, frames, width)
         op = "batch_hard"
-        for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256)):
+        for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256), (1, 1001, 77)):
             features, labels = torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
             loss, *partners = batch_hard.forward(features, labels, 0.3, False, "euclidean")
             options: tuple[Any, ...] = (*partners, 0.3, False, "euclidean")
             batch_hard.backward(loss, features, *options)
-    return iter(found)
+    # What tuning tries beside the defaults: those first.
+    return sorted(found, key=lambda launch: launch.tuning)
 
 
-def _refine_arguments(x: torch.Tensor, attention: str, inputs: str, mode: str) -> list[Any]:
-    """The arguments of `refine`'s kernels in a mode, from x to bn_groups."""
+def _maps(layout: str, dtype: torch.dtype) -> torch.Tensor:
+    clips, frames, channels, height, width = PAPER
+    if layout == "channels-last":
+        return torch.empty(clips, frames, height, width, channels, dtype=dtype).movedim(-1, 2)
+    if layout == "odd":
+        wider = torch.empty(clips, frames, channels + 1, height * width + 1, dtype=dtype)
+        return wider[:, :, 1:, 1:].view(clips, frames, channels, height, width)
+    return torch.empty(PAPER, dtype=dtype)
+
+
+def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
+    """The arguments of `refine`'s kernels, from x to bn_groups."""
     clips, _, channels, height, width = PAPER
-    rru = RRU(channels, (height, width), attention=attention, inputs=inputs).to("meta", x.dtype)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"attention": variant.attention, "inputs": variant.inputs}
+    rru = RRU(channels, (height, width), **settings).to("meta", x.dtype)
     weights = {name: weight.detach() for name, weight in rru.named_parameters()}
     norm, state = rru.transition_norm, x.new_empty(clips, channels, height, width)
     return [
@@ -133,12 +188,12 @@ def _refine_arguments(x: torch.Tensor, attention: str, inputs: str, mode: str) -
         weights.get("channel_attention.weight"),
         norm.running_mean,
         norm.running_var,
-        torch.empty(clips, dtype=torch.int64) if mode == "ragged" else None,
-        *([state, state] if mode == "continued" else [None, None]),
-        inputs,
-        mode == "training",
+        torch.empty(clips, dtype=torch.int64) if variant.mode == "ragged" else None,
+        *([state, state] if variant.mode == "continued" else [None, None]),
+        variant.inputs,
+        variant.mode == "training",
         1e-3,
-        1,
+        variant.groups,
     ]
 
 
@@ -149,7 +204,7 @@ def compile_all(arch: int, name: str) -> list[dict[str, Any]]:
     backend = make_backend(target)
     rows: dict[str, dict[str, Any]] = {}
     with patch.dict(os.environ, {"RRU_FAST_FLOAT32": precision}):
-        recorded = list(launches(dtype))
+        recorded = launches(dtype)
     for launch in recorded:
         kernel = launch.kernel
         # As JITFunction.run binds and specialises a launch's arguments.
@@ -162,17 +217,24 @@ def compile_all(arch: int, name: str) -> list[dict[str, Any]]:
             backend, {**launch.meta, "debug": False}, bound, specialization, options
         )
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=target, options=options.__dict__)
-        rows[key] = {
+        described = {
             "kernel": kernel.__name__.removesuffix("_kernel"),
-            "op": launch.op,
+            "op": f"{launch.op}, tuning" if launch.tuning else launch.op,
             "dtype": name,
             "sm": arch,
+        }
+        try:
+            compiled = triton.compile(source, target=target, options=options.__dict__)
+        except Exception as error:  # the compiler's passes raise anything
+            raise RuntimeError(f"{described} {launch.meta}: {error}") from error
+        rows[key] = {
+            **described,
             **_resources(compiled.asm["cubin"]),
             "shared": compiled.metadata.shared,
             "warps": compiled.metadata.num_warps,
             "matrix instructions": ", ".join(sorted(set(_matrix(compiled.asm["ptx"])))) or None,
             "multiplies": "tt.dot" in compiled.asm["ttir"],
+            "rounds": "cvt.rna.tf32" in compiled.asm["ptx"],
         }
     return [*rows.values()]
 
@@ -198,16 +260,16 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def over_budget(row: dict[str, Any]) -> list[str]:
-    """What of a kernel is more than it may be, a sentence each."""
+    """What of a kernel is more than it may be, or is not done, a sentence each."""
     who = f"{row['kernel']} ({row['op']}, {row['dtype']}, sm_{row['sm']})"
-    others = any(word in row["op"] for word in ("raw", "spatial", "channel"))
-    stack = MAX_STACK_OTHERS if others else MAX_STACK
-    limits = {"registers": MAX_REGISTERS, "stack": stack, "shared": MAX_SHARED[row["sm"]]}
+    limits = {"registers": MAX_REGISTERS, "stack": MAX_STACK, "shared": MAX_SHARED[row["sm"]]}
     told = [f"{who}: {what} {row[what]}, at most {most}" for what, most in limits.items() if row[what] > most]
     # Float32 as such, and the sums of the small weights' gradients, which always are, have no matrix instruction.
     exact = row["dtype"] == "float32 ieee" or row["kernel"] == "outer"
     if row["multiplies"] and not exact and not row["matrix instructions"]:
         told.append(f"{who}: no matrix instructions")
+    if row["matrix instructions"] and row["dtype"] == "float32 tf32" and not row["rounds"]:
+        told.append(f"{who}: factors cut off to TF32, wanted rounded")
     return told
 
 
@@ -223,12 +285,12 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for (arch, dtype), found in zip(work, pool.map(compile_all, *zip(*work, strict=True)), strict=True):
-            table.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies"))
+            table.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
             rows += found
     told = [sentence for row in rows for sentence in over_budget(row)]
     if told:
         raise SystemExit("over budget:\n  " + "\n  ".join(told))
-    print(print(f"{len(rows)} kernels within budget"))
+    print(f"{len(rows)} kernels within budget")
 
 
 def _environment() -> dict[str, Any]:

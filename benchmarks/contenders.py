@@ -128,6 +128,23 @@ def check(field: Mapping[str, Contender]) -> None:
         parity.judge(*draws)
 
 
+def running(field: Mapping[str, Contender]) -> dict[str, Contender]:
+    """Those of the field that run at all; says why another does not."""
+    able = dict(field)
+    for name, own in field.items():
+        try:
+            own.results()
+        except Exception as error:  # whatever it is, the others can be measured
+            print(f"{name} does not run: {told(error)}")
+            del able[name]
+    return able
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def passing(field: Mapping[str, Contender]) -> dict[str, Contender]:
     """Those of the field that are right, by `check`; says why another is not among them."""
     right = dict(field)

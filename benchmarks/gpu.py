@@ -4,18 +4,23 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu --toy        # whether it runs, where there is no GPU
 
 Float32 is multiplied in TF32, here and in eager; "autocast" is bfloat16 maps beside float32 weights, as a backbone
-under autocast leaves them. Graphed rows replay CUDA graphs. What is not within parity, and sections that do not fit in
-the time, are left out and named. Roofline: the compulsory bytes at the rate of this GPU's own copy.
+under autocast leaves them. Graphed rows replay CUDA graphs. Every row is held to the float64 oracle before it is timed,
+compiled and graphed ones too. A section runs in a process of its own: one that crashes or hangs loses itself alone.
+What is not within parity, does not run, or does not fit in the time is left out and named. Roofline: the compulsory
+bytes at the rate of this GPU's own copy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -25,13 +30,14 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, measure, parity, roofline, table
+from benchmarks import contenders, measure, parity, report, roofline, table
 from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE, Contender, Shape
 from benchmarks.table import Row
 from rru_fast import config, reference
 
 GRAPHED = "eager, graphed"
 MARGIN = 0.4
+STARTING = 60  # seconds a section may be over the time before it is stopped: it began in time
 
 
 @dataclass
@@ -60,48 +66,98 @@ class Sizes:
     calls: int = 5  # in a row, for a time
 
 
-TOY = Sizes((3, 3, 96, 4, 4), (1, 4, 96, 4, 4), (2, 8, 40), 2, (40, 16), 1)
+TOY = Sizes((2, 2, 24, 3, 2), (1, 3, 24, 3, 2), (2, 8, 40), 2, (40, 16), 1)
 Work = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Run:
+    """What every section is given."""
+
+    options: Options
+    sizes: Sizes
+    device: torch.device
+    copy: float  # bytes/s of the device's own copy
+
+
+Section = Callable[[Run], list[Row]]
+
+
 def main(options: Options) -> list[Row]:
-    """Check, measure, print and write, a section at a time; returns the rows."""
+    """Check, measure, print and write, a section at a time; returns the rows.
+
+    Raises:
+        SystemExit: there is no GPU, or at the end, with what was measured written: a section failed.
+    """
     if not options.toy and not torch.cuda.is_available():
         raise SystemExit("--toy: got False without a GPU, wanted one, or --toy with TRITON_INTERPRET=1")
     device = torch.device("cpu" if options.toy else "cuda")
     if "triton" not in config.serving(device):
         raise SystemExit(f"triton: got a backend that does not serve: {config.BACKENDS['triton']}")
-    sizes = TOY if options.toy else Sizes()
-    torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
     copy = measure.copy_rate(64 * measure.MIB if options.toy else 1024 * measure.MIB, device)
-    environment = measure.environment(device) | {"op": "gpu", "roofline": f"{copy / 1e9:.0f} GB/s", "left out": []}
+    run = Run(options, TOY if options.toy else Sizes(), device, copy)
+    left_out: dict[str, str] = {}
+    environment = measure.environment(device) | {"op": "gpu", "roofline": f"{copy / 1e9:.0f} GB/s"}
+    environment["left out"] = left_out
     name = "toy" if options.toy else torch.cuda.get_device_name().lower().replace(" ", "-")
     path = options.results / f"{name}-{date.today().isoformat()}.json"
     rows: list[Row] = []
-    for title, section in _sections(sizes, device, options, copy).items():
-        if time.monotonic() - begin > options.seconds:
-            environment["left out"].append(title)
-            print(f"{title}: left out, {options.seconds:.0f} s are over")
-            continue
-        found = [{"implementation": row.pop("implementation"), "mode": title, **row} for row in section()]
-        rows += found
-        table.show(title, environment, found, hide=table.SHARED)
-        measure.write(path, environment, rows)
-        path.with_suffix(".md").write_text(_markdown(environment, rows))
+    _keep(path, environment, rows)  # a folder that cannot be written is told before anything is measured
+    for title in SECTIONS:
+        left = options.seconds - (time.monotonic() - begin)
+        found = f"{options.seconds:.0f} s are over" if left < 0 else _in_a_process(title, run, left + STARTING)
+        if isinstance(found, str):
+            left_out[title] = found
+            print(f"{title}: left out, {found}")
+        else:
+            rows += found
+            table.show(title, environment, found, hide=table.SHARED)
+        _keep(path, environment, rows)
         print(f"{time.monotonic() - begin:.0f} s; {path}")
+    failed = [f"{title}: {why}" for title, why in left_out.items() if not why.endswith("are over")]
+    if failed:
+        raise SystemExit("left out:\n  " + "\n  ".join(failed))
     return rows
 
 
-def _sections(sizes: Sizes, device: torch.device, options: Options, copy: float) -> dict[str, Callable[[], list[Row]]]:
-    return {
-        "training, float32": lambda: _training(sizes, device, options, copy, None),
-        "training, bfloat16 autocast": lambda: _training(sizes, device, options, copy, torch.bfloat16),
-        "eval, a tracklet, float32": lambda: _tracklet(sizes, device, options, copy),
-        "L_v + L_p, forward + backward": lambda: _losses(sizes, device, options),
-        "batch-hard, many features, forward + backward": lambda: _many(sizes, device, options),
-        "strip_pool, forward + backward": lambda: _strips(sizes, device, options, copy),
-    }
+def _keep(path: Path, environment: Row, rows: list[Row]) -> None:
+    measure.write(path, environment, rows)
+    page = path.with_suffix(".md")
+    page.write_text(report.section(path, {"environment": environment, "rows": rows}, page.parent) + "\n")
+
+
+def _in_a_process(title: str, run: Run, seconds: float) -> list[Row] | str:
+    """A section's rows, or why there are none."""
+    receiver, sender = get_context("spawn").Pipe(duplex=False)
+    process = get_context("spawn").Process(target=_section, args=(title, run, sender))
+    process.start()
+    sender.close()  # the process has the other end: what it leaves open, its death closes
+    try:
+        if not receiver.poll(seconds):
+            return f"stopped after {seconds:.0f} s"
+        found: list[Row] | str = receiver.recv()
+        return found
+    except EOFError:
+        process.join()
+        return f"its process ended with status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _section(title: str, run: Run, sender: Connection) -> None:
+    torch.set_float32_matmul_precision("highest" if run.options.toy else "high")  # eager has no TF32 on a CPU
+    try:
+        op, section = SECTIONS[title]
+        rows = section(run)
+    except Exception as error:  # whatever it is, the other sections go on
+        traceback.print_exc()
+        sender.send(contenders.told(error))
+    else:
+        # One that was left out has no more than its name and shape.
+        columns = dict.fromkeys(key for row in rows for key in row)
+        sender.send([{**columns, **row, "op": op, "mode": title} for row in rows])
 
 
 @dataclass(frozen=True)
@@ -130,60 +186,73 @@ class Autocast(Contender):
         return parity.gradients(outputs, upstream, leaves)
 
 
-def _training(
-    sizes: Sizes, device: torch.device, options: Options, copy: float, autocast: torch.dtype | None
-) -> list[Row]:
-    field = contenders.contenders(sizes.maps, "float32", device)
+def _training(run: Run, autocast: torch.dtype | None) -> list[Row]:
+    shape = run.sizes.maps
+    field = contenders.contenders(shape, "float32", run.device)
+    field |= _others(field, run.device)
+    asked = list(field)
     if autocast is not None:
         field = {
             name: Autocast(own.module, own.x.detach().to(autocast).requires_grad_(), own.upstream)
             for name, own in field.items()
         }
-    field = contenders.passing(field)
-    field |= _others(field, device)
-    forwards = _times({name: own.forward for name, own in field.items()}, sizes, options)
-    steps = _times({name: own.step for name, own in field.items()}, sizes, options)
+    field = contenders.passing(contenders.running(field))
+    forwards = _times({name: own.forward for name, own in field.items()}, run)
+    steps = _times({name: own.step for name, own in field.items()}, run)
     dtype = "float32" if autocast is None else "bfloat16"
-    least = {back: roofline.size(sizes.maps, dtype, backward=back) / copy for back in (False, True)}
+    least = {back: roofline.size(shape, dtype, backward=back) / run.copy for back in (False, True)}
     return [
         {
             "implementation": name,
-            "shape": list(sizes.maps),
+            "shape": list(shape),
             "forward ms": 1e3 * median(forwards[name]),
-            "x authors, forward": measure.ratio(forwards[AUTHORS], forwards[name]),
+            "x authors, forward": _faster(forwards, AUTHORS, name),
             "% of roofline, forward": 100 * least[False] / median(forwards[name]),
             "fwd+bwd ms": 1e3 * median(steps[name]),
-            "x authors": measure.ratio(steps[AUTHORS], steps[name]),
-            "x reference": measure.ratio(steps[REFERENCE], steps[name]),
-            "x compile": measure.ratio(steps[COMPILED], steps[name]) if COMPILED in steps else None,
-            "x graphed eager": measure.ratio(steps[GRAPHED], steps[name]) if GRAPHED in steps else None,
+            "x authors": _faster(steps, AUTHORS, name),
+            "x reference": _faster(steps, REFERENCE, name),
+            "x compile": _faster(steps, COMPILED, name),
+            "x graphed eager": _faster(steps, GRAPHED, name),
             "% of roofline": 100 * least[True] / median(steps[name]),
             "saved MiB": None if "graphed" in name or name == COMPILED else _saved(own) / measure.MIB,
             # A graph's memory is taken when it is captured.
             "peak MiB": None if "graphed" in name else measure.peak_bytes(own.step) / measure.MIB,
         }
         for name, own in field.items()
-    ]
+    ] + _left_out(asked, field, shape)
 
 
-def _tracklet(sizes: Sizes, device: torch.device, options: Options, copy: float) -> list[Row]:
-    field = contenders.contenders(sizes.tracklet, "float32", device, training=False)
-    field = contenders.passing(field)
-    field |= _others(field, device, compile=False)  # unrolled over the frames, it would compile for many minutes
-    times = _times({name: own.forward for name, own in field.items()}, sizes, options)
-    least = roofline.size(sizes.tracklet, "float32", backward=False) / copy
+def _tracklet(run: Run) -> list[Row]:
+    shape = run.sizes.tracklet
+    field = contenders.contenders(shape, "float32", run.device, training=False)
+    field |= _others(field, run.device, compile=False)  # unrolled over the frames, it would compile for many minutes
+    asked = list(field)
+    field = contenders.passing(contenders.running(field))
+    times = _times({name: own.forward for name, own in field.items()}, run)
+    least = roofline.size(shape, "float32", backward=False) / run.copy
     return [
         {
             "implementation": name,
-            "shape": list(sizes.tracklet),
+            "shape": list(shape),
             "ms": 1e3 * median(times[name]),
-            "x authors": measure.ratio(times[AUTHORS], times[name]),
-            "x reference": measure.ratio(times[REFERENCE], times[name]),
+            "x authors": _faster(times, AUTHORS, name),
+            "x reference": _faster(times, REFERENCE, name),
+            "x graphed eager": _faster(times, GRAPHED, name),
             "% of roofline": 100 * least / median(times[name]),
             "peak MiB": None if "graphed" in name else measure.peak_bytes(own.forward) / measure.MIB,
         }
         for name, own in field.items()
-    ]
+    ] + _left_out(asked, field, shape)
+
+
+def _left_out(asked: Iterable[str], measured: Container[str], shape: Sequence[int]) -> list[Row]:
+    """Rows without figures: what does not run, or is not within parity."""
+    return [{"implementation": name, "shape": list(shape)} for name in asked if name not in measured]
+
+
+def _faster(times: Mapping[str, list[float]], baseline: str, name: str) -> float | None:
+    """How many times faster than the baseline; None where that was left out."""
+    return measure.ratio(times[baseline], times[name]) if baseline in times else None
 
 
 def _others(field: Mapping[str, Contender], device: torch.device, compile: bool = True) -> dict[str, Contender]:
@@ -193,10 +262,9 @@ def _others(field: Mapping[str, Contender], device: torch.device, compile: bool 
     eager = field[REFERENCE]
     found: dict[str, Contender] = {}
     if compile:
-        torch.compiler.reset()
-        compiled = eager.twin(reference.RRU)
-        found[COMPILED] = replace(compiled, module=torch.compile(compiled.module))  # type: ignore[arg-type]
-    found[GRAPHED] = replace(eager.twin(GraphedReference))
+        found[COMPILED] = eager.twin(reference.RRU)
+        found[COMPILED].module.compile()  # in place: the parameters keep their names
+    found[GRAPHED] = eager.twin(GraphedReference)
     found["triton, graphed"] = eager.twin(rru_fast.RRU, backend="triton", cuda_graph=True)
     return found
 
@@ -209,10 +277,10 @@ class GraphedReference(rru_fast.RRU):
         self.backend = "reference"
 
 
-def _losses(sizes: Sizes, device: torch.device, options: Options) -> list[Row]:
-    groups, clips, channels = sizes.features
-    labels = torch.arange(clips, device=device) // sizes.clips_a_person
-    strips = torch.randn(groups, clips, channels, device=device)
+def _losses(run: Run) -> list[Row]:
+    groups, clips, channels = run.sizes.features
+    labels = torch.arange(clips, device=run.device) // run.sizes.clips_a_person
+    strips = torch.randn(groups, clips, channels, device=run.device)
     video = strips.mean(0)
 
     def loss(triplet: Any, one_by_one: bool) -> Callable[[Tensor, Tensor], Tensor]:
@@ -226,80 +294,79 @@ def _losses(sizes: Sizes, device: torch.device, options: Options) -> list[Row]:
 
         return value
 
-    _, *backends = config.serving(device)
+    _, *backends = config.serving(run.device)
     losses = {"eager": loss(reference.BatchHardTripletLoss(MARGIN), True)}
     losses |= {name: loss(rru_fast.BatchHardTripletLoss(MARGIN, backend=name), False) for name in backends}
-    return _compared(losses, {"video": video, "strips": strips}, sizes, options, "eager", list(sizes.features))
+    return _compared(losses, {"video": video, "strips": strips}, run, list(run.sizes.features))
 
 
-def _many(sizes: Sizes, device: torch.device, options: Options) -> list[Row]:
-    n, d = sizes.many
-    labels = torch.arange(n, device=device) // sizes.clips_a_person
-    _, *backends = config.serving(device)
+def _many(run: Run) -> list[Row]:
+    n, d = run.sizes.many
+    labels = torch.arange(n, device=run.device) // run.sizes.clips_a_person
+    _, *backends = config.serving(run.device)
     modules = {"eager": reference.BatchHardTripletLoss(MARGIN)}
     modules |= {name: rru_fast.BatchHardTripletLoss(MARGIN, backend=name) for name in backends}
     losses = {name: lambda features, module=module: module(features, labels) for name, module in modules.items()}
-    return _compared(losses, {"features": torch.randn(n, d, device=device)}, sizes, options, "eager", [n, d])
+    return _compared(losses, {"features": torch.randn(n, d, device=run.device)}, run, [n, d])
 
 
-def _strips(sizes: Sizes, device: torch.device, options: Options, copy: float) -> list[Row]:
-    s = torch.randn(sizes.maps, device=device)
-    backends = {"eager" if name == "reference" else name: name for name in config.serving(device)}
+def _strips(run: Run) -> list[Row]:
+    s = torch.randn(run.sizes.maps, device=run.device)
+    backends = {"eager" if name == "reference" else name: name for name in config.serving(run.device)}
     works = {name: lambda s, b=backend: rru_fast.strip_pool(s, backend=b) for name, backend in backends.items()}
-    return _compared(works, {"s": s}, sizes, options, "eager", list(sizes.maps), 2 * s.nbytes / copy)
+    return _compared(works, {"s": s}, run, list(run.sizes.maps), 2 * s.nbytes / run.copy)
 
 
 def _compared(
     functions: Mapping[str, Callable[..., Tensor]],
     inputs: Mapping[str, Tensor],
-    sizes: Sizes,
-    options: Options,
-    baseline: str,
+    run: Run,
     shape: list[int],
     least: float | None = None,
 ) -> list[Row]:
-    """Rows of forward with backward of functions of the same inputs, each held to the first in float64."""
+    """Rows of forward with backward of functions of the same inputs, each held to "eager" in float64."""
 
     def results(function: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         leaves = {name: v.to(dtype).detach().requires_grad_() for name, v in inputs.items()}
         out = function(*leaves.values())
         return parity.gradients([out], [torch.ones_like(out)], leaves)
 
-    in_dtype, oracle = results(functions[baseline]), results(functions[baseline], torch.float64)
+    in_dtype, oracle = results(functions["eager"]), results(functions["eager"], torch.float64)
     works: dict[str, Work] = {}
     for name, function in functions.items():
         try:
             parity.demand(name, results(function), in_dtype, oracle)
         except SystemExit as refusal:
             print(refusal)
+        except Exception as error:  # one that does not run is named, and the others are measured
+            print(f"{name} does not run: {contenders.told(error)}")
         else:
             works[name] = partial(results, function)
-    times = _times(works, sizes, options)
+    times = _times(works, run)
     return [
         {
             "implementation": name,
             "shape": shape,
             "ms": 1e3 * median(times[name]),
-            "x eager": measure.ratio(times[baseline], times[name]),
+            "x eager": _faster(times, "eager", name),
             **({} if least is None else {"% of roofline": 100 * least / median(times[name])}),
             "peak MiB": measure.peak_bytes(work) / measure.MIB,
         }
         for name, work in works.items()
-    ]
+    ] + _left_out(functions, works, shape)
 
 
-def _times(works: Mapping[str, Work], sizes: Sizes, options: Options) -> dict[str, list[float]]:
+def _times(works: Mapping[str, Work], run: Run) -> dict[str, list[float]]:
     """Seconds of one call, the mean of a few in a row, in each round."""
+    calls = run.sizes.calls
 
     def in_a_row(work: Work) -> None:
-        for _ in range(sizes.calls):
+        for _ in range(calls):
             work()
 
     runs = {name: partial(in_a_row, work) for name, work in works.items()}
-    return {
-        name: [total / sizes.calls for total in totals]
-        for name, totals in measure.paired(runs, *((1, 0) if options.toy else (options.repeats, 2))).items()
-    }
+    repeats, warmup = (1, 0) if run.options.toy else (run.options.repeats, 2)
+    return {name: [total / calls for total in totals] for name, totals in measure.paired(runs, repeats, warmup).items()}
 
 
 def _saved(contender: Contender) -> int:
@@ -311,16 +378,15 @@ def _saved(contender: Contender) -> int:
         return measure.saved_bytes(lambda: contender.module(contender.x)[:2], known)
 
 
-def _markdown(environment: Row, rows: list[Row]) -> str:
-    return "\n\n".join(_parts(environment, rows)) + "\n"
-
-
-def _parts(environment: Row, rows: list[Row]) -> Iterator[str]:
-    yield ", ".join(f"{key} {value}" for key, value in environment.items() if value)
-    for title in dict.fromkeys(row["mode"] for row in rows):
-        own = [row for row in rows if row["mode"] == title]
-        yield f"{title}, {table.cell('shape', own[0]['shape'])}"
-        yield table.markdown(own, hide=table.SHARED)
+# By title: the operator, and what measures it.
+SECTIONS: dict[str, tuple[str, Section]] = {
+    "training, float32": ("refine", partial(_training, autocast=None)),
+    "training, bfloat16 autocast": ("refine", partial(_training, autocast=torch.bfloat16)),
+    "eval, a tracklet, float32": ("refine", _tracklet),
+    "L_v + L_p, forward + backward": ("batch_hard", _losses),
+    "many features, forward + backward": ("batch_hard", _many),
+    "forward + backward": ("strip_pool", _strips),
+}
 
 
 if __name__ == "__main__":

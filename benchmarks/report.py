@@ -97,7 +97,7 @@ def caption(run: dict[str, Any]) -> str:
 def _title(environment: Row, row: Row) -> str:
     shape = row.get("shape", environment.get("shape"))
     shape = environment["shapes"][shape] if isinstance(shape, str) else shape
-    words = [f"`{environment['op']}`", table.cell("shape", shape), row.get("mode")]
+    words = [f"`{row.get('op', environment['op'])}`", table.cell("shape", shape), row.get("mode")]
     return ", ".join(word for word in words if word)
 
 

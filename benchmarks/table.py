@@ -10,7 +10,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 # What a title or a caption says once for all rows, or what only a drawing needs.
-SHARED = ("mode", "shape", "threads", "roofline ms")
+SHARED = ("op", "mode", "shape", "threads", "roofline ms")
 
 
 def show(title: str, environment: Row, rows: list[Row], notes: str = "", hide: Sequence[str] = ()) -> None:

@@ -2,16 +2,19 @@
 
 A graph reads and writes memory of its own. Maps are copied in; weights and running statistics are used where they lie,
 so a module whose parameters have moved is captured anew. What a call returns is overwritten by the next of its kind.
+What decides which kernels run, the precision of float32 among it, is part of the kind.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rru_fast import checks
 from rru_fast.reference import Refined, State
 
 # Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
@@ -37,8 +40,10 @@ class Graphs:
         """refine(x, **arguments) by a graph, captured at the first call of its kind.
 
         Raises:
-            ValueError: x is not on a GPU.
+            ValueError, TypeError: x is not on a GPU, or an argument does not fit.
         """
+        # Before anything is copied or captured: lengths on the CPU are looked at, and nothing is lost.
+        checks.check_refine(x, **{name: value for name, value in arguments.items() if name != "backend"})
         if x.device.type != "cuda":
             raise ValueError(f"cuda_graph: got True with tensors on {x.device}, wanted tensors on a GPU")
         settings = dict(arguments)
@@ -60,14 +65,8 @@ class Graphs:
             return (out.features, out.strips) if out.state is None else (out.features, out.strips, *out.state)
 
         differentiable = torch.is_grad_enabled()
-        key = (
-            names,
-            differentiable,
-            torch.is_inference_mode_enabled(),
-            *((v.shape, v.stride(), v.dtype, v.requires_grad) for v in (*weights.values(), *maps.values())),
-            *(v.data_ptr() for v in (*weights.values(), *running)),
-            *(value for name, value in settings.items() if name not in RUNNING),
-        )
+        rest = tuple(value for name, value in settings.items() if name not in RUNNING)
+        key = kind(weights, running, maps, rest)
         if key not in self._captured:
             while len(self._captured) >= KEPT:
                 del self._captured[next(iter(self._captured))]
@@ -79,6 +78,25 @@ class Graphs:
         with torch.cuda.device(x.device):
             features, strips, *last = self._captured[key](*map(_own, (*weights.values(), *maps.values())))
         return Refined(features, strips, State(*last) if last else None)
+
+
+def kind(
+    weights: dict[str, Tensor], running: list[Tensor], maps: dict[str, Tensor], settings: tuple[Hashable, ...]
+) -> Hashable:
+    """What a graph is captured for: how its tensors are, which weights they are, and in which state PyTorch is."""
+    return (
+        *weights,
+        *maps,
+        *((v.shape, v.stride(), v.dtype, v.requires_grad) for v in (*weights.values(), *maps.values())),
+        *(v.data_ptr() for v in (*weights.values(), *running)),
+        *settings,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        os.environ.get("RRU_FAST_FLOAT32"),
+    )
 
 
 def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Function:

@@ -1,4 +1,8 @@
-"""The parity suite at full size, on a GPU: `pytest -m gpu`."""
+"""The parity suite at full size, on a GPU: `make test-gpu`, or a slice of it: `make test-gpu ARGS="-k full_size"`.
+
+Slices, by their names: oracle, references, full_size, graphed, batch_hard. Compiling the kernels takes most of the
+time, on one core a test; `make test-gpu` runs eight at once.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +38,21 @@ def on_gpu(call: Call) -> Call:
     return call.map(lambda v: v.cuda())
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    """Float32 as such in the reference's convolution too, which by default is in TF32: its error is the yardstick."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture
+def tf32(_exact: None) -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
 
 
 @every_backend
@@ -151,6 +164,47 @@ def test_graphed_training_equals_plain(attention: str, backend: str) -> None:
         assert parity.error(*gradients) <= parity.EXACT, step  # type: ignore[arg-type]
     for name, wanted in plain.state_dict().items():
         assert parity.error(graphed.state_dict()[name], wanted) <= parity.EXACT, name
+
+
+@every_backend
+def test_graphed_gradients_add_up_until_they_are_zeroed(backend: str) -> None:
+    plain = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend).cuda().double()
+    graphed = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend, cuda_graph=True).cuda().double()
+    graphed.load_state_dict(plain.state_dict())
+    leaves = [torch.randn(4, 5, 64, 4, 4, device="cuda", dtype=torch.float64).requires_grad_() for _ in range(2)]
+    gradients = []
+    for module in (plain, graphed):
+        for leaf in leaves:
+            leaf.grad = None
+            module(leaf).features.square().sum().backward()
+        gradients.append([*(p.grad for p in module.parameters()), *(leaf.grad for leaf in leaves)])
+    for wanted, got in zip(*gradients, strict=True):
+        assert parity.error(got, wanted) <= parity.EXACT
+
+
+@every_backend
+def test_graphed_calls_check_lengths_before_they_move_them(backend: str) -> None:
+    rru = rru_fast.RRU(64, (4, 4), hidden=32, backend=backend, cuda_graph=True).cuda().eval()
+    x = torch.randn(2, 5, 64, 4, 4, device="cuda")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="lengths: got values from 1 to 6, wanted 1 to T=5"):
+            rru(x, lengths=torch.tensor([1, 6]))
+        with pytest.raises(TypeError, match="lengths: got list, wanted a tensor"):
+            rru(x, lengths=[1, 2])
+        ragged = rru(x, lengths=torch.tensor([1, 5]))
+    assert (ragged.features[0, 1:] == 0).all() and (ragged.features[1] != 0).any()
+
+
+@every_backend
+def test_a_graphed_module_follows_the_precision_it_is_given(backend: str) -> None:
+    plain = rru_fast.RRU(256, (4, 4), hidden=64, backend=backend).cuda().eval()
+    graphed = rru_fast.RRU(256, (4, 4), hidden=64, backend=backend, cuda_graph=True).cuda().eval()
+    graphed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 256, 4, 4, device="cuda")
+    with torch.no_grad():
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(graphed(x).features, plain(x).features), precision
 
 
 @every_backend

@@ -28,17 +28,17 @@ class RunLog:
     Args:
         run: the run's folder; what it already measured beyond the starting point is dropped.
         console: where people read.
-        batches: steps an epoch.
         epochs: of the whole run.
         epoch: after which the run starts: 0, or that of the checkpoint it resumes.
+        step: the steps made by then.
 
     Raises:
         UserError: what it already measured cannot be read.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, run: Path, console: Console, batches: int, epochs: int, epoch: int = 0) -> None:
-        self._console, self._batches, self._steps, self._first = console, batches, batches * epochs, batches * epoch
+    def __init__(self, run: Path, console: Console, *, epochs: int, epoch: int = 0, step: int = 0) -> None:
+        self._console, self._epochs = console, epochs
         self.records: list[dict[str, Any]] = []
         metrics = run / METRICS
         if epoch:
@@ -49,7 +49,7 @@ class RunLog:
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
         # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.
         with uninterrupted():
-            self._board = SummaryWriter(str(run), purge_step=self._first + 1)
+            self._board = SummaryWriter(str(run), purge_step=step + 1)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=16),  # all of it in 80 columns
@@ -61,7 +61,8 @@ class RunLog:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=self._steps, completed=self._first, epoch=epoch, status="")
+        self._task = self._progress.add_task("", total=None, completed=step, epoch=epoch, status="")
+        self._batches = self._last = 0  # of the epoch: how many, and the number of its last
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._spent = 0.0
 
@@ -74,6 +75,12 @@ class RunLog:
         self._progress.stop()
         self._board.close()
         self._metrics.close()
+
+    def begin_epoch(self, epoch: int, step: int, batches: int) -> None:
+        """An epoch of so many batches begins after so many steps of the run."""
+        self._batches, self._last = batches, step + batches
+        # Epochs may differ in length: the rest of the run is taken to be like this one.
+        self._progress.update(self._task, total=step + batches * (self._epochs - epoch + 1))
 
     @uninterrupted()
     def step(self, epoch: int, step: int, losses: Mapping[str, float], frames: int, seconds: float) -> None:
@@ -89,15 +96,14 @@ class RunLog:
         self._spent += seconds
         status = f"loss {values['loss']:.3f}  {rate:.0f} frames/s"
         self._progress.update(self._task, completed=step, epoch=epoch, status=status)
-        if step % self._batches == 0:
-            self._end_epoch(epoch, step)
+        if step == self._last:
+            self._end_epoch(epoch)
 
-    def _end_epoch(self, epoch: int, step: int) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         frames = self._sums.pop("frames")
         means = {name: total / self._batches for name, total in self._sums.items()}
-        left = timedelta(seconds=round(self._spent / self._batches * (self._steps - step)))
-        of = self._steps // self._batches
-        self.say(f"epoch {epoch}/{of}  {_told(means)}  {frames / self._spent:.0f} frames/s  ETA {left}")
+        left = timedelta(seconds=round(self._spent * (self._epochs - epoch)))
+        self.say(f"epoch {epoch}/{self._epochs}  {_told(means)}  {frames / self._spent:.0f} frames/s  ETA {left}")
         self._sums.clear()
         self._spent = 0.0
 

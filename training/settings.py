@@ -41,12 +41,12 @@ class Options:
     """The dataset's folder; only the synthetic one has a default."""
     split: int | None = None
     """Which of the dataset's splits, from 0; the first if not given."""
+    check_counts: bool = True
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; a resumed run is as it was."""
     output: Path | None = None
     """The run's folder; a new one under runs/, or the resumed run's, if not given."""
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint."""
-    check_counts: bool = True
-    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; a resumed run is as it was."""
     prid: PridPeople | None = None
     """Which of PRID-2011's people: those of more than 21 frames, or of at least 27, as in the official splits."""
     backbone: Literal["inception_v3", "tiny"] | None = None
@@ -55,8 +55,12 @@ class Options:
     """Passes over the sampler."""
     batches: int | None = None
     """Batches an epoch."""
+    sampler: Literal["pk", "official"] | None = None
+    """The order of training: P people in turn with K clips each, or that of the authors' code."""
     people: int | None = None
     """P, people a batch."""
+    bn_groups: int | None = None
+    """Groups of clips with batch statistics of their own, in every batch norm; 4 stands for the authors' GPUs."""
     seed: int | None = None
     """Decides initial weights, order of the data and dropout."""
     weights: str | None = None

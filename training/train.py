@@ -19,7 +19,7 @@ from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
 from training.data import load_split
 from training.data.loading import make_loader
-from training.data.sampler import PKSampler
+from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.features import evaluate
@@ -98,18 +98,18 @@ def train_run(
     if recipe.people != asked:
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    sampler = PKSampler(split.train, recipe.people, recipe.clips, recipe.frames, recipe.seed, recipe.batches)
+    sampler = make_sampler(recipe, split.train)
     loader = make_loader(split.train, sampler, recipe.frames, options.workers)
 
     config = settings.config(split, device)
     trainer = _make_trainer(recipe, settings.ops, people, device, resumed)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
-    with RunLog(run, console, len(sampler), recipe.epochs, trainer.epoch) as log:
+    with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
         size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
         log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
         while trainer.epoch < recipe.epochs:
-            if trainer.epoch >= recipe.eval_from and trainer.epoch % (recipe.eval_every or recipe.epochs) == 0:
+            if recipe.tested_after(trainer.epoch):
                 log.result(_evaluate(trainer, settings, split), trainer.step)
             sampler.set_epoch(trainer.epoch)
             trainer.run_epoch(loader, log)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 
 from training.data.loading import Batch, frames_to_input
 from training.errors import UserError
@@ -36,13 +36,14 @@ class Trainer:
     epoch: int = 0
     step: int = 0
 
-    def run_epoch(self, batches: Iterable[Batch], log: RunLog) -> None:
-        """Train on each batch once.
+    def run_epoch(self, batches: DataLoader[Any], log: RunLog) -> None:
+        """Train on each batch once; how many there are may differ from epoch to epoch.
 
         Raises:
             UserError: a loss is not finite, or at the end a tensor of the network; step and clips are named.
         """
         self.network.train()
+        log.begin_epoch(self.epoch + 1, self.step, len(batches))
         started = time.perf_counter()
         for batch in batches:
             clips, labels = to_input(batch, self.network)

@@ -21,8 +21,23 @@ def narrowed(v, TYPE: tl.constexpr):
 
 
 @triton.jit
+def to_tf32(v):
+    """v rounded to TF32's 10 bits of mantissa, ties away from 0, NaN kept: the matrix units just cut the rest off."""
+    if INTERPRETED:
+        bits = (v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
 def product(v, w, acc, PRECISION: tl.constexpr):
     """acc + v w. Triton 3.6's interpreter multiplies bfloat16's bits as integers: there the factors are widened."""
+    if PRECISION == "tf32":
+        v = to_tf32(v)
+        w = to_tf32(w)
     if INTERPRETED and v.dtype == tl.bfloat16:
         v = v.to(tl.float32)
         w = w.to(tl.float32)

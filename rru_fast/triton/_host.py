@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+# For kernels of about as many programs as fit at once: registers are not spilled to make room for more.
+ALL_REGISTERS = {"maxnreg": 255}
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,

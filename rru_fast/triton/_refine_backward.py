@@ -31,7 +31,8 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     def gate(block_d: int, warps: int) -> Meta:
         block_d = max(1, min(block_d, power_of_2(call.d), 4096 // all_positions))
         block_a = max(1, min(32, power_of_2(max(1, call.a)), 4096 // all_positions))
-        return {"BLOCK_P": all_positions, "BLOCK_D": block_d, "BLOCK_A": block_a, "num_warps": warps}
+        blocks = {"BLOCK_P": all_positions, "BLOCK_D": block_d, "BLOCK_A": block_a}
+        return {**blocks, "num_warps": warps, **host.ALL_REGISTERS}
 
     def norm(block_d: int, warps: int) -> Meta:
         return {"BLOCK_D": min(block_d, power_of_2(call.d)), "BLOCK_P": block_p, "num_warps": warps}
@@ -42,7 +43,7 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
         pieces = max(1, call.steps) * call.clips * -(-call.positions // block_k)
         split = max(1, min(waves * processors // tiles, pieces, 32))
         blocks = {"BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_K": block_k, "SPLIT": split}
-        return {**blocks, "num_warps": warps, "num_stages": stages}
+        return {**blocks, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
 
     warps, most = 8 if exact or dtype == torch.float16 else 4, 64 if exact else 128
     plan = {
@@ -56,7 +57,9 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     if exact:
         return plan, {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, block_k, 2, 8, 3)]}
     return plan, {
-        "maps": [maps(64, block_k, 8), maps(128, block_k, 8), maps(32, block_k, 4)],
+        # In three products of TF32 a tile of 128 channels does not fit the registers.
+        "maps": [maps(block_c, block_k, 8) for block_c in ((64,) if how == "tf32x3" else (64, 128))]
+        + [maps(32, block_k, 4)],
         "gate": gates,
         "weights": [weights(128, 128, block_k, 2, 8, 3), weights(64, 128, block_k, 1, 4, 3)],
     }

@@ -30,7 +30,7 @@ def _z(z_s, z_c, clip, channels, c, p, here, P: tl.constexpr):
     return tl.sigmoid(logits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def maps_kernel(
     g,  # G_{t+1} in, G_t out (B, C, P)
     d_x,  # dX_{t+1}, out (B, C, P), P contiguous; or None: nothing to end, or not needed
@@ -312,7 +312,7 @@ def norm_backward_kernel(
         tl.store(du + d[:, None] * P + p[None, :], dy, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def weight_gradient_kernel(
     out,  # (SPLIT, D, C), sums over a part of the frames each
     du,  # (F, B, D, P)

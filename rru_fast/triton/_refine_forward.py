@@ -57,7 +57,11 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
             "gate": gates,
         }
     return plan, {
-        "hoist": [product(256, block_k, 1, 8, 3), product(128, block_k // 2, 1, 4, 4), product(64, block_k, 1, 4, 3)],
+        "hoist": [
+            product(256, block_k, 1, 8, 3),
+            product(128, max(16, block_k // 2), 1, 4, 4),
+            product(64, block_k, 1, 4, 3),
+        ],
         "transition": [
             transition(64, block_k, 1),
             transition(64, block_k, 2),

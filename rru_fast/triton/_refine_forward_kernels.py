@@ -12,7 +12,7 @@ import triton.language as tl
 from rru_fast.triton._device import last_to_arrive, narrowed, normalise, product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def transition_kernel(
     u,  # (F, B, D, P)
     x,  # (B, F, C, P)
@@ -169,7 +169,7 @@ def _merge(tile_mean, tile_square, mean, var, begin, tiles, d, D: tl.constexpr, 
     tl.store(var + d, square / elements, d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def gate_kernel(
     out,  # S_t (B, C, P), P contiguous
     out_clip,

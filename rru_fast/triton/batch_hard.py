@@ -27,7 +27,8 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     precision = host.precision(features.dtype)
 
     def blocks(m: int, other: int, k: int, warps: int, stages: int) -> Meta:
-        return {"BLOCK_M": m, "BLOCK_N": other, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        sizes = {"BLOCK_M": m, "BLOCK_N": other, "BLOCK_K": k}
+        return {**sizes, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
 
     def run(meta: Meta) -> tuple[Tensor, ...]:
         loss, d_pos, d_neg = (features.new_empty((groups, n), dtype=dtype) for _ in range(3))
@@ -58,13 +59,19 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     while rows < 64 and groups * -(-n // (2 * rows)) >= processors:
         rows *= 2
     k = host.depth(features.dtype, precision)
-    warps = {16: 2, 32: 4, 64: 8 if precision == "ieee" else 4}[rows]
+    # Where rows are not 16 bytes apart, every element takes an address of its own: a thread can hold fewer.
+    even = all(stride * features.element_size() % 16 == 0 for stride in features.stride()[:2])
+    warps = 8 if rows == 64 and (precision == "ieee" or not even) else 4
     default = blocks(rows, 64 if n > 32 else 32, k, warps, 3)
-    others = [blocks(m, other, k, 8 if m * other >= 4096 else 4, 3) for m in (16, 64, 128) for other in (64, 128)]
     if precision == "ieee" and features.dtype.itemsize >= 4:
-        others = [blocks(16, 64, k, 4, 3), blocks(32, 64, k, 4, 3), blocks(64, 64, k, 8, 3)]
+        tiles = [(16, 64, 4), (64, 64, 8), *([(32, 64, 4)] if even else [])]
+    else:
+        tiles = [(16, 64, 4), (64, 64, 8)]
+        tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)] if even else []
+        tiles += [(128, 128, 8)] if even and precision != "tf32x3" else []
+    others = [blocks(m, other, k, warps, 3) for m, other, warps in tiles]
     with host.on_device(features):
-        sizes = (groups, n, d, soft, metric, precision)
+        sizes = (groups, n, d, soft, metric, precision, even)
         plan = tuned(
             "batch_hard", sizes, features, {"batch_hard": default}, {"batch_hard": others},
             lambda plan: run(plan["batch_hard"]),

@@ -65,6 +65,31 @@ def test_runs_become_tables_between_their_markers_and_drawings_beside_them(optio
         assert (options.results / name).read_bytes().startswith(PNG)
 
 
+def test_a_run_on_a_gpu_becomes_a_table_for_each_operator_and_mode(options: report.Options) -> None:
+    def row(op: str, mode: str, name: str, ms: float | None) -> dict[str, Any]:
+        described = {"implementation": name, "op": op, "mode": mode, "shape": [2, 3, 16, 4, 4]}
+        return {**described, "ms": ms, "x eager": None if ms is None else 9 / ms}
+
+    rows = [row("refine", "training, float32", "eager", 9.0), row("refine", "training, float32", "triton", 0.5)]
+    rows += [
+        row("strip_pool", "forward + backward", "eager", 9.0),
+        row("strip_pool", "forward + backward", "slow", None),
+    ]
+    run = {"environment": {**HERE, "op": "gpu", "roofline": "3000 GB/s", "left out": {}}, "rows": rows}
+    (options.results / "a-gpu.json").write_text(json.dumps(run))
+    options.readme.write_text(PAGE + "<!-- gpu -->\nnothing yet\n<!-- /gpu -->\n")
+    report.main(options)
+    page = options.readme.read_text()
+    assert "nothing yet" not in page and "roofline 3000 GB/s" in page
+    assert "`refine`, 2 x 3 x 16 x 4 x 4, training, float32" in page and "| triton | 0.5 | 18.00 |" in page
+    assert "`strip_pool`, 2 x 3 x 16 x 4 x 4, forward + backward" in page and "| slow | - | - |" in page
+
+
+def test_the_readme_has_a_place_for_a_gpus_figures() -> None:
+    page = (report.ROOT / "README.md").read_text()
+    assert page.count("<!-- gpu -->") == page.count("<!-- /gpu -->") == 1
+
+
 def test_a_row_where_we_lose_and_one_that_was_not_measured_are_in_the_table(options: report.Options) -> None:
     report.main(options)
     lines = [line for line in options.readme.read_text().splitlines() if line.startswith("| 2 x ")]

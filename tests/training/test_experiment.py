@@ -109,7 +109,7 @@ def test_evaluation_counts_from_the_recipe_s_first_epoch(
 ) -> None:
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["quick"], eval_every=2, eval_from=3))
     results = run(options(small_data, tmp_path / "run", epochs=5))
-    assert [result["epoch"] for result in results] == [4, 5]  # and always the last
+    assert [result["epoch"] for result in results] == [0, 3, 5]  # always the untrained network, and the last
 
 
 def test_a_run_continued_by_hand_for_longer_is_another(

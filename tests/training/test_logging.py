@@ -17,14 +17,29 @@ from training.logging import METRICS, RunLog
 def test_the_progress_of_a_long_run_fits_in_80_columns(tmp_path: Path) -> None:
     page = io.StringIO()
     console = Console(file=page, width=80, force_terminal=True, color_system=None)
-    with RunLog(tmp_path, console, batches=15, epochs=900) as log:
-        for step in range(1, 12001):
+    with RunLog(tmp_path, console, epochs=900, epoch=799, step=11985) as log:
+        log.begin_epoch(800, 11985, batches=15)
+        for step in range(11986, 12001):
             if step > 11990:
                 log.step(800, step, {"identity": 5.25, "video": 4.5, "part": 3.0}, frames=160, seconds=0.01)
     shown = page.getvalue().rpartition("epoch 800")[2].splitlines()[0].rstrip()
     assert len("epoch 800" + shown) <= 80
     assert "12000/13500 ETA " in shown
     assert shown.endswith("loss 12.750  16000 frames/s")
+
+
+def test_epochs_of_different_lengths_each_end_by_their_own_mean(tmp_path: Path) -> None:
+    page = io.StringIO()
+    with RunLog(tmp_path, Console(file=page, width=80), epochs=3, epoch=1, step=7) as log:
+        for epoch, first, losses in ((2, 8, [1.0, 2.0, 6.0]), (3, 11, [4.0, 5.0])):
+            log.begin_epoch(epoch, first - 1, len(losses))
+            for step, loss in enumerate(losses, start=first):
+                log.step(epoch, step, {"identity": loss}, frames=8, seconds=2.0)
+    lines = page.getvalue().splitlines()
+    assert lines == [
+        "epoch 2/3  loss 3.000  identity 3.000  4 frames/s  ETA 0:00:06",
+        "epoch 3/3  loss 4.500  identity 4.500  4 frames/s  ETA 0:00:00",
+    ]
 
 
 def test_an_interrupt_waits_for_the_end_of_what_must_not_be_cut() -> None:
@@ -64,10 +79,9 @@ class Interrupting(dict[str, float]):
 
 
 def test_a_step_is_noted_whole_or_not_at_all(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        RunLog(tmp_path, Console(file=io.StringIO()), batches=2, epochs=1) as log,
-    ):
-        log.step(1, 1, Interrupting(identity=5.0), frames=8, seconds=0.01)
+    with RunLog(tmp_path, Console(file=io.StringIO()), epochs=1) as log:
+        log.begin_epoch(1, 0, batches=2)
+        with pytest.raises(KeyboardInterrupt):
+            log.step(1, 1, Interrupting(identity=5.0), frames=8, seconds=0.01)
     (line,) = (tmp_path / METRICS).read_text().splitlines()
     assert json.loads(line)["identity"] == 5.0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import inception_v3
 
 from training.model.backbone import Tiny
 from training.model.network import Network
@@ -28,9 +29,29 @@ def test_only_layers_out_of_a_weights_file_train_at_their_own_rate(
     assert sorted(held) == sorted(id(parameter) for parameter in network.parameters())
 
 
-def test_inceptions_new_auxiliary_layer_trains_at_the_base_rate() -> None:
-    recipe = replace(RECIPES["paper"], weights="random")
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_inceptions_new_auxiliary_layer_trains_at_the_base_rate(name: str, tmp_path: Path) -> None:
+    torch.save(inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth")
+    recipe = replace(RECIPES[name], weights=str(tmp_path / "inception.pth"))
     network = Network(recipe, identities=3, ops="reference")
-    new = {id(parameter) for parameter in make_optimizer(network, recipe).param_groups[1]["params"]}
-    of_backbone = [name for name, parameter in network.backbone.named_parameters() if id(parameter) in new]
-    assert of_backbone == ["net.AuxLogits.fc.weight", "net.AuxLogits.fc.bias"]
+    rates = {id(p): group["lr"] for group in make_optimizer(network, recipe).param_groups for p in group["params"]}
+    of_backbone = {name: rates[id(parameter)] for name, parameter in network.backbone.named_parameters()}
+    assert [name for name, rate in of_backbone.items() if rate == 0.01] == [
+        "net.AuxLogits.fc.weight",
+        "net.AuxLogits.fc.bias",
+    ]
+    assert set(of_backbone.values()) == {0.01, 0.001}
+    of_rest = {rates[id(p)] for name, p in network.named_parameters() if not name.startswith("backbone.")}
+    assert of_rest == {0.01}
+
+
+@pytest.mark.parametrize("bn_groups", [1, 3])
+def test_weight_decay_is_on_norms_and_biases_too(recipe: Recipe, bn_groups: int) -> None:
+    network = Network(replace(recipe, bn_groups=bn_groups), identities=3, ops="reference")
+    optimizer = make_optimizer(network, recipe)
+    assert {(group["weight_decay"], group["momentum"]) for group in optimizer.param_groups} == {(5e-4, 0.9)}
+    for parameter in network.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert [name for name, parameter in network.named_parameters() if not (parameter < 1).all()] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -37,5 +38,7 @@ def load_split(
     root = root or getattr(module, "DEFAULT_ROOT", None)
     if root is None:
         raise UserError(f"dataset {dataset}: got no data root, wanted the folder that holds it")
-    result: Split = module.load(root, split)
+    asked = {"prid": prid, "check_counts": check_counts}
+    known = signature(module.load).parameters
+    result: Split = module.load(root, split, **{name: value for name, value in asked.items() if name in known})
     return result

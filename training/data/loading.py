@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from training.data.sampler import Clip, PKSampler
+from training.data.sampler import Clip, PeopleSampler
 from training.data.tracklets import Tracklet, people_of, read_frame
 from training.errors import UserError
 
@@ -84,7 +84,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def make_loader(tracklets: Sequence[Tracklet], sampler: PKSampler, frames: int, workers: int) -> DataLoader[Any]:
+def make_loader(tracklets: Sequence[Tracklet], sampler: PeopleSampler, frames: int, workers: int) -> DataLoader[Any]:
     """Make the loader of one epoch's batches after another; `sampler.set_epoch` says which.
 
     Args:

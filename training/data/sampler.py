@@ -1,10 +1,10 @@
-"""The order of training: P people times K clips a batch."""
+"""The order of training: P people times K clips a batch, everybody in turn or as the paper's authors did."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice, zip_longest
+from itertools import chain, cycle, islice, repeat, zip_longest
 from typing import TypeAlias
 
 import numpy as np
@@ -12,13 +12,71 @@ from torch.utils.data import Sampler
 
 from training.data.tracklets import Tracklet
 from training.errors import UserError
+from training.recipes.recipe import Recipe
 
 Clip: TypeAlias = tuple[int, int]
 """Index of the tracklet, index of the clip's first frame in it."""
 
 
-class PKSampler(Sampler[list[Clip]]):
-    """Yield batches of `people` distinct people with `clips` clips each, grouped by person.
+class PeopleSampler(Sampler[list[Clip]]):
+    """What the samplers share: batches of P people with K clips each, a function of `seed` and the epoch alone.
+
+    Args:
+        tracklets: what is sampled from.
+        people: P, people a batch.
+        clips: K, clips a person.
+        frames: T, contiguous frames a clip.
+        seed: not negative.
+        batches: batches an epoch; `None` for what the sampler says.
+        shortest: frames of a tracklet without which it is left out.
+
+    Raises:
+        UserError: there are fewer than P people, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        tracklets: Sequence[Tracklet],
+        people: int,
+        clips: int,
+        frames: int,
+        seed: int,
+        batches: int | None,
+        shortest: int,
+    ) -> None:
+        limits = (("people", people, 1), ("clips", clips, 1), ("frames", frames, 1), ("seed", seed, 0))
+        for name, value, least in limits:
+            if value < least:
+                raise UserError(f"{name}: got {value}, wanted at least {least}")
+        by_person: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, tracklet in enumerate(tracklets):
+            if len(tracklet.frames) >= shortest:
+                by_person[tracklet.person][tracklet.camera].append(index)
+        if len(by_person) < people:
+            raise UserError(
+                f"people in a batch (P): got {people}, wanted at most {len(by_person)}, all there are to train on"
+                + f" with {shortest} frames in a tracklet" * (shortest > 1)
+            )
+        # Plain dicts in sorted order: picklable, and independent of the order the tracklets came in.
+        self._cameras = [list(dict(sorted(by_person[person].items())).values()) for person in sorted(by_person)]
+        self._lengths = [len(tracklet.frames) for tracklet in tracklets]
+        self._people, self._clips, self._frames, self._batches = people, clips, frames, batches
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives, whatever came before."""
+        self._epoch = epoch
+
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng((self._seed, self._epoch))
+
+    def _clip(self, index: int, rng: np.random.Generator) -> Clip:
+        """A clip of a tracklet: it starts anywhere that leaves room for T frames, or else at the first frame."""
+        return index, int(rng.integers(max(self._lengths[index] - self._frames, 0) + 1))
+
+
+class PKSampler(PeopleSampler):
+    """Yield batches of `people` distinct people with `clips` clips each, grouped by person; everybody in turn.
 
     A person's clips come from different cameras first, and from different tracklets before the same one twice. A clip
     starts anywhere that leaves room for `frames` frames; one of a shorter tracklet starts at its first frame. The
@@ -45,46 +103,108 @@ class PKSampler(Sampler[list[Clip]]):
         seed: int,
         batches: int | None = None,
     ) -> None:
-        limits = (("people", people, 1), ("clips", clips, 1), ("frames", frames, 1), ("seed", seed, 0))
-        for name, value, least in limits:
-            if value < least:
-                raise UserError(f"{name}: got {value}, wanted at least {least}")
-        by_person: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for index, tracklet in enumerate(tracklets):
-            by_person[tracklet.person][tracklet.camera].append(index)
-        if len(by_person) < people:
-            raise UserError(
-                f"people in a batch (P): got {people}, wanted at most {len(by_person)}, all there are to train on"
-            )
-        # Plain dicts in sorted order: picklable, and independent of the order the tracklets came in.
-        self._cameras = [list(dict(sorted(by_person[person].items())).values()) for person in sorted(by_person)]
-        self._lengths = [len(tracklet.frames) for tracklet in tracklets]
-        self._people, self._clips, self._frames, self._seed = people, clips, frames, seed
-        self._batches = len(by_person) // people if batches is None else batches
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, whatever came before."""
-        self._epoch = epoch
+        super().__init__(tracklets, people, clips, frames, seed, batches, shortest=1)
 
     def __len__(self) -> int:
-        return self._batches
+        """The batches of every epoch."""
+        return len(self._cameras) // self._people if self._batches is None else self._batches
 
     def __iter__(self) -> Iterator[list[Clip]]:
-        rng = np.random.default_rng((self._seed, self._epoch))
+        rng = self._generator()
         waiting: list[int] = []
-        for _ in range(self._batches):
+        for _ in range(len(self)):
             if len(waiting) < self._people:
                 waiting = rng.permutation(len(self._cameras)).tolist()
             chosen, waiting = waiting[: self._people], waiting[self._people :]
-            yield [
-                (index, int(rng.integers(max(self._lengths[index] - self._frames, 0) + 1)))
-                for person in chosen
-                for index in self._tracklets_of(person, rng)
-            ]
+            yield [self._clip(index, rng) for person in chosen for index in self._tracklets_of(person, rng)]
 
     def _tracklets_of(self, person: int, rng: np.random.Generator) -> Iterator[int]:
         """Deal one tracklet a camera, then a second one a camera, and so on; start over when all are used."""
         hands = [rng.permutation(camera).tolist() for camera in self._cameras[person]]
         rounds = zip_longest(*(hands[i] for i in rng.permutation(len(hands))))
         return islice(cycle([index for dealt in rounds for index in dealt if index is not None]), self._clips)
+
+
+class OfficialSampler(PeopleSampler):
+    """Yield batches of `people` people with `clips` clips each as the authors' code does: tracklets are used up.
+
+    Each epoch deals everybody's tracklets into sets of K, without replacement: a set takes one tracklet from each
+    camera that has any left, the cameras in random order, then a second one, until it has K. A last set that the
+    person's tracklets do not fill is filled up by drawing among all of that person's again. A batch takes one set
+    each of P people, drawn at random from those with sets left; the epoch ends when fewer than P people have any. So
+    epochs may differ in length.
+
+    A clip is a contiguous window of `frames` frames at a random place; a tracklet too short for one is left out.
+
+    Args:
+        tracklets: what is sampled from.
+        people: P, people a batch.
+        clips: K, clips a person.
+        frames: T, contiguous frames a clip.
+        seed: not negative.
+        batches: batches an epoch, everything being dealt anew as often as that takes; one deal if None.
+
+    Raises:
+        UserError: fewer than P people have a tracklet of T frames, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        tracklets: Sequence[Tracklet],
+        people: int,
+        clips: int,
+        frames: int,
+        seed: int,
+        batches: int | None = None,
+    ) -> None:
+        super().__init__(tracklets, people, clips, frames, seed, batches, shortest=frames)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives, whatever came before, and deal it."""
+        super().set_epoch(epoch)
+        rng = self._generator()
+        deals = repeat(rng, 1) if self._batches is None else repeat(rng)
+        self._order = list(islice(chain.from_iterable(map(self._deal, deals)), self._batches))
+
+    def __len__(self) -> int:
+        """The batches of the epoch chosen."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[Clip]]:
+        return iter(self._order)
+
+    def _deal(self, rng: np.random.Generator) -> Iterator[list[Clip]]:
+        """The batches of one deal."""
+        left = {person: list(self._sets_of(person, rng)) for person in range(len(self._cameras))}
+        while len(left) >= self._people:
+            chosen = rng.choice(list(left), self._people, replace=False).tolist()
+            yield [self._clip(index, rng) for person in chosen for index in left[person].pop()]
+            left = {person: sets for person, sets in left.items() if sets}
+
+    def _sets_of(self, person: int, rng: np.random.Generator) -> Iterator[list[int]]:
+        """A person's tracklets in sets of K."""
+        cameras = self._cameras[person]
+        hands = [rng.permutation(camera).tolist() for camera in cameras]
+        while hands:
+            dealt: list[int] = []
+            while hands and len(dealt) < self._clips:
+                turns = rng.permutation(len(hands))[: self._clips - len(dealt)]
+                dealt += [hands[turn].pop() for turn in turns]
+                hands = [hand for hand in hands if hand]
+            missing = self._clips - len(dealt)
+            yield dealt + rng.choice(list(chain(*cameras)), missing).tolist()
+
+
+def make_sampler(recipe: Recipe, tracklets: Sequence[Tracklet]) -> PeopleSampler:
+    """The sampler a recipe asks for.
+
+    Args:
+        recipe: says which, P, K, T, the seed and, if it does, the batches an epoch.
+        tracklets: what is sampled from.
+
+    Raises:
+        UserError: there are too few people.
+    """
+    kind = {"pk": PKSampler, "official": OfficialSampler}[recipe.sampler]
+    return kind(tracklets, recipe.people, recipe.clips, recipe.frames, recipe.seed, recipe.batches)

@@ -93,10 +93,11 @@ def read_frame(frame: Frame) -> torch.Tensor:
             with Image.open(frame) as image:
                 mode, pixels = image.mode, np.asarray(image.convert("RGB"))
         except FileNotFoundError:
-            raise UserError(f"frame {frame}: no such file") from None
+            raise UserError(f"frame {frame}: no such file; copy it again") from None
         except _CORRUPT as error:
             reason = " ".join(str(error).split()).removesuffix(f" {str(frame)!r}")
-            raise UserError(f"frame {frame}: not a readable image ({type(error).__name__}: {reason})") from None
+            what = f"not a readable image ({type(error).__name__}: {reason})"
+            raise UserError(f"frame {frame}: {what}; copy it again") from None
         if mode not in _MODES:
             raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
         frame = pixels

@@ -2,52 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from training.data.loading import frames_to_input
 from training.data.tracklets import Split, Tracklet, read_frame
 from training.errors import UserError
 from training.evaluation.ranking import PROTOCOLS, Floats, Ranking
-from training.model.network import Network
+from training.model.network import Carried, Network
 
-CHUNK = 64  # frames through the backbone at once: bounds the memory of a long tracklet
+CHUNK = 64  # frames through the network at once: bounds the memory of a long tracklet
 
 
 @torch.no_grad()
-def extract(network: Network, tracklets: Iterable[Tracklet], chunk: int = CHUNK) -> Floats:
+def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK) -> Floats:
     """The features of tracklets, each over all its frames in order, in eval mode; the network's mode is restored.
 
+    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together.
+
     Args:
-        network: on the device that does the work.
+        network: on the device and of the dtype that do the work.
         tracklets: N of them.
-        chunk: frames that go through the backbone at once.
+        chunk: frames that go through at once, padding included.
 
     Returns:
-        (N, D) float64.
+        (N, D) float64, in the order of `tracklets`.
 
     Raises:
-        UserError: a frame cannot be read, or a feature is not finite.
+        UserError: a frame cannot be read, a feature is not finite, or the chunk has no frame.
     """
-    device = next(network.parameters()).device
+    if chunk < 1:
+        raise UserError(f"chunk: got {chunk}, wanted at least 1 frame")
+    features = np.empty((len(tracklets), network.head.features))
     was_training = network.training
     network.eval()
     try:
-        rows = []
-        for tracklet in tracklets:
-            maps = []
-            for start in range(0, len(tracklet.frames), chunk):
-                frames = [read_frame(frame) for frame in tracklet.frames[start : start + chunk]]
-                maps.append(network.backbone(frames_to_input(frames, network.backbone.size, device))[0])
-            feature = network.embed(torch.cat(maps)[None])[0][0]
-            if not feature.isfinite().all():
-                raise UserError(f"{tracklet.name}: its feature is not finite; the network's weights have diverged")
-            rows.append(feature.double().cpu().numpy())
-        return np.stack(rows)
+        for group in _alike([len(tracklet.frames) for tracklet in tracklets], chunk):
+            members = [tracklets[index] for index in group]
+            rows = _features(network, members, chunk).cpu().numpy()
+            for tracklet, row in zip(members, rows, strict=True):
+                if not np.isfinite(row).all():
+                    raise UserError(f"{tracklet.name}: its feature is not finite; the network's weights have diverged")
+            features[group] = rows
+        return features
     finally:
         network.train(was_training)
+
+
+def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
+    """Group tracklets, as indices, so that a group padded to its longest fits in a chunk; longer ones stay alone."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):  # stable, and neighbours need little padding
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= chunk:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int) -> Tensor:
+    """The features (B, D), float64, of tracklets of at most `chunk` frames, or of one that is longer."""
+    weight = next(network.parameters())
+    frames_of = torch.tensor([len(tracklet.frames) for tracklet in tracklets], device=weight.device)
+    longest = max(len(tracklet.frames) for tracklet in tracklets)
+    total = torch.zeros(len(tracklets), network.head.features, dtype=torch.float64, device=weight.device)
+    carried = Carried()
+    for start in range(0, longest, chunk):
+        windows = [tracklet.frames[start : start + chunk] for tracklet in tracklets]
+        frames = [read_frame(frame) for window in windows for frame in window]
+        maps = network.backbone(frames_to_input(frames, network.backbone.size, weight.device).to(weight.dtype))[0]
+        padded = pad_sequence(maps.split([len(window) for window in windows]), batch_first=True)
+        lengths = (frames_of - start).clamp(max=chunk)
+        part, carried = network.stream(padded, lengths, start + chunk >= longest, carried)
+        total += part
+    return total / frames_of[:, None]
 
 
 def evaluate(network: Network, split: Split) -> Ranking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.models import Inception3, inception_v3
@@ -11,6 +12,13 @@ from training.errors import UserError
 from training.model.weights import download_inception, load_weights, read_weights
 from training.recipes.recipe import Recipe
 
+# Inception-v3's blocks in order, as torchvision names them; the auxiliary classifier branches off between the two.
+_TO_MIXED_6E = (
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+)
+_TO_MIXED_7C = ("Mixed_7a", "Mixed_7b", "Mixed_7c")
+
 
 class Inception(nn.Module):
     """Torchvision's Inception-v3 up to its last inception block, with its own auxiliary classifier.
@@ -18,6 +26,7 @@ class Inception(nn.Module):
     Args:
         identities: number of people the auxiliary classifier tells apart.
         weights: "imagenet" (torchvision's download), "random", or a .pth or .safetensors file in torchvision's naming.
+        auxiliary: what that classifier judges, "frames", or the mean over each "clip" of its frames' Mixed_6e maps.
 
     Raises:
         UserError: the weights file is missing, unreadable, or of another network.
@@ -27,8 +36,9 @@ class Inception(nn.Module):
     size = (299, 299)  # (h, w) of an input frame
     spatial = (8, 8)  # (H, W) of a map
 
-    def __init__(self, identities: int, weights: str) -> None:
+    def __init__(self, identities: int, weights: str, auxiliary: Literal["frames", "clip"] = "frames") -> None:
         super().__init__()
+        self.auxiliary = auxiliary
         self.pretrained = weights != "random"
         state = None
         if weights == "imagenet":
@@ -37,27 +47,44 @@ class Inception(nn.Module):
         elif self.pretrained:
             state = read_weights(Path(weights))
         net: Inception3 = inception_v3(weights=None, transform_input=False, init_weights=state is None)
-        # Beyond Mixed_7c only the flattening is left, which forward undoes.
+        # What lies beyond Mixed_7c is not called; without these its weights are not kept either.
         net.avgpool = net.dropout = net.fc = nn.Identity()
         if state is not None:
             kept = {key: value for key, value in state.items() if not key.startswith("fc.")}
             load_weights(net, kept, weights)
-        auxiliary = net.AuxLogits
-        assert isinstance(auxiliary, nn.Module)
-        auxiliary.fc = nn.Linear(768, identities)
-        nn.init.normal_(auxiliary.fc.weight, std=0.001)
-        nn.init.zeros_(auxiliary.fc.bias)
+        classifier = net.AuxLogits
+        assert isinstance(classifier, nn.Module)
+        classifier.fc = nn.Linear(768, identities)
+        nn.init.normal_(classifier.fc.weight, std=0.001)
+        nn.init.zeros_(classifier.fc.bias)
         self.net = net
 
     def loadable_parameters(self) -> list[nn.Parameter]:
         """The parameters that a weights file fills: all but the auxiliary classifier's last layer."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("net.AuxLogits.fc.")]
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Frames (N, 3, 299, 299) to maps (N, 2048, 8, 8) and, in training, auxiliary logits (N, identities)."""
-        out = self.net(frames)
-        flat, auxiliary = out if self.training else (out, None)
-        return flat.unflatten(1, (self.channels, *self.spatial)), auxiliary
+    def forward(self, frames: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Frames to their maps and, in training, auxiliary logits.
+
+        Args:
+            frames: (N, 3, 299, 299), clip by clip.
+            times: T, frames a clip.
+
+        Returns:
+            Maps (N, 2048, 8, 8); logits of the frames, (N, identities), or of the clips, (N / T, identities), and
+            `None` in eval mode.
+        """
+        middle = self._through(_TO_MIXED_6E, frames)  # (N, 768, 17, 17)
+        logits = None
+        if self.training:
+            judged = middle.reshape(-1, times, *middle.shape[1:]).mean(1) if self.auxiliary == "clip" else middle
+            logits = self.net.AuxLogits(judged)
+        return self._through(_TO_MIXED_7C, middle), logits
+
+    def _through(self, blocks: tuple[str, ...], maps: Tensor) -> Tensor:
+        for block in blocks:
+            maps = self.net.get_submodule(block)(maps)
+        return maps
 
 
 class Tiny(nn.Module):
@@ -95,14 +122,16 @@ class Tiny(nn.Module):
         """The parameters that a weights file fills."""
         return list(self.parameters())
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, None]:
-        """Frames (N, 3, 64, 64) to maps (N, 128, 8, 8); there is no auxiliary classifier."""
+    def forward(self, frames: Tensor, times: int = 1) -> tuple[Tensor, None]:
+        """Frames (N, 3, 64, 64) to maps (N, 128, 8, 8), whatever the clips; there is no auxiliary classifier."""
         return self.net(frames), None
 
 
 def make_backbone(recipe: Recipe, identities: int) -> Inception | Tiny:
     """The backbone a recipe asks for; `identities` is what an auxiliary classifier tells apart."""
-    return Tiny(recipe.weights) if recipe.backbone == "tiny" else Inception(identities, recipe.weights)
+    if recipe.backbone == "tiny":
+        return Tiny(recipe.weights)
+    return Inception(identities, recipe.weights, recipe.auxiliary)
 
 
 def _conv(channels_in: int, channels_out: int, stride: int) -> tuple[nn.Module, ...]:

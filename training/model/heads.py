@@ -1,7 +1,12 @@
-"""What turns the maps of a clip into one feature: the paper's baseline, LSTM and STIM."""
+"""What turns the maps of a clip into one feature: the paper's baseline, LSTM and STIM.
+
+Each says something of every frame, and the feature is the mean over the frames. So a clip too long for one go is
+streamed, in eval mode: `stream` returns what a chunk's frames add to the sum over all frames, and what the next needs.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from training.recipes.recipe import Recipe
@@ -22,6 +27,10 @@ class Baseline(nn.Module):
         """Maps (B, T, C, H, W) to features (B, C)."""
         return maps.mean((1, 3, 4))
 
+    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: None) -> tuple[Tensor, None]:
+        """Maps (B, T, C, H, W) of a chunk to the sum (B, C) over its frames, of which `lengths` (B,) exist each."""
+        return _sum(maps.mean((3, 4)), lengths), None
+
 
 class LSTM(nn.Module):
     """The mean over space, an LSTM over time, the mean of its outputs.
@@ -40,6 +49,20 @@ class LSTM(nn.Module):
         """Maps (B, T, C, H, W) to features (B, D)."""
         outputs: Tensor = self.lstm(maps.mean((3, 4)))[0]
         return outputs.mean(1)
+
+    def stream(
+        self, maps: Tensor, lengths: Tensor, last: bool, carried: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Maps (B, T, C, H, W) of a chunk to the sum (B, D) over its frames, and the LSTM's state after them.
+
+        Args:
+            maps: of the chunk.
+            lengths: (B,), how many of its T frames exist; the state is right where all do.
+            last: whether no chunk follows.
+            carried: the state after the chunk before; `None` at the first.
+        """
+        outputs, carried = self.lstm(maps.mean((3, 4)), carried)
+        return _sum(outputs, lengths), carried
 
 
 class STIM(nn.Module):
@@ -70,6 +93,31 @@ class STIM(nn.Module):
         clues: Tensor = self.net(maps.transpose(1, 2))
         return clues.mean((2, 3, 4))
 
+    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Maps (B, T, C, H, W) of a chunk to the sum (B, D) over the frames it settles, and the next chunk's halo.
+
+        A frame is settled once its successor is known: with a chunk that is not the last, all but its last frame, and
+        the last of the chunk before.
+
+        Args:
+            maps: of the chunk.
+            lengths: (B,), how many of its T frames exist.
+            last: whether no chunk follows.
+            carried: up to two frames (B, D, 1 or 2, H, W) out of the first convolution; `None` at the first chunk.
+        """
+        clues: Tensor = self.net[:3](maps.transpose(1, 2))
+        # Beyond a clip's end the second convolution has to meet zeros, as its own padding is.
+        clues = clues.masked_fill(~_exist(lengths, maps.shape[1])[:, None, :, None, None], 0)
+        earlier = 0  # frames of the chunk before that are settled now
+        settled = slice(0, None if last else -1)
+        if carried is not None:
+            earlier = 1
+            # Of two frames the first is there for the second's sake; a lone one is the clip's first, not settled yet.
+            settled = slice(carried.shape[2] - 1, settled.stop)
+            clues = torch.cat((carried, clues), 2)
+        outputs: Tensor = self.net[3:](clues)[:, :, settled]
+        return _sum(outputs.mean((3, 4)).transpose(1, 2), lengths + earlier), clues[:, :, -2:]
+
 
 def make_head(recipe: Recipe, channels: int) -> Baseline | LSTM | STIM:
     """The head a recipe asks for, on maps of so many channels."""
@@ -80,3 +128,12 @@ def make_head(recipe: Recipe, channels: int) -> Baseline | LSTM | STIM:
             return LSTM(channels, recipe.head_width)
         case "stim":
             return STIM(channels, recipe.head_width)
+
+
+def _exist(lengths: Tensor, frames: int) -> Tensor:
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]  # (B, T)
+
+
+def _sum(of_frames: Tensor, lengths: Tensor) -> Tensor:
+    """The sum of (B, T, D) over the frames that exist, (B, D)."""
+    return of_frames.masked_fill(~_exist(lengths, of_frames.shape[1])[:, :, None], 0).sum(1)

@@ -13,16 +13,17 @@ from training.recipes.recipe import Recipe
 
 
 class Losses(nn.Module):
-    """Cross-entropy of identities, batch-hard triplets on the clips' features and on their strips.
+    """Cross-entropy of identities, the auxiliary one weighted; batch-hard triplets on the clips' features and strips.
 
     Args:
-        recipe: says which of them count, and their margin.
+        recipe: says which of them count, the margin and the weight.
         ops: "fast" for the library's triplet loss, "reference" for its plain PyTorch twin.
     """
 
     def __init__(self, recipe: Recipe, ops: Ops) -> None:
         super().__init__()
         self.video, self.part = recipe.video_loss, recipe.part_loss
+        self.auxiliary_weight = recipe.auxiliary_weight
         self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin)
 
     def forward(self, output: Output, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,8 +41,8 @@ class Losses(nn.Module):
             raise UserError(f"labels: got shape {tuple(labels.shape)}, wanted ({clips},), one a clip")
         parts = {"identity": F.cross_entropy(output.logits, labels)}
         if output.auxiliary is not None:
-            of_frames = labels.repeat_interleave(len(output.auxiliary) // clips)
-            parts["auxiliary"] = F.cross_entropy(output.auxiliary, of_frames)
+            judged = labels.repeat_interleave(len(output.auxiliary) // clips)  # T times each, or once
+            parts["auxiliary"] = self.auxiliary_weight * F.cross_entropy(output.auxiliary, judged)
         if self.video:
             parts["video"] = self.triplet(output.feature, labels)
         if self.part and output.strips is not None:

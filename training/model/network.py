@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rru_fast import State
 from training.errors import UserError
 from training.model.backbone import make_backbone
+from training.model.ghost_norm import use_ghost_norm
 from training.model.heads import make_head
 from training.model.operators import Ops, operators
 from training.recipes.recipe import Recipe
@@ -19,13 +21,21 @@ class Output(NamedTuple):
     feature: f, (B, D), what clips are compared by.
     strips: (B, C, H), eq. 9; `None` without an RRU.
     logits: (B, identities).
-    auxiliary: logits of every frame, (B * T, identities), clip-major; `None` in eval mode or without such a head.
+    auxiliary: logits of every frame, (B * T, identities), clip-major, or of every clip, (B, identities); `None` in
+        eval mode or without such a classifier.
     """
 
     feature: Tensor
     strips: Tensor | None
     logits: Tensor
     auxiliary: Tensor | None
+
+
+class Carried(NamedTuple):
+    """What a chunk of a clip leaves to the next: the RRU's state, and what the head's `stream` gives back."""
+
+    rru: State | None = None
+    head: Any = None
 
 
 class Network(nn.Module):
@@ -51,7 +61,10 @@ class Network(nn.Module):
                 channels, spatial, attention=recipe.rru, inputs=recipe.rru_inputs, bn_groups=recipe.bn_groups
             )
         self.head = make_head(recipe, channels)
-        self.classifier = _classifier(self.head.features, recipe.classifier_width, identities)
+        self.classifier = _classifier(recipe, self.head.features, identities)
+        if recipe.bn_groups > 1:
+            for part in (self.backbone, self.head, self.classifier):  # the RRU does it itself
+                use_ghost_norm(part, recipe.bn_groups)
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, T, C, H, W) to the feature (B, D) and the strips (B, C, H), or `None` without an RRU."""
@@ -60,6 +73,25 @@ class Network(nn.Module):
             refined = self.rru(maps)
             maps, strips = refined.features, refined.strips
         return self.head(maps), strips
+
+    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: Carried) -> tuple[Tensor, Carried]:
+        """What a chunk adds to the sum over a clip's frames that the feature is the mean of; eval mode only.
+
+        Args:
+            maps: (B, T, C, H, W), the chunk's T frames of B clips.
+            lengths: int64 (B,), how many of them exist, from 1 to T; all, unless the chunk is the last.
+            last: whether the clips end with this chunk.
+            carried: what the chunk before gave back, or `Carried()`.
+
+        Returns:
+            The sum (B, D), and what the next chunk is to be given.
+        """
+        state = None
+        if self.rru is not None:
+            refined = self.rru(maps, lengths, carried.rru)
+            maps, state = refined.features, refined.state
+        total, of_head = self.head.stream(maps, lengths, last, carried.head)
+        return total, Carried(state, of_head)
 
     def forward(self, frames: Tensor) -> Output:
         """Clips of frames (B, T, 3, h, w), float, normalised.
@@ -70,16 +102,21 @@ class Network(nn.Module):
         h, w = self.backbone.size
         if frames.dim() != 5 or frames.shape[2:] != (3, h, w):
             raise UserError(f"frames: got shape {tuple(frames.shape)}, wanted (clips, frames a clip, 3, {h}, {w})")
-        maps, auxiliary = self.backbone(frames.flatten(0, 1))
+        maps, auxiliary = self.backbone(frames.flatten(0, 1), times=frames.shape[1])
         feature, strips = self.embed(maps.unflatten(0, frames.shape[:2]))
         return Output(feature, strips, self.classifier(feature), auxiliary)
 
 
-def _classifier(features: int, width: int, identities: int) -> nn.Sequential:
-    first, last = nn.Linear(features, width), nn.Linear(width, identities)
+def _classifier(recipe: Recipe, features: int, identities: int) -> nn.Sequential:
+    width = recipe.classifier_width
+    first, norm, last = nn.Linear(features, width), nn.BatchNorm1d(width), nn.Linear(width, identities)
+    official = recipe.classifier == "official"
+    if official:
+        nn.init.normal_(norm.weight, mean=1.0, std=0.02)
+    activation = nn.LeakyReLU(0.1, inplace=True) if official else nn.ReLU(inplace=True)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     # Near zero, so that training starts from no opinion: the identity loss begins at log(identities).
     nn.init.normal_(last.weight, std=0.001)
     nn.init.zeros_(first.bias)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(first, nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Dropout(0.5), last)
+    return nn.Sequential(first, norm, activation, nn.Dropout(0.5), last)

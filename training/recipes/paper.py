@@ -6,18 +6,24 @@ from training.recipes.recipe import Recipe
 
 PAPER = Recipe(
     name="paper",
+    preset="paper",
     dataset="ilids-vid",
+    prid="paper-21",
     backbone="inception_v3",
     weights="imagenet",
+    auxiliary="frames",
+    auxiliary_weight=1.0,
     rru="both",
     rru_inputs="appearance+motion",
-    bn_groups=1,
+    bn_groups=1,  # the paper says nothing of it
     head="stim",
     head_width=256,
+    classifier="paper",
     classifier_width=512,
     video_loss=True,
     part_loss=True,
     margin=0.4,
+    sampler="pk",
     people=10,
     clips=2,
     frames=8,
@@ -29,7 +35,6 @@ PAPER = Recipe(
     weight_decay=5e-4,
     eval_every=20,
     eval_from=0,
-    prid="paper-21",
     seed=0,
     compare_ops=False,
 )

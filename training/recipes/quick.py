@@ -6,18 +6,24 @@ from training.recipes.recipe import Recipe
 
 QUICK = Recipe(
     name="quick",
+    preset="paper",
     dataset="synthetic",
+    prid="paper-21",
     backbone="tiny",  # it has no auxiliary classifier, so that part of L_c is absent
     weights="random",
+    auxiliary="frames",
+    auxiliary_weight=1.0,
     rru="both",
     rru_inputs="appearance+motion",
     bn_groups=1,
     head="stim",
     head_width=64,
+    classifier="paper",
     classifier_width=128,
     video_loss=True,
     part_loss=True,
     margin=0.4,
+    sampler="pk",
     people=8,
     clips=2,
     frames=8,
@@ -29,7 +35,6 @@ QUICK = Recipe(
     weight_decay=5e-4,
     eval_every=None,
     eval_from=0,
-    prid="paper-21",
     seed=0,
     compare_ops=True,
 )

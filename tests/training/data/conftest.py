@@ -8,25 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
 
-PEOPLE = (1, 2, 4, 319)  # gaps in the numbers, as in the real set
-SPLITS = Path("train-test people splits/train_test_splits_ilidsvid.mat")
+from tests.training.data.small_sets import write_ilids, write_mars, write_prid
 
 
 @pytest.fixture
 def ilids(tmp_path: Path) -> Path:
-    """Four people, three frames each, and two splits; frame f of person p at camera c is all (p % 256, c, f)."""
-    for camera in (1, 2):
-        for person in PEOPLE:
-            folder = tmp_path / f"i-LIDS-VID/sequences/cam{camera}/person{person:03d}"
-            folder.mkdir(parents=True)
-            for frame in (9, 10, 101):  # in order as numbers, not as strings
-                image = Image.new("RGB", (6, 8), (person % 256, camera, frame))
-                image.save(folder / f"cam{camera}_person{person:03d}_{frame}.png")
-    (tmp_path / SPLITS).parent.mkdir()
-    savemat(tmp_path / SPLITS, {"ls_set": np.array([[4, 1, 3, 2], [2, 3, 1, 4]])})
-    return tmp_path
+    """Four people in the iLIDS-VID layout."""
+    return write_ilids(tmp_path)
+
+
+@pytest.fixture
+def prid(tmp_path: Path) -> Path:
+    """Seven people in the PRID-2011 layout, four of whom count by both protocols."""
+    return write_prid(tmp_path)
+
+
+@pytest.fixture
+def mars(tmp_path: Path) -> Path:
+    """Three people to train on and two to search for in the MARS layout, with name lists."""
+    return write_mars(tmp_path)
 
 
 @pytest.fixture

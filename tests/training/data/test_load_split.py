@@ -1,16 +1,37 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from training.data import DATASETS, load_split
-from training.data.ilids_vid import load
+from training.data import DATASETS, ilids_vid, load_split, prid_2011
 from training.errors import UserError
 
 
 def test_a_dataset_is_read_by_the_module_of_its_name(ilids: Path) -> None:
-    assert load_split("ilids-vid", ilids, 1) == load(ilids, 1)
+    assert load_split("ilids-vid", ilids, 1, check_counts=False) == ilids_vid.load(ilids, 1, check_counts=False)
+
+
+def test_who_counts_in_prid_reaches_its_reader(prid: Path) -> None:
+    official = load_split("prid-2011", prid, 1, prid="official-27", check_counts=False)
+    assert official == prid_2011.load(prid, 1, prid="official-27", check_counts=False)
+    assert load_split("prid-2011", prid, 1, check_counts=False).train != official.train
+
+
+def test_mars_is_read_too(mars: Path) -> None:
+    assert load_split("mars", mars, 0, check_counts=False).protocol == "mars-official"
+
+
+def test_a_sequence_is_read_whatever_is_asked_of_the_other_datasets(mot: Callable[..., Path]) -> None:
+    root = mot({1: range(1, 41)})
+    asked = load_split("mot", root, 0, prid="official-27", check_counts=False)
+    assert asked.description == load_split("mot", root, 0).description
+
+
+def test_counts_are_checked_unless_told_otherwise(ilids: Path) -> None:
+    with pytest.raises(UserError, match=r"got 4 person folders .* wanted 300; .* --no-check-counts"):
+        load_split("ilids-vid", ilids, 1)
 
 
 def test_an_unknown_dataset_is_refused_with_those_there_are() -> None:

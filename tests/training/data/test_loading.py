@@ -80,7 +80,7 @@ def test_a_batch_survives_pickling() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_ends_in_one_line_that_names_it(ilids: Path, workers: int) -> None:
-    split = load(ilids, 0)
+    split = load(ilids, 0, check_counts=False)
     for path in split.train[1].frames:
         assert isinstance(path, Path)
         path.write_bytes(path.read_bytes()[:45])

@@ -27,7 +27,7 @@ def contents(root: Path) -> dict[Path, bytes]:
 
 
 def test_the_reader_of_the_real_layout_reads_it(root: Path) -> None:
-    splits = [ilids_vid.load(root, split) for split in range(10)]
+    splits = [ilids_vid.load(root, split, check_counts=False) for split in range(10)]
     assert len({split.train_people for split in splits}) > 5
     for split in splits:
         assert len(split.train) == 8
@@ -56,7 +56,7 @@ def test_people_are_told_apart_by_more_than_the_mean_colour_of_one_frame(root: P
     def mean_colour(tracklet: Tracklet) -> np.ndarray:
         return read_frame(tracklet.frames[0]).float().mean(dim=(1, 2)).numpy()
 
-    split = ilids_vid.load(root, 0)
+    split = ilids_vid.load(root, 0, check_counts=False)
     probe, gallery = (np.stack([mean_colour(t) for t in side]) for side in (split.probe, split.gallery))
     distances = np.linalg.norm(probe[:, None] - gallery, axis=-1)
     same, other = np.diag(distances).mean(), distances[~np.eye(4, dtype=bool)].mean()
@@ -64,7 +64,7 @@ def test_people_are_told_apart_by_more_than_the_mean_colour_of_one_frame(root: P
 
 
 def test_a_tracklet_moves(root: Path) -> None:
-    for tracklet in ilids_vid.load(root, 0).train:
+    for tracklet in ilids_vid.load(root, 0, check_counts=False).train:
         first, later = (read_frame(tracklet.frames[t]).float() for t in (0, 8))
         assert (first - later).abs().mean() > 8
 
@@ -114,7 +114,7 @@ def test_the_command_line_makes_a_set(tmp_path: Path) -> None:
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert made.stdout == ""
     assert "Warning" not in made.stderr
-    assert len(ilids_vid.load(tmp_path / "set", 9).train) == 2
+    assert len(ilids_vid.load(tmp_path / "set", 9, check_counts=False).train) == 2
 
 
 def test_the_command_line_refuses_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -35,3 +36,26 @@ def test_lstm_is_the_mean_of_its_outputs_over_time() -> None:
 def test_stim_sees_the_order_of_time() -> None:
     head = STIM(6, 10).eval()
     assert not torch.allclose(head(MAPS), head(MAPS.flip(1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
+def test_what_lies_beyond_a_clips_length_does_not_count(recipe: Recipe, name: str) -> None:
+    head = make_head(replace(recipe, head=name, head_width=10), channels=6).eval()
+    if isinstance(head, STIM):
+        torch.nn.init.ones_(head.net[1].bias)  # so that a frame of zeros is not zero behind the first convolution
+    padded = MAPS.clone()
+    padded[1, 3:] = torch.nan
+    total, _ = head.stream(padded, torch.tensor([5, 3]), True, None)
+    alone = torch.cat([head(MAPS[:1]) * 5, head(MAPS[1:, :3]) * 3])
+    torch.testing.assert_close(total, alone)
+
+
+@pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
+@pytest.mark.parametrize("cuts", [(1,), (4,), (1, 2), (2, 3), (1, 2, 3, 4)])
+def test_a_clip_in_chunks_is_the_clip_in_one_go(recipe: Recipe, name: str, cuts: tuple[int, ...]) -> None:
+    head = make_head(replace(recipe, head=name, head_width=10), channels=6).eval()
+    total, carried = torch.zeros(2, head.features), None
+    for first, end in itertools.pairwise((0, *cuts, 5)):
+        part, carried = head.stream(MAPS[:, first:end], torch.full((2,), end - first), end == 5, carried)
+        total += part
+    torch.testing.assert_close(total / 5, head(MAPS))

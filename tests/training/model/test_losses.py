@@ -41,6 +41,13 @@ def test_auxiliary_logits_are_judged_by_their_own_clips_person(recipe: Recipe) -
     assert parts["auxiliary"].item() == pytest.approx(math.log(1 + math.exp(-9)), rel=1e-3)
 
 
+def test_auxiliary_logits_may_be_of_clips_and_have_a_weight(recipe: Recipe) -> None:
+    of_clips = OUTPUT._replace(auxiliary=torch.tensor([[0.0, 1.0]] * 4))
+    total, parts = Losses(replace(recipe, auxiliary_weight=0.25), "reference")(of_clips, LABELS)
+    assert parts["auxiliary"].item() == pytest.approx(0.25 * (RIGHT + WRONG) / 2)
+    assert total.item() == pytest.approx(sum(part.item() for part in parts.values()))
+
+
 def test_a_recipe_without_triplets_has_none(recipe: Recipe) -> None:
     bare = replace(recipe, video_loss=False, part_loss=False)
     assert list(Losses(bare, "reference")(OUTPUT, LABELS)[1]) == ["identity"]

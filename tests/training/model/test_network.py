@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from training.errors import UserError
 from training.model.losses import Losses
@@ -69,3 +70,22 @@ def test_training_starts_from_no_opinion(recipe: Recipe) -> None:
     network = Network(recipe, identities=50, ops="reference")
     _, parts = Losses(recipe, "reference")(network(FRAMES), LABELS)
     assert parts["identity"].item() == pytest.approx(torch.tensor(50.0).log().item(), rel=0.02)
+
+
+def test_the_official_classifier_leaks_and_has_a_norm_that_begins_near_one(recipe: Recipe) -> None:
+    width = 4096
+    classifiers = {
+        kind: Network(replace(recipe, classifier=kind, classifier_width=width), identities=3, ops="fast").classifier
+        for kind in ("paper", "official")
+    }
+    kinds = {kind: [type(layer) for layer in layers] for kind, layers in classifiers.items()}
+    assert kinds["paper"] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout, nn.Linear]
+    assert kinds["official"] == [nn.Linear, nn.BatchNorm1d, nn.LeakyReLU, nn.Dropout, nn.Linear]
+    assert all(layers[3].p == 0.5 for layers in classifiers.values())
+    first, norm, leaky, _, last = classifiers["official"]
+    assert leaky.negative_slope == 0.1
+    assert first.weight.std().item() == pytest.approx((2 / width) ** 0.5, rel=0.02)  # kaiming, fan_out
+    assert (norm.weight.mean().item(), norm.weight.std().item()) == pytest.approx((1, 0.02), rel=0.05)
+    assert last.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert all(not tensor.any() for tensor in (first.bias, norm.bias, last.bias))
+    assert torch.equal(classifiers["paper"][1].weight, torch.ones(width))

@@ -1,0 +1,55 @@
+"""Ghost batch norm: one network on one GPU stands for the replicas that DataParallel would split its batch among."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.errors import UserError
+
+
+class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that in training normalises each of G consecutive groups of the batch by its own statistics.
+
+    The running statistics follow the first group, as those of replica 0 do. In eval mode it is a plain batch norm.
+
+    Args:
+        norm: the layer it takes the place of; settings, parameters and buffers are that layer's own.
+        groups: G.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, groups: int) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.load_state_dict(norm.state_dict(), assign=True)
+        self.train(norm.training)
+        self.groups = groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, C, ...) to as many; in training, group by group.
+
+        Raises:
+            UserError: G does not divide N.
+        """
+        if not self.training:
+            return super().forward(input)
+        if len(input) % self.groups:
+            raise UserError(f"batch: got {len(input)} for batch norm, wanted a multiple of bn_groups={self.groups}")
+        first, *others = input.chunk(self.groups)
+        kept = super().forward(first)
+        weight, bias, eps = self.weight, self.bias, self.eps
+        return torch.cat([kept, *(F.batch_norm(x, None, None, weight, bias, training=True, eps=eps) for x in others)])
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Nothing: the layers around it decide between (N, C), (N, C, H, W) and (N, C, T, H, W)."""
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, groups={self.groups}"
+
+
+def use_ghost_norm(module: nn.Module, groups: int) -> None:
+    """Put a ghost batch norm in the place of every batch norm inside a module; its state_dict stays as it is."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                setattr(parent, name, GhostBatchNorm(child, groups))
