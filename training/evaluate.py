@@ -14,8 +14,10 @@ from training import checkpoint
 from training.command import run_command
 from training.data import Dataset, load_split
 from training.errors import UserError
-from training.evaluation.features import evaluate as rank
+from training.evaluation.protocols import ProtocolName
+from training.evaluation.ranking import Ties
 from training.evaluation.result import Result, result_table
+from training.evaluation.scoring import score
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import load_weights
@@ -36,6 +38,12 @@ class Options:
     """Which of the dataset's splits, from 0."""
     check_counts: bool = True
     """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; what was trained on is as it was."""
+    protocol: ProtocolName | None = None
+    """The rules to rank by; those the dataset is made for unless given."""
+    ties: Ties = "stable"
+    """Of two equally far, the first is: the earlier in the gallery, the right one, or the wrong one."""
+    rerank: bool = False
+    """Re-rank by k-reciprocal neighbours."""
     ops: Ops | None = None
     """The library's operators or their plain PyTorch twins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -46,7 +54,7 @@ def evaluate(options: Options) -> Result:
     """Rank the people of a split with a trained network, and show the table.
 
     Raises:
-        UserError: the checkpoint or the data cannot be used.
+        UserError: the checkpoint or the data cannot be used, or the protocol does not fit the data.
     """
     console = Console()
     saved = checkpoint.load(options.checkpoint)
@@ -70,7 +78,8 @@ def evaluate(options: Options) -> Result:
         warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = Network(recipe, len(people), ops).to(choose_device(options.device))
     load_weights(network, saved.model, str(saved.folder))
-    result = Result(recipe.name, ops, saved.training["epoch"], rank(network, split))
+    ranking = score(network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank)
+    result = Result(recipe.name, recipe.preset, ops, saved.training["epoch"], ranking)
     console.print(result_table([result.record()]))
     return result
 

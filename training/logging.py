@@ -116,7 +116,7 @@ class RunLog:
         for name in ("rank-1", "mAP"):
             self._board.add_scalar(f"evaluation/{name}", record[name], step)
         scores = "  ".join(f"{name} {100 * record[name]:.1f}" for name in ("rank-1", "mAP", "chance"))
-        self.say(f"after epoch {result.epoch}  {scores}")
+        self.say(f"after epoch {result.epoch}  {record['protocol']}  {scores}")
 
     def say(self, line: str) -> None:
         """Show one line to people."""

@@ -22,8 +22,8 @@ from training.data.loading import make_loader
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
-from training.evaluation.features import evaluate
 from training.evaluation.result import Result, result_table
+from training.evaluation.scoring import score
 from training.files import aside, write_whole
 from training.logging import RunLog
 from training.model.losses import Losses
@@ -141,7 +141,8 @@ def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, r
 
 
 def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
-    return Result(settings.recipe.name, settings.ops, trainer.epoch, evaluate(trainer.network, split))
+    ranking = score(trainer.network, split)
+    return Result(settings.recipe.name, settings.recipe.preset, settings.ops, trainer.epoch, ranking)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

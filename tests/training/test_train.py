@@ -117,6 +117,21 @@ def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
         assert {**result, "kind": "result", "ops": "fast"} == metrics(trained)[-1]
 
 
+def test_a_checkpoint_is_evaluated_by_the_protocol_asked_for(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    as_it_was = metrics(trained)[-1]
+    asked = EvaluateOptions(trained, protocol="torchreid", ties="pessimistic", rerank=True, device="cpu")
+    result = evaluate(asked).record()
+    assert (as_it_was["protocol"], as_it_was["ties"], as_it_was["reranked"]) == ("single-shot", "stable", False)
+    assert (result["protocol"], result["ties"], result["reranked"]) == ("torchreid", "pessimistic", True)
+    assert {name: result[name] for name in ("probes", "valid", "gallery", "junk")} == {
+        "probes": 4,
+        "valid": 4,
+        "gallery": 4,
+        "junk": 0.0,
+    }
+    assert "torchreid, 4 probes (4 valid) in a gallery of 4" in capsys.readouterr().out
+
+
 def test_too_few_people_lower_p_where_the_recipe_allows_it(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

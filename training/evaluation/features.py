@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from training.data.loading import frames_to_input
-from training.data.tracklets import Split, Tracklet, read_frame
+from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
-from training.evaluation.ranking import PROTOCOLS, Floats, Ranking
+from training.evaluation.ranking import Floats
 from training.model.network import Carried, Network
 
 CHUNK = 64  # frames through the network at once: bounds the memory of a long tracklet
@@ -80,13 +80,3 @@ def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int) -> Te
         part, carried = network.stream(padded, lengths, start + chunk >= longest, carried)
         total += part
     return total / frames_of[:, None]
-
-
-def evaluate(network: Network, split: Split) -> Ranking:
-    """Rank the split's gallery for each of its probes, by the split's own protocol."""
-    probe, gallery = extract(network, split.probe), extract(network, split.gallery)
-    return PROTOCOLS[split.protocol](probe, _people(split.probe), gallery, _people(split.gallery))
-
-
-def _people(tracklets: Sequence[Tracklet]) -> np.ndarray:
-    return np.array([tracklet.person for tracklet in tracklets], dtype=np.int64)

@@ -16,11 +16,13 @@ class Result:
     """A ranking and the network it is of.
 
     recipe: its name.
+    preset: whose account of the method the recipe follows.
     ops: which operators ran, "fast" or "reference".
     epoch: how many epochs the network had trained for.
     """
 
     recipe: str
+    preset: str
     ops: str
     epoch: int
     ranking: Ranking
@@ -30,14 +32,19 @@ class Result:
         r = self.ranking
         return {
             "recipe": self.recipe,
+            "preset": self.preset,
             "ops": self.ops,
             "epoch": self.epoch,
             "protocol": r.protocol,
+            "ties": r.ties,
+            "reranked": r.reranked,
             **{f"rank-{k}": share for k, share in r.cmc.items()},
             "mAP": r.mean_ap,
             "chance": r.chance,
             "probes": r.probes,
+            "valid": r.valid,
             "gallery": r.gallery,
+            "junk": r.junk,
         }
 
 
@@ -46,10 +53,12 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
     records = list(records)
     of = records[-1]
     scores = [*(f"rank-{k}" for k in TOP), "mAP"]
+    junk = f" ({of['junk']:.1f} junk a probe)" if of["junk"] else ""
+    reranked = ", re-ranked" if of["reranked"] else ""
     table = Table(
         "network",
-        title=f"{of['protocol']}, {of['probes']} probes in a gallery of {of['gallery']}",
-        caption=f"percent; recipe {of['recipe']}, ops {of['ops']}",
+        title=f"{of['protocol']}, {of['probes']} probes ({of['valid']} valid) in a gallery of {of['gallery']}{junk}",
+        caption=f"percent; recipe {of['recipe']}, preset {of['preset']}, ops {of['ops']}, ties {of['ties']}{reranked}",
         title_justify="left",
         caption_justify="left",
     )

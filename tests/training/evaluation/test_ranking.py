@@ -4,49 +4,69 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from training.errors import UserError
-from training.evaluation.ranking import TOP, average_precision, cosine_distance, positive_ranks, single_shot
-
-# Few directions, so that many distances are equal to the last bit.
-items = st.lists(
-    st.tuples(st.integers(0, 3), st.sampled_from([(1, 0), (0, 1), (-1, 0), (2, 0)])), min_size=1, max_size=9
+from training.evaluation.ranking import (
+    average_precision,
+    cosine_distances,
+    positive_ranks,
+    trapezoid_average_precision,
 )
 
 
-@given(probe=items, gallery=items)
-def test_single_shot_is_what_sorting_the_gallery_gives(probe: list, gallery: list) -> None:
-    gallery = gallery + [(person, (0, -1)) for person in range(4)]
-    firsts, precisions = [], []
-    for person, feature in probe:
-        distance = [1 - np.dot(feature, g) / (np.hypot(*feature) * np.hypot(*g)) for _, g in gallery]
-        order = sorted(range(len(gallery)), key=lambda j: distance[j])  # stable: of equals, the earlier first
-        hits = [place for place, j in enumerate(order, start=1) if gallery[j][0] == person]
-        firsts.append(hits[0])
-        precisions.append(sum(n / place for n, place in enumerate(hits, start=1)) / len(hits))
-    people, features = zip(*probe, strict=True)
-    gallery_people, gallery_features = zip(*gallery, strict=True)
-    ranking = single_shot(
-        np.array(features, float), np.array(people), np.array(gallery_features, float), np.array(gallery_people)
-    )
-    assert ranking.mean_ap == pytest.approx(np.mean(precisions), rel=1e-12)
-    assert ranking.cmc == {k: np.mean([first <= k for first in firsts]) for k in TOP}
-    assert (ranking.probes, ranking.gallery) == (len(probe), len(gallery))
+def distance_of(probe: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    return torch.cat(list(cosine_distances(probe, gallery))).numpy()
 
 
-def test_of_equal_distances_the_earlier_in_the_gallery_comes_first() -> None:
-    distance = np.array([0.5, 0.2, 0.5, 0.5, 0.2])
-    assert positive_ranks(distance, np.array([False, False, True, False, True])).tolist() == [2, 4]
+def ranks(distance: list[float], positive: list[int], ties: str, junk: tuple[int, ...] = ()) -> list[int]:
+    """The ranks of one probe's positives, given by their places, in a gallery that holds junk."""
+    places = torch.arange(len(distance))
+    masks = (torch.isin(places, torch.tensor(of, dtype=torch.int64))[None] for of in (positive, junk))
+    positive_mask, junk_mask = masks
+    return positive_ranks(torch.tensor([distance], dtype=torch.float64), positive_mask, ~junk_mask, ties)[0].tolist()
+
+
+def test_of_equal_distances_the_declared_one_comes_first() -> None:
+    distance = [0.5, 0.2, 0.5, 0.5, 0.2]
+    assert ranks(distance, [2, 4], "stable") == [2, 4]
+    assert ranks(distance, [2, 4], "optimistic") == [1, 3]
+    assert ranks(distance, [2, 4], "pessimistic") == [2, 5]
+
+
+def test_where_all_is_equally_far_only_the_order_of_the_gallery_or_the_declaration_is_left() -> None:
+    assert ranks([0.5] * 6, [1, 4], "stable") == [2, 5]
+    assert ranks([0.5] * 6, [1, 4], "optimistic") == [1, 2]
+    assert ranks([0.5] * 6, [1, 4], "pessimistic") == [5, 6]
+
+
+def test_junk_moves_nobody_down() -> None:
+    assert ranks([0.1, 0.2, 0.3, 0.3, 0.4], [1, 3], "stable", junk=(0, 2)) == [1, 2]
+    assert ranks([0.1, 0.2, 0.3, 0.3, 0.4], [1, 3], "pessimistic", junk=(2,)) == [2, 3]
+
+
+def test_probes_without_and_with_many_positives_go_together() -> None:
+    distance = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], dtype=torch.float64)
+    positive = torch.tensor([[False, False, False], [True, True, True], [True, False, False]])
+    for ties in ("stable", "optimistic", "pessimistic"):
+        found = positive_ranks(distance, positive, torch.ones_like(positive), ties)
+        assert [of.tolist() for of in found] == [[], [1, 2, 3], [3]]
+        (none,) = positive_ranks(distance[:1], positive[:1], torch.ones_like(positive[:1]), ties)
+        assert none.tolist() == []
 
 
 def test_average_precision_of_ranks_one_and_four() -> None:
     assert average_precision(np.array([1, 4])) == (1 / 1 + 2 / 4) / 2
 
 
+def test_a_trapezoid_reaches_from_the_precision_one_place_above_the_hit() -> None:
+    # Above the first place precision is 1; above the fourth it is 1/3: the second place's, 1/2, has no trapezoid.
+    assert trapezoid_average_precision(np.array([1, 4])) == ((1 + 1) / 2 + (1 / 3 + 2 / 4) / 2) / 2
+    assert trapezoid_average_precision(np.array([2])) == (0 + 1 / 2) / 2
+    assert trapezoid_average_precision(np.array([1, 2, 3])) == 1
+
+
 def test_cosine_distance_ignores_length_and_keeps_float64() -> None:
-    distance = cosine_distance(np.array([[1.0, 0.0]]), np.array([[1e-3, 1e-11], [0.0, 7.0], [-2.0, 0.0]]))
+    distance = distance_of(np.array([[1.0, 0.0]]), np.array([[1e-3, 1e-11], [0.0, 7.0], [-2.0, 0.0]]))
     assert distance[0].tolist() == pytest.approx([0.0, 1.0, 2.0], abs=1e-15)
 
 
@@ -55,16 +75,11 @@ def test_equal_rows_of_the_gallery_are_equally_far(probes: int) -> None:
     for people, features in itertools.product((5, 7, 37, 101), (13, 64, 100, 256)):
         rng = np.random.default_rng(people)
         gallery = np.repeat(rng.normal(size=(people, features)), 5, axis=0)
-        distance = cosine_distance(rng.normal(size=(probes, features)), gallery).reshape(probes, people, 5)
+        distance = distance_of(rng.normal(size=(probes, features)), gallery).reshape(probes, people, 5)
         assert (distance == distance[:, :, :1]).all()
 
 
-def test_chance_is_the_share_of_right_items_in_the_gallery() -> None:
-    gallery_people = np.array([1, 1, 2, 3])
-    ranking = single_shot(np.eye(2, 3), np.array([1, 2]), np.ones((4, 3)), gallery_people)
-    assert ranking.chance == (2 / 4 + 1 / 4) / 2
-
-
-def test_a_person_missing_from_the_gallery_is_named() -> None:
-    with pytest.raises(UserError, match="person 7"):
-        single_shot(np.eye(2), np.array([1, 7]), np.eye(2), np.array([1, 2]))
+def test_the_order_of_the_gallery_does_not_round_a_distance() -> None:
+    rng = np.random.default_rng(0)
+    probe, gallery, order = rng.normal(size=(300, 100)), rng.normal(size=(37, 100)), rng.permutation(37)
+    assert np.array_equal(distance_of(probe, gallery)[:, order], distance_of(probe, gallery[order]))

@@ -1,24 +1,58 @@
 from __future__ import annotations
 
 import io
+import json
 
 from rich.console import Console
 
 from training.evaluation.ranking import Ranking
 from training.evaluation.result import Result, result_table
 
+CMC = {1: 0.5, 5: 0.75, 10: 0.8, 20: 1.0}
+SINGLE_SHOT = Ranking("single-shot", CMC, 0.61, 1 / 30, 30, 30, 30, 0.0, "stable", reranked=False)
+MARS = Ranking("torchreid", CMC, 0.61, 0.001, 1980, 1840, 9330, 3.0636, "optimistic", reranked=True)
 
-def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> None:
-    cmc = {1: 0.5, 5: 0.75, 10: 0.8, 20: 1.0}
-    results = [
-        Result("quick", "fast", epoch, Ranking("single-shot", cmc, mean_ap, chance=1 / 30, probes=30, gallery=30))
-        for epoch, mean_ap in ((0, 0.123), (7, 0.61))
-    ]
+
+def shown(*results: Result) -> list[list[str]]:
     page = io.StringIO()
     Console(file=page, width=100).print(result_table(result.record() for result in results))
-    lines = [line.replace("│", " ").split() for line in page.getvalue().splitlines()]
-    assert ["untrained", "50.0", "75.0", "80.0", "100.0", "12.3"] in lines
+    return [line.replace("│", " ").split() for line in page.getvalue().splitlines()]
+
+
+def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> None:
+    lines = shown(*(Result("quick", "paper", "fast", epoch, SINGLE_SHOT) for epoch in (0, 7)))
+    assert ["untrained", "50.0", "75.0", "80.0", "100.0", "61.0"] in lines
     assert ["after", "epoch", "7", "50.0", "75.0", "80.0", "100.0", "61.0"] in lines
     assert ["chance", "3.3"] in lines
-    assert lines[0] == ["single-shot,", "30", "probes", "in", "a", "gallery", "of", "30"]
-    assert lines[-1] == ["percent;", "recipe", "quick,", "ops", "fast"]
+    assert " ".join(lines[0]) == "single-shot, 30 probes (30 valid) in a gallery of 30"
+    assert " ".join(lines[-1]) == "percent; recipe quick, preset paper, ops fast, ties stable"
+
+
+def test_the_table_says_who_did_not_count_and_that_distances_were_reranked() -> None:
+    text = " ".join(word for line in shown(Result("paper", "official", "fast", 900, MARS)) for word in line)
+    assert "torchreid, 1980 probes (1840 valid) in a gallery of 9330 (3.1 junk a probe)" in text
+    assert text.endswith("percent; recipe paper, preset official, ops fast, ties optimistic, re-ranked")
+
+
+def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
+    record = Result("paper", "official", "fast", 900, MARS).record()
+    assert json.loads(json.dumps(record)) == record
+    assert record == {
+        "recipe": "paper",
+        "preset": "official",
+        "ops": "fast",
+        "epoch": 900,
+        "protocol": "torchreid",
+        "ties": "optimistic",
+        "reranked": True,
+        "rank-1": 0.5,
+        "rank-5": 0.75,
+        "rank-10": 0.8,
+        "rank-20": 1.0,
+        "mAP": 0.61,
+        "chance": 0.001,
+        "probes": 1980,
+        "valid": 1840,
+        "gallery": 9330,
+        "junk": 3.0636,
+    }
