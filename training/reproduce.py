@@ -222,10 +222,11 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
     options, scores = plan.options, plan.scores
     recipe = resolve(plan.run(plan.rows[-1], 0), None).recipe
     preset = replace(RECIPES[options.preset], **ROWS[plan.rows[-1]].changes)
+    of = next(run[-1] for runs in results.values() for run in runs.values())
     about = {
         "table": options.table,
         "dataset": plan.dataset,
-        "protocol": next(run[-1]["protocol"] for runs in results.values() for run in runs.values()),
+        **{name: of[name] for name in ("protocol", "ties", "valid", "gallery", "junk")},
         **({"people": recipe.prid} if plan.dataset == "prid-2011" else {}),
         "preset": options.preset,
         "backbone": recipe.backbone,

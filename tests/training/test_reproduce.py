@@ -59,8 +59,8 @@ def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: 
     assert full["last"]["epoch"] == 2
     assert full["last"]["rank-1"]["minus_paper"] == pytest.approx(full["last"]["rank-1"]["mean"] - 84.3)
     assert table["title"] == (
-        "Table 1 on dataset ilids-vid, protocol single-shot, preset paper, backbone tiny, ops fast, seed 0, splits 1, "
-        "epochs 2"
+        "Table 1 on dataset ilids-vid, protocol single-shot, ties stable, valid 10, gallery 10, junk 0.0, preset "
+        "paper, backbone tiny, ops fast, seed 0, splits 1, epochs 2"
     )
     assert table["notes"][1].startswith("Asked for: 2 of 12 rows, split 0 of 10, preset paper but for backbone tiny (")
     assert table["notes"][2].startswith("This is not the paper's experiment in full")
