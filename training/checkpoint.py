@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.errors import UserError
+from training.files import to_disk, write_whole
 from training.model.weights import first_line, load_pickle
 
-LAST = "last"
+CONFIG, LAST = "config.json", "last"
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,10 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
         torch.save({**training, "random": _random_state()}, folder / "training.pt")
     except (SafetensorError, RuntimeError) as error:  # how both tell of a full disk
         raise OSError(f"{folder}: {first_line(error)}") from error
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for path in (*folder.iterdir(), folder):
-        _to_disk(path)
-    new = run / f"{LAST}.new"
-    new.write_text(folder.name + "\n")
-    _to_disk(new)
-    new.replace(run / LAST)
-    _to_disk(run)
+        to_disk(path)
+    write_whole(run / LAST, folder.name + "\n")
     if before not in (None, folder):
         shutil.rmtree(before, ignore_errors=True)
 
@@ -99,11 +96,11 @@ def load(path: Path) -> Checkpoint:
         UserError: there is none, or a file of it cannot be read.
     """
     folder = last(path) or path
-    for name in ("config.json", "model.safetensors", "training.pt"):
+    for name in (CONFIG, "model.safetensors", "training.pt"):
         if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
             raise UserError(f"{path}: no checkpoint here ({name} is missing)")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / CONFIG).read_text())
         model = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
@@ -132,11 +129,3 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

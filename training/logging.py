@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import UserError
 from training.evaluation.result import Result
+from training.files import write_whole
 from training.interrupts import uninterrupted
 
 METRICS = "metrics.jsonl"
@@ -43,9 +45,7 @@ class RunLog:
             # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
             kept = _read_records(metrics) if metrics.exists() else []
             self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
-        new = metrics.with_suffix(".new")
-        new.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        new.replace(metrics)
+        write_whole(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
         # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.
         with uninterrupted():
@@ -112,6 +112,7 @@ class RunLog:
         """Note an evaluation, made after so many steps."""
         record = {"kind": "result", **result.record()}
         self._write(record)
+        os.fsync(self._metrics.fileno())  # no checkpoint outlives the results before it
         for name in ("rank-1", "mAP"):
             self._board.add_scalar(f"evaluation/{name}", record[name], step)
         scores = "  ".join(f"{name} {100 * record[name]:.1f}" for name in ("rank-1", "mAP", "chance"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,24 +13,27 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from training.checkpoint import Checkpoint
-from training.data import Dataset
+from training.checkpoint import CONFIG, Checkpoint
+from training.data import Dataset, PridPeople
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.model.operators import Ops
-from training.recipes import RECIPES, TABLE_1, Recipe
+from training.recipes import RECIPES, Recipe
+from training.recipes.rows import ROWS
 
 # What a resumed run may change: how long it runs and what it does beside training.
-_FREE = {"epochs", "eval_every", "compare_ops"}
+_FREE = {"epochs", "eval_every", "eval_from", "compare_ops"}
+# What was chosen for a backbone, and changes with it.
+_OF_THE_BACKBONE = ("weights", "head_width", "classifier_width", "learning_rate", "learning_rate_pretrained")
 
 
 @dataclass
 class Options:
     """Train the paper's network. What is not given is as the recipe says, or as the resumed run had it."""
 
-    recipe: Literal["quick", "paper", "official"] | None = None
+    recipe: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
     """The recipe; quick if neither it nor --resume is given."""
-    row: Literal[tuple(TABLE_1)] | None = None  # type: ignore[valid-type]
+    row: Literal[tuple(ROWS)] | None = None  # type: ignore[valid-type]
     """A row of the paper's Table 1 to train instead of the full model."""
     dataset: Dataset | None = None
     """What to train on."""
@@ -43,6 +47,10 @@ class Options:
     """The run's folder; a new one under runs/, or the resumed run's, if not given."""
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint."""
+    prid: PridPeople | None = None
+    """Which of PRID-2011's people: those of more than 21 frames, or of at least 27, as in the official splits."""
+    backbone: Literal["inception_v3", "tiny"] | None = None
+    """The backbone; in a recipe of another, tiny brings quick's weights, widths and learning rates with it."""
     epochs: int | None = None
     """Passes over the sampler."""
     batches: int | None = None
@@ -84,6 +92,13 @@ class Settings:
     ops: Ops
     check_counts: bool = True
 
+    def fitted(self, split: Split) -> Settings:
+        """These, with P lowered to the people there are to train on, where the recipe allows that."""
+        people = len(split.train_people)
+        if self.recipe.strict_people or people >= self.recipe.people or people < 2:
+            return self
+        return replace(self, recipe=replace(self.recipe, people=people))
+
     def config(self, split: Split, device: torch.device) -> dict[str, Any]:
         """What `config.json` keeps: these settings, the data they met, and what they ran on."""
         return {
@@ -111,7 +126,15 @@ class Settings:
         Raises:
             UserError: its config is of another version.
         """
-        config = checkpoint.config
+        return Settings.from_config(checkpoint.config, checkpoint.folder / CONFIG)
+
+    @staticmethod
+    def from_config(config: Any, path: Path) -> Settings:
+        """The settings that `config` kept, read from a file.
+
+        Raises:
+            UserError: it is of another version.
+        """
         try:
             kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool}
             for name, kind in kinds.items():
@@ -124,7 +147,6 @@ class Settings:
             root = None if root is None else Path(root)
             return Settings(recipe, root, config["split"], config["ops"], config["check_counts"])
         except (KeyError, TypeError, UserError) as error:
-            path = checkpoint.folder / "config.json"
             raise UserError(f"{path}: not one this version wrote ({error})") from error
 
 
@@ -156,23 +178,35 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         base = resumed
     given = {field.name: getattr(options, field.name, None) for field in fields(Recipe) if field.name != "name"}
     changes = {name: value for name, value in given.items() if value is not None and name != "recipe"}
+    if options.backbone == "tiny" != base.recipe.backbone:
+        changes = {**{name: getattr(RECIPES["quick"], name) for name in _OF_THE_BACKBONE}, **changes}
     # A run may be continued from another working folder.
     if changes.get("weights") not in (None, "imagenet", "random"):
         changes["weights"] = str(Path(changes["weights"]).resolve())
     settings = Settings(
-        recipe=replace(base.recipe, **(TABLE_1[options.row] if options.row else {}), **changes),
+        recipe=replace(base.recipe, **(ROWS[options.row].changes if options.row else {}), **changes),
         data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
         check_counts=options.check_counts and base.check_counts,
     )
     if resumed is not None:
-        before, now = ({**asdict(s.recipe), "split": s.split} for s in (resumed, settings))
-        changed = [name for name in now if now[name] != before[name] and name not in _FREE]
-        other = [f"{name}={before[name]!r}, got {now[name]!r}" for name in changed]
+        other = differences(replace(resumed, ops=settings.ops), settings, free=_FREE)
         if other:
-            raise UserError(f"resume: the run was trained with {'; '.join(other)}")
+            raise UserError(f"resume: the run was trained with {other}")
     return settings
+
+
+def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> str:
+    """Tell in what a run that was trained is another than one to train; nothing if only in where the data lies.
+
+    Args:
+        before, now: the settings of the two.
+        free: fields of a recipe that may differ.
+    """
+    was, asked = ({**asdict(s.recipe), "split": s.split, "ops": s.ops} for s in (before, now))
+    changed = [name for name in asked if asked[name] != was[name] and name not in free]
+    return "; ".join(f"{name}={was[name]!r}, got {asked[name]!r}" for name in changed)
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from training import checkpoint
-from training.checkpoint import Checkpoint
+from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
 from training.data import load_split
 from training.data.loading import make_loader
@@ -23,6 +24,7 @@ from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import score
+from training.files import aside, write_whole
 from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
@@ -48,45 +50,76 @@ def train(options: Options) -> None:
     console = Console()
     resumed = checkpoint.load(options.resume) if options.resume else None
     settings = resolve(options, Settings.of(resumed) if resumed else None)
-    device = choose_device(options.device)
     run = _run_folder(options, settings.recipe)
-    split = load_split(settings.recipe.dataset, settings.data_root, settings.split, check_counts=settings.check_counts)
+    epochs = settings.recipe.epochs
+    if resumed and resumed.training["epoch"] >= epochs:
+        line = f"epoch {resumed.training['epoch']} is reached already, of {epochs}: nothing to train"
+        console.print(f"{line}; --epochs asks for more", highlight=False, markup=False, soft_wrap=True)
+    try:
+        records = train_run(run, settings, read_split(settings), resumed, options, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_kept(run)}") from None
+    except OSError as error:
+        raise UserError(f"output: {error}; {_kept(run)}") from error
+    console.print(result_table(records))
+
+
+def read_split(settings: Settings) -> Split:
+    """The split that settings name."""
+    recipe = settings.recipe
+    return load_split(
+        recipe.dataset, settings.data_root, settings.split, prid=recipe.prid, check_counts=settings.check_counts
+    )
+
+
+def train_run(
+    run: Path, settings: Settings, split: Split, resumed: Checkpoint | None, options: Options, console: Console
+) -> list[dict[str, Any]]:
+    """Train in a folder, from the beginning or from a checkpoint, and return the results in order of epochs.
+
+    Args:
+        run: the folder; what is there of a run without a complete checkpoint is written over.
+        settings: P is lowered to the people there are, where the recipe allows that.
+        split: the one that the settings name.
+        resumed: where to begin, if not at the beginning.
+        options: how many workers read frames, and on which device.
+        console: where people read.
+
+    Raises:
+        UserError: the checkpoint is of other data or another network, or training diverged.
+        OSError: the folder cannot be written.
+    """
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
     people = len(split.train_people)
     if resumed and any(resumed.config[name] != value for name, value in trained_on(split).items()):
         raise UserError(f"resume: the run was trained on other data ({resumed.config['data']})")
-    settings = replace(settings, recipe=_fit_people(settings.recipe, people, console))
-    recipe = settings.recipe
+    asked, settings = settings.recipe.people, settings.fitted(split)
+    recipe, device = settings.recipe, choose_device(options.device)
+    if recipe.people != asked:
+        line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     sampler = make_sampler(recipe, split.train)
     loader = make_loader(split.train, sampler, recipe.frames, options.workers)
 
     config = settings.config(split, device)
     trainer = _make_trainer(recipe, settings.ops, people, device, resumed)
-    if trainer.epoch >= recipe.epochs:
-        line = f"epoch {trainer.epoch} is reached already, of {recipe.epochs}: nothing to train; --epochs asks for more"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
-            size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-            log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
-            while trainer.epoch < recipe.epochs:
-                if recipe.tested_after(trainer.epoch):
-                    log.result(_evaluate(trainer, settings, split), trainer.step)
-                sampler.set_epoch(trainer.epoch)
-                trainer.run_epoch(loader, log)
-                checkpoint.save(run, trainer.network, trainer.state_dict(), config)
-            log.result(_evaluate(trainer, settings, split), trainer.step)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_kept(run)}") from None
-    except OSError as error:
-        raise UserError(f"output: {error}; {_kept(run)}") from error
-    console.print(result_table(record for record in log.records if record["kind"] == "result"))
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
+    with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
+        size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
+        log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
+        while trainer.epoch < recipe.epochs:
+            if recipe.tested_after(trainer.epoch):
+                log.result(_evaluate(trainer, settings, split), trainer.step)
+            sampler.set_epoch(trainer.epoch)
+            trainer.run_epoch(loader, log)
+            checkpoint.save(run, trainer.network, trainer.state_dict(), config)
+        log.result(_evaluate(trainer, settings, split), trainer.step)
     if recipe.compare_ops:
         sampler.set_epoch(0)
         clips, labels = to_input(next(iter(loader)), trainer.network)
         console.print(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
+    return [record for record in log.records if record["kind"] == "result"]
 
 
 def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, resumed: Checkpoint | None) -> Trainer:
@@ -112,15 +145,6 @@ def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
     return Result(settings.recipe.name, settings.recipe.preset, settings.ops, trainer.epoch, ranking)
 
 
-def _fit_people(recipe: Recipe, people: int, console: Console) -> Recipe:
-    """The recipe with P lowered to the people there are, where it allows that."""
-    if recipe.strict_people or people >= recipe.people or people < 2:
-        return recipe
-    line = f"people in a batch (P): {people} instead of {recipe.people}, as there are no more people to train on"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return replace(recipe, people=people)
-
-
 def _run_folder(options: Options, recipe: Recipe) -> Path:
     """The folder of the run: the resumed one's, or one that holds nothing yet."""
     resumed = checkpoint.run_of(options.resume) if options.resume else None
@@ -131,17 +155,23 @@ def _run_folder(options: Options, recipe: Recipe) -> Path:
             )
         return options.resume if checkpoint.last(options.resume) else resumed
     run = options.output or Path("runs") / f"{recipe.name}-{recipe.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if run.resolve() != resumed:
+        check_free(run)
+    return run
+
+
+def check_free(run: Path) -> None:
+    """Raise a UserError unless a run may begin in a folder: one that is not there yet, or holds nothing."""
     try:
-        taken = run.resolve() != resumed and any(run.iterdir())
+        taken = any(path != aside(run / CONFIG) for path in run.iterdir())  # left by a kill at a run's beginning
     except FileNotFoundError:
-        taken = False
+        return
     except OSError as error:
         raise UserError(f"output: {error}") from error
     if taken:
         raise UserError(
             f"output: {run} is not an empty folder; wanted a new one, or --resume to continue the run in it"
         )
-    return run
 
 
 def _kept(run: Path) -> str:

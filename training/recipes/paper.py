@@ -1,8 +1,6 @@
-"""The paper's training, and the rows of its Table 1."""
+"""The paper's training."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from training.recipes.recipe import Recipe
 
@@ -40,22 +38,3 @@ PAPER = Recipe(
     seed=0,
     compare_ops=False,
 )
-
-_BASELINE: dict[str, Any] = {"rru": "none", "head": "baseline", "video_loss": False, "part_loss": False}
-_VIDEO: dict[str, Any] = {**_BASELINE, "video_loss": True}
-
-# Table 1: what each row changes in a recipe, under the row's name in the paper.
-TABLE_1: dict[str, dict[str, Any]] = {
-    "Baseline": _BASELINE,
-    "Baseline+Lv": _VIDEO,
-    "Baseline+LSTM+Lv": {**_VIDEO, "head": "lstm"},
-    "Baseline+STIM+Lv": {**_VIDEO, "head": "stim"},
-    "Baseline+RRU(s)+Lv": {**_VIDEO, "rru": "spatial"},
-    "Baseline+RRU(c)+Lv": {**_VIDEO, "rru": "channel"},
-    "Baseline+RRU(ad)+Lv": {**_VIDEO, "rru": "both", "rru_inputs": "appearance"},
-    "Baseline+RRU(od)+Lv": {**_VIDEO, "rru": "both", "rru_inputs": "raw"},
-    "Baseline+RRU+Lv": {**_VIDEO, "rru": "both"},
-    "Baseline+RRU+LSTM+Lv": {**_VIDEO, "rru": "both", "head": "lstm"},
-    "Baseline+RRU+STIM+Lv": {**_VIDEO, "rru": "both", "head": "stim"},
-    "Baseline+RRU+STIM+Lv+Lp": {**_VIDEO, "rru": "both", "head": "stim", "part_loss": True},
-}

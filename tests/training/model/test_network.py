@@ -9,15 +9,16 @@ from torch import nn
 from training.errors import UserError
 from training.model.losses import Losses
 from training.model.network import Network
-from training.recipes import RECIPES, TABLE_1, Recipe
+from training.recipes import RECIPES, Recipe
+from training.recipes.rows import ROWS
 
 FRAMES = torch.rand(4, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("row", TABLE_1)
+@pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_table_1_has_its_losses_and_trains_all_it_holds(recipe: Recipe, row: str) -> None:
-    of_row = replace(recipe, **TABLE_1[row])
+    of_row = replace(recipe, **ROWS[row].changes)
     network = Network(of_row, identities=3, ops="reference")
     total, parts = Losses(of_row, "reference")(network(FRAMES), LABELS)
     total.backward()

@@ -5,14 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from training.errors import UserError
-from training.recipes import RECIPES, TABLE_1
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_no_two_rows_of_table_1_are_the_same_and_the_last_is_the_recipe(name: str) -> None:
-    rows = [replace(RECIPES[name], **changes) for changes in TABLE_1.values()]
-    assert len(set(rows)) == len(rows) == 12
-    assert rows[-1] == RECIPES[name]
+from training.recipes import RECIPES
 
 
 def test_paper_trains_as_the_paper_says() -> None:

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from training import checkpoint
+from training.experiment import run
+from training.recipes import RECIPES
+from training.recipes.rows import ROWS
+from training.settings import Options
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_two_rows_are_the_same_and_the_last_is_the_recipe(name: str) -> None:
+    rows = [replace(RECIPES[name], **row.changes) for row in ROWS.values()]
+    assert len(set(rows)) == len(rows) == 12
+    assert rows[-1] == RECIPES[name]
+
+
+def test_a_row_s_name_says_what_it_is_made_of() -> None:
+    for name, row in ROWS.items():
+        made = replace(RECIPES["paper"], **row.changes)
+        assert row.name == name
+        assert (made.video_loss, made.part_loss) == ("+Lv" in name, "+Lp" in name)
+        assert made.head == ("stim" if "STIM" in name else "lstm" if "LSTM" in name else "baseline")
+        assert (made.rru != "none") == ("RRU" in name)
+
+
+def test_the_paper_s_figures_rise_from_rank_1_to_rank_20_and_mars_has_four_rows() -> None:
+    assert [name for name, row in ROWS.items() if "mars" in row.paper] == [
+        "Baseline",
+        "Baseline+STIM+Lv",
+        "Baseline+RRU+STIM+Lv",
+        "Baseline+RRU+STIM+Lv+Lp",
+    ]
+    for row in ROWS.values():
+        for dataset, figures in row.paper.items():
+            assert len(figures) == 3 + (dataset == "mars")
+            assert list(figures) == sorted(figures) and figures[-1] <= 100
+    assert ROWS["Baseline"].paper["ilids-vid"] == (57.7, 78.9, 91.3)
+    assert ROWS["Baseline+RRU+STIM+Lv+Lp"].paper["mars"] == (72.7, 84.4, 93.2, 96.3)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_two_steps_on_the_tiny_backbone(small_data: Path, tmp_path: Path, row: str) -> None:
+    small = {"people": 4, "batches": 2, "epochs": 1, "device": "cpu", "check_counts": False}
+    options = Options(recipe="paper", row=row, backbone="tiny", dataset="ilids-vid", data_root=small_data, **small)
+    options.output = tmp_path / "run"
+    results = run(options)
+    assert [result["epoch"] for result in results] == [0, 1]
+    assert checkpoint.load(tmp_path / "run").training["step"] == 2

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.data import synthetic
+from training.errors import UserError
+from training.reproduce import Options, reproduce
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROWS = ("Baseline+RRU+STIM+Lv+Lp", "Baseline")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty rendered people in the iLIDS-VID layout: the ten to train on that a batch of the paper's needs."""
+    root = tmp_path_factory.mktemp("data") / "people"
+    synthetic.generate(root, people=20)
+    return root
+
+
+def options(data: Path, output: Path, **changes: Any) -> Options:
+    """Two rows of Table 1 on one split of little data."""
+    small = {"rows": ROWS, "splits": 1, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
+    places = {"table": 1, "dataset": "ilids-vid", "data_root": data}
+    return Options(output=output, **{**small, **places, **changes})
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    """The same as a command."""
+    fixed = ["--table", "1", "--dataset", "ilids-vid", "--splits", "1", "--epochs", "2", "--backbone", "tiny"]
+    places = ["--data-root", str(data), "--output", str(output)]
+    choice = ["--device", "cpu", "--no-check-counts", "--rows", *ROWS, *more]
+    return [sys.executable, "-m", "training.reproduce", *fixed, *places, *choice]
+
+
+@pytest.fixture(scope="module")
+def straight(people: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of an uninterrupted run, and its table."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    return output, reproduce(options(people, output))
+
+
+def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: tuple[Path, dict[str, Any]]) -> None:
+    output, table = straight
+    assert [row["row"] for row in table["rows"]] == ["Baseline", "Baseline+RRU+STIM+Lv+Lp"]  # in the paper's order
+    full = table["rows"][1]
+    assert full["paper"] == {"rank-1": 84.3, "rank-5": 96.8, "rank-20": 99.5}
+    assert full["last"]["epoch"] == 2
+    assert full["last"]["rank-1"]["minus_paper"] == pytest.approx(full["last"]["rank-1"]["mean"] - 84.3)
+    assert table["title"] == (
+        "Table 1 on dataset ilids-vid, protocol single-shot, ties stable, valid 10, gallery 10, junk 0.0, preset "
+        "paper, backbone tiny, ops fast, seed 0, splits 1, epochs 2"
+    )
+    assert table["notes"][1].startswith("Asked for: 2 of 12 rows, split 0 of 10, preset paper but for backbone tiny (")
+    assert table["notes"][2].startswith("This is not the paper's experiment in full")
+    assert json.loads((output / "table.json").read_text()) == table
+    assert "| Baseline | rank-1 | 1 | " in (output / "table.md").read_text()
+
+
+def until(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Wait for a moment to kill a process at, while it runs."""
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_at_two_moments_it_ends_with_the_same_figures(
+    people: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    first, second = (output / name / "split-0" for name in reversed(ROWS))
+    moments: list[Callable[[], bool]] = [
+        (first / "checkpoint-0001").exists,  # while the first checkpoint is written
+        (second / "checkpoint-0002").exists,  # while the last checkpoint is written
+    ]
+    for moment in moments:
+        process = subprocess.Popen(command(people, output), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        until(moment, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(people, output), cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+    assert json.loads((output / "table.json").read_text()) == straight[1]
+    assert (output / "table.md").read_text() == (straight[0] / "table.md").read_text()
+
+
+def test_more_rows_are_added_to_those_that_are_there(
+    people: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(straight[0], tmp_path / "more"))
+    before = (output / "Baseline" / "split-0" / "result.json").stat().st_mtime_ns
+    table = reproduce(options(people, output, rows=("Baseline", "Baseline+Lv", "Baseline+RRU+STIM+Lv+Lp")))
+    assert [row["row"] for row in table["rows"]] == ["Baseline", "Baseline+Lv", "Baseline+RRU+STIM+Lv+Lp"]
+    assert [table["rows"][0], table["rows"][2]] == straight[1]["rows"]
+    assert (output / "Baseline" / "split-0" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": ("Baseline+Lp",)}, r"rows: got 'Baseline\+Lp', wanted some of table 1's: Baseline, Baseline\+Lv, "),
+        (
+            {"table": 3, "dataset": None, "rows": ("Baseline+Lv",)},
+            r"rows: got 'Baseline\+Lv', wanted some of table 3's",
+        ),
+        ({"dataset": "mars"}, "dataset: got 'mars' for table 1, wanted one of ilids-vid, prid-2011, synthetic, mot"),
+        ({"splits": 11}, "split: got 10, wanted 0 to 9"),
+        ({"splits": 0}, "splits: got 0, wanted at least 1"),
+        ({"epochs": 0}, "epochs: got 0, wanted at least 1"),
+        ({"data_root": None}, "dataset ilids-vid: got no data root"),
+        ({"data_root": Path("absent")}, "absent/i-LIDS-VID/sequences: not found; wanted"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_trained(
+    people: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        reproduce(options(people, tmp_path / "none", **change))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_missing_split_file_is_one_line(people: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(people, tmp_path / "data"))
+    (matlab,) = data.rglob("*.mat")
+    matlab.unlink()
+    with pytest.raises(UserError, match=r"train_test_splits_ilidsvid\.mat: not found; wanted"):
+        reproduce(options(data, tmp_path / "none"))
+
+
+def test_a_checkpoint_of_another_recipe_ends_the_command_in_one_line(
+    people: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(straight[0], tmp_path / "mixed"))
+    (output / "Baseline" / "split-0" / "result.json").unlink()
+    ended = subprocess.run(
+        command(people, output, "--seed", "4"), cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: Baseline+RRU+STIM+Lv+Lp, split 0: output: ")
+    assert ended.stderr.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
+    assert ended.stderr.count("\n") == 1

@@ -1,0 +1,273 @@
+"""The rows of the paper's tables, trained and held beside its figures: `python -m training.reproduce --table 1`."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from training.command import run_command
+from training.comparison import NOTE, Results, compare, markdown, terminal
+from training.data import Dataset
+from training.errors import UserError
+from training.experiment import RESULT, run
+from training.files import write_whole
+from training.model.operators import Ops
+from training.model.weights import download_inception
+from training.recipes import RECIPES
+from training.recipes.rows import ROWS
+from training.settings import Options as RunOptions
+from training.settings import resolve
+from training.train import read_split
+
+# Which of the paper's datasets a table is of, and the figures that it gives.
+DATASETS: dict[int, tuple[Dataset, ...]] = {1: ("ilids-vid", "prid-2011"), 3: ("mars",)}
+SCORES = {1: ("rank-1", "rank-5", "rank-20"), 3: ("mAP", "rank-1", "rank-5", "rank-20")}
+OTHERS: tuple[Dataset, ...] = ("synthetic", "mot")  # without figures of the paper's
+SPLITS: dict[Dataset, int] = {"ilids-vid": 10, "prid-2011": 10, "synthetic": 10, "mars": 1, "mot": 1}
+_OF_A_RUN = (
+    "data_root",
+    "epochs",
+    "batches",
+    "backbone",
+    "weights",
+    "seed",
+    "ops",
+    "device",
+    "workers",
+    "check_counts",
+)
+
+
+@dataclass
+class Options:
+    """Train the rows of one of the paper's tables, each on the splits of a dataset, and hold them beside its figures.
+
+    Table 1 has twelve rows, on iLIDS-VID or PRID-2011; table 3 has four of them, on MARS. Table 2 is not offered. On
+    another dataset there are no figures of the paper's. The same command continues what was killed.
+    """
+
+    table: Literal[1, 3]
+    """Which of the paper's tables."""
+    dataset: Dataset | None = None
+    """What to train on; ilids-vid for table 1, mars for table 3, if not given."""
+    data_root: Path | None = None
+    """The dataset's folder; only the synthetic one has a default."""
+    preset: Literal["paper", "official"] = "paper"
+    """The recipe: as the paper says, or as its authors' code has it."""
+    splits: int | None = None
+    """How many of the dataset's splits, from the first; all if not given."""
+    rows: tuple[str, ...] = ()
+    """Which rows, by their names in the paper: Baseline, Baseline+Lv, ...; all of the table's if not given."""
+    epochs: int | None = None
+    """Passes over the sampler; the preset's if not given."""
+    batches: int | None = None
+    """Batches an epoch; the preset's if not given."""
+    backbone: Literal["inception_v3", "tiny"] | None = None
+    """The preset's, if not given; tiny brings the quick recipe's weights, widths and learning rates with it."""
+    weights: str | None = None
+    """The backbone's start: imagenet, random, or a .pth or .safetensors file; the preset's if not given."""
+    seed: int | None = None
+    """Decides initial weights, order of the data and dropout; the preset's if not given."""
+    output: Path | None = None
+    """Folder of all the runs and of the table; runs/reproduce-DATASET-PRESET if not given."""
+    ops: Ops = "fast"
+    """The library's operators or their plain PyTorch twins."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    workers: int = 0
+    """Processes that read frames ahead."""
+    check_counts: bool = True
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published."""
+
+
+def reproduce(options: Options) -> dict[str, Any]:
+    """Run what is missing of a table, show it, and leave it as `table.md` and `table.json`.
+
+    Both are brought up to date by every run that ends.
+
+    Returns:
+        What `table.json` holds.
+
+    Raises:
+        UserError: the options or the data cannot be used, a folder holds other runs, or training diverged.
+        KeyboardInterrupt: it was interrupted; the message says what continues it.
+    """
+    console = Console()
+    plan = _plan(options)
+    for split in range(plan.splits):
+        read_split(resolve(plan.run(plan.rows[0], split), None))
+    try:
+        content = _run_all(plan, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command continues in {plan.output}") from None
+    console.print(terminal(content["title"], content["rows"], plan.scores))
+    for line in (*content["notes"], f"table.md, table.json and the runs are in {plan.output}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return content
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be run.
+
+    options: of the command line.
+    dataset: what to train on.
+    rows: names of the rows, in the table's order.
+    splits: how many, from the first.
+    output: folder of all the runs and of the table.
+    """
+
+    options: Options
+    dataset: Dataset
+    rows: list[str]
+    splits: int
+    output: Path
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The figures the table is of."""
+        return SCORES[self.options.table]
+
+    def folder(self, row: str, split: int) -> Path:
+        """The folder of one run."""
+        return self.output / row / f"split-{split}"
+
+    def run(self, row: str, split: int) -> RunOptions:
+        """The options of one run."""
+        given = {name: getattr(self.options, name) for name in _OF_A_RUN}
+        return RunOptions(
+            recipe=self.options.preset,
+            row=row,
+            dataset=self.dataset,
+            split=split,
+            output=self.folder(row, split),
+            compare_ops=False,
+            **given,
+        )
+
+
+def _plan(options: Options) -> _Plan:
+    papers = DATASETS[options.table]
+    dataset, known = options.dataset or papers[0], (*papers, *OTHERS)
+    if dataset not in known:
+        raise UserError(f"dataset: got {dataset!r} for table {options.table}, wanted one of {', '.join(known)}")
+    rows = _rows(options.table)
+    for name in options.rows:
+        if name not in rows:
+            raise UserError(f"rows: got {name!r}, wanted some of table {options.table}'s: {', '.join(rows)}")
+    splits = SPLITS[dataset] if options.splits is None else options.splits
+    if splits < 1:
+        raise UserError(f"splits: got {splits}, wanted at least 1")
+    output = options.output or Path("runs") / f"reproduce-{dataset}-{options.preset}"
+    return _Plan(options, dataset, [row for row in rows if row in options.rows or not options.rows], splits, output)
+
+
+def _rows(table: int) -> list[str]:
+    return [name for name, row in ROWS.items() if DATASETS[table][0] in row.paper]
+
+
+def _run_all(plan: _Plan, console: Console) -> dict[str, Any]:
+    """Read the runs that are finished and train the others, row by row; what the table holds at the end."""
+    results: dict[str, dict[int, Results]] = {row: {} for row in plan.rows}
+    runs = [(row, split) for row in plan.rows for split in range(plan.splits)]
+    missing = [of_run for of_run in runs if not (plan.folder(*of_run) / RESULT).exists()]
+    for row, split in runs:
+        if (row, split) not in missing:
+            results[row][split] = _result(plan, row, split)
+    if len(missing) < len(runs):
+        console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already", highlight=False)
+    if missing:
+        _check_weights(plan)
+    started = time.perf_counter()
+    for done, (row, split) in enumerate(missing):
+        seconds = (time.perf_counter() - started) / max(done, 1) * (len(missing) - done)
+        eta = f"ETA {timedelta(seconds=round(seconds))}" if done else "ETA after this one"
+        line = f"run {len(runs) - len(missing) + done + 1} of {len(runs)}: {row}, split {split}; {eta}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        results[row][split] = _result(plan, row, split)
+        _write(plan, _content(plan, results))
+    content = _content(plan, results)
+    _write(plan, content)  # where nothing was missing but the table is of other rows
+    return content
+
+
+def _result(plan: _Plan, row: str, split: int) -> Results:
+    try:
+        return run(plan.run(row, split))
+    except UserError as error:
+        raise UserError(f"{row}, split {split}: {error}") from error
+
+
+def _check_weights(plan: _Plan) -> None:
+    """Raise where a backbone would start at random for want of the weights that its recipe names."""
+    recipe = resolve(plan.run(plan.rows[0], 0), None).recipe
+    if recipe.backbone == "inception_v3" and recipe.weights == "imagenet":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is an error here
+            if download_inception() is None:
+                raise UserError("weights: ImageNet's cannot be fetched here, wanted a file (--weights PATH) or random")
+
+
+def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[str, Any]:
+    """What the table holds: the figures, and all that they are figures of."""
+    options, scores = plan.options, plan.scores
+    recipe = resolve(plan.run(plan.rows[-1], 0), None).recipe
+    preset = replace(RECIPES[options.preset], **ROWS[plan.rows[-1]].changes)
+    of = next(run[-1] for runs in results.values() for run in runs.values())
+    about = {
+        "table": options.table,
+        "dataset": plan.dataset,
+        **{name: of[name] for name in ("protocol", "ties", "valid", "gallery", "junk")},
+        **({"people": recipe.prid} if plan.dataset == "prid-2011" else {}),
+        "preset": options.preset,
+        "backbone": recipe.backbone,
+        "ops": options.ops,
+        "seed": recipe.seed,
+        "splits": plan.splits,
+        "epochs": recipe.epochs,
+    }
+    now, was = asdict(recipe), asdict(preset)
+    apart = [f"{name} {now[name]} ({was[name]})" for name in now if now[name] != was[name] and name != "dataset"]
+    told = f"but for {', '.join(apart)}" if apart else "as it is"
+    notes = [
+        NOTE.format(first=scores[0]),
+        f"Asked for: {len(plan.rows)} of {len(_rows(options.table))} rows, split{'s' * (plan.splits > 1)} "
+        f"{', '.join(map(str, range(plan.splits)))} of {SPLITS[plan.dataset]}, preset {options.preset} {told}. "
+        f"Ended: {sum(map(len, results.values()))} of {len(plan.rows) * plan.splits} runs.",
+    ]
+    if plan.dataset in OTHERS:
+        notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
+    elif apart or plan.splits < SPLITS[plan.dataset]:
+        notes.append("This is not the paper's experiment in full: the differences do not tell how well it reproduces.")
+    papers = {
+        name: dict(zip(scores, ROWS[name].paper[plan.dataset], strict=True)) if plan.dataset not in OTHERS else None
+        for name in plan.rows
+    }
+    return {
+        "title": f"Table {options.table} on {', '.join(f'{name} {value}' for name, value in list(about.items())[1:])}",
+        **about,
+        "rows": [compare(name, results[name], papers[name], scores) for name in plan.rows],
+        "notes": notes,
+    }
+
+
+def _write(plan: _Plan, content: Mapping[str, Any]) -> None:
+    table = markdown(content["title"], content["rows"], plan.scores, content["notes"])
+    try:
+        write_whole(plan.output / "table.md", table)
+        write_whole(plan.output / "table.json", json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+
+
+if __name__ == "__main__":
+    run_command(lambda: reproduce(tyro.cli(Options, prog="python -m training.reproduce")))
