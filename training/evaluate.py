@@ -66,7 +66,7 @@ def evaluate(options: Options) -> Result:
     root = options.data_root.resolve() if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
-    split = load_split(dataset, root, number, check_counts=check_counts)
+    split = load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
     people = saved.config["people"]
     seen = {tracklet.person for tracklet in split.probe} & set(people)

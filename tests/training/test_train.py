@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.training.data.small_sets import write_mars, write_prid
 from training import checkpoint
 from training.errors import UserError
 from training.evaluate import Options as EvaluateOptions
@@ -301,6 +303,25 @@ def test_damaged_metrics_are_named_and_left_as_they_are(started: Path) -> None:
     with pytest.raises(UserError, match=rf"{path}, line 2: damaged"):
         train(Options(resume=started, epochs=2, device="cpu"))
     assert path.read_text() == damaged
+
+
+def test_prid_is_evaluated_by_the_people_it_was_trained_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = write_prid(tmp_path / "data"), tmp_path / "run"
+    prid: dict[str, Any] = {"dataset": "prid-2011", "prid": "official-27", "people": 2, "epochs": 1}
+    train(replace(options(data, run), check_counts=False, **prid))
+    capsys.readouterr()
+    evaluate(EvaluateOptions(run, device="cpu"))
+    assert "official-27" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", ["mars-official", "mars-standard-ap", "torchreid"])
+def test_mars_is_trained_on_and_evaluated_by_each_of_its_protocols(protocol: str, tmp_path: Path) -> None:
+    data, run = write_mars(tmp_path / "data"), tmp_path / "run"
+    train(replace(options(data, run), dataset="mars", check_counts=False, people=2, epochs=1))
+    assert metrics(run)[-1]["protocol"] == "mars-official"
+    ranking = evaluate(EvaluateOptions(run, protocol=protocol, device="cpu")).ranking
+    # Of 8 test tracklets 2 are junk of nobody; the 4 queries are of 2 people under 2 cameras each.
+    assert (ranking.protocol, ranking.probes, ranking.gallery) == (protocol, 4, 2 if protocol == "torchreid" else 6)
 
 
 def test_evaluating_on_people_trained_on_is_refused(trained: Path, small_data: Path, tmp_path: Path) -> None:
