@@ -35,6 +35,8 @@ class Options:
     """What to train on."""
     data_root: Path | None = None
     """The dataset's folder; only the synthetic one has a default."""
+    check_counts: bool = True
+    """Whether a set that lacks some of what was published is an error, or read as it is."""
     split: int | None = None
     """Which of the dataset's splits, from 0; the first if not given."""
     output: Path | None = None
