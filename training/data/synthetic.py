@@ -71,8 +71,7 @@ def generate(
         raise UserError(f"seed: got {seed}, wanted 0 or more")
     rates = {name: rate for name, rate in (("occlusion", occlusion), ("blur", blur)) if rate is not None}
     for name, rate in rates.items():
-        if not 0 <= rate <= 1:
-            raise UserError(f"{name}: got {rate}, wanted a share of frames, 0 to 1")
+        check_rate(name, rate)
     root = root.absolute()
     asked = {"people": people, "seed": seed, "renderer": RENDERER, **rates}
     if _holds(root, asked):
@@ -87,6 +86,12 @@ def generate(
     except OSError as error:
         if not _holds(root, asked):  # if it does, another process was quicker
             raise UserError(f"{root}: cannot be made ({error})") from None
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raise a UserError unless a rate is a share of frames."""
+    if not 0 <= rate <= 1:
+        raise UserError(f"{name}: got {rate}, wanted a share of frames, 0 to 1")
 
 
 def _holds(root: Path, asked: dict[str, float]) -> bool:
