@@ -194,8 +194,12 @@ def _train(planned: list[Cell], options: Options, console: Console) -> dict[Cell
 def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
     """Train a run, and return the result of its last epoch; what it has to say goes to a file beside its folder."""
     folder = cell.folder(options.output)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("a") as log, redirect_stdout(log):
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log").open("a")
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+    with log, redirect_stdout(log):
         return experiment.run(cell.run_options(options))[-1]
 
 
