@@ -9,10 +9,9 @@ from math import cos, pi
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.data.figures import CLOTH, Colour, Person, View, draw_person, shade
+from training.data.figures import Person, View, draw_person
+from training.data.occlusion import HEIGHT, SCALE, WIDTH, Occluder, crossings
 
-WIDTH, HEIGHT = 64, 128  # of a frame, pixels
-SCALE = 2  # drawn this much larger, then reduced: the figures get soft edges
 PANORAMA = 6 * WIDTH  # how much background a camera has
 
 
@@ -33,14 +32,25 @@ CAMERAS = (
 )
 
 
-def render_walk(person: Person, camera: Camera, frames: int, rng: np.random.Generator) -> Iterator[Image.Image]:
-    """Draw a person walking past a camera.
+def render_walk(
+    person: Person,
+    camera: Camera,
+    frames: int,
+    rng: np.random.Generator,
+    occlusion: float | None = None,
+    blur: float | None = None,
+) -> Iterator[Image.Image]:
+    """Draw a person walking past a camera; walk, background, light and noise are the same at all rates.
 
     Args:
         person: who.
         camera: seen by which camera.
         frames: how many.
         rng: for what is new each time: the stretch of background, occluders, lighting, blur, noise.
+        occlusion: expected share of the frames in which an occluder covers the MIDDLE, 0 to 1; `None`: seven tracklets
+            in ten are crossed once, which makes it a fifth.
+        blur: expected share of the frames that are smeared along the motion, 0 to 1; `None`: 0.05 in one half of the
+            tracklets, 0.35 in the other.
 
     Yields:
         WIDTH x HEIGHT RGB images, in order of time.
@@ -51,9 +61,12 @@ def render_walk(person: Person, camera: Camera, frames: int, rng: np.random.Gene
     phase = rng.uniform(0, 2 * pi)
     unit = SCALE * camera.view.unit * rng.uniform(0.94, 1.05)
     view = replace(camera.view, yaw=camera.view.yaw + rng.normal(0, 0.12), unit=unit)
-    occluder = _Occluder.draw(frames, rng)
+    occluders = [Occluder.draw(frames, rng)]
+    if occlusion is not None:
+        occluders = list(crossings(occlusion, frames, rng.spawn(1)[0]))
     light = camera.gain * rng.uniform(0.82, 1.15)
-    blurred = rng.random(frames) < rng.choice([0.05, 0.35])
+    smear, usual_blur = rng.random(frames), rng.choice([0.05, 0.35])
+    blurred = smear < (usual_blur if blur is None else blur)
     jitter_x, jitter_y = rng.normal(0, 1.2, (2, frames))
     for t in range(frames):
         image = _crop(background, begin + camera.view.facing * pace * t)
@@ -61,45 +74,10 @@ def render_walk(person: Person, camera: Camera, frames: int, rng: np.random.Gene
         centre = (WIDTH / 2 + jitter_x[t]) * SCALE
         ground = (HEIGHT - 7 + jitter_y[t]) * SCALE
         draw_person(canvas, person, view, centre, ground, phase + person.cadence * t)
-        occluder.draw_on(canvas, view, t)
+        for occluder in occluders:
+            occluder.draw_on(canvas, view, t)
         light += 0.25 * (camera.gain - light) + rng.normal(0, 0.05)
         yield _expose(image, camera, light, 5 if blurred[t] else 1, rng)
-
-
-@dataclass(frozen=True)
-class _Occluder:
-    """What comes between person and camera for a part of the clip, from one side of the frame to the other."""
-
-    kind: str
-    start: float  # frame at which its middle enters
-    speed: float  # pixels a frame, at the frame's own size
-    colour: Colour
-    passer_by: Person
-
-    @classmethod
-    def draw(cls, frames: int, rng: np.random.Generator) -> _Occluder:
-        return cls(
-            kind=str(rng.choice(["none", "post", "passer-by", "luggage"], p=[0.3, 0.25, 0.3, 0.15])),
-            start=rng.uniform(-2, 0.6 * frames),
-            speed=rng.uniform(3, 8) * rng.choice([-1, 1]),
-            colour=CLOTH[rng.integers(len(CLOTH))],
-            passer_by=Person.draw(rng),
-        )
-
-    def draw_on(self, canvas: ImageDraw.ImageDraw, view: View, t: int) -> None:
-        far = -16 if self.speed > 0 else WIDTH + 16
-        x, bottom = (far + self.speed * (t - self.start)) * SCALE, HEIGHT * SCALE
-        match self.kind:
-            case "post":
-                canvas.rectangle((x - 7 * SCALE, 0, x + 7 * SCALE, bottom), fill=shade(self.colour, 0.7))
-                canvas.rectangle((x - 7 * SCALE, 0, x - 4 * SCALE, bottom), fill=self.colour)
-            case "passer-by":
-                nearer = replace(view, facing=1 if self.speed > 0 else -1, unit=view.unit * 1.12)
-                draw_person(canvas, self.passer_by, nearer, x, bottom + 6 * SCALE, self.passer_by.cadence * t)
-            case "luggage":
-                box = (x - 15 * SCALE, bottom - 46 * SCALE, x + 15 * SCALE, bottom - 4 * SCALE)
-                canvas.rounded_rectangle(box, 4 * SCALE, fill=self.colour, outline=shade(self.colour, 0.6), width=4)
-                canvas.rectangle((x - 6 * SCALE, box[1] - 8 * SCALE, x + 6 * SCALE, box[1]), outline=(40, 40, 40))
 
 
 def draw_background(camera: Camera) -> Image.Image:

@@ -43,13 +43,24 @@ def load(root: Path, split: int) -> Split:
     return replace(read, description=f"synthetic, {PEOPLE} rendered people (seed {SEED}); {read.description}")
 
 
-def generate(root: Path = DEFAULT_ROOT, people: int = PEOPLE, seed: int = SEED) -> None:
+def generate(
+    root: Path = DEFAULT_ROOT,
+    people: int = PEOPLE,
+    seed: int = SEED,
+    occlusion: float | None = None,
+    blur: float | None = None,
+) -> None:
     """Render a dataset in the iLIDS-VID layout, unless it is there already; it appears whole or not at all.
 
     Args:
         root: the folder to make.
         people: how many, at least 2; half of them are tested on in each split.
         seed: not negative; the same seed gives the same bytes, and the same person whatever the number of people.
+        occlusion: expected share of a tracklet's frames in which an occluder (of a passer-by, the trunk) reaches into
+            the middle 20 of the 64 columns, where the person is, 0 to 1; if not given, seven tracklets in ten are
+            crossed once, which makes it a fifth.
+        blur: expected share of a tracklet's frames that are smeared 5 pixels along the motion, 0 to 1; if not given,
+            0.05 in one half of the tracklets and 0.35 in the other.
 
     Raises:
         UserError: `root` holds something else, or an argument is out of range.
@@ -58,15 +69,18 @@ def generate(root: Path = DEFAULT_ROOT, people: int = PEOPLE, seed: int = SEED) 
         raise UserError(f"people: got {people}, wanted at least 2")
     if seed < 0:
         raise UserError(f"seed: got {seed}, wanted 0 or more")
+    rates = {name: rate for name, rate in (("occlusion", occlusion), ("blur", blur)) if rate is not None}
+    for name, rate in rates.items():
+        check_rate(name, rate)
     root = root.absolute()
-    asked = {"people": people, "seed": seed, "renderer": RENDERER}
+    asked = {"people": people, "seed": seed, "renderer": RENDERER, **rates}
     if _holds(root, asked):
         return
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as beside:
             made = Path(beside) / root.name
-            _write(made, people, seed)
+            _write(made, people, seed, occlusion, blur)
             (made / MANIFEST).write_text(json.dumps(asked) + "\n")
             made.rename(root)
     except OSError as error:
@@ -74,7 +88,13 @@ def generate(root: Path = DEFAULT_ROOT, people: int = PEOPLE, seed: int = SEED) 
             raise UserError(f"{root}: cannot be made ({error})") from None
 
 
-def _holds(root: Path, asked: dict[str, int]) -> bool:
+def check_rate(name: str, rate: float) -> None:
+    """Raise a UserError unless a rate is a share of frames."""
+    if not 0 <= rate <= 1:
+        raise UserError(f"{name}: got {rate}, wanted a share of frames, 0 to 1")
+
+
+def _holds(root: Path, asked: dict[str, float]) -> bool:
     """Tell whether the set asked for is at `root`; raise if something else is."""
     try:
         found = json.loads((root / MANIFEST).read_text())
@@ -90,7 +110,7 @@ def _holds(root: Path, asked: dict[str, int]) -> bool:
     return True
 
 
-def _write(root: Path, people: int, seed: int) -> None:
+def _write(root: Path, people: int, seed: int, occlusion: float | None, blur: float | None) -> None:
     (root / ilids_vid.SPLITS).parent.mkdir(parents=True)
     rows = [np.random.default_rng((seed, 0, row)).permutation(people) + 1 for row in range(SPLITS)]
     matlab = BytesIO()
@@ -106,7 +126,8 @@ def _write(root: Path, people: int, seed: int) -> None:
             folder = root / ilids_vid.SEQUENCES / name
             folder.mkdir(parents=True)
             frames = int(rng.integers(SHORTEST, LONGEST + 1))
-            for t, image in enumerate(render_walk(person, camera, frames, rng), start=1):
+            walk = render_walk(person, camera, frames, rng, occlusion, blur)
+            for t, image in enumerate(walk, start=1):
                 image.save(folder / f"{name.replace('/', '_')}_{t:05d}.png", compress_level=1)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,33 @@ def test_the_reader_of_the_real_layout_reads_it(root: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
     synthetic.generate(tmp_path / "again", people=8, seed=5)
     assert contents(tmp_path / "again") == contents(root)
+
+
+def test_the_default_pictures_are_those_that_the_readme_tells_of(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / "set", people=2)
+    digest = hashlib.sha256()
+    for path in sorted((tmp_path / "set").rglob("*.png")):
+        digest.update(read_frame(path).numpy().tobytes())  # the pixels: how well zlib packs them is its own affair
+    assert digest.hexdigest() == "9006b6a6e0102c5398313e29b8ead07911f69e3fbbbbe4d64000fe8d08c4212b", (
+        "raise RENDERER, and measure the README's figures again"
+    )
+    assert json.loads((tmp_path / "set" / synthetic.MANIFEST).read_text()) == {"people": 2, "seed": 0, "renderer": 1}
+
+
+def test_a_set_tells_its_rates_and_is_not_taken_for_one_of_others(tmp_path: Path) -> None:
+    asked = {"people": 2, "seed": 0, "occlusion": 0.5, "blur": 0.3}
+    synthetic.generate(tmp_path / "set", **asked)
+    assert json.loads((tmp_path / "set" / synthetic.MANIFEST).read_text()) == {**asked, "renderer": 1}
+    for other in ({**asked, "occlusion": 0.6}, {**asked, "blur": None}, {"people": 2}):
+        with pytest.raises(UserError, match=r"holds a synthetic set of .*'occlusion': 0\.5, 'blur': 0\.3}, wanted"):
+            synthetic.generate(tmp_path / "set", **other)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("name", ["occlusion", "blur"])
+def test_rates_that_are_no_shares_are_refused(tmp_path: Path, name: str, rate: float) -> None:
+    with pytest.raises(UserError, match=f"^{name}: got {rate}, wanted a share of frames, 0 to 1$"):
+        synthetic.generate(tmp_path / "set", people=2, **{name: rate})
 
 
 def test_a_person_looks_the_same_in_a_smaller_set_and_not_with_another_seed(root: Path, tmp_path: Path) -> None:
@@ -111,7 +140,9 @@ def test_arguments_out_of_range_are_named(tmp_path: Path, people: int, seed: int
 
 def test_the_command_line_makes_a_set(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.data.synthetic", "--root", str(tmp_path / "set"), "--people", "2"]
+    command += ["--occlusion", "0.5", "--blur", "0.3"]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    synthetic.generate(tmp_path / "set", people=2, occlusion=0.5, blur=0.3)  # that is what is there
     assert made.stdout == ""
     assert "Warning" not in made.stderr
     assert len(ilids_vid.load(tmp_path / "set", 9, check_counts=False).train) == 2

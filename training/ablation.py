@@ -1,0 +1,232 @@
+"""The paper's ablation on rendered people, by how often they are hidden: `python -m training.ablation`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from training import checkpoint, experiment
+from training.ablation_plot import draw
+from training.ablation_table import check_page, fill_page, markdown
+from training.command import run_command
+from training.data import synthetic
+from training.errors import UserError
+from training.settings import Options as RunOptions
+from training.settings import resolve
+
+# As Table 1 names them, in its order.
+ROWS = (
+    "Baseline",
+    "Baseline+Lv",
+    "Baseline+LSTM+Lv",
+    "Baseline+STIM+Lv",
+    "Baseline+RRU+Lv",
+    "Baseline+RRU+STIM+Lv",
+    "Baseline+RRU+STIM+Lv+Lp",
+)
+RESULTS, PLOT = "ablation.json", "ablation.png"
+
+
+@dataclass
+class Options:
+    """Train rows of the paper's Table 1 on rendered people, hidden ever more often, and tell what came out.
+
+    What is in the output already is not trained again.
+    """
+
+    occlusion: tuple[float, ...] = (0.0, 0.4, 0.8)
+    """Expected shares of a tracklet's frames in which an occluder covers the middle; each is a set of its own."""
+    rows: tuple[Literal[ROWS], ...] = ROWS  # type: ignore[valid-type]
+    """Rows of Table 1."""
+    seeds: int = 3
+    """How many, from 0: one decides initial weights, order and dropout, and which half of the people is held out."""
+    epochs: int = 7
+    """Passes over the sampler."""
+    batches: int = 20
+    """Batches an epoch."""
+    people: int = synthetic.PEOPLE
+    """People in each set; the same ones, on the same walks, at each rate."""
+    blur: float = 0.2
+    """Expected share of a tracklet's frames that are smeared."""
+    jobs: int = 2
+    """Runs side by side, each on one thread, so that the figures do not depend on it."""
+    output: Path = Path("runs/ablation")
+    """Folder of the sets, the runs, ablation.json and ablation.png."""
+    readme: Path | None = None
+    """Page to write the table to, between its markers; ablation.json and ablation.png are laid beside it."""
+
+    @property
+    def command(self) -> str:
+        """What makes the same figures."""
+        words = ["python", "-m", "training.ablation"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in ("jobs", "output", "readme"):
+                words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the ablation: a row at a rate, from a seed."""
+
+    occlusion: float
+    row: str
+    seed: int
+
+    def data(self, output: Path) -> Path:
+        """The folder of the set it is trained on."""
+        return output / f"occlusion-{self.occlusion:g}" / "data"
+
+    def folder(self, output: Path) -> Path:
+        """The folder it is trained in."""
+        return output / f"occlusion-{self.occlusion:g}" / self.row / f"seed-{self.seed}"
+
+    def run_options(self, options: Options) -> RunOptions:
+        """How it is trained."""
+        return RunOptions(
+            recipe="quick",
+            row=self.row,
+            dataset="ilids-vid",  # its layout: the dataset "synthetic" is the set without rates
+            data_root=self.data(options.output),
+            check_counts=False,
+            split=self.seed,
+            seed=self.seed,
+            epochs=options.epochs,
+            batches=options.batches,
+            output=self.folder(options.output),
+            compare_ops=False,
+        )
+
+
+def cells(options: Options) -> list[Cell]:
+    """All runs, a rate after the other, of each all rows from the first seed, then from the next.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    for name in ("occlusion", "rows"):
+        if not getattr(options, name):
+            raise UserError(f"{name}: got none, wanted at least one")
+    for name, rate in [("blur", options.blur), *(("occlusion", rate) for rate in options.occlusion)]:
+        synthetic.check_rate(name, rate)
+    if not 1 <= options.seeds <= synthetic.SPLITS:
+        raise UserError(f"seeds: got {options.seeds}, wanted 1 to {synthetic.SPLITS}, as each has a split of its own")
+    if options.jobs < 1:
+        raise UserError(f"jobs: got {options.jobs}, wanted at least 1")
+    if options.people < 4:
+        raise UserError(f"people: got {options.people}, wanted at least 4: two to train on, two held out")
+    rates, rows = sorted(set(options.occlusion)), [row for row in ROWS if row in options.rows]
+    found = [Cell(rate, row, seed) for rate in rates for seed in range(options.seeds) for row in rows]
+    resolve(found[0].run_options(options), None)
+    return found
+
+
+def ablate(options: Options) -> None:
+    """Render, train, and leave a table, a plot and the results.
+
+    Raises:
+        UserError: an option is out of range, the page has no place for the table, or the output holds something else.
+    """
+    console = Console()
+    planned = cells(options)
+    if options.readme:
+        check_page(options.readme)
+    for cell in planned:
+        synthetic.generate(cell.data(options.output), options.people, occlusion=cell.occlusion, blur=options.blur)
+    records = _train(planned, options, console)
+    ablation = {
+        "command": options.command,
+        "people": options.people,
+        "blur": options.blur,
+        "epochs": options.epochs,
+        "batches": options.batches,
+        "environments": _environments(planned, options),
+        "runs": [{**asdict(cell), **records[cell]} for cell in planned],
+    }
+    table = markdown(ablation)
+    try:
+        for folder in [options.output, *([options.readme.parent] if options.readme else [])]:
+            (folder / RESULTS).write_text(json.dumps(ablation, indent=2) + "\n")
+            draw(ablation, folder / PLOT)
+        if options.readme:
+            fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+    console.print(table, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"plot: {options.output / PLOT}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _train(planned: list[Cell], options: Options, console: Console) -> dict[Cell, dict[str, Any]]:
+    """Have each run trained that is not yet, and return the results of its last epoch."""
+    line = f"{len(planned)} runs in {options.output}, {options.jobs} side by side"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    records = {}
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _begin_worker) as pool:
+        try:
+            running = {pool.submit(_train_one, cell, options): cell for cell in planned}
+            for future in as_completed(running):
+                cell, record = running[future], future.result()
+                records[cell] = record
+                where = f"{len(records)}/{len(planned)}  occlusion {cell.occlusion:g}  seed {cell.seed}  {cell.row}"
+                scores = f"rank-1 {100 * record['rank-1']:.1f}  mAP {100 * record['mAP']:.1f}"
+                console.print(f"{where}  {scores}", highlight=False, markup=False, soft_wrap=True)
+        except BaseException:  # an interrupt too; what runs is continued the next time
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+    return records
+
+
+def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
+    """Train a run, and return the result of its last epoch; what it has to say goes to a file beside its folder."""
+    folder = cell.folder(options.output)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log").open("a")
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+    with log, redirect_stdout(log):
+        return experiment.run(cell.run_options(options))[-1]
+
+
+def _begin_worker() -> None:
+    """Make a process of the pool one thread wide, and have it end with the process that started it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears of it too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Left alone, it would train on beside the next start of the same runs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _environments(planned: list[Cell], options: Options) -> list[dict[str, Any]]:
+    """What the runs ran on: one, unless they were trained in several goes."""
+    found: list[dict[str, Any]] = []
+    for cell in planned:
+        environment = checkpoint.load(cell.folder(options.output)).config["environment"]
+        if environment not in found:
+            found.append(environment)
+    return found
+
+
+if __name__ == "__main__":
+    run_command(lambda: ablate(tyro.cli(Options, prog="python -m training.ablation")))
