@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,7 +125,7 @@ def _measure(
             "x eager": measure.ratio(times["eager"], times[name]),
             "saved MiB": measure.saved_bytes(lambda loss=loss: [loss(_leaf(features), labels)], [features])  # type: ignore[misc]
             / measure.MIB,
-            "peak MiB": measure.peak_bytes(works[name]) / measure.MIB,
+            "peak MiB": measure.peak_bytes(works[name], features.device) / measure.MIB,
         }
         for name, loss in losses.items()
     ]
@@ -137,12 +138,15 @@ def _memory(losses: dict[str, Loss], options: Options, device: torch.device) -> 
     return [
         {
             "implementation": name,
-            "peak MiB": measure.peak_bytes(lambda loss=loss: torch.autograd.grad(loss(leaf, labels), leaf))  # type: ignore[misc]
-            / measure.MIB,
+            "peak MiB": measure.peak_bytes(partial(_gradient, loss, leaf, labels), device) / measure.MIB,
         }
         for name, loss in losses.items()
         if name != "eager"
     ]
+
+
+def _gradient(loss: Loss, leaf: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(leaf, labels), leaf)
 
 
 def _leaf(features: Tensor) -> Tensor:

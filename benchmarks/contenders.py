@@ -128,33 +128,29 @@ def check(field: Mapping[str, Contender]) -> None:
         parity.judge(*draws)
 
 
-def running(field: Mapping[str, Contender]) -> dict[str, Contender]:
-    """Those of the field that run at all; says why another does not."""
-    able = dict(field)
+def sifted(field: Mapping[str, Contender]) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those of the field that run and are right, by `check`; and why another is not among them."""
+    right, refused = dict(field), {}
     for name, own in field.items():
         try:
             own.results()
         except Exception as error:  # whatever it is, the others can be measured
-            print(f"{name} does not run: {told(error)}")
-            del able[name]
-    return able
+            refused[name] = f"does not run: {told(error)}"
+            del right[name]
+    for name, draws in _draws(right).items():
+        try:
+            parity.judge(*draws)
+        except SystemExit as refusal:
+            refused[name] = str(refusal)
+            del right[name]
+    for name, why in refused.items():
+        print(f"{name} is left out: {why}")
+    return right, refused
 
 
 def told(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def passing(field: Mapping[str, Contender]) -> dict[str, Contender]:
-    """Those of the field that are right, by `check`; says why another is not among them."""
-    right = dict(field)
-    for name, draws in _draws(field).items():
-        try:
-            parity.judge(*draws)
-        except SystemExit as refusal:
-            print(refusal)
-            del right[name]
-    return right
 
 
 def _draws(field: Mapping[str, Contender]) -> dict[str, tuple[str, list[parity.Compared]]]:

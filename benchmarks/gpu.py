@@ -6,20 +6,24 @@
 Float32 is multiplied in TF32, here and in eager; "autocast" is bfloat16 maps beside float32 weights, as a backbone
 under autocast leaves them. Graphed rows replay CUDA graphs. Every row is held to the float64 oracle before it is timed,
 compiled and graphed ones too. A section runs in a process of its own: one that crashes or hangs loses itself alone.
-What is not within parity, does not run, or does not fit in the time is left out and named. Roofline: the compulsory
-bytes at the rate of this GPU's own copy.
+What is not within parity, does not run, or does not fit in the time is left out and named, and the run exits with an
+error at its end. Roofline: the compulsory bytes at the rate of this GPU's own copy; 16-bit maps fit in part into the L2
+of a large GPU, which brings theirs nearer.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -36,8 +40,9 @@ from benchmarks.table import Row
 from rru_fast import config, reference
 
 GRAPHED = "eager, graphed"
+WHY = "left out"
 MARGIN = 0.4
-STARTING = 60  # seconds a section may be over the time before it is stopped: it began in time
+LATE = 60  # seconds a section may be over the time before it is stopped: it began in time
 
 
 @dataclass
@@ -46,8 +51,8 @@ class Options:
 
     toy: bool = False
     """Small shapes on the CPU, once: whether it runs."""
-    seconds: float = 480
-    """No section begins after this long."""
+    seconds: float = 400
+    """No section begins after this long; one that is still running a minute later is stopped."""
     repeats: int = 15
     """Rounds; each runs every implementation once."""
     results: Path = Path(__file__).resolve().parent / "results"
@@ -100,13 +105,12 @@ def main(options: Options) -> list[Row]:
     left_out: dict[str, str] = {}
     environment = measure.environment(device) | {"op": "gpu", "roofline": f"{copy / 1e9:.0f} GB/s"}
     environment["left out"] = left_out
-    name = "toy" if options.toy else torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = options.results / f"{name}-{date.today().isoformat()}.json"
+    path = _path(options)
     rows: list[Row] = []
     _keep(path, environment, rows)  # a folder that cannot be written is told before anything is measured
     for title in SECTIONS:
         left = options.seconds - (time.monotonic() - begin)
-        found = f"{options.seconds:.0f} s are over" if left < 0 else _in_a_process(title, run, left + STARTING)
+        found = f"{options.seconds:.0f} s are over" if left < 0 else _in_a_process(title, run, left + LATE)
         if isinstance(found, str):
             left_out[title] = found
             print(f"{title}: left out, {found}")
@@ -116,9 +120,18 @@ def main(options: Options) -> list[Row]:
         _keep(path, environment, rows)
         print(f"{time.monotonic() - begin:.0f} s; {path}")
     failed = [f"{title}: {why}" for title, why in left_out.items() if not why.endswith("are over")]
+    failed += [f"{row['mode']}, {row['implementation']}: {row[WHY]}" for row in rows if row[WHY]]
     if failed:
         raise SystemExit("left out:\n  " + "\n  ".join(failed))
     return rows
+
+
+def _path(options: Options) -> Path:
+    """Where the results go: what an earlier run of the day has left stays."""
+    name = "toy" if options.toy else torch.cuda.get_device_name().lower().replace(" ", "-")
+    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
+    paths = (options.results / f"{name}-{date.today().isoformat()}{number}.json" for number in numbers)
+    return next(path for path in paths if not path.exists())
 
 
 def _keep(path: Path, environment: Row, rows: list[Row]) -> None:
@@ -142,22 +155,34 @@ def _in_a_process(title: str, run: Run, seconds: float) -> list[Row] | str:
         process.join()
         return f"its process ended with status {process.exitcode}"
     finally:
+        process.join(5)  # to say what it has to say
         process.kill()
         process.join()
 
 
 def _section(title: str, run: Run, sender: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_float32_matmul_precision("highest" if run.options.toy else "high")  # eager has no TF32 on a CPU
     try:
         op, section = SECTIONS[title]
         rows = section(run)
     except Exception as error:  # whatever it is, the other sections go on
         traceback.print_exc()
-        sender.send(contenders.told(error))
+        answer: list[Row] | str = contenders.told(error)
     else:
         # One that was left out has no more than its name and shape.
-        columns = dict.fromkeys(key for row in rows for key in row)
-        sender.send([{**columns, **row, "op": op, "mode": title} for row in rows])
+        columns = dict.fromkeys([key for row in rows for key in row] + [WHY])
+        answer = [{**columns, **row, "op": op, "mode": title} for row in rows]
+    sys.stdout.flush()
+    sender.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Left alone, a section would hold the GPU."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -190,13 +215,12 @@ def _training(run: Run, autocast: torch.dtype | None) -> list[Row]:
     shape = run.sizes.maps
     field = contenders.contenders(shape, "float32", run.device)
     field |= _others(field, run.device)
-    asked = list(field)
     if autocast is not None:
         field = {
             name: Autocast(own.module, own.x.detach().to(autocast).requires_grad_(), own.upstream)
             for name, own in field.items()
         }
-    field = contenders.passing(contenders.running(field))
+    field, refused = contenders.sifted(field)
     forwards = _times({name: own.forward for name, own in field.items()}, run)
     steps = _times({name: own.step for name, own in field.items()}, run)
     dtype = "float32" if autocast is None else "bfloat16"
@@ -212,22 +236,22 @@ def _training(run: Run, autocast: torch.dtype | None) -> list[Row]:
             "x authors": _faster(steps, AUTHORS, name),
             "x reference": _faster(steps, REFERENCE, name),
             "x compile": _faster(steps, COMPILED, name),
-            "x graphed eager": _faster(steps, GRAPHED, name),
+            # Both are replayed by the same code, which copies maps in and gradients out.
+            "x graphed eager": _faster(steps, GRAPHED, name) if "graphed" in name else None,
             "% of roofline": 100 * least[True] / median(steps[name]),
             "saved MiB": None if "graphed" in name or name == COMPILED else _saved(own) / measure.MIB,
             # A graph's memory is taken when it is captured.
-            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.step) / measure.MIB,
+            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.step, run.device) / measure.MIB,
         }
         for name, own in field.items()
-    ] + _left_out(asked, field, shape)
+    ] + _left_out(refused, shape)
 
 
 def _tracklet(run: Run) -> list[Row]:
     shape = run.sizes.tracklet
     field = contenders.contenders(shape, "float32", run.device, training=False)
     field |= _others(field, run.device, compile=False)  # unrolled over the frames, it would compile for many minutes
-    asked = list(field)
-    field = contenders.passing(contenders.running(field))
+    field, refused = contenders.sifted(field)
     times = _times({name: own.forward for name, own in field.items()}, run)
     least = roofline.size(shape, "float32", backward=False) / run.copy
     return [
@@ -237,17 +261,17 @@ def _tracklet(run: Run) -> list[Row]:
             "ms": 1e3 * median(times[name]),
             "x authors": _faster(times, AUTHORS, name),
             "x reference": _faster(times, REFERENCE, name),
-            "x graphed eager": _faster(times, GRAPHED, name),
+            "x graphed eager": _faster(times, GRAPHED, name) if "graphed" in name else None,
             "% of roofline": 100 * least / median(times[name]),
-            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.forward) / measure.MIB,
+            "peak MiB": None if "graphed" in name else measure.peak_bytes(own.forward, run.device) / measure.MIB,
         }
         for name, own in field.items()
-    ] + _left_out(asked, field, shape)
+    ] + _left_out(refused, shape)
 
 
-def _left_out(asked: Iterable[str], measured: Container[str], shape: Sequence[int]) -> list[Row]:
-    """Rows without figures: what does not run, or is not within parity."""
-    return [{"implementation": name, "shape": list(shape)} for name in asked if name not in measured]
+def _left_out(refused: Mapping[str, str], shape: Sequence[int]) -> list[Row]:
+    """Rows without figures: what does not run, or is not within parity, and why."""
+    return [{"implementation": name, "shape": list(shape), WHY: why} for name, why in refused.items()]
 
 
 def _faster(times: Mapping[str, list[float]], baseline: str, name: str) -> float | None:
@@ -333,13 +357,14 @@ def _compared(
 
     in_dtype, oracle = results(functions["eager"]), results(functions["eager"], torch.float64)
     works: dict[str, Work] = {}
+    refused: dict[str, str] = {}
     for name, function in functions.items():
         try:
             parity.demand(name, results(function), in_dtype, oracle)
         except SystemExit as refusal:
-            print(refusal)
-        except Exception as error:  # one that does not run is named, and the others are measured
-            print(f"{name} does not run: {contenders.told(error)}")
+            refused[name] = str(refusal)
+        except Exception as error:  # whatever it is, the others can be measured
+            refused[name] = f"does not run: {contenders.told(error)}"
         else:
             works[name] = partial(results, function)
     times = _times(works, run)
@@ -350,10 +375,10 @@ def _compared(
             "ms": 1e3 * median(times[name]),
             "x eager": _faster(times, "eager", name),
             **({} if least is None else {"% of roofline": 100 * least / median(times[name])}),
-            "peak MiB": measure.peak_bytes(work) / measure.MIB,
+            "peak MiB": measure.peak_bytes(work, run.device) / measure.MIB,
         }
         for name, work in works.items()
-    ] + _left_out(functions, works, shape)
+    ] + _left_out(refused, shape)
 
 
 def _times(works: Mapping[str, Work], run: Run) -> dict[str, list[float]]:

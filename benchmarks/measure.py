@@ -77,9 +77,9 @@ def saved_bytes(forward: Callable[[], Iterable[Tensor]], free: Iterable[Tensor])
     return sum(size for pointer, size in storages.items() if pointer not in known)
 
 
-def peak_bytes(work: Work) -> int:
-    """The most memory `work` holds at once beyond what was held before it."""
-    if torch.cuda.is_available():
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The most memory of the device that `work` holds at once beyond what was held before it."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
@@ -136,7 +136,10 @@ def _commit() -> str:
     """The commit measured, marked where the tree has changed since; earlier results do not count as a change."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return ""
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")

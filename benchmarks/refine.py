@@ -110,7 +110,7 @@ def training(shape: Shape, limits: dict[str, Rates], device: torch.device, optio
                 "roofline ms": 1e3 * roofline,
                 # A compiled module's saved tensors stay inside its graph.
                 "saved MiB": None if name == COMPILED else _saved(contender) / measure.MIB,
-                "peak MiB": measure.peak_bytes(contender.step) / measure.MIB,
+                "peak MiB": measure.peak_bytes(contender.step, device) / measure.MIB,
             }
         )
     return rows
@@ -132,7 +132,7 @@ def tracklet(shape: Shape, limits: dict[str, Rates], device: torch.device, repea
             "x reference": measure.ratio(times[REFERENCE], times[name]),
             "% of roofline": 100 * roofline / median(times[name]),
             "roofline ms": 1e3 * roofline,
-            "peak MiB": measure.peak_bytes(contender.forward) / measure.MIB,
+            "peak MiB": measure.peak_bytes(contender.forward, device) / measure.MIB,
         }
         for name, contender in field.items()
     ]

@@ -53,7 +53,7 @@ def main(options: Options) -> list[dict[str, Any]]:
             "implementation": name,
             "ms": 1e3 * median(times[name]),
             "x eager": measure.ratio(times["eager"], times[name]),
-            "peak MiB": measure.peak_bytes(works[name]) / measure.MIB,
+            "peak MiB": measure.peak_bytes(works[name], device) / measure.MIB,
         }
         for name in backends
     ]

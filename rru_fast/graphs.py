@@ -1,7 +1,8 @@
 """CUDA graphs of `refine`, forward and backward: a call of a kind seen before is one launch each way.
 
 A graph reads and writes memory of its own. Maps are copied in; weights and running statistics are used where they lie,
-so a module whose parameters have moved is captured anew. What a call returns is overwritten by the next of its kind.
+so a module whose parameters have moved is captured anew. What a call returns is overwritten by the next of its kind,
+and its backward must come before: it raises otherwise.
 What decides which kernels run, the precision of float32 among it, is part of the kind.
 """
 
@@ -30,7 +31,7 @@ class Graphs:
     """The graphs of one module."""
 
     def __init__(self) -> None:
-        self._captured: dict[Hashable, Function] = {}
+        self._captured: dict[Hashable, tuple[Function, list[int]]] = {}
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         """A copy of the module captures its own."""
@@ -74,9 +75,12 @@ class Graphs:
             for sample, v in zip(samples, (*weights.values(), *maps.values()), strict=True):
                 sample.requires_grad_(differentiable and v.requires_grad)
             with torch.cuda.device(x.device):
-                self._captured[key] = _capture(call, samples, running)
+                self._captured[key] = _capture(call, samples, running), [0]
+        graphed, calls = self._captured[key]
+        calls[0] += 1
         with torch.cuda.device(x.device):
-            features, strips, *last = self._captured[key](*map(_own, (*weights.values(), *maps.values())))
+            outputs = graphed(*map(_own, (*weights.values(), *maps.values())))
+        features, strips, *last = guarded(calls, outputs)
         return Refined(features, strips, State(*last) if last else None)
 
 
@@ -123,6 +127,33 @@ class _Own(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         """A copy."""
         return gradient.clone()
+
+
+class _Guarded(torch.autograd.Function):
+    """A call's outputs; their backward raises where the next call, or somebody's hand, has overwritten them."""
+
+    @staticmethod
+    def forward(ctx: Any, calls: list[int], *outputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs where they lie."""
+        ctx.calls, ctx.number = calls, calls[0]
+        ctx.save_for_backward(*outputs)
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients as they come."""
+        if ctx.calls[0] != ctx.number:
+            raise RuntimeError(
+                f"cuda_graph: got the backward of a call after {ctx.calls[0] - ctx.number} more of its kind, wanted it "
+                "before the next: that overwrites what the backward reads"
+            )
+        _ = ctx.saved_tensors  # raises where one was changed in place
+        return None, *gradients
+
+
+def guarded(calls: list[int], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs of call number `calls[0]`, with a backward that knows whether they are still its own."""
+    return cast("tuple[Tensor, ...]", _Guarded.apply(calls, *outputs))  # type: ignore[no-untyped-call]
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class RRU(reference.RRU):
         backend: "auto", or a backend `rru_fast.show_config` lists as available.
         cuda_graph: run forward and backward as CUDA graphs, captured at the first call of each shape, for tensors on a
             GPU: worth it where launches, not arithmetic, take the time. What a call returns is overwritten by the next
-            of the same shape, so run the backward before it, and copy what is to be kept.
+            of the same shape, so run the backward before it (a later one raises), and copy what is to be kept. While
+            a shape is captured no other thread may call CUDA, as one that pins memory for a loader does.
 
     Parameters: `transition.weight` (D, 2C, 1, 1), the appearance half first ((D, C, 1, 1) for inputs="appearance");
     `transition_norm.*`; `spatial_attention.{0,2}.weight` (A, P), (P, A); `channel_attention.weight` (C, D).

@@ -216,6 +216,43 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
     assert kind() == first
 
 
+def test_a_graphs_backward_after_the_next_call_raises_and_gives_no_wrong_gradient() -> None:
+    calls, memory = [1], torch.rand(2, 3, requires_grad=True)
+    (first,) = graphs.guarded(calls, (memory * 1,))
+    first.sum().backward()
+    assert torch.equal(memory.grad, torch.ones(2, 3))  # type: ignore[arg-type]
+    (first,) = graphs.guarded(calls, (memory * 1,))
+    calls[0] += 1
+    (second,) = graphs.guarded(calls, (memory * 1,))
+    with pytest.raises(RuntimeError, match="cuda_graph: got the backward of a call after 1 more of its kind"):
+        (first + second).sum().backward()
+
+
+def test_a_graphs_output_changed_in_place_has_no_backward() -> None:
+    leaf = torch.rand(2, 3, requires_grad=True)
+    features, _ = graphs.guarded([1], (leaf * 1, leaf * 2))
+    with pytest.raises(RuntimeError, match=r"modified inplace"):
+        features.mul_(2).sum().backward()
+
+
+def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rru_fast.triton._host")
+    from rru_fast.triton import _host, refine, strip_pool
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(_host, "launch", lambda kernel, grid, *arguments, **meta: grids.append(grid))
+    shape, d = (70_000, 2, 16, 2, 2), 8
+    with torch.device("meta"):
+        x, w = torch.empty(shape), torch.empty(d, 32)
+        small = [torch.empty(n) for n in (d, d, (4, 4), (4, 4), (16, d), d, d)]
+        arguments = [x, w, *small, None, None, None, "appearance+motion", True, 1e-3, 1]
+        features, strips, *saved = refine.forward(*arguments, True)
+        refine.backward(features, strips, True, True, features, *saved, *arguments)
+        strip_pool.backward(strip_pool.forward(x), 2, 2)
+    assert max(grid[0] for grid in grids) >= 70_000
+    assert max(size for grid in grids for size in grid[1:]) <= 65_535
+
+
 def test_accelerate_gives_and_restore_takes_cuda_graphs() -> None:
     model = rru_fast.accelerate(rru_fast.reference.RRU(6, (3, 2)), cuda_graph=True)
     assert model.cuda_graph

@@ -19,8 +19,18 @@ def kernels(op: str, composite: Any) -> dict[str, Any]:
     if native.missing() is None:
         found["cpu"] = native.kernels(op)
     if triton.missing() is None:
-        found["triton"] = importlib.import_module(f"rru_fast.triton.{op}")
+        found["triton"] = _Lazy(f"rru_fast.triton.{op}")
     return found
+
+
+class _Lazy:
+    """A module that is imported when it is first asked for something: importing the library imports no Triton."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -22,7 +22,7 @@ TYPES = {
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """Run `kernel` on `grid` programs."""
+    """Run `kernel` on `grid` programs; what there can be most of is the grid's first: the others end at 65535."""
     kernel[grid](*arguments, **meta)
 
 

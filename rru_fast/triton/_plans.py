@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def _best(default: Plan, choices: Mapping[str, list[Meta]], run: Callable[[Plan]
                 taken = _seconds(lambda trial=trial: run(trial), on_gpu)  # type: ignore[misc]
             except triton.runtime.errors.OutOfResources:
                 continue  # more shared memory or registers than this GPU has
+            except (RuntimeError, triton.CompilationError) as error:
+                if on_gpu:
+                    torch.cuda.synchronize()  # raises where the GPU itself is lost: then the call is, too
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"rru_fast: {kernel} is not tuned to {meta}, which fails here: {reason}", stacklevel=2)
+                continue
             if taken < seconds:
                 plan, seconds = trial, taken
     return plan

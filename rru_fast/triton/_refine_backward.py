@@ -172,7 +172,7 @@ class _Maps:
         factor, how = host.factors(call.x.tensor.dtype)
         host.launch(
             kernels.maps_kernel,
-            (self.blocks, call.clips),
+            (call.clips, self.blocks),
             self.g,
             d_x,
             d_x_clip,
@@ -231,7 +231,7 @@ class _GateBackward:
 
         host.launch(
             kernels.gate_backward_kernel,
-            (self.tiles, call.clips),
+            (call.clips, self.tiles),
             d_z_s,
             d_pooled,
             self.blocks,
@@ -262,7 +262,7 @@ class _GateBackward:
         if call.training:
             host.launch(
                 kernels.norm_backward_kernel,
-                (-(-call.d // self.norm["BLOCK_D"]), call.clips),
+                (call.clips, -(-call.d // self.norm["BLOCK_D"])),
                 du,
                 saved.u[n],
                 *norm,

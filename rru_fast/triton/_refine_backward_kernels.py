@@ -82,8 +82,8 @@ def maps_kernel(
     SUM: tl.constexpr = g.dtype.element_ty
     SPATIAL: tl.constexpr = z_s is not None
     CHANNEL: tl.constexpr = z_c is not None
-    block = tl.program_id(0)
-    clip = tl.program_id(1).to(tl.int64)
+    clip = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
     narrow = block * BLOCK_C + tl.arange(0, BLOCK_C)
     c = narrow.to(tl.int64) if WIDE else narrow
     here = c < channels
@@ -154,7 +154,7 @@ def maps_kernel(
                     to_sum = dl
                     if CHANNEL:
                         to_sum = dl * tl.load(z_c + clip * channels + c, here, 0.0)[:, None]
-                    tl.store(d_z_s + (clip * tl.num_programs(0) + block) * P + p, tl.sum(to_sum, 0), p < P)
+                    tl.store(d_z_s + (clip * tl.num_programs(1) + block) * P + p, tl.sum(to_sum, 0), p < P)
                 if CHANNEL:
                     if SPATIAL:
                         dl *= tl.load(z_s + clip * P + p, p < P, 0.0)[None, :]
@@ -165,7 +165,7 @@ def maps_kernel(
             d = d0 + tl.arange(0, BLOCK_K)
             weights = tl.load(w_c + c[:, None] * D + d[None, :], here[:, None] & (d < D)[None, :], 0.0).to(SUM)
             pooled = tl.sum(weights * sum_c[:, None], 0)
-            tl.store(d_pooled + (clip * tl.num_programs(0) + block) * D + d, pooled, d < D)
+            tl.store(d_pooled + (clip * tl.num_programs(1) + block) * D + d, pooled, d < D)
 
 
 @triton.jit
@@ -207,8 +207,8 @@ def gate_backward_kernel(
     BLOCK: tl.constexpr = 8
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     SPATIAL: tl.constexpr = w_s1 is not None
-    d_tile = tl.program_id(0)
-    clip = tl.program_id(1).to(tl.int64)
+    clip = tl.program_id(0).to(tl.int64)
+    d_tile = tl.program_id(1)
     group = clip // clips_per_group
     d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     p = tl.arange(0, BLOCK_P)
@@ -290,10 +290,10 @@ def norm_backward_kernel(
 ):
     """dU = gamma r (dY - mean(dY) - Uhat mean(dY Uhat)), means over the group; a clip and BLOCK_D rows a program."""
     SUM: tl.constexpr = u.dtype.element_ty
-    clip = tl.program_id(1).to(tl.int64)
+    clip = tl.program_id(0).to(tl.int64)
     group = clip // clips_per_group
     elements = tl.full([], clips_per_group * P, SUM)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     here = d < D
     v_b = tl.load(b + clip * D + d, here, 0.0)
     mean_dy = tl.load(group_dy + group * D + d, here, 0.0) / elements

@@ -209,7 +209,7 @@ class _Gate:
         call = self.call
         host.launch(
             kernels.gate_kernel,
-            (-(-call.channels // self.meta["CHUNK"]), call.clips),
+            (call.clips, -(-call.channels // self.meta["CHUNK"])),
             self.refined.tensor[:, t],
             self.refined.clip,
             self.state,

@@ -216,8 +216,8 @@ def gate_kernel(
     SUM: tl.constexpr = strips.dtype.element_ty
     P: tl.constexpr = H * W
     Q: tl.constexpr = BLOCK_H * BLOCK_W  # positions, a row at a time rounded up to a power of 2
-    clip = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0) * CHUNK
+    clip = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * CHUNK
     q = tl.arange(0, Q)
     row = q // BLOCK_W
     column = q % BLOCK_W
@@ -291,6 +291,8 @@ def gate_kernel(
             new = old + tl.sigmoid(logits) * (new - old)  # eq. 4, 5
         at = c[:, None] * P + p[None, :]
         if state is not None:
+            # S_{t-1} was read from there: where a block has fewer elements than threads, several read the same one.
+            tl.debug_barrier()
             tl.store(state + at, new, inside)
         new = tl.where(there, new, 0.0)
         tl.store(out + at, narrowed(new, out.dtype.element_ty), inside)

@@ -27,8 +27,8 @@ def strip_pool_kernel(
     BLOCK_W: tl.constexpr,
 ):
     """A clip, BLOCK_C channels and BLOCK_H rows a program."""
-    clip = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    clip = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if WIDE:
         c = c.to(tl.int64)
     row = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)

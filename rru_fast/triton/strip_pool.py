@@ -22,7 +22,7 @@ def forward(s: Tensor) -> Tensor:
     with host.on_device(s):
         host.launch(
             kernels.strip_pool_kernel,
-            (-(-channels // 32), clips, -(-height // block_h)),
+            (clips, -(-channels // 32), -(-height // block_h)),
             strips,
             *maps,
             frames,

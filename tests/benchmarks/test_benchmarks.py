@@ -98,10 +98,21 @@ def test_what_is_wrong_at_a_point_is_not_measured_there(
 ) -> None:
     exact = refine_kernel.forward
     monkeypatch.setattr(refine_kernel, "forward", lambda *a: (lambda out: (out[0] * 1.001, *out[1:]))(exact(*a)))
-    found = contenders.passing(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
+    found, refused = contenders.sifted(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
     assert "composite" not in found
     assert "eager, authors" in found
-    assert "parity: composite, float32 is off by" in capsys.readouterr().out
+    assert list(refused) == ["composite"]
+    assert "composite is left out: parity: composite, float32 is off by" in capsys.readouterr().out
+
+
+def test_what_does_not_run_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(refine_kernel, "forward", broken)
+    found, refused = contenders.sifted(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
+    assert refused == {"composite": "does not run: RuntimeError: no kernel image is available"}
+    assert "eager, authors" in found
 
 
 def test_every_contender_has_the_same_maps_and_equal_weights_of_its_own() -> None:

@@ -47,6 +47,9 @@ def test_triton_keeps_what_it_has_when_the_time_is_over(tmp_path: Path) -> None:
     assert gpu.main(gpu.Options(toy=True, results=tmp_path, seconds=-1)) == []
     (written,) = tmp_path.glob("*.json")
     assert json.loads(written.read_text())["environment"]["left out"] == dict.fromkeys(gpu.SECTIONS, "-1 s are over")
+    before = written.read_bytes()
+    gpu.main(gpu.Options(toy=True, results=tmp_path, seconds=-1))
+    assert len(list(tmp_path.glob("*.json"))) == 2 and written.read_bytes() == before
 
 
 @interpreted
@@ -55,7 +58,11 @@ def test_triton_where_it_does_not_run_is_a_row_of_dashes(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         gpu, "SECTIONS", {title: gpu.SECTIONS[title] for title in ("many features, forward + backward",)}
     )
-    rows = {row["implementation"]: row for row in gpu.main(gpu.Options(toy=True, results=tmp_path))}
+    with pytest.raises(SystemExit, match="triton: does not run: ValueError: RRU_FAST_FLOAT32: got 'tf16'"):
+        gpu.main(gpu.Options(toy=True, results=tmp_path))
+    (written,) = tmp_path.glob("*.json")
+    rows = {row["implementation"]: row for row in json.loads(written.read_text())["rows"]}
+    assert "RRU_FAST_FLOAT32" in rows["triton"]["left out"]
     assert rows["triton"]["ms"] is None and rows["triton"]["x eager"] is None
     assert rows["composite"]["ms"] > 0 and rows["composite"]["x eager"] > 0
 

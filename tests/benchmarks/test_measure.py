@@ -38,7 +38,7 @@ def test_peak_bytes_sees_what_is_held_at_once() -> None:
         del_again = torch.empty(2**20, dtype=torch.uint8)
         del del_again
 
-    assert measure.peak_bytes(work) == pytest.approx(3 * 2**20, rel=0.01)
+    assert measure.peak_bytes(work, torch.device("cpu")) == pytest.approx(3 * 2**20, rel=0.01)
 
 
 def test_a_wrong_answer_ends_the_benchmark_and_names_the_tensor() -> None:
