@@ -9,6 +9,7 @@ import shlex
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -184,6 +185,9 @@ def _train(planned: list[Cell], options: Options, console: Console) -> dict[Cell
                 where = f"{len(records)}/{len(planned)}  occlusion {cell.occlusion:g}  seed {cell.seed}  {cell.row}"
                 scores = f"rank-1 {100 * record['rank-1']:.1f}  mAP {100 * record['mAP']:.1f}"
                 console.print(f"{where}  {scores}", highlight=False, markup=False, soft_wrap=True)
+        except BrokenProcessPool as error:
+            line = "a run's process was killed, perhaps for want of memory"
+            raise UserError(f"{line}; the same command continues, --jobs 1 needs less") from error
         except BaseException:  # an interrupt too; what runs is continued the next time
             for process in multiprocessing.active_children():
                 process.kill()

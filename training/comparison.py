@@ -14,7 +14,7 @@ Results: TypeAlias = Sequence[Mapping[str, Any]]
 
 NOTE = (
     "In percent, the mean ± standard deviation (of a sample) over splits. Last: after the last epoch. Best: after the "
-    "one trained epoch whose mean {first} over the splits is the highest; it is chosen on the people tested on, and so "
+    "one tested epoch whose mean {first} over the splits is the highest; it is chosen on the people tested on, and so "
     "flatters. A best epoch of each split's own would flatter more and is not shown. diff: ours less the paper's, in "
     "points."
 )
@@ -43,6 +43,8 @@ def compare(
         for record in runs[split]:
             if record["epoch"] > 0:  # an untrained network is no epoch of training
                 by_epoch.setdefault(record["epoch"], []).append(record)
+    # One that a split was not tested after, its log being lost, is no epoch of the row's.
+    by_epoch = {epoch: records for epoch, records in by_epoch.items() if len(records) == len(runs)}
     last = max(by_epoch)
     best = max(sorted(by_epoch), key=lambda epoch: mean(record[scores[0]] for record in by_epoch[epoch]))
     for name, epoch in (("last", last), ("best", best)):

@@ -13,6 +13,7 @@ from training.checkpoint import CONFIG
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.files import write_whole
+from training.logging import METRICS
 from training.settings import Options, Settings, choose_device, differences, resolve, trained_on
 from training.train import check_free, read_split, train_run
 
@@ -43,6 +44,8 @@ def run(options: Options) -> list[dict[str, Any]]:
     finished = _read(folder / RESULT)
     if finished is not None:
         _check_same(folder / RESULT, finished, settings, split)
+        if not isinstance(finished.get("results"), list):
+            raise UserError(f"output: {folder / RESULT} holds no results, wanted a finished run's; remove it")
         results: list[dict[str, Any]] = finished["results"]
         return results
     resumed = checkpoint.load(folder) if checkpoint.last(folder) else None
@@ -51,6 +54,8 @@ def run(options: Options) -> list[dict[str, Any]]:
         check_free(folder)
     else:
         _check_same((resumed.folder if resumed else folder) / CONFIG, begun, settings, split)
+    if resumed and not (folder / METRICS).is_file():
+        raise UserError(f"output: {folder / METRICS} is missing, wanted what the run measured; remove {folder}")
     try:
         records = train_run(folder, settings, split, resumed, options, Console())
         results = [{name: value for name, value in record.items() if name != "kind"} for record in records]

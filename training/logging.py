@@ -43,7 +43,7 @@ class RunLog:
         metrics = run / METRICS
         if epoch:
             # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
-            kept = _read_records(metrics) if metrics.exists() else []
+            kept = _read_records(metrics) if metrics.exists() else []  # a run may go on in another folder
             self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
         write_whole(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
@@ -130,7 +130,11 @@ class RunLog:
 def _read_records(metrics: Path) -> list[dict[str, Any]]:
     records = []
     # A kill may have cut the last line short.
-    for number, line in enumerate(metrics.read_bytes().rpartition(b"\n")[0].splitlines(), start=1):
+    try:
+        content = metrics.read_bytes()
+    except OSError as error:
+        raise UserError(f"{metrics}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(content.rpartition(b"\n")[0].splitlines(), start=1):
         try:
             record = json.loads(line)
             records.append({**record, "kind": record["kind"], "epoch": int(record["epoch"])})

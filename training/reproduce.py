@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from training.experiment import RESULT, run
 from training.files import write_whole
 from training.model.operators import Ops
 from training.model.weights import download_inception
-from training.recipes import RECIPES
+from training.recipes import changed
 from training.recipes.rows import ROWS
 from training.settings import Options as RunOptions
 from training.settings import resolve
@@ -221,13 +221,13 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
     """What the table holds: the figures, and all that they are figures of."""
     options, scores = plan.options, plan.scores
     recipe = resolve(plan.run(plan.rows[-1], 0), None).recipe
-    preset = replace(RECIPES[options.preset], **ROWS[plan.rows[-1]].changes)
     of = next(run[-1] for runs in results.values() for run in runs.values())
     about = {
         "table": options.table,
         "dataset": plan.dataset,
         **{name: of[name] for name in ("protocol", "ties", "valid", "gallery", "junk")},
         **({"people": recipe.prid} if plan.dataset == "prid-2011" else {}),
+        "counts": "as published" if options.check_counts else "not checked",
         "preset": options.preset,
         "backbone": recipe.backbone,
         "ops": options.ops,
@@ -235,18 +235,19 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
         "splits": plan.splits,
         "epochs": recipe.epochs,
     }
-    now, was = asdict(recipe), asdict(preset)
-    apart = [f"{name} {now[name]} ({was[name]})" for name in now if now[name] != was[name] and name != "dataset"]
+    apart = changed(recipe)
     told = f"but for {', '.join(apart)}" if apart else "as it is"
+    described = read_split(resolve(plan.run(plan.rows[0], 0), None)).description
     notes = [
         NOTE.format(first=scores[0]),
         f"Asked for: {len(plan.rows)} of {len(_rows(options.table))} rows, split{'s' * (plan.splits > 1)} "
         f"{', '.join(map(str, range(plan.splits)))} of {SPLITS[plan.dataset]}, preset {options.preset} {told}. "
         f"Ended: {sum(map(len, results.values()))} of {len(plan.rows) * plan.splits} runs.",
+        f"Data: {described}",
     ]
     if plan.dataset in OTHERS:
         notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
-    elif apart or plan.splits < SPLITS[plan.dataset]:
+    elif apart or plan.splits < SPLITS[plan.dataset] or not options.check_counts:
         notes.append("This is not the paper's experiment in full: the differences do not tell how well it reproduces.")
     papers = {
         name: dict(zip(scores, ROWS[name].paper[plan.dataset], strict=True)) if plan.dataset not in OTHERS else None
@@ -256,6 +257,7 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
         "title": f"Table {options.table} on {', '.join(f'{name} {value}' for name, value in list(about.items())[1:])}",
         **about,
         "rows": [compare(name, results[name], papers[name], scores) for name in plan.rows],
+        "data": described,
         "notes": notes,
     }
 

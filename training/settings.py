@@ -63,6 +63,14 @@ class Options:
     """Groups of clips with batch statistics of their own, in every batch norm; 4 stands for the authors' GPUs."""
     seed: int | None = None
     """Decides initial weights, order of the data and dropout."""
+    classifier: Literal["paper", "official"] | None = None
+    """The block before the identities, as the paper or as its authors' code has it."""
+    auxiliary: Literal["frames", "clip"] | None = None
+    """What Inception-v3's auxiliary classifier sees: each frame, or a clip's mean over time."""
+    eval_from: int | None = None
+    """The first epoch to test after, from which on it is every so many."""
+    eval_every: int | None = None
+    """Epochs between tests."""
     weights: str | None = None
     """The backbone's start: imagenet, random, or a .pth or .safetensors file."""
     ops: Ops | None = None

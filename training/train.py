@@ -142,7 +142,7 @@ def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, r
 
 def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
     ranking = score(trainer.network, split)
-    return Result(settings.recipe.name, settings.recipe.preset, settings.ops, trainer.epoch, ranking)
+    return Result(settings.recipe, settings.ops, trainer.epoch, ranking)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

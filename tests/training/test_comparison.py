@@ -47,3 +47,9 @@ def test_the_widest_table_fits_in_80_columns() -> None:
     Console(file=page, width=80).print(terminal("title", [row], SCORES))
     (line,) = [line for line in page.getvalue().splitlines() if "+Lp" in line]
     assert line.split() == ["Baseline+RRU+STIM+Lv+Lp", "rank-1", *["50.0", "±70.7", "-50.0"] * 2, "100.0"]
+
+
+def test_an_epoch_that_only_some_splits_were_tested_after_is_not_the_best() -> None:
+    runs = {0: [record(20, 0.9, 1.0), record(40, 0.5, 1.0)], 1: [record(40, 0.5, 1.0)]}
+    row = compare("A", runs, None, SCORES)
+    assert (row["best"]["epoch"], row["best"]["rank-1"]["mean"]) == (40, pytest.approx(50))

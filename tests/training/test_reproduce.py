@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.training.data.small_sets import write_mars
 from training.data import synthetic
 from training.errors import UserError
 from training.reproduce import Options, reproduce
@@ -30,15 +31,15 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(data: Path, output: Path, **changes: Any) -> Options:
-    """Two rows of Table 1 on one split of little data."""
-    small = {"rows": ROWS, "splits": 1, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
+    """Two rows of Table 1 on two splits of little data."""
+    small = {"rows": ROWS, "splits": 2, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
     places = {"table": 1, "dataset": "ilids-vid", "data_root": data}
     return Options(output=output, **{**small, **places, **changes})
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
     """The same as a command."""
-    fixed = ["--table", "1", "--dataset", "ilids-vid", "--splits", "1", "--epochs", "2", "--backbone", "tiny"]
+    fixed = ["--table", "1", "--dataset", "ilids-vid", "--splits", "2", "--epochs", "2", "--backbone", "tiny"]
     places = ["--data-root", str(data), "--output", str(output)]
     choice = ["--device", "cpu", "--no-check-counts", "--rows", *ROWS, *more]
     return [sys.executable, "-m", "training.reproduce", *fixed, *places, *choice]
@@ -57,15 +58,22 @@ def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: 
     full = table["rows"][1]
     assert full["paper"] == {"rank-1": 84.3, "rank-5": 96.8, "rank-20": 99.5}
     assert full["last"]["epoch"] == 2
+    of_splits = [json.loads((output / full["row"] / f"split-{n}" / "result.json").read_text()) for n in (0, 1)]
+    scores = [100 * of_split["results"][-1]["rank-1"] for of_split in of_splits]
+    assert full["last"]["rank-1"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert full["last"]["rank-1"]["deviation"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     assert full["last"]["rank-1"]["minus_paper"] == pytest.approx(full["last"]["rank-1"]["mean"] - 84.3)
     assert table["title"] == (
-        "Table 1 on dataset ilids-vid, protocol single-shot, ties stable, valid 10, gallery 10, junk 0.0, preset "
-        "paper, backbone tiny, ops fast, seed 0, splits 1, epochs 2"
+        "Table 1 on dataset ilids-vid, protocol single-shot, ties stable, valid 10, gallery 10, junk 0.0, counts "
+        "not checked, preset paper, backbone tiny, ops fast, seed 0, splits 2, epochs 2"
     )
-    assert table["notes"][1].startswith("Asked for: 2 of 12 rows, split 0 of 10, preset paper but for backbone tiny (")
-    assert table["notes"][2].startswith("This is not the paper's experiment in full")
+    assert table["notes"][1].startswith(
+        "Asked for: 2 of 12 rows, splits 0, 1 of 10, preset paper but for backbone tiny ("
+    )
+    assert table["notes"][2].startswith("Data: iLIDS-VID layout in ")
+    assert table["notes"][3].startswith("This is not the paper's experiment in full")
     assert json.loads((output / "table.json").read_text()) == table
-    assert "| Baseline | rank-1 | 1 | " in (output / "table.md").read_text()
+    assert "| Baseline | rank-1 | 2 | " in (output / "table.md").read_text()
 
 
 def until(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -149,6 +157,17 @@ def test_a_checkpoint_of_another_recipe_ends_the_command_in_one_line(
         command(people, output, "--seed", "4"), cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: Baseline+RRU+STIM+Lv+Lp, split 0: output: ")
+    assert ended.stderr.startswith("error: Baseline, split 1: output: ")
     assert ended.stderr.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
     assert ended.stderr.count("\n") == 1
+
+
+def test_mars_has_a_table_of_four_rows_led_by_map(tmp_path: Path) -> None:
+    people = [(person, camera, 8) for person in range(101, 111) for camera in (1, 2)]
+    data = write_mars(tmp_path / "data", train=people)
+    rows = ("Baseline", "Baseline+STIM+Lv")
+    changes = {"table": 3, "dataset": None, "preset": "official", "rows": rows, "splits": None, "epochs": 1}
+    table = reproduce(options(data, tmp_path / "runs", **changes))
+    assert table["dataset"] == "mars" and table["protocol"] == "mars-official" and table["preset"] == "official"
+    assert [row["paper"]["mAP"] for row in table["rows"]] == [64.7, 71.1]
+    assert all(row["last"]["mAP"]["mean"] > 0 for row in table["rows"])

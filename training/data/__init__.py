@@ -40,5 +40,8 @@ def load_split(
         raise UserError(f"dataset {dataset}: got no data root, wanted the folder that holds it")
     asked = {"prid": prid, "check_counts": check_counts}
     known = signature(module.load).parameters
-    result: Split = module.load(root, split, **{name: value for name, value in asked.items() if name in known})
+    try:
+        result: Split = module.load(root, split, **{name: value for name, value in asked.items() if name in known})
+    except OSError as error:  # a folder that may not be entered, a disk that fails
+        raise UserError(f"dataset {dataset}: {error}; wanted a data root that can be read") from error
     return result

@@ -69,7 +69,7 @@ def _names(path: Path, images: Path, rows: int, table: str) -> list[str]:
     """Read a name list, or rebuild it; its rows are what the table's `rows` rows count."""
     if path.is_file():
         names = path.read_text(encoding="utf-8-sig", errors="replace").split()
-        if len(names) < rows:
+        if len(names) != rows:
             raise UserError(f"{path}: got {len(names)} names, wanted {rows}, as {table} says; copy it again")
         return names
     folders = sorted(folder for folder in images.iterdir() if FOLDER.fullmatch(folder.name))

@@ -105,7 +105,7 @@ def _holds(root: Path, asked: dict[str, float]) -> bool:
     if found != asked:
         raise UserError(
             f"{root}: holds a synthetic set of {found}, wanted {asked}; "
-            "choose another folder, or read this one as dataset ilids-vid"
+            "choose another folder, or read this one by --dataset ilids-vid --no-check-counts"
         )
     return True
 

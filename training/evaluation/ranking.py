@@ -54,6 +54,8 @@ class Ranking:
 def cosine_distances(probe: Floats, gallery: Floats, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """1 - cosine of each pair, in float64, block by block of probes; equal gallery rows are equally far.
 
+    Equal to the last bit, that is: a row and three times that row differ by a rounding.
+
     Args:
         probe, gallery: features (Q, D) and (G, D).
         device: where to compute.

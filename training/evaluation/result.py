@@ -9,20 +9,19 @@ from typing import Any
 from rich.table import Table
 
 from training.evaluation.ranking import TOP, Ranking
+from training.recipes import Recipe, changed, row_of
 
 
 @dataclass(frozen=True)
 class Result:
     """A ranking and the network it is of.
 
-    recipe: its name.
-    preset: whose account of the method the recipe follows.
+    recipe: what it was trained by.
     ops: which operators ran, "fast" or "reference".
     epoch: how many epochs the network had trained for.
     """
 
-    recipe: str
-    preset: str
+    recipe: Recipe
     ops: str
     epoch: int
     ranking: Ranking
@@ -31,8 +30,10 @@ class Result:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
         r = self.ranking
         return {
-            "recipe": self.recipe,
-            "preset": self.preset,
+            "recipe": self.recipe.name,
+            "row": row_of(self.recipe),
+            "preset": self.recipe.preset,
+            "changed": changed(self.recipe),
             "ops": self.ops,
             "epoch": self.epoch,
             "protocol": r.protocol,
@@ -55,10 +56,11 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
     scores = [*(f"rank-{k}" for k in TOP), "mAP"]
     junk = f" ({of['junk']:.1f} junk a probe)" if of["junk"] else ""
     reranked = ", re-ranked" if of["reranked"] else ""
+    made_by = [f"recipe {of['recipe']}", *([of["row"]] if of["row"] else []), f"preset {of['preset']}", *of["changed"]]
     table = Table(
         "network",
         title=f"{of['protocol']}, {of['probes']} probes ({of['valid']} valid) in a gallery of {of['gallery']}{junk}",
-        caption=f"percent; recipe {of['recipe']}, preset {of['preset']}, ops {of['ops']}, ties {of['ties']}{reranked}",
+        caption=f"percent; {', '.join(made_by)}; ops {of['ops']}, ties {of['ties']}{reranked}",
         title_justify="left",
         caption_justify="left",
     )

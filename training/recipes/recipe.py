@@ -9,6 +9,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from training.data import Dataset
 from training.errors import UserError
 
+MOST = 10**9  # of anything that is counted
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -73,6 +75,8 @@ class Recipe:
             value = getattr(self, field)
             if value is not None and value < least.get(field, 1):
                 raise UserError(f"{field}: got {value}, wanted at least {least.get(field, 1)}")
+            if value is not None and value > MOST:
+                raise UserError(f"{field}: got {value}, wanted at most {MOST}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed: got {self.seed}, wanted 0 to {2**32 - 1}")
         if not 0 <= self.auxiliary_weight < math.inf:

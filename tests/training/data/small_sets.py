@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +50,14 @@ def write_prid(root: Path) -> Path:
     return root
 
 
-def write_mars(root: Path, name_lists: bool = True) -> Path:
-    """Write the tracklets of MARS_TRAIN and MARS_TEST, the queries, and name lists with the CRLF of the real ones.
+def write_mars(root: Path, name_lists: bool = True, train: Sequence[tuple[int, int, int]] = MARS_TRAIN) -> Path:
+    """Write the tracklets of MARS_TEST and to train on, the queries, and name lists with the CRLF of the real ones.
 
     Frame f of tracklet t of person p at camera c is about (5 p, 20 c + t, 10 f): JPEG rounds.
     """
     info = root / "info"
     info.mkdir(parents=True)
-    for part, tracklets in (("train", MARS_TRAIN), ("test", MARS_TEST)):
+    for part, tracklets in (("train", train), ("test", MARS_TEST)):
         names: list[str] = []
         rows = []
         seen: Counter[tuple[int, int]] = Counter()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.training.data.small_sets import write_mars
 from training.data import DATASETS, ilids_vid, load_split, prid_2011
 from training.errors import UserError
 
@@ -49,3 +51,11 @@ def test_only_the_synthetic_set_has_a_default_place(dataset: str) -> None:
 def test_a_root_that_is_not_there_is_named(dataset: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path / 'absent'}.*(not found|No such file)"):
         load_split(dataset, tmp_path / "absent", 0)
+
+
+def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    root = write_mars(tmp_path / "mars", name_lists=False)
+    shutil.rmtree(root / "bbox_train" / "0001")
+    (root / "bbox_train" / "0001").write_text("where a folder should be")
+    with pytest.raises(UserError, match=r"\Adataset mars: .*0001.*; wanted a data root that can be read\Z"):
+        load_split("mars", root, 0, check_counts=False)

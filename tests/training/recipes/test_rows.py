@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -43,11 +44,15 @@ def test_the_paper_s_figures_rise_from_rank_1_to_rank_20_and_mars_has_four_rows(
     assert ROWS["Baseline+RRU+STIM+Lv+Lp"].paper["mars"] == (72.7, 84.4, 93.2, 96.3)
 
 
+@pytest.mark.parametrize("recipe", ["paper", "official"])
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_trains_two_steps_on_the_tiny_backbone(small_data: Path, tmp_path: Path, row: str) -> None:
+def test_every_row_of_every_preset_trains_two_steps_on_the_tiny_backbone(
+    small_data: Path, tmp_path: Path, row: str, recipe: Literal["paper", "official"]
+) -> None:
     small = {"people": 4, "batches": 2, "epochs": 1, "device": "cpu", "check_counts": False}
-    options = Options(recipe="paper", row=row, backbone="tiny", dataset="ilids-vid", data_root=small_data, **small)
+    options = Options(recipe=recipe, row=row, backbone="tiny", dataset="ilids-vid", data_root=small_data, **small)
     options.output = tmp_path / "run"
     results = run(options)
     assert [result["epoch"] for result in results] == [0, 1]
+    assert {(result["row"], result["preset"]) for result in results} == {(row, recipe)}
     assert checkpoint.load(tmp_path / "run").training["step"] == 2
