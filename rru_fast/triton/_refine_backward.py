@@ -21,13 +21,15 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     _, how = host.factors(dtype)
     exact = how == "ieee" and dtype.itemsize >= 4
     factor = torch.float32 if dtype == torch.float16 else dtype
-    block_k, depth = host.depth(factor, how), host.depth(factor, how, host.even(call.x.tensor, 3))
+    even = host.even(call.x.tensor, 3)
+    block_k, depth = host.depth(factor, how), host.depth(factor, how, even)
     all_positions = power_of_2(call.positions)
     block_p = min(64, max(16, all_positions))
 
     def maps(block_c: int, block_k: int, warps: int, stages: int = 2) -> Meta:
         block_c = min(block_c, max(16, power_of_2(call.channels)))
-        return {"BLOCK_C": block_c, "BLOCK_P": block_p, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        return blocks if even else {**blocks, **host.ALL_REGISTERS}
 
     def gate(block_d: int, warps: int) -> Meta:
         block_d = max(1, min(block_d, power_of_2(call.d), 4096 // all_positions))

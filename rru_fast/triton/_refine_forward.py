@@ -39,6 +39,7 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
             "BLOCK_D": max(1, min(32, power_of_2(call.d), 4096 // q)),
             "BLOCK_A": max(1, min(32, power_of_2(max(1, call.a)), 4096 // q)),
             "num_warps": warps,
+            **host.ALL_REGISTERS,
         }
 
     # Without matrix units a tile is what the registers of 8 warps hold.

@@ -67,7 +67,6 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     else:
         tiles = [(16, 64, 4), (64, 64, 8)]
         tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)] if even else []
-        tiles += [(128, 128, 8)] if even and features.dtype.itemsize == 2 else []
     others = [blocks(m, other, k, warps, 3) for m, other, warps in tiles]
     with host.on_device(features):
         sizes = (groups, n, d, soft, metric, precision, even)
