@@ -18,11 +18,9 @@ from training.data import Dataset, PridPeople
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.model.operators import Ops
-from training.recipes import RECIPES, Recipe
+from training.recipes import FREE, RECIPES, Recipe
 from training.recipes.rows import ROWS
 
-# What a resumed run may change: how long it runs and what it does beside training.
-_FREE = {"epochs", "eval_every", "eval_from", "compare_ops"}
 # What was chosen for a backbone, and changes with it.
 _OF_THE_BACKBONE = ("weights", "head_width", "classifier_width", "learning_rate", "learning_rate_pretrained")
 
@@ -199,7 +197,7 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         check_counts=options.check_counts and base.check_counts,
     )
     if resumed is not None:
-        other = differences(replace(resumed, ops=settings.ops), settings, free=_FREE)
+        other = differences(replace(resumed, ops=settings.ops), settings, free=FREE)
         if other:
             raise UserError(f"resume: the run was trained with {other}")
     return settings

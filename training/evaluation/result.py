@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from training.evaluation.ranking import TOP, Ranking
-from training.recipes import Recipe, changed, row_of
+from training.recipes import FREE, Recipe, changed, row_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": changed(self.recipe),
+            "changed": changed(self.recipe, but_for={"dataset", *FREE}),
             "ops": self.ops,
             "epoch": self.epoch,
             "protocol": r.protocol,
