@@ -227,7 +227,7 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
         "dataset": plan.dataset,
         **{name: of[name] for name in ("protocol", "ties", "valid", "gallery", "junk")},
         **({"people": recipe.prid} if plan.dataset == "prid-2011" else {}),
-        "counts": "as published" if options.check_counts else "not checked",
+        **({"counts": "as published" if options.check_counts else "not checked"} if plan.dataset not in OTHERS else {}),
         "preset": options.preset,
         "backbone": recipe.backbone,
         "ops": options.ops,
