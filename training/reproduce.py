@@ -103,10 +103,10 @@ def reproduce(options: Options) -> dict[str, Any]:
     """
     console = Console()
     plan = _plan(options)
-    for split in range(plan.splits):
-        read_split(resolve(plan.run(plan.rows[0], split), None))
+    # All of them before anything is trained: what is missing is told at once.
+    data, *_ = [read_split(resolve(plan.run(plan.rows[0], split), None)).description for split in range(plan.splits)]
     try:
-        content = _run_all(plan, console)
+        content = _run_all(plan, data, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues in {plan.output}") from None
     console.print(terminal(content["title"], content["rows"], plan.scores))
@@ -175,7 +175,7 @@ def _rows(table: int) -> list[str]:
     return [name for name, row in ROWS.items() if DATASETS[table][0] in row.paper]
 
 
-def _run_all(plan: _Plan, console: Console) -> dict[str, Any]:
+def _run_all(plan: _Plan, data: str, console: Console) -> dict[str, Any]:
     """Read the runs that are finished and train the others, row by row; what the table holds at the end."""
     results: dict[str, dict[int, Results]] = {row: {} for row in plan.rows}
     runs = [(row, split) for row in plan.rows for split in range(plan.splits)]
@@ -194,8 +194,8 @@ def _run_all(plan: _Plan, console: Console) -> dict[str, Any]:
         line = f"run {len(runs) - len(missing) + done + 1} of {len(runs)}: {row}, split {split}; {eta}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
         results[row][split] = _result(plan, row, split)
-        _write(plan, _content(plan, results))
-    content = _content(plan, results)
+        _write(plan, _content(plan, data, results))
+    content = _content(plan, data, results)
     _write(plan, content)  # where nothing was missing but the table is of other rows
     return content
 
@@ -217,7 +217,7 @@ def _check_weights(plan: _Plan) -> None:
                 raise UserError("weights: ImageNet's cannot be fetched here, wanted a file (--weights PATH) or random")
 
 
-def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[str, Any]:
+def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]]) -> dict[str, Any]:
     """What the table holds: the figures, and all that they are figures of."""
     options, scores = plan.options, plan.scores
     recipe = resolve(plan.run(plan.rows[-1], 0), None).recipe
@@ -237,13 +237,12 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
     }
     apart = changed(recipe)
     told = f"but for {', '.join(apart)}" if apart else "as it is"
-    described = read_split(resolve(plan.run(plan.rows[0], 0), None)).description
     notes = [
         NOTE.format(first=scores[0]),
         f"Asked for: {len(plan.rows)} of {len(_rows(options.table))} rows, split{'s' * (plan.splits > 1)} "
         f"{', '.join(map(str, range(plan.splits)))} of {SPLITS[plan.dataset]}, preset {options.preset} {told}. "
         f"Ended: {sum(map(len, results.values()))} of {len(plan.rows) * plan.splits} runs.",
-        f"Data: {described}",
+        f"Data: {data}",
     ]
     if plan.dataset in OTHERS:
         notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
@@ -257,7 +256,7 @@ def _content(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> dict[
         "title": f"Table {options.table} on {', '.join(f'{name} {value}' for name, value in list(about.items())[1:])}",
         **about,
         "rows": [compare(name, results[name], papers[name], scores) for name in plan.rows],
-        "data": described,
+        "data": data,
         "notes": notes,
     }
 

@@ -28,10 +28,9 @@ class PeopleSampler(Sampler[list[Clip]]):
         frames: T, contiguous frames a clip.
         seed: not negative.
         batches: batches an epoch; `None` for what the sampler says.
-        shortest: frames of a tracklet without which it is left out.
 
     Raises:
-        UserError: there are fewer than P people, or an argument is out of range.
+        UserError: there are fewer than P people with a tracklet long enough, or an argument is out of range.
     """
 
     def __init__(
@@ -41,13 +40,13 @@ class PeopleSampler(Sampler[list[Clip]]):
         clips: int,
         frames: int,
         seed: int,
-        batches: int | None,
-        shortest: int,
+        batches: int | None = None,
     ) -> None:
         limits = (("people", people, 1), ("clips", clips, 1), ("frames", frames, 1), ("seed", seed, 0))
         for name, value, least in limits:
             if value < least:
                 raise UserError(f"{name}: got {value}, wanted at least {least}")
+        shortest = self._shortest(frames)
         by_person: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index, tracklet in enumerate(tracklets):
             if len(tracklet.frames) >= shortest:
@@ -61,7 +60,12 @@ class PeopleSampler(Sampler[list[Clip]]):
         self._cameras = [list(dict(sorted(by_person[person].items())).values()) for person in sorted(by_person)]
         self._lengths = [len(tracklet.frames) for tracklet in tracklets]
         self._people, self._clips, self._frames, self._batches = people, clips, frames, batches
-        self._seed, self._epoch = seed, 0
+        self._seed = seed
+        self.set_epoch(0)
+
+    def _shortest(self, frames: int) -> int:
+        """The frames that a tracklet must have not to be left out, where a clip has T."""
+        return 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, whatever came before."""
@@ -82,28 +86,8 @@ class PKSampler(PeopleSampler):
     starts anywhere that leaves room for `frames` frames; one of a shorter tracklet starts at its first frame. The
     order is a function of `seed` and the epoch alone.
 
-    Args:
-        tracklets: what is sampled from.
-        people: P, people a batch.
-        clips: K, clips a person.
-        frames: T, contiguous frames a clip.
-        seed: not negative.
-        batches: batches an epoch; as many as P goes into the people there are if None.
-
-    Raises:
-        UserError: there are fewer than P people, or an argument is out of range.
+    With `batches` None an epoch has as many as P goes into the people there are.
     """
-
-    def __init__(
-        self,
-        tracklets: Sequence[Tracklet],
-        people: int,
-        clips: int,
-        frames: int,
-        seed: int,
-        batches: int | None = None,
-    ) -> None:
-        super().__init__(tracklets, people, clips, frames, seed, batches, shortest=1)
 
     def __len__(self) -> int:
         """The batches of every epoch."""
@@ -136,29 +120,11 @@ class OfficialSampler(PeopleSampler):
 
     A clip is a contiguous window of `frames` frames at a random place; a tracklet too short for one is left out.
 
-    Args:
-        tracklets: what is sampled from.
-        people: P, people a batch.
-        clips: K, clips a person.
-        frames: T, contiguous frames a clip.
-        seed: not negative.
-        batches: batches an epoch, everything being dealt anew as often as that takes; one deal if None.
-
-    Raises:
-        UserError: fewer than P people have a tracklet of T frames, or an argument is out of range.
+    With `batches` None an epoch is one deal; else everything is dealt anew as often as that many take.
     """
 
-    def __init__(
-        self,
-        tracklets: Sequence[Tracklet],
-        people: int,
-        clips: int,
-        frames: int,
-        seed: int,
-        batches: int | None = None,
-    ) -> None:
-        super().__init__(tracklets, people, clips, frames, seed, batches, shortest=frames)
-        self.set_epoch(0)
+    def _shortest(self, frames: int) -> int:
+        return frames
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, whatever came before, and deal it."""
