@@ -48,7 +48,8 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
         blocks = {"BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_K": block_k, "SPLIT": split}
         return {**blocks, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
 
-    warps, most = 8 if exact or dtype == torch.float16 else 4, 64 if exact else 128
+    # A thread that takes an address for each element has fewer registers left for the tile.
+    warps, most = 8 if exact or dtype == torch.float16 or not even else 4, 64 if exact else 128
     plan = {
         "maps": maps(64, min(block_k, 32), warps),
         "gate": gate(32, 4),
