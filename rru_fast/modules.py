@@ -48,6 +48,9 @@ class RRU(reference.RRU):
     Called with x (B, T, C, H, W), and in eval mode optionally `lengths` (B,) and `state`, it returns
     `Refined(features (B, T, C, H, W), strips (B, C, H), state)`.
 
+    Where `transition_norm` is a SyncBatchNorm, as `nn.SyncBatchNorm.convert_sync_batchnorm(model)` makes it, on a CPU
+    too, batch statistics are those of the clips of all ranks of its process group: see `rru_fast.refine`.
+
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
 
