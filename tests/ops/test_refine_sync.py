@@ -157,6 +157,8 @@ def of_two(rank: int) -> dict[str, Any]:
             found[f"wrong {backend}"] = refusal(lambda s=wrong: refine(**s))
         found[f"frames {backend}"] = refusal(lambda s=settings: refine(call.x[:, : 4 - rank], **s))
         found[f"train {backend}"] = collectives(lambda s=settings: refine(**s))
+        out = refine(call.x.clone().requires_grad_(), **settings)
+        found[f"backward {backend}"] = collectives(out.strips.sum().backward)
         found[f"one frame {backend}"] = collectives(lambda s=settings: refine(call.x[:, :1], **s))
 
     found["groups"] = refusal(lambda: refine(bn_groups=2))
@@ -253,10 +255,11 @@ def test_error_is_at_most_twice_that_of_the_reference_in_one_process(
 
 
 @every_backend
-def test_ranks_talk_once_a_call_and_once_a_frame_past_the_first(backend: str, two: list[dict[str, Any]]) -> None:
+def test_ranks_talk_once_a_call_and_each_way_a_frame_past_the_first(backend: str, two: list[dict[str, Any]]) -> None:
     for found in two:
         # The reference, written to be read, norms the first frame too and adds up mean and variance one by one.
         assert found[f"train {backend}"] == (1 + 2 * 4 if backend == "reference" else 1 + 3)
+        assert found[f"backward {backend}"] == (2 * 4 if backend == "reference" else 3)
         assert found[f"one frame {backend}"] == (1 + 2 * 1 if backend == "reference" else 1)
 
 
