@@ -15,6 +15,7 @@ import torch
 
 from training.checkpoint import CONFIG, Checkpoint
 from training.data import Dataset, PridPeople
+from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.model.operators import Ops
@@ -36,7 +37,7 @@ class Options:
     dataset: Dataset | None = None
     """What to train on."""
     data_root: Path | None = None
-    """The dataset's folder; only the synthetic one has a default."""
+    """The dataset's folder, or a file made of it by training.pack; only the synthetic one has a default."""
     split: int | None = None
     """Which of the dataset's splits, from 0; the first if not given."""
     check_counts: bool = True
@@ -75,6 +76,8 @@ class Options:
     """The library's operators (fast, if not given) or their plain PyTorch twins."""
     compare_ops: bool | None = None
     """Whether to end by timing a step with the one against the other."""
+    resize: Resize | None = None
+    """Who resizes frames: the device that computes, a batch at once (if not given), or Pillow, as they are read."""
     workers: int = 0
     """Processes that read frames ahead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,6 +93,7 @@ class Settings:
     split: which of its splits, from 0.
     ops: which operators.
     check_counts: whether the dataset must hold as much as published.
+    resize: who resizes frames.
     """
 
     recipe: Recipe
@@ -97,6 +101,7 @@ class Settings:
     split: int
     ops: Ops
     check_counts: bool = True
+    resize: Resize = "device"
 
     def fitted(self, split: Split) -> Settings:
         """These, with P lowered to the people there are to train on, where the recipe allows that."""
@@ -113,6 +118,7 @@ class Settings:
             "split": self.split,
             "ops": self.ops,
             "check_counts": self.check_counts,
+            "resize": self.resize,
             "data": split.description,
             "protocol": split.protocol,
             **trained_on(split),
@@ -146,12 +152,13 @@ class Settings:
             for name, kind in kinds.items():
                 if not isinstance(config[name], kind):
                     raise UserError(f"{name}: got {config[name]!r}, wanted a {kind.__name__}")
-            if config["ops"] not in get_args(Ops):
-                raise UserError(f"ops: got {config['ops']!r}, wanted one of {', '.join(get_args(Ops))}")
+            for name, choices in {"ops": get_args(Ops), "resize": get_args(Resize)}.items():
+                if config[name] not in choices:
+                    raise UserError(f"{name}: got {config[name]!r}, wanted one of {', '.join(choices)}")
             root = config["data_root"]
             recipe = Recipe(**config["recipe"])
             root = None if root is None else Path(root)
-            return Settings(recipe, root, config["split"], config["ops"], config["check_counts"])
+            return Settings(recipe, root, config["split"], config["ops"], config["check_counts"], config["resize"])
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: not one this version wrote ({error})") from error
 
@@ -195,6 +202,7 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
         check_counts=options.check_counts and base.check_counts,
+        resize=options.resize or base.resize,
     )
     if resumed is not None:
         other = differences(replace(resumed, ops=settings.ops), settings, free=FREE)
@@ -210,7 +218,7 @@ def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> 
         before, now: the settings of the two.
         free: fields of a recipe that may differ.
     """
-    was, asked = ({**asdict(s.recipe), "split": s.split, "ops": s.ops} for s in (before, now))
+    was, asked = ({**asdict(s.recipe), "split": s.split, "ops": s.ops, "resize": s.resize} for s in (before, now))
     changed = [name for name in asked if asked[name] != was[name] and name not in free]
     return "; ".join(f"{name}={was[name]!r}, got {asked[name]!r}" for name in changed)
 

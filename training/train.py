@@ -99,10 +99,11 @@ def train_run(
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     sampler = make_sampler(recipe, split.train)
-    loader = make_loader(split.train, sampler, recipe.frames, options.workers)
-
     config = settings.config(split, device)
     trainer = _make_trainer(recipe, settings.ops, people, device, resumed)
+    resize = trainer.network.backbone.size if settings.resize == "pillow" else None
+    pin = device.type == "cuda"
+    loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
     with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
@@ -141,8 +142,8 @@ def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, r
 
 
 def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
-    ranking = score(trainer.network, split)
-    return Result(settings.recipe, settings.ops, trainer.epoch, ranking)
+    ranking = score(trainer.network, split, resize=settings.resize)
+    return Result(settings.recipe, settings.ops, trainer.epoch, ranking, settings.resize)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

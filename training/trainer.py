@@ -22,8 +22,9 @@ from training.model.network import Network
 def to_input(batch: Batch, network: Network) -> tuple[Tensor, Tensor]:
     """A batch as its network takes it: clips (B, T, 3, h, w) and labels (B,), on the network's device."""
     device = next(network.parameters()).device
+    batch = batch.to(device)
     frames = frames_to_input(batch.frames, network.backbone.size, device)
-    return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels.to(device)
+    return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels
 
 
 @dataclass

@@ -34,10 +34,10 @@ def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> No
 
 
 def test_the_table_says_who_did_not_count_and_that_distances_were_reranked() -> None:
-    text = " ".join(word for line in shown(Result(OFFICIAL, "fast", 900, MARS)) for word in line)
+    text = " ".join(word for line in shown(Result(OFFICIAL, "fast", 900, MARS, "pillow")) for word in line)
     assert "torchreid, 1980 probes (1840 valid) in a gallery of 9330 (3.1 junk a probe)" in text
     assert "percent; recipe official, Baseline+RRU+STIM+Lv, preset official, bn_groups 2 (4); ops fast, ties" in text
-    assert text.endswith("ties optimistic, re-ranked")
+    assert text.endswith("ties optimistic, re-ranked, resized by Pillow")
 
 
 def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
@@ -49,6 +49,7 @@ def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
         "preset": "official",
         "changed": ["bn_groups 2 (4)"],
         "ops": "fast",
+        "resize": "device",
         "epoch": 900,
         "protocol": "torchreid",
         "ties": "optimistic",
