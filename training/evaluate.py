@@ -79,7 +79,7 @@ def evaluate(options: Options) -> Result:
     network = Network(recipe, len(people), ops).to(choose_device(options.device))
     load_weights(network, saved.model, str(saved.folder))
     ranking = score(network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank)
-    result = Result(settings.recipe, ops, saved.training["epoch"], ranking)
+    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, settings.speed)
     console.print(result_table([result.record()]))
     return result
 

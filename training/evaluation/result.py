@@ -10,6 +10,7 @@ from rich.table import Table
 
 from training.evaluation.ranking import TOP, Ranking
 from training.recipes import FREE, Recipe, changed, row_of
+from training.speed import PLAIN, Speed
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,15 @@ class Result:
     recipe: what it was trained by.
     ops: which operators ran, "fast" or "reference".
     epoch: how many epochs the network had trained for.
+    ranking: what came out.
+    speed: how its training steps were computed.
     """
 
     recipe: Recipe
     ops: str
     epoch: int
     ranking: Ranking
+    speed: Speed = PLAIN
 
     def record(self) -> dict[str, Any]:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
@@ -33,7 +37,7 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": changed(self.recipe, but_for={"dataset", *FREE}),
+            "changed": [*changed(self.recipe, but_for={"dataset", *FREE}), *self.speed.changed()],
             "ops": self.ops,
             "epoch": self.epoch,
             "protocol": r.protocol,
