@@ -81,7 +81,7 @@ def evaluate(options: Options) -> Result:
     ranking = score(
         network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank, resize=settings.resize
     )
-    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, settings.resize)
+    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, settings.speed, settings.resize)
     console.print(result_table([result.record()]))
     return result
 

@@ -21,6 +21,7 @@ from training.errors import UserError
 from training.model.operators import Ops
 from training.recipes import FREE, RECIPES, Recipe
 from training.recipes.rows import ROWS
+from training.speed import PLAIN, Amp, Speed
 
 # What was chosen for a backbone, and changes with it.
 _OF_THE_BACKBONE = ("weights", "head_width", "classifier_width", "learning_rate", "learning_rate_pretrained")
@@ -76,6 +77,14 @@ class Options:
     """The library's operators (fast, if not given) or their plain PyTorch twins."""
     compare_ops: bool | None = None
     """Whether to end by timing a step with the one against the other."""
+    amp: Amp | None = None
+    """Autocast of the forward and the losses to a 16-bit dtype; off, if not given. float16 scales the gradients."""
+    channels_last: bool | None = None
+    """Whether frames and the backbone's weights lie channels last."""
+    compile_backbone: bool | None = None
+    """Whether to run the backbone through torch.compile; that takes a minute at the start."""
+    cuda_graph: bool | None = None
+    """Whether to run the RRU as CUDA graphs, on a GPU."""
     resize: Resize | None = None
     """Who resizes frames: the device that computes, a batch at once (if not given), or Pillow, as they are read."""
     workers: int = 0
@@ -93,6 +102,7 @@ class Settings:
     split: which of its splits, from 0.
     ops: which operators.
     check_counts: whether the dataset must hold as much as published.
+    speed: how a step is computed.
     resize: who resizes frames.
     """
 
@@ -101,6 +111,7 @@ class Settings:
     split: int
     ops: Ops
     check_counts: bool = True
+    speed: Speed = PLAIN
     resize: Resize = "device"
 
     def fitted(self, split: Split) -> Settings:
@@ -118,6 +129,7 @@ class Settings:
             "split": self.split,
             "ops": self.ops,
             "check_counts": self.check_counts,
+            "speed": asdict(self.speed),
             "resize": self.resize,
             "data": split.description,
             "protocol": split.protocol,
@@ -158,7 +170,10 @@ class Settings:
             root = config["data_root"]
             recipe = Recipe(**config["recipe"])
             root = None if root is None else Path(root)
-            return Settings(recipe, root, config["split"], config["ops"], config["check_counts"], config["resize"])
+            speed = Speed(**config["speed"])
+            return Settings(
+                recipe, root, config["split"], config["ops"], config["check_counts"], speed, config["resize"]
+            )
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: not one this version wrote ({error})") from error
 
@@ -196,16 +211,18 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
     # A run may be continued from another working folder.
     if changes.get("weights") not in (None, "imagenet", "random"):
         changes["weights"] = str(Path(changes["weights"]).resolve())
+    switches = {field.name: getattr(options, field.name) for field in fields(Speed)}
     settings = Settings(
         recipe=replace(base.recipe, **(ROWS[options.row].changes if options.row else {}), **changes),
         data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
         check_counts=options.check_counts and base.check_counts,
+        speed=replace(base.speed, **{name: value for name, value in switches.items() if value is not None}),
         resize=options.resize or base.resize,
     )
     if resumed is not None:
-        other = differences(replace(resumed, ops=settings.ops), settings, free=FREE)
+        other = differences(replace(resumed, ops=settings.ops, speed=settings.speed), settings, free=FREE)
         if other:
             raise UserError(f"resume: the run was trained with {other}")
     return settings
@@ -218,7 +235,10 @@ def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> 
         before, now: the settings of the two.
         free: fields of a recipe that may differ.
     """
-    was, asked = ({**asdict(s.recipe), "split": s.split, "ops": s.ops, "resize": s.resize} for s in (before, now))
+    was, asked = (
+        {**asdict(s.recipe), "split": s.split, "ops": s.ops, **asdict(s.speed), "resize": s.resize}
+        for s in (before, now)
+    )
     changed = [name for name in asked if asked[name] != was[name] and name not in free]
     return "; ".join(f"{name}={was[name]!r}, got {asked[name]!r}" for name in changed)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from training.data.resizing import Resize
 from training.evaluation.ranking import TOP, Ranking
 from training.recipes import FREE, Recipe, changed, row_of
+from training.speed import PLAIN, Speed
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Result:
     recipe: what it was trained by.
     ops: which operators ran, "fast" or "reference".
     epoch: how many epochs the network had trained for.
+    ranking: what came out.
+    speed: how its training steps were computed.
     resize: who resized frames, in training as here.
     """
 
@@ -27,6 +30,7 @@ class Result:
     ops: str
     epoch: int
     ranking: Ranking
+    speed: Speed = PLAIN
     resize: Resize = "device"
 
     def record(self) -> dict[str, Any]:
@@ -36,7 +40,7 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": changed(self.recipe, but_for={"dataset", *FREE}),
+            "changed": [*changed(self.recipe, but_for={"dataset", *FREE}), *self.speed.changed()],
             "ops": self.ops,
             "resize": self.resize,
             "epoch": self.epoch,
