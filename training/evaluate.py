@@ -33,7 +33,7 @@ class Options:
     dataset: Dataset | None = None
     """What to evaluate on."""
     data_root: Path | None = None
-    """The dataset's folder."""
+    """The dataset's folder, or a file made of it by training.pack."""
     split: int | None = None
     """Which of the dataset's splits, from 0."""
     check_counts: bool = True
@@ -78,8 +78,10 @@ def evaluate(options: Options) -> Result:
         warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = Network(recipe, len(people), ops).to(choose_device(options.device))
     load_weights(network, saved.model, str(saved.folder))
-    ranking = score(network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank)
-    result = Result(settings.recipe, ops, saved.training["epoch"], ranking)
+    ranking = score(
+        network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank, resize=settings.resize
+    )
+    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, settings.speed, settings.resize)
     console.print(result_table([result.record()]))
     return result
 

@@ -28,11 +28,11 @@ from training.files import aside, write_whole
 from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
-from training.model.operators import Ops
 from training.model.weights import first_line, load_weights
 from training.optimizer import make_optimizer
 from training.recipes import Recipe
 from training.settings import Options, Settings, choose_device, resolve, trained_on
+from training.speed import as_evaluated
 from training.step_timing import compare_ops, timing_table
 from training.trainer import Trainer, to_input
 
@@ -99,10 +99,13 @@ def train_run(
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     sampler = make_sampler(recipe, split.train)
-    loader = make_loader(split.train, sampler, recipe.frames, options.workers)
 
+    settings.speed.check(device, settings.ops, recipe.rru)
     config = settings.config(split, device)
-    trainer = _make_trainer(recipe, settings.ops, people, device, resumed)
+    trainer = _make_trainer(settings, people, device, resumed)
+    resize = trainer.network.backbone.size if settings.resize == "pillow" else None
+    pin = device.type == "cuda"
+    loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
     with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
@@ -117,19 +120,21 @@ def train_run(
         log.result(_evaluate(trainer, settings, split), trainer.step)
     if recipe.compare_ops:
         sampler.set_epoch(0)
-        clips, labels = to_input(next(iter(loader)), trainer.network)
+        clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
         console.print(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
     return [record for record in log.records if record["kind"] == "result"]
 
 
-def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, resumed: Checkpoint | None) -> Trainer:
+def _make_trainer(settings: Settings, people: int, device: torch.device, resumed: Checkpoint | None) -> Trainer:
     """A trainer at its beginning, or where a checkpoint left it; the random generators too."""
+    recipe, ops, speed = settings.recipe, settings.ops, settings.speed
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     # A resumed network gets its tensors from the checkpoint: no weights file is needed, nor a download.
-    network = Network(replace(recipe, weights="random") if resumed else recipe, people, ops).to(device)
-    trainer = Trainer(network, Losses(recipe, ops), make_optimizer(network, recipe))
+    begun = replace(recipe, weights="random") if resumed else recipe
+    network = Network(begun, people, ops, speed.cuda_graph).to(device)
+    trainer = Trainer(network, Losses(recipe, ops), make_optimizer(network, recipe), speed)
     if resumed:
         load_weights(network, resumed.model, str(resumed.folder))
         try:
@@ -141,8 +146,9 @@ def _make_trainer(recipe: Recipe, ops: Ops, people: int, device: torch.device, r
 
 
 def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
-    ranking = score(trainer.network, split)
-    return Result(settings.recipe, settings.ops, trainer.epoch, ranking)
+    with as_evaluated(trainer.network):
+        ranking = score(trainer.network, split, resize=settings.resize)
+    return Result(settings.recipe, settings.ops, trainer.epoch, ranking, settings.speed, settings.resize)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
@@ -17,24 +18,36 @@ from training.errors import UserError
 from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
+from training.speed import PLAIN, Speed
 
 
-def to_input(batch: Batch, network: Network) -> tuple[Tensor, Tensor]:
+def to_input(batch: Batch, network: Network, speed: Speed) -> tuple[Tensor, Tensor]:
     """A batch as its network takes it: clips (B, T, 3, h, w) and labels (B,), on the network's device."""
     device = next(network.parameters()).device
-    frames = frames_to_input(batch.frames, network.backbone.size, device)
-    return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels.to(device)
+    batch = batch.to(device)
+    frames = speed.lay(frames_to_input(batch.frames, network.backbone.size, device))
+    return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels
 
 
 @dataclass
 class Trainer:
-    """A network in training: with its losses and optimiser, after so many epochs and steps."""
+    """A network in training: with its losses and optimiser, after so many epochs and steps.
+
+    network: its backbone is laid out and compiled as `speed` says.
+    speed: how a step is computed.
+    """
 
     network: Network
     losses: Losses
     optimizer: SGD
+    speed: Speed = PLAIN
     epoch: int = 0
     step: int = 0
+    scaler: GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.speed.prepare(self.network)
+        self.scaler = self.speed.scaler(next(self.network.parameters()).device)
 
     def run_epoch(self, batches: DataLoader[Any], log: RunLog) -> None:
         """Train on each batch once; how many there are may differ from epoch to epoch.
@@ -46,8 +59,9 @@ class Trainer:
         log.begin_epoch(self.epoch + 1, self.step, len(batches))
         started = time.perf_counter()
         for batch in batches:
-            clips, labels = to_input(batch, self.network)
-            total, parts = self.losses(self.network(clips), labels)
+            clips, labels = to_input(batch, self.network, self.speed)
+            with self.speed.autocast(clips.device):
+                total, parts = self.losses(self.network(clips), labels)
             # Together, so that the device is waited for once.
             values = dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
             where = f"epoch {self.epoch + 1}, step {self.step + 1}"
@@ -56,8 +70,9 @@ class Trainer:
                     shown = ", ".join(batch.clips)
                     raise UserError(f"{where}: the {part} loss is {value} on {shown}; last good epoch: {self.epoch}")
             self.optimizer.zero_grad()
-            total.backward()
-            self.optimizer.step()
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)  # not where a float16 gradient overflowed: the scale is lowered instead
+            self.scaler.update()
             self.step += 1
             seconds, started = time.perf_counter() - started, time.perf_counter()
             log.step(self.epoch + 1, self.step, values, len(batch.frames), seconds)
@@ -68,7 +83,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, but for the network's own tensors."""
-        return {"epoch": self.epoch, "step": self.step, "optimizer": self.optimizer.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned.
@@ -78,6 +98,8 @@ class Trainer:
         """
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # there is none of a run without float16, which this one may yet turn to
+            self.scaler.load_state_dict(state["scaler"])
         # The optimiser itself compares no shapes.
         if any(p.shape != kept["momentum_buffer"].shape for p, kept in self.optimizer.state.items()):
             raise ValueError("the optimizer's momenta are of another network")

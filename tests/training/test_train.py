@@ -21,6 +21,8 @@ from training import checkpoint
 from training.errors import UserError
 from training.evaluate import Options as EvaluateOptions
 from training.evaluate import evaluate
+from training.pack import Options as PackOptions
+from training.pack import pack
 from training.settings import Options
 from training.train import train
 
@@ -89,6 +91,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, start
     assert all(torch.equal(momenta[1][key]["momentum_buffer"], m["momentum_buffer"]) for key, m in momenta[0].items())
     assert torch.equal(resumed.training["random"]["torch"], straight.training["random"]["torch"])
     assert metrics(started) == metrics(trained)
+
+
+def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
+    small_data: Path, trained: Path, started: Path, tmp_path: Path
+) -> None:
+    pack(PackOptions("ilids-vid", tmp_path / "people.pack", small_data, check_counts=False))
+    train(Options(resume=started, data_root=tmp_path / "people.pack", epochs=2, workers=1, device="cpu"))
+    straight, resumed = checkpoint.load(trained), checkpoint.load(started)
+    assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
+    assert metrics(started) == metrics(trained)
+    apart = {name for name, value in resumed.config.items() if value != straight.config[name]}
+    assert apart == {"data_root"}
+
+
+def test_a_run_that_pillow_resizes_is_evaluated_so(small_data: Path, tmp_path: Path, trained: Path) -> None:
+    train(options(small_data, tmp_path / "run", resize="pillow", batches=1, epochs=1))
+    first, *_, result = metrics(tmp_path / "run")
+    assert (first["resize"], result["resize"], metrics(trained)[0]["resize"]) == ("pillow", "pillow", "device")
+    evaluated = evaluate(EvaluateOptions(tmp_path / "run", device="cpu"))
+    assert {**evaluated.record(), "kind": "result"} == result
 
 
 def test_steps_logged_after_the_last_checkpoint_are_dropped_on_resuming(trained: Path, started: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
 from training.evaluation.protocols import Search, prepare, rank
@@ -20,6 +21,7 @@ def score(
     ties: Ties = "stable",
     rerank: bool = False,
     chunk: int = CHUNK,
+    resize: Resize = "device",
 ) -> Ranking:
     """Rank the split's gallery for each of its probes, by cosine distance, on the network's device.
 
@@ -32,6 +34,7 @@ def score(
         ties: how equal distances are counted.
         rerank: by k-reciprocal encoding, before ranking.
         chunk: frames that go through the backbone at once.
+        resize: who resizes frames.
 
     Raises:
         UserError: the protocol does not fit the split, a frame cannot be read, or a feature is not finite.
@@ -40,7 +43,7 @@ def score(
     trial = prepare(protocol or split.protocol, search)  # first: extraction may take hours
     inside = search.places >= 0
     outside = [probe for probe, known in zip(split.probe, inside, strict=True) if not known]
-    features = extract(network, [*split.gallery, *outside], chunk)
+    features = extract(network, [*split.gallery, *outside], chunk, resize)
     probes = np.where(inside, search.places, len(split.gallery) - 1 + np.cumsum(~inside))
     device = next(network.parameters()).device
     if rerank:

@@ -44,7 +44,13 @@ class Losses(nn.Module):
             judged = labels.repeat_interleave(len(output.auxiliary) // clips)  # T times each, or once
             parts["auxiliary"] = self.auxiliary_weight * F.cross_entropy(output.auxiliary, judged)
         if self.video:
-            parts["video"] = self.triplet(output.feature, labels)
+            parts["video"] = self.triplet(_full(output.feature), labels)
         if self.part and output.strips is not None:
-            parts["part"] = self.triplet(output.strips.permute(2, 0, 1), labels)  # (H, B, C): a group a strip, eq. 10
+            strips = _full(output.strips).permute(2, 0, 1)  # (H, B, C): a group a strip, eq. 10
+            parts["part"] = self.triplet(strips, labels)
         return torch.stack(list(parts.values())).sum(), parts
+
+
+def _full(features: Tensor) -> Tensor:
+    """Float32 at least: a loss is a small difference of distances, which 16 bits of autocast would round away."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
