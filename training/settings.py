@@ -134,13 +134,7 @@ class Settings:
             "data": split.description,
             "protocol": split.protocol,
             **trained_on(split),
-            "environment": {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
-                "commit": _commit(),
-            },
+            "environment": environment(device),
         }
 
     @staticmethod
@@ -254,6 +248,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """What figures computed here depend on, beside their settings, as JSON values."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
+        "commit": commit_of(Path(__file__).parents[1]),
+    }
+
+
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
@@ -261,10 +266,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a checkout of this project, marked where its code has been changed since; `None` without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]  # a kill would leave the lock behind
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "rru_fast", "csrc", "training/*.py")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return commit + "-dirty" * bool(changed)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from training.data.loading import Batch, frames_to_input
 from training.errors import UserError
 from training.logging import RunLog
+from training.model.finite import first_not_finite
 from training.model.losses import Losses
 from training.model.network import Network
 from training.speed import PLAIN, Speed
@@ -53,7 +54,7 @@ class Trainer:
         """Train on each batch once; how many there are may differ from epoch to epoch.
 
         Raises:
-            UserError: a loss is not finite, or at the end a tensor of the network; step and clips are named.
+            UserError: a loss is not finite, or at the end a tensor of the network; step, clips and module are named.
         """
         self.network.train()
         log.begin_epoch(self.epoch + 1, self.step, len(batches))
@@ -67,8 +68,9 @@ class Trainer:
             where = f"epoch {self.epoch + 1}, step {self.step + 1}"
             for part, value in values.items():
                 if not math.isfinite(value):
-                    shown = ", ".join(batch.clips)
-                    raise UserError(f"{where}: the {part} loss is {value} on {shown}; last good epoch: {self.epoch}")
+                    first = first_not_finite(self.network, clips) or "the loss itself"
+                    told = f"{', '.join(batch.clips)}; first not finite: {first}; last good epoch: {self.epoch}"
+                    raise UserError(f"{where}: the {part} loss is {value} on {told}")
             self.optimizer.zero_grad()
             self.scaler.scale(total).backward()
             self.scaler.step(self.optimizer)  # not where a float16 gradient overflowed: the scale is lowered instead

@@ -156,6 +156,20 @@ def test_a_checkpoint_is_evaluated_by_the_protocol_asked_for(trained: Path, caps
     assert "torchreid, 4 probes (4 valid) in a gallery of 4" in capsys.readouterr().out
 
 
+def test_an_evaluation_is_written_with_all_that_it_came_from(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "result.json"
+    result = evaluate(EvaluateOptions(trained, output=output, device="cpu"))
+    written = json.loads(output.read_text())
+    assert written["result"] == json.loads(json.dumps(result.record()))
+    assert written["checkpoint"] == str(last(trained).resolve())
+    assert written["config"] == json.loads((trained / "config.json").read_text())
+    assert (written["config"]["recipe"]["seed"], written["epoch"]) == (0, 2)
+    assert written["environment"] == written["config"]["environment"]  # the same machine and commit
+    assert written["environment"]["commit"] is not None
+    with pytest.raises(UserError, match=r"result\.json is there already, wanted a new file"):
+        evaluate(EvaluateOptions(trained, output=output, device="cpu"))
+
+
 def test_too_few_people_lower_p_where_the_recipe_allows_it(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
