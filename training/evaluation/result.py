@@ -47,7 +47,7 @@ class Result:
             "protocol": r.protocol,
             "ties": r.ties,
             "reranked": r.reranked,
-            **{f"rank-{k}": share for k, share in r.cmc.items()},
+            **{f"rank-{k}": r.cmc[k] for k in TOP},
             "mAP": r.mean_ap,
             "chance": r.chance,
             "probes": r.probes,
