@@ -23,7 +23,7 @@ from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
-from training.evaluation.scoring import score
+from training.evaluation.scoring import compare
 from training.files import aside, write_whole
 from training.logging import RunLog
 from training.model.losses import Losses
@@ -32,6 +32,7 @@ from training.model.weights import first_line, load_weights
 from training.optimizer import make_optimizer
 from training.recipes import Recipe
 from training.settings import Options, Settings, choose_device, resolve, trained_on
+from training.show.board import pictures
 from training.speed import as_evaluated
 from training.step_timing import compare_ops, timing_table
 from training.trainer import Trainer, to_input
@@ -113,11 +114,11 @@ def train_run(
         log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
         while trainer.epoch < recipe.epochs:
             if recipe.tested_after(trainer.epoch):
-                log.result(_evaluate(trainer, settings, split), trainer.step)
+                _evaluate(trainer, settings, split, log)
             sampler.set_epoch(trainer.epoch)
             trainer.run_epoch(loader, log)
             checkpoint.save(run, trainer.network, trainer.state_dict(), config)
-        log.result(_evaluate(trainer, settings, split), trainer.step)
+        _evaluate(trainer, settings, split, log)
     if recipe.compare_ops:
         sampler.set_epoch(0)
         clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
@@ -145,10 +146,14 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
     return trainer
 
 
-def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
+def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog) -> None:
     with as_evaluated(trainer.network):
-        ranking = score(trainer.network, split, resize=settings.resize)
-    return Result(settings.recipe, settings.ops, trainer.epoch, ranking, settings.speed, settings.resize)
+        compared = compare(trainer.network, split, resize=settings.resize)
+        ranking = compared.ranking()
+        result = Result(settings.recipe, settings.ops, trainer.epoch, ranking, settings.speed, settings.resize)
+        log.result(result, trainer.step)
+        for name, figure in pictures(trainer.network, split, compared).items():
+            log.picture(name, figure, trainer.step)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

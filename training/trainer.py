@@ -58,8 +58,9 @@ class Trainer:
         """
         self.network.train()
         log.begin_epoch(self.epoch + 1, self.step, len(batches))
-        started = time.perf_counter()
+        started = asked = time.perf_counter()
         for batch in batches:
+            waited = time.perf_counter() - asked
             clips, labels = to_input(batch, self.network, self.speed)
             with self.speed.autocast(clips.device):
                 total, parts = self.losses(self.network(clips), labels)
@@ -77,7 +78,8 @@ class Trainer:
             self.scaler.update()
             self.step += 1
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            log.step(self.epoch + 1, self.step, values, len(batch.frames), seconds)
+            log.step(self.epoch + 1, self.step, values, len(batch.frames), seconds, waited)
+            asked = time.perf_counter()
         for name, tensor in self.network.state_dict().items():
             if not tensor.isfinite().all():
                 raise UserError(f"{where}: {name} is not finite after its update; last good epoch: {self.epoch}")
