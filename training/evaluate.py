@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from training import checkpoint
+from training import checkpoint, distributed
 from training.command import run_command
 from training.data import Dataset, load_split
 from training.errors import UserError
@@ -56,7 +56,7 @@ def evaluate(options: Options) -> Result:
     Raises:
         UserError: the checkpoint or the data cannot be used, or the protocol does not fit the data.
     """
-    console = Console()
+    console = Console(quiet=not distributed.is_main())
     saved = checkpoint.load(options.checkpoint)
     settings = Settings.of(saved)
     recipe, ops = replace(settings.recipe, weights="random"), options.ops or settings.ops
@@ -66,7 +66,9 @@ def evaluate(options: Options) -> Result:
     root = options.data_root.resolve() if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
-    split = load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
+    split = distributed.main_first(
+        lambda: load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
+    )
     console.print(split.description, highlight=False, markup=False, soft_wrap=True)
     people = saved.config["people"]
     seen = {tracklet.person for tracklet in split.probe} & set(people)
@@ -79,10 +81,12 @@ def evaluate(options: Options) -> Result:
     network = Network(recipe, len(people), ops).to(choose_device(options.device))
     load_weights(network, saved.model, str(saved.folder))
     ranking = score(network, split, protocol=options.protocol, ties=options.ties, rerank=options.rerank)
-    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, settings.speed)
+    how = settings.speed, settings.sync_bn, saved.config["environment"]["processes"]
+    result = Result(settings.recipe, ops, saved.training["epoch"], ranking, *how)
     console.print(result_table([result.record()]))
     return result
 
 
 if __name__ == "__main__":
-    run_command(lambda: evaluate(tyro.cli(Options, prog="python -m training.evaluate")))
+    prog = "python -m training.evaluate"
+    run_command(lambda: evaluate(tyro.cli(Options, prog=prog, console_outputs=distributed.is_main())), several=True)

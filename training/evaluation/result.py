@@ -22,6 +22,8 @@ class Result:
     epoch: how many epochs the network had trained for.
     ranking: what came out.
     speed: how its training steps were computed.
+    sync_bn: whether its batch statistics were those of all processes.
+    processes: how many trained it, in the end.
     """
 
     recipe: Recipe
@@ -29,6 +31,8 @@ class Result:
     epoch: int
     ranking: Ranking
     speed: Speed = PLAIN
+    sync_bn: bool = False
+    processes: int = 1
 
     def record(self) -> dict[str, Any]:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
@@ -37,7 +41,12 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": [*changed(self.recipe, but_for={"dataset", *FREE}), *self.speed.changed()],
+            "changed": [
+                *changed(self.recipe, but_for={"dataset", *FREE}),
+                *self.speed.changed(),
+                *(["sync_bn True (False)"] if self.sync_bn else []),
+                *([f"processes {self.processes} (1)"] if self.processes > 1 else []),
+            ],
             "ops": self.ops,
             "epoch": self.epoch,
             "protocol": r.protocol,

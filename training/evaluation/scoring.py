@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from training import distributed
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
 from training.evaluation.protocols import Search, prepare, rank
@@ -23,7 +24,8 @@ def score(
 ) -> Ranking:
     """Rank the split's gallery for each of its probes, by cosine distance, on the network's device.
 
-    A probe that is itself in the gallery, the very same tracklet, goes through the network once.
+    A probe that is itself in the gallery, the very same tracklet, goes through the network once. Of several processes
+    each extracts its share of the features, one ranks, and all get the ranking.
 
     Args:
         network: whose features are compared.
@@ -43,11 +45,15 @@ def score(
     features = extract(network, [*split.gallery, *outside], chunk)
     probes = np.where(inside, search.places, len(split.gallery) - 1 + np.cumsum(~inside))
     device = next(network.parameters()).device
-    if rerank:
-        distances = reranked_distances(features, probes, trial.kept, device)
-    else:
-        distances = cosine_distances(features[probes], features[trial.kept], device)
-    return rank(trial, distances, ties, reranked=rerank)
+
+    def ranking() -> Ranking:
+        if rerank:
+            distances = reranked_distances(features, probes, trial.kept, device)
+        else:
+            distances = cosine_distances(features[probes], features[trial.kept], device)
+        return rank(trial, distances, ties, reranked=rerank)
+
+    return distributed.from_main(ranking)
 
 
 def _search(split: Split) -> Search:
