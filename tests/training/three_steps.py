@@ -89,6 +89,6 @@ def _noise() -> Split:
 if __name__ == "__main__":
     with distributed.processes():
         done = {case: three_steps(case)._asdict() for case in CASES}
-        print(f"process {distributed.rank()} is done")  # noqa: T201
+        sys.stdout.write(f"process {distributed.rank()} is done\n")  # at once, as the others write there too
         if distributed.is_main():
             torch.save(done, Path(sys.argv[1]))
