@@ -57,6 +57,8 @@ def score(
 ) -> Ranking:
     """Rank the split's gallery for each of its probes, by cosine distance, on the network's device.
 
+    Of several processes each extracts its share of the features, one ranks, and all get the ranking.
+
     Args:
         network: whose features are compared.
         split: probes and gallery.
@@ -69,7 +71,8 @@ def score(
     Raises:
         UserError: the protocol does not fit the split, a frame cannot be read, or a feature is not finite.
     """
-    return compare(network, split, protocol=protocol, chunk=chunk, resize=resize).ranking(ties, rerank=rerank)
+    compared = compare(network, split, protocol=protocol, chunk=chunk, resize=resize)
+    return distributed.from_main(lambda: compared.ranking(ties, rerank=rerank))
 
 
 def compare(
@@ -77,7 +80,8 @@ def compare(
 ) -> Compared:
     """Extract what `score` ranks by; arguments and errors are its own.
 
-    A probe that is itself in the gallery, the very same tracklet, goes through the network once.
+    A probe that is itself in the gallery, the very same tracklet, goes through the network once. Of several processes
+    each extracts its share, and all get all features.
     """
     search = _search(split)
     trial = prepare(protocol or split.protocol, search)  # first: extraction may take hours
