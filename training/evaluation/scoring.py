@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training import distributed
 from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
