@@ -207,6 +207,9 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     all_labels = [torch.empty_like(labels) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(all_labels, labels.contiguous())
     all_features = torch.distributed.nn.functional.all_gather(features.contiguous())  # type: ignore[no-untyped-call]
+    for part in all_features:
+        if part.requires_grad:  # what is sent back takes the gradient's strides for those of a plain tensor
+            part.register_hook(Tensor.contiguous)
     return torch.cat(all_features, -2), torch.cat(all_labels)
 
 
