@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from training import distributed
 from training.command import run_command
 from training.evaluation.protocols import ProtocolName
 from training.evaluation.ranking import Ties
@@ -40,13 +41,23 @@ def evaluate(options: Options) -> Result:
     Raises:
         UserError: the checkpoint or the data cannot be used, or the protocol does not fit the data.
     """
-    console = Console()
+    console = Console(quiet=not distributed.is_main())
     if options.output:
         check_output(options.output, ".json")
     trained = load_trained(options.checkpoint, options)
     console.print(trained.split.description, highlight=False, markup=False, soft_wrap=True)
-    ranking = score(trained.network, trained.split, protocol=options.protocol, ties=options.ties, rerank=options.rerank)
-    result = Result(trained.settings.recipe, trained.ops, trained.epoch, ranking)
+    settings = trained.settings
+    ranking = score(
+        trained.network,
+        trained.split,
+        protocol=options.protocol,
+        ties=options.ties,
+        rerank=options.rerank,
+        resize=settings.resize,
+    )
+    processes = trained.saved.config["environment"]["processes"]
+    how = settings.speed, settings.resize, settings.sync_bn, processes
+    result = Result(settings.recipe, trained.ops, trained.epoch, ranking, *how)
     console.print(result_table([result.record()]))
     if options.output:
         about = provenance(trained.saved, next(trained.network.parameters()).device)
@@ -56,4 +67,5 @@ def evaluate(options: Options) -> Result:
 
 
 if __name__ == "__main__":
-    run_command(lambda: evaluate(tyro.cli(Options, prog="python -m training.evaluate")))
+    prog = "python -m training.evaluate"
+    run_command(lambda: evaluate(tyro.cli(Options, prog=prog, console_outputs=distributed.is_main())), several=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Collection
@@ -13,13 +14,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from training import distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.data import Dataset, PridPeople
+from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.model.operators import Ops
 from training.recipes import FREE, RECIPES, Recipe
 from training.recipes.rows import ROWS
+from training.speed import PLAIN, Amp, Speed
 
 # What was chosen for a backbone, and changes with it.
 _OF_THE_BACKBONE = ("weights", "head_width", "classifier_width", "learning_rate", "learning_rate_pretrained")
@@ -36,7 +40,7 @@ class Options:
     dataset: Dataset | None = None
     """What to train on."""
     data_root: Path | None = None
-    """The dataset's folder; only the synthetic one has a default."""
+    """The dataset's folder, or a file made of it by training.pack; only the synthetic one has a default."""
     split: int | None = None
     """Which of the dataset's splits, from 0; the first if not given."""
     check_counts: bool = True
@@ -75,6 +79,18 @@ class Options:
     """The library's operators (fast, if not given) or their plain PyTorch twins."""
     compare_ops: bool | None = None
     """Whether to end by timing a step with the one against the other."""
+    amp: Amp | None = None
+    """Autocast of the forward and the losses to a 16-bit dtype; off, if not given. float16 scales the gradients."""
+    channels_last: bool | None = None
+    """Whether frames and the backbone's weights lie channels last."""
+    compile_backbone: bool | None = None
+    """Whether to run the backbone through torch.compile; that takes a minute at the start."""
+    cuda_graph: bool | None = None
+    """Whether to run the RRU as CUDA graphs, on a GPU."""
+    resize: Resize | None = None
+    """Who resizes frames: the device that computes, a batch at once (if not given), or Pillow, as they are read."""
+    sync_bn: bool = False
+    """Batch statistics of all processes in every batch norm, not of each by itself; a resumed run is as it was."""
     workers: int = 0
     """Processes that read frames ahead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,6 +106,9 @@ class Settings:
     split: which of its splits, from 0.
     ops: which operators.
     check_counts: whether the dataset must hold as much as published.
+    speed: how a step is computed.
+    resize: who resizes frames.
+    sync_bn: whether batch statistics are those of all processes.
     """
 
     recipe: Recipe
@@ -97,6 +116,9 @@ class Settings:
     split: int
     ops: Ops
     check_counts: bool = True
+    speed: Speed = PLAIN
+    resize: Resize = "device"
+    sync_bn: bool = False
 
     def fitted(self, split: Split) -> Settings:
         """These, with P lowered to the people there are to train on, where the recipe allows that."""
@@ -113,6 +135,9 @@ class Settings:
             "split": self.split,
             "ops": self.ops,
             "check_counts": self.check_counts,
+            "speed": asdict(self.speed),
+            "resize": self.resize,
+            "sync_bn": self.sync_bn,
             "data": split.description,
             "protocol": split.protocol,
             **trained_on(split),
@@ -136,16 +161,27 @@ class Settings:
             UserError: it is of another version.
         """
         try:
-            kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool}
+            kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool, "sync_bn": bool}
             for name, kind in kinds.items():
                 if not isinstance(config[name], kind):
                     raise UserError(f"{name}: got {config[name]!r}, wanted a {kind.__name__}")
-            if config["ops"] not in get_args(Ops):
-                raise UserError(f"ops: got {config['ops']!r}, wanted one of {', '.join(get_args(Ops))}")
+            for name, choices in {"ops": get_args(Ops), "resize": get_args(Resize)}.items():
+                if config[name] not in choices:
+                    raise UserError(f"{name}: got {config[name]!r}, wanted one of {', '.join(choices)}")
             root = config["data_root"]
             recipe = Recipe(**config["recipe"])
             root = None if root is None else Path(root)
-            return Settings(recipe, root, config["split"], config["ops"], config["check_counts"])
+            speed = Speed(**config["speed"])
+            return Settings(
+                recipe,
+                root,
+                config["split"],
+                config["ops"],
+                config["check_counts"],
+                speed,
+                config["resize"],
+                config["sync_bn"],
+            )
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: not one this version wrote ({error})") from error
 
@@ -183,15 +219,21 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
     # A run may be continued from another working folder.
     if changes.get("weights") not in (None, "imagenet", "random"):
         changes["weights"] = str(Path(changes["weights"]).resolve())
+    switches = {field.name: getattr(options, field.name) for field in fields(Speed)}
     settings = Settings(
         recipe=replace(base.recipe, **(ROWS[options.row].changes if options.row else {}), **changes),
         data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
         check_counts=options.check_counts and base.check_counts,
+        speed=replace(base.speed, **{name: value for name, value in switches.items() if value is not None}),
+        resize=options.resize or base.resize,
+        sync_bn=options.sync_bn or base.sync_bn,
     )
+    if settings.sync_bn and settings.recipe.bn_groups > 1:
+        raise UserError(f"sync_bn: got True with bn_groups={settings.recipe.bn_groups}, wanted one or the other")
     if resumed is not None:
-        other = differences(replace(resumed, ops=settings.ops), settings, free=FREE)
+        other = differences(replace(resumed, ops=settings.ops, speed=settings.speed), settings, free=FREE)
         if other:
             raise UserError(f"resume: the run was trained with {other}")
     return settings
@@ -204,20 +246,38 @@ def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> 
         before, now: the settings of the two.
         free: fields of a recipe that may differ.
     """
-    was, asked = ({**asdict(s.recipe), "split": s.split, "ops": s.ops} for s in (before, now))
+    was, asked = (
+        {
+            **asdict(s.recipe),
+            "split": s.split,
+            "ops": s.ops,
+            **asdict(s.speed),
+            "resize": s.resize,
+            "sync_bn": s.sync_bn,
+        }
+        for s in (before, now)
+    )
     changed = [name for name in asked if asked[name] != was[name] and name not in free]
     return "; ".join(f"{name}={was[name]!r}, got {asked[name]!r}" for name in changed)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
+    """The device that "auto", "cpu" or "cuda" means here; of several GPUs each process has its own, made current.
 
     Raises:
-        UserError: it is "cuda" and there is none.
+        UserError: it is "cuda" and there is none, or one too few.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got 'cuda', but PyTorch sees no CUDA device here")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if distributed.world() == 1:
+        return torch.device("cuda")
+    here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if here >= gpus:
+        raise UserError(f"device: got process {here + 1} of this machine, which has {gpus} GPUs, wanted at most {gpus}")
+    torch.cuda.set_device(here)
+    return torch.device("cuda", here)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -225,6 +285,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
         "commit": commit_of(Path(__file__).parents[1]),

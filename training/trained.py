@@ -13,7 +13,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 
-from training import checkpoint
+from training import checkpoint, distributed
 from training.checkpoint import Checkpoint
 from training.data import Dataset, load_split
 from training.data.tracklets import Split
@@ -31,7 +31,7 @@ class UseOptions:
     dataset: Dataset | None = None
     """What to use it on."""
     data_root: Path | None = None
-    """The dataset's folder."""
+    """The dataset's folder, or a file made of it by training.pack."""
     split: int | None = None
     """Which of the dataset's splits, from 0."""
     check_counts: bool = True
@@ -84,7 +84,9 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
     root = options.data_root.resolve() if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
-    split = load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
+    split = distributed.main_first(
+        lambda: load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
+    )
     seen = {tracklet.person for tracklet in split.probe} & set(saved.config["people"])
     # A MOT sequence searches for the people trained on, by later frames, and says so.
     if seen and dataset == recipe.dataset != "mot":

@@ -27,7 +27,7 @@ def test_options_change_the_recipe_and_a_row_changes_the_model() -> None:
 
 
 def test_settings_survive_their_config(split: Split) -> None:
-    settings = resolve(Options(data_root=Path("here"), ops="reference", people=4), None)
+    settings = resolve(Options(data_root=Path("here"), ops="reference", people=4, resize="pillow"), None)
     assert settings.data_root == Path.cwd() / "here"
     config = json.loads(json.dumps(settings.config(split, torch.device("cpu"))))
     assert Settings.of(Checkpoint(Path(), config, {}, {})) == settings
@@ -49,6 +49,7 @@ def test_a_resumed_run_keeps_its_settings_and_may_be_longer() -> None:
         (Options(split=1, seed=4), "trained with seed=0, got 4; split=0, got 1$"),
         (Options(weights="random"), "weights: got 'random' with --resume"),
         (Options(row="Baseline+RRU+STIM+Lv"), "trained with part_loss=True, got False$"),
+        (Options(resize="pillow"), "trained with resize='device', got 'pillow'$"),
     ],
 )
 def test_resuming_as_something_else_names_the_difference(options: Options, message: str) -> None:
@@ -65,6 +66,7 @@ def test_a_weights_file_is_found_from_another_working_folder_too() -> None:
     ("change", "message"),
     [
         ({"ops": "slow"}, "ops: got 'slow', wanted one of fast, reference"),
+        ({"resize": "later"}, "resize: got 'later', wanted one of device, pillow"),
         ({"recipe": {**asdict(RECIPES["quick"]), "head": "tail"}}, "head: got 'tail', wanted one of baseline"),
         ({"recipe": {"name": "quick"}}, "missing [23][0-9] required"),
         ({"people": 4}, "people: got 4, wanted a list"),

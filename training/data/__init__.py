@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from types import ModuleType
+from typing import Any, Literal, TypeAlias, get_args
 
+from training.data import packed
 from training.data.tracklets import Split
 from training.errors import UserError
 
@@ -24,7 +26,8 @@ def load_split(
 
     Args:
         dataset: one of `DATASETS`.
-        root: the dataset's folder; None for the dataset's default, where it has one.
+        root: the dataset's folder, or a file that `training.pack` made of it; None for the dataset's default, where it
+            has one.
         split: which split, from 0.
         prid: who counts in PRID-2011; the other datasets do not ask.
         check_counts: whether iLIDS-VID, PRID-2011 and MARS must hold as much as published.
@@ -32,16 +35,29 @@ def load_split(
     Raises:
         UserError: the name is unknown, no folder was given, or what it holds does not make a dataset.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"dataset: got {dataset!r}, wanted one of {', '.join(DATASETS)}")
-    module = import_module(f"training.data.{dataset.replace('-', '_')}")
+    module = _reader(dataset)
     root = root or getattr(module, "DEFAULT_ROOT", None)
     if root is None:
         raise UserError(f"dataset {dataset}: got no data root, wanted the folder that holds it")
-    asked = {"prid": prid, "check_counts": check_counts}
-    known = signature(module.load).parameters
+    asked = reader_options(dataset, prid=prid, check_counts=check_counts)
     try:
-        result: Split = module.load(root, split, **{name: value for name, value in asked.items() if name in known})
+        if root.suffix == ".pack" and not root.exists():
+            raise UserError(f"{root}: no such file; wanted what python -m training.pack makes, or a dataset's folder")
+        if root.is_file():
+            return packed.load(root, dataset, split, asked)
+        result: Split = module.load(root, split, **asked)
     except OSError as error:  # a folder that may not be entered, a disk that fails
         raise UserError(f"dataset {dataset}: {error}; wanted a data root that can be read") from error
     return result
+
+
+def reader_options(dataset: str, **options: Any) -> dict[str, Any]:
+    """Those of `options` that a dataset's reader takes."""
+    known = signature(_reader(dataset).load).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _reader(dataset: str) -> ModuleType:
+    if dataset not in DATASETS:
+        raise UserError(f"dataset: got {dataset!r}, wanted one of {', '.join(DATASETS)}")
+    return import_module(f"training.data.{dataset.replace('-', '_')}")

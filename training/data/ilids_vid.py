@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.data.layout import check_count, first_file, first_folder, halves, incomplete, numbered_frames, read_table
 from training.data.tracklets import Split, Tracklet
-from training.errors import UserError
+from training.errors import NoSuchSplit, UserError
 
 SEQUENCES = Path("i-LIDS-VID/sequences")
 SPLITS = Path("train-test people splits/train_test_splits_ilidsvid.mat")
@@ -43,7 +43,7 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
         check_count(sequences, "person folders a camera", len(people), PEOPLE)
         check_count(splits, "splits", len(rows), ROWS)
     if not 0 <= split < len(rows):
-        raise UserError(f"split: got {split}, wanted 0 to {len(rows) - 1}, the rows of {SPLITS.name}")
+        raise NoSuchSplit(f"split: got {split}, wanted 0 to {len(rows) - 1}, the rows of {SPLITS.name}")
     test, train = halves(people, rows[split], f"{splits}, split {split}")
 
     def read(camera: int, person: str) -> Tracklet:

@@ -1,20 +1,22 @@
-"""From tracklets to the network's input: clips are read as uint8 at their own size, and resized on the device."""
+"""From tracklets to the network's input: clips are read as uint8, and resized on the device unless Pillow is to."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
+from training.data.resizing import resize
 from training.data.sampler import Clip, PeopleSampler
-from training.data.tracklets import Tracklet, people_of, read_frame
+from training.data.tracklets import Tracklet, people_of, read_pixels
 from training.errors import UserError
+
+AHEAD = 3  # batches that each worker has read, or is reading, beyond the one in use
 
 
 @dataclass
@@ -22,46 +24,56 @@ class Batch:
     """B clips of T frames each.
 
     Args:
-        frames: B*T of (3, h, w) uint8, each at its own size, clip by clip.
+        pixels: uint8, the frames one after another, each (h, w, 3) at its own size: one tensor, so that what crosses
+            from a worker, or to a device, does so at once.
+        sizes: (h, w) of B*T frames, clip by clip.
         labels: (B,) int64, the index of each clip's person among the sorted people trained on.
         clips: B names for messages, e.g. "cam1/person001[12:20]".
     """
 
-    frames: list[torch.Tensor]
+    pixels: torch.Tensor
+    sizes: list[tuple[int, int]]
     labels: torch.Tensor
     clips: list[str]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A tensor that crosses from a worker holds a file descriptor: one for all frames, not one a frame.
-        pixels = torch.cat([frame.flatten() for frame in self.frames])
-        return {**vars(self), "frames": (pixels, [frame.shape for frame in self.frames])}
+    @property
+    def frames(self) -> list[torch.Tensor]:
+        """B*T of (3, h, w) uint8, views of `pixels`."""
+        parts = torch.split(self.pixels, [h * w * 3 for h, w in self.sizes])
+        return [part.view(h, w, 3).permute(2, 0, 1) for part, (h, w) in zip(parts, self.sizes, strict=True)]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pixels, shapes = state["frames"]
-        parts = pixels.split([shape.numel() for shape in shapes])
-        vars(self).update(state, frames=[part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU copies from while the CPU goes on; a DataLoader that pins asks for it."""
+        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; from pinned memory the copy is not waited for."""
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
+        return replace(self, pixels=pixels, labels=labels)
 
 
 class _Clips(Dataset["Batch | UserError"]):
     """Batches of clips, looked up by what the sampler yields; an error is returned, for the loader to raise."""
 
-    def __init__(self, tracklets: Sequence[Tracklet], frames: int) -> None:
-        self._tracklets, self._frames = tracklets, frames
+    def __init__(self, tracklets: Sequence[Tracklet], frames: int, size: tuple[int, int] | None) -> None:
+        self._tracklets, self._frames, self._size = tracklets, frames, size
         self._label = {person: label for label, person in enumerate(people_of(tracklets))}
 
     def __getitem__(self, clips: list[Clip]) -> Batch | UserError:
-        frames, names = [], []
+        frames: list[np.ndarray] = []
+        names = []
         try:
             for index, first in clips:
                 tracklet = self._tracklets[index]
                 window = tracklet.frames[first : first + self._frames]
-                frames += [read_frame(frame) for frame in window]
+                frames += [read_pixels(frame, self._size) for frame in window]
                 frames += [frames[-1]] * (self._frames - len(window))
                 names.append(f"{tracklet.name}[{first}:{first + len(window)}]")
         except UserError as error:
             return error
         labels = torch.tensor([self._label[self._tracklets[index].person] for index, _ in clips])
-        return Batch(frames, labels, names)
+        pixels = torch.from_numpy(np.concatenate([frame.reshape(-1) for frame in frames]))
+        return Batch(pixels, [(frame.shape[0], frame.shape[1]) for frame in frames], labels, names)
 
 
 class _Loader(DataLoader["Batch | UserError"]):
@@ -84,7 +96,14 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def make_loader(tracklets: Sequence[Tracklet], sampler: PeopleSampler, frames: int, workers: int) -> DataLoader[Any]:
+def make_loader(
+    tracklets: Sequence[Tracklet],
+    sampler: PeopleSampler,
+    frames: int,
+    workers: int,
+    resize: tuple[int, int] | None = None,
+    pin: bool = False,
+) -> DataLoader[Any]:
     """Make the loader of one epoch's batches after another; `sampler.set_epoch` says which.
 
     Args:
@@ -92,17 +111,21 @@ def make_loader(tracklets: Sequence[Tracklet], sampler: PeopleSampler, frames: i
         sampler: the order.
         frames: T, frames a clip; a shorter tracklet repeats its last frame.
         workers: processes that read ahead, 0 to read in this one; the batches are the same.
+        resize: height and width to which Pillow resizes each frame as it is read; as they are if not given.
+        pin: whether to put batches where a GPU copies from while the CPU goes on.
 
     Returns:
         A DataLoader of `Batch`; iterating it raises a UserError that names a frame which cannot be read.
     """
     return _Loader(
-        _Clips(tracklets, frames),
+        _Clips(tracklets, frames, resize),
         batch_size=None,  # the sampler yields whole batches
         sampler=sampler,
         num_workers=workers,
         collate_fn=_as_is,
+        pin_memory=pin,
         persistent_workers=workers > 0,
+        prefetch_factor=AHEAD if workers else None,
         generator=torch.Generator(),  # keeps the loader from drawing on the global generator
     )
 
@@ -114,7 +137,7 @@ def frames_to_input(
     mean: float = 0.5,
     std: float = 0.5,
 ) -> torch.Tensor:
-    """Resize and normalise frames on the device, frames of equal size together.
+    """Resize and normalise frames on the device, frames of equal size together; one that has the size stays as it is.
 
     Args:
         frames: N of (3, h, w) uint8, of any sizes.
@@ -131,7 +154,9 @@ def frames_to_input(
         alike[frame.shape].append(index)
     result = torch.empty(len(frames), 3, *size, device=device)
     for indices in alike.values():
-        pixels = torch.stack([frames[index] for index in indices]).to(device)
-        pixels = transforms.resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
+        # Stored channels last, as frames are read, and as they are resized fastest.
+        pixels = torch.stack([frames[index].permute(1, 2, 0) for index in indices]).to(device).permute(0, 3, 1, 2)
+        # On a CPU PyTorch resizes uint8 as it is, several times faster than floats; on a GPU floats alone.
+        pixels = resize(pixels if pixels.device.type == "cpu" else pixels.float(), size)
         result[indices] = pixels.float().div_(255).sub_(mean).div_(std)
     return result

@@ -11,7 +11,7 @@ import numpy as np
 from training.data.layout import first_folder
 from training.data.mars_tables import MIN_FRAMES, TEST, TRAIN, Tracks, read_tables
 from training.data.tracklets import Split, Tracklet, people_of
-from training.errors import UserError
+from training.errors import NoSuchSplit, UserError
 
 EXAMPLE = "bbox_train/0001/0001C1T0001F001.jpg"
 FOLDER = re.compile(r"00-1|\d{4}")  # the first is the junk
@@ -35,7 +35,7 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
             published one.
     """
     if split != 0:
-        raise UserError(f"split: got {split}, wanted 0, the only split of MARS")
+        raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of MARS")
     layout = f"a folder with {EXAMPLE}, bbox_test/ beside bbox_train/, and info/{TRAIN}"
     images = [first_folder(root / f"bbox_{part}", wanted=layout) for part in ("train", "test")]
     info = first_folder(root / "info", wanted=layout)

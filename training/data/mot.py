@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training.data.mot_sequence import Sequence, Track, read_sequence
 from training.data.tracklets import Split, Tracklet
-from training.errors import UserError
+from training.errors import NoSuchSplit, UserError
 
 MIN_FRAMES = 8  # of a tracklet
 PART = 0.45  # of a track, for its probe and as much for its gallery; what lies between is the gap
@@ -31,7 +31,7 @@ def load(root: Path, split: int) -> Split:
         UserError: a file is missing or malformed, one person is at two places, or nobody comes back.
     """
     if split != 0:
-        raise UserError(f"split: got {split}, wanted 0, the only split of a MOT sequence")
+        raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of a MOT sequence")
     sequence = read_sequence(root)
     identities = root / "identities.csv"
     if identities.is_file():

@@ -16,7 +16,7 @@ import numpy as np
 from training.data import PridPeople
 from training.data.layout import check_count, first_file, first_folder, halves, numbered_frames, read_table
 from training.data.tracklets import Split, Tracklet
-from training.errors import UserError
+from training.errors import NoSuchSplit, UserError
 
 MULTI_SHOT = Path("prid_2011/multi_shot")
 CAMERAS = ("cam_a", "cam_b")
@@ -147,4 +147,4 @@ def _random_split(split: int, people: list[str]) -> tuple[list[str], list[str], 
 
 def _check_split(split: int, count: int, what: str) -> None:
     if not 0 <= split < count:
-        raise UserError(f"split: got {split}, wanted 0 to {count - 1}, {what}")
+        raise NoSuchSplit(f"split: got {split}, wanted 0 to {count - 1}, {what}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from training.data.pack_file import PackedFrame
 from training.errors import UserError
 
-Frame: TypeAlias = Path | np.ndarray
-"""An image file, or an (h, w, 3) uint8 RGB array."""
+Frame: TypeAlias = Path | np.ndarray | PackedFrame
+"""An image file, an (h, w, 3) uint8 RGB array, or an image in a packed dataset."""
 
-# Everything Pillow lets out of a damaged file; it names no common base for them.
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8 bits or fewer: converting a deeper one to RGB clips it
+# Everything Pillow lets out of a damaged file; it names no common base for them.
 _CORRUPT = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -39,7 +42,7 @@ class Tracklet:
 
     person: int
     camera: int
-    frames: tuple[Frame, ...]
+    frames: Sequence[Frame]
     name: str
 
     def __post_init__(self) -> None:
@@ -76,29 +79,64 @@ def people_of(tracklets: Iterable[Tracklet]) -> tuple[int, ...]:
     return tuple(sorted({tracklet.person for tracklet in tracklets}))
 
 
-def read_frame(frame: Frame) -> torch.Tensor:
+def read_frame(frame: Frame, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Read one frame as RGB; an alpha channel is dropped.
 
     Args:
-        frame: an image file, or an (h, w, 3) uint8 RGB array.
+        frame: where its pixels are.
+        size: height and width to resize it to, bicubic, by Pillow; as it is if not given.
 
     Returns:
-        (3, h, w) uint8, contiguous, sharing nothing with `frame`.
+        (3, h, w) uint8, stored channels last, sharing nothing with `frame`.
 
     Raises:
         UserError: the file is missing, is not an image that can be read to its end, or is one of 16 bits or of inks.
     """
-    if isinstance(frame, Path):
-        try:
-            with Image.open(frame) as image:
-                mode, pixels = image.mode, np.asarray(image.convert("RGB"))
-        except FileNotFoundError:
-            raise UserError(f"frame {frame}: no such file; copy it again") from None
-        except _CORRUPT as error:
-            reason = " ".join(str(error).split()).removesuffix(f" {str(frame)!r}")
-            what = f"not a readable image ({type(error).__name__}: {reason})"
-            raise UserError(f"frame {frame}: {what}; copy it again") from None
-        if mode not in _MODES:
-            raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
-        frame = pixels
-    return torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1))).clone()
+    return torch.from_numpy(read_pixels(frame, size).copy()).permute(2, 0, 1)
+
+
+def read_pixels(frame: Frame, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read one frame as `read_frame` does, to an (h, w, 3) uint8 array: of an array that has its size, itself."""
+    pixels = frame if isinstance(frame, np.ndarray) else decode(encoded(frame), frame)
+    if size is None or pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def encoded(frame: Path | PackedFrame) -> bytes:
+    """The bytes of a frame's image file.
+
+    Raises:
+        UserError: they cannot be read, or are not those that were packed.
+    """
+    if isinstance(frame, PackedFrame):
+        return frame.encoded()
+    try:
+        return frame.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"frame {frame}: no such file; copy it again") from None
+    except OSError as error:
+        raise UserError(f"frame {frame}: cannot be read ({error.strerror}); copy it again") from None
+
+
+def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
+    """Decode an image to (h, w, 3) uint8 RGB.
+
+    Args:
+        image_file: the bytes of the file.
+        frame: where they come from, for messages.
+
+    Raises:
+        UserError: it cannot be read to its end, or is one of 16 bits or of inks.
+    """
+    try:
+        with Image.open(BytesIO(image_file)) as image:
+            mode = image.mode
+            pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    except _CORRUPT as error:
+        reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # Pillow tells of a file that is none here
+        what = f"not a readable image ({type(error).__name__}: {reason})"
+        raise UserError(f"frame {frame}: {what}; copy it again") from None
+    if mode not in _MODES:
+        raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
+    return pixels

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from training import distributed
 from training.data.loading import frames_to_input
+from training.data.resizing import Resize
 from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
 from training.evaluation.ranking import Floats
@@ -19,15 +21,17 @@ CHUNK = 64  # frames through the network at once: bounds the memory of a long tr
 
 
 @torch.no_grad()
-def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK) -> Floats:
+def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK, resize: Resize = "device") -> Floats:
     """The features of tracklets, each over all its frames in order, in eval mode; the network's mode is restored.
 
-    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together.
+    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together. Several
+    processes share the tracklets, and each gets all features.
 
     Args:
         network: on the device and of the dtype that do the work.
         tracklets: N of them.
         chunk: frames that go through at once, padding included.
+        resize: who resizes frames.
 
     Returns:
         (N, D) float64, in the order of `tracklets`.
@@ -37,18 +41,19 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK)
     """
     if chunk < 1:
         raise UserError(f"chunk: got {chunk}, wanted at least 1 frame")
-    features = np.empty((len(tracklets), network.head.features))
+    features = np.zeros((len(tracklets), network.head.features))
     was_training = network.training
     network.eval()
     try:
-        for group in _alike([len(tracklet.frames) for tracklet in tracklets], chunk):
+        groups = _alike([len(tracklet.frames) for tracklet in tracklets], chunk)
+        for group in groups[distributed.rank() :: distributed.world()]:
             members = [tracklets[index] for index in group]
-            rows = _features(network, members, chunk).cpu().numpy()
+            rows = _features(network, members, chunk, resize).cpu().numpy()
             for tracklet, row in zip(members, rows, strict=True):
                 if not np.isfinite(row).all():
                     raise UserError(f"{tracklet.name}: its feature is not finite; the network's weights have diverged")
             features[group] = rows
-        return features
+        return distributed.total(torch.from_numpy(features)).numpy()  # a sum with zeros: to the bit
     finally:
         network.train(was_training)
 
@@ -64,16 +69,17 @@ def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
     return groups
 
 
-def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int) -> Tensor:
+def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int, resize: Resize) -> Tensor:
     """The features (B, D), float64, of tracklets of at most `chunk` frames, or of one that is longer."""
     weight = next(network.parameters())
     frames_of = torch.tensor([len(tracklet.frames) for tracklet in tracklets], device=weight.device)
     longest = max(len(tracklet.frames) for tracklet in tracklets)
     total = torch.zeros(len(tracklets), network.head.features, dtype=torch.float64, device=weight.device)
     carried = Carried()
+    size = network.backbone.size if resize == "pillow" else None
     for start in range(0, longest, chunk):
         windows = [tracklet.frames[start : start + chunk] for tracklet in tracklets]
-        frames = [read_frame(frame) for window in windows for frame in window]
+        frames = [read_frame(frame, size) for window in windows for frame in window]
         maps = network.backbone(frames_to_input(frames, network.backbone.size, weight.device).to(weight.dtype))[0]
         padded = pad_sequence(maps.split([len(window) for window in windows]), batch_first=True)
         lengths = (frames_of - start).clamp(max=chunk)

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from training.data.resizing import Resize
 from training.evaluation.ranking import TOP, Ranking
 from training.recipes import FREE, Recipe, changed, row_of
+from training.speed import PLAIN, Speed
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,21 @@ class Result:
     recipe: what it was trained by.
     ops: which operators ran, "fast" or "reference".
     epoch: how many epochs the network had trained for.
+    ranking: what came out.
+    speed: how its training steps were computed.
+    resize: who resized frames, in training as here.
+    sync_bn: whether its batch statistics were those of all processes.
+    processes: how many trained it, in the end.
     """
 
     recipe: Recipe
     ops: str
     epoch: int
     ranking: Ranking
+    speed: Speed = PLAIN
+    resize: Resize = "device"
+    sync_bn: bool = False
+    processes: int = 1
 
     def record(self) -> dict[str, Any]:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
@@ -33,13 +44,19 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": changed(self.recipe, but_for={"dataset", *FREE}),
+            "changed": [
+                *changed(self.recipe, but_for={"dataset", *FREE}),
+                *self.speed.changed(),
+                *(["sync_bn True (False)"] if self.sync_bn else []),
+                *([f"processes {self.processes} (1)"] if self.processes > 1 else []),
+            ],
             "ops": self.ops,
+            "resize": self.resize,
             "epoch": self.epoch,
             "protocol": r.protocol,
             "ties": r.ties,
             "reranked": r.reranked,
-            **{f"rank-{k}": share for k, share in r.cmc.items()},
+            **{f"rank-{k}": r.cmc[k] for k in TOP},
             "mAP": r.mean_ap,
             "chance": r.chance,
             "probes": r.probes,
@@ -56,11 +73,12 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
     scores = [*(f"rank-{k}" for k in TOP), "mAP"]
     junk = f" ({of['junk']:.1f} junk a probe)" if of["junk"] else ""
     reranked = ", re-ranked" if of["reranked"] else ""
+    resized = ", resized by Pillow" if of["resize"] == "pillow" else ""
     made_by = [f"recipe {of['recipe']}", *([of["row"]] if of["row"] else []), f"preset {of['preset']}", *of["changed"]]
     table = Table(
         "network",
         title=f"{of['protocol']}, {of['probes']} probes ({of['valid']} valid) in a gallery of {of['gallery']}{junk}",
-        caption=f"percent; {', '.join(made_by)}; ops {of['ops']}, ties {of['ties']}{reranked}",
+        caption=f"percent; {', '.join(made_by)}; ops {of['ops']}, ties {of['ties']}{reranked}{resized}",
         title_justify="left",
         caption_justify="left",
     )

@@ -28,10 +28,8 @@ def first_not_finite(network: nn.Module, clips: Tensor) -> str | None:
         The module's name as in `named_modules`, by order of execution: of a module and one inside it, the inner one.
         "the frames" where these are not finite to begin with; `None` where all outputs are finite.
     """
-    if not clips.isfinite().all():
-        return FRAMES
     names = {module: name for name, module in network.named_modules()}
-    found: list[str] = []
+    found = [] if clips.isfinite().all() else [FRAMES]
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
         if not found and module in names and not all(tensor.isfinite().all() for tensor in _tensors(output)):

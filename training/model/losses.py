@@ -18,13 +18,14 @@ class Losses(nn.Module):
     Args:
         recipe: says which of them count, the margin and the weight.
         ops: "fast" for the library's triplet loss, "reference" for its plain PyTorch twin.
+        gather: whether triplets are formed among the clips of all processes; cross-entropy is of each one's own.
     """
 
-    def __init__(self, recipe: Recipe, ops: Ops) -> None:
+    def __init__(self, recipe: Recipe, ops: Ops, gather: bool = False) -> None:
         super().__init__()
         self.video, self.part = recipe.video_loss, recipe.part_loss
         self.auxiliary_weight = recipe.auxiliary_weight
-        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin)
+        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin, gather=gather)
 
     def forward(self, output: Output, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, a scalar, and the parts it is the sum of, by name.
@@ -44,7 +45,13 @@ class Losses(nn.Module):
             judged = labels.repeat_interleave(len(output.auxiliary) // clips)  # T times each, or once
             parts["auxiliary"] = self.auxiliary_weight * F.cross_entropy(output.auxiliary, judged)
         if self.video:
-            parts["video"] = self.triplet(output.feature, labels)
+            parts["video"] = self.triplet(_full(output.feature), labels)
         if self.part and output.strips is not None:
-            parts["part"] = self.triplet(output.strips.permute(2, 0, 1), labels)  # (H, B, C): a group a strip, eq. 10
+            strips = _full(output.strips).permute(2, 0, 1)  # (H, B, C): a group a strip, eq. 10
+            parts["part"] = self.triplet(strips, labels)
         return torch.stack(list(parts.values())).sum(), parts
+
+
+def _full(features: Tensor) -> Tensor:
+    """Float32 at least: a loss is a small difference of distances, which 16 bits of autocast would round away."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))

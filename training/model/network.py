@@ -45,12 +45,13 @@ class Network(nn.Module):
         recipe: says which of each.
         identities: number of people the classifier tells apart.
         ops: "fast" for the library's RRU, "reference" for its plain PyTorch twin; the state_dict is the same.
+        cuda_graph: whether the library's RRU runs as CUDA graphs.
 
     Raises:
         UserError: the recipe's weights do not fit its backbone.
     """
 
-    def __init__(self, recipe: Recipe, identities: int, ops: Ops) -> None:
+    def __init__(self, recipe: Recipe, identities: int, ops: Ops, cuda_graph: bool = False) -> None:
         super().__init__()
         self.identities = identities
         self.backbone = make_backbone(recipe, identities)
@@ -58,7 +59,12 @@ class Network(nn.Module):
         self.rru: nn.Module | None = None
         if recipe.rru != "none":
             self.rru = operators(ops).RRU(
-                channels, spatial, attention=recipe.rru, inputs=recipe.rru_inputs, bn_groups=recipe.bn_groups
+                channels,
+                spatial,
+                attention=recipe.rru,
+                inputs=recipe.rru_inputs,
+                bn_groups=recipe.bn_groups,
+                cuda_graph=cuda_graph,
             )
         self.head = make_head(recipe, channels)
         self.classifier = _classifier(recipe, self.head.features, identities)

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from training.data import load_split
 from training.data.ilids_vid import load
 from training.data.loading import Batch, frames_to_input, make_loader
+from training.data.resizing import resize
 from training.data.sampler import PKSampler
-from training.data.tracklets import Tracklet
+from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
+from training.pack import Options, pack
 
 RNG = np.random.default_rng(0)
 
@@ -27,11 +30,19 @@ def tracklet(person: int, length: int, camera: int = 1) -> Tracklet:
 PEOPLE = [tracklet(person, 12, camera) for person in (3, 7, 40) for camera in (1, 2)]
 
 
-def batches(tracklets: list[Tracklet], frames: int, workers: int, epochs: int = 2) -> list[Batch]:
+def batches(
+    tracklets: Sequence[Tracklet],
+    frames: int,
+    workers: int,
+    size: tuple[int, int] | None = None,
+    start: str | None = None,
+) -> list[Batch]:
+    """Those of two epochs, by the same workers."""
     sampler = PKSampler(tracklets, 2, 2, frames, seed=0, batches=3)
-    loader = make_loader(tracklets, sampler, frames, workers)
+    loader = make_loader(tracklets, sampler, frames, workers, size)
+    loader.multiprocessing_context = start
     result: list[Batch] = []
-    for epoch in range(epochs):
+    for epoch in range(2):
         sampler.set_epoch(epoch)
         assert len(loader) == 3
         result += loader
@@ -54,13 +65,29 @@ def test_a_short_tracklet_repeats_its_last_frame() -> None:
     assert batch.clips[0].endswith("[0:3]")
 
 
-def test_workers_change_nothing() -> None:
-    here, there = batches(PEOPLE, 4, workers=0), batches(PEOPLE, 4, workers=2)
+def assert_same(here: list[Batch], there: list[Batch]) -> None:
     for one, other in zip(here, there, strict=True):
         assert one.clips == other.clips
+        assert one.sizes == other.sizes
         assert torch.equal(one.labels, other.labels)
-        assert all(map(torch.equal, one.frames, other.frames))
+        assert torch.equal(one.pixels, other.pixels)
+
+
+def test_workers_and_packing_change_nothing_in_any_epoch(small_data: Path, tmp_path: Path) -> None:
+    pack(Options("ilids-vid", tmp_path / "people.pack", small_data, splits=(0,), check_counts=False))
+    folder, file = (
+        load_split("ilids-vid", root, 0, check_counts=False).train for root in (small_data, tmp_path / "people.pack")
+    )
+    here = batches(folder, 4, workers=0)
     assert here[0].clips != here[3].clips, "the second epoch must reach the workers"
+    for tracklets, workers in ((file, 0), (folder, 1), (file, 1), (folder, 2), (file, 2)):
+        assert_same(here, batches(tracklets, 4, workers))
+
+
+def test_a_pack_is_read_by_workers_that_start_afresh(ilids: Path) -> None:
+    pack(Options("ilids-vid", ilids / "people.pack", ilids, splits=(0,), check_counts=False))
+    tracklets = load_split("ilids-vid", ilids / "people.pack", 0, check_counts=False).train
+    assert_same(batches(tracklets, 4, workers=0), batches(tracklets, 4, workers=1, start="spawn"))
 
 
 def test_loading_leaves_the_global_generators_alone() -> None:
@@ -94,10 +121,20 @@ def test_input_equals_resizing_frame_by_frame_in_the_order_given() -> None:
     frames = [torch.from_numpy(RNG.integers(0, 256, (3, *size), dtype=np.uint8)) for size in sizes]
     result = frames_to_input(frames, (64, 48), "cpu", mean=0.4, std=0.2)
     assert result.dtype == torch.float32
+    assert result.is_contiguous()
     for frame, got in zip(frames, result, strict=True):
-        resized = transforms.resize(frame, [64, 48], InterpolationMode.BICUBIC, antialias=True)
-        wanted = transforms.normalize(transforms.to_dtype(resized, torch.float32, scale=True), [0.4] * 3, [0.2] * 3)
+        scaled = transforms.to_dtype(resize(frame[None], (64, 48)), torch.float32, scale=True)[0]
+        wanted = transforms.normalize(scaled, [0.4] * 3, [0.2] * 3)
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_frames_resized_as_they_are_read_are_the_input_by_pillow_to_the_bit() -> None:
+    (native, *_), (ready, *_) = (batches(PEOPLE, 4, workers=0, size=size) for size in (None, (64, 48)))
+    assert len(set(native.sizes)) == 3 and set(ready.sizes) == {(64, 48)}
+    for frame, resized in zip(native.frames, ready.frames, strict=True):
+        assert torch.equal(read_frame(frame.permute(1, 2, 0).numpy(), (64, 48)), resized)
+    wanted = torch.stack(ready.frames).float().div(255).sub(0.5).div(0.5)
+    assert torch.equal(frames_to_input(ready.frames, (64, 48), "cpu"), wanted)
 
 
 def test_input_of_black_and_white_spans_minus_one_to_one() -> None:

@@ -9,8 +9,9 @@ from rich.console import Console
 from training.evaluation.ranking import Ranking
 from training.evaluation.result import Result, result_table
 from training.recipes import RECIPES
+from training.speed import Speed
 
-CMC = {1: 0.5, 5: 0.75, 10: 0.8, 20: 1.0}
+CMC = {k: 1.0 if k == 20 else 0.8 if k >= 10 else 0.75 if k >= 5 else 0.5 for k in range(1, 21)}
 SINGLE_SHOT = Ranking("single-shot", CMC, 0.61, 1 / 30, 30, 30, 30, 0.0, "stable", reranked=False)
 MARS = Ranking("torchreid", CMC, 0.61, 0.001, 1980, 1840, 9330, 3.0636, "optimistic", reranked=True)
 
@@ -34,10 +35,10 @@ def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> No
 
 
 def test_the_table_says_who_did_not_count_and_that_distances_were_reranked() -> None:
-    text = " ".join(word for line in shown(Result(OFFICIAL, "fast", 900, MARS)) for word in line)
+    text = " ".join(word for line in shown(Result(OFFICIAL, "fast", 900, MARS, resize="pillow")) for word in line)
     assert "torchreid, 1980 probes (1840 valid) in a gallery of 9330 (3.1 junk a probe)" in text
     assert "percent; recipe official, Baseline+RRU+STIM+Lv, preset official, bn_groups 2 (4); ops fast, ties" in text
-    assert text.endswith("ties optimistic, re-ranked")
+    assert text.endswith("ties optimistic, re-ranked, resized by Pillow")
 
 
 def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
@@ -49,6 +50,7 @@ def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
         "preset": "official",
         "changed": ["bn_groups 2 (4)"],
         "ops": "fast",
+        "resize": "device",
         "epoch": 900,
         "protocol": "torchreid",
         "ties": "optimistic",
@@ -64,3 +66,8 @@ def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
         "gallery": 9330,
         "junk": 3.0636,
     }
+
+
+def test_a_record_names_how_its_steps_were_computed_where_not_plainly() -> None:
+    result = Result(OFFICIAL, "fast", 900, MARS, Speed(amp="bfloat16", channels_last=True))
+    assert result.record()["changed"] == ["bn_groups 2 (4)", "amp bfloat16 (off)", "channels_last True (False)"]

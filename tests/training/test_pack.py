@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.training.data.small_sets import write_ilids, write_mars, write_prid
+from training.data import load_split
+from training.data.pack_file import Pack
+from training.errors import UserError
+from training.files import aside
+from training.pack import Options, pack
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Options:
+    """Two splits of four people."""
+    return Options("ilids-vid", tmp_path / "out" / "ilids.pack", write_ilids(tmp_path / "data"), check_counts=False)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def killed_while_writing(asked: Options) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which kills, as nothing can be done about
+    with files_of_at_most(1000):
+        pack(asked)
+
+
+def test_a_kill_leaves_the_file_before_or_none_and_the_same_command_makes_it(asked: Options) -> None:
+    output = asked.output
+    for before in (None, b"RRUPACK\x01 a damaged one"):
+        if before is not None:
+            output.write_bytes(before)
+        process = get_context("fork").Process(target=killed_while_writing, args=(asked,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGXFSZ
+        assert aside(output).stat().st_size == 1000
+        assert (output.read_bytes() if output.exists() else None) == before
+        pack(asked)
+        assert [path.name for path in output.parent.iterdir()] == ["ilids.pack"]
+        assert len(load_split("ilids-vid", output, 1, check_counts=False).train) == 4
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_file_before(asked: Options) -> None:
+    pack(asked)
+    before = asked.output.read_bytes()
+    with files_of_at_most(1000), pytest.raises(UserError, match=r"\Aoutput: .*ilids\.pack cannot be written \(.*\)\Z"):
+        pack(replace(asked, splits=(0,)))
+    assert asked.output.read_bytes() == before
+    assert [path.name for path in asked.output.parent.iterdir()] == ["ilids.pack"]
+
+
+def test_a_file_that_is_there_is_checked_and_left(asked: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(asked)
+    before = asked.output.stat()
+    capsys.readouterr()
+    pack(asked)
+    assert asked.output.stat().st_mtime_ns == before.st_mtime_ns
+    assert capsys.readouterr().out == f"{asked.output}: 24 frames of 8 tracklets, each checked; left as it is\n"
+
+
+def changed_picture(asked: Options) -> None:
+    path = asked.data_root / "i-LIDS-VID/sequences/cam1/person001/cam1_person001_9.png"  # type: ignore[operator]
+    Image.new("RGB", (6, 8), (200, 1, 9)).save(path)
+    os.utime(path, ns=(0, asked.output.stat().st_mtime_ns + 1))
+
+
+def one_frame_less(asked: Options) -> None:
+    (asked.data_root / "i-LIDS-VID/sequences/cam1/person001/cam1_person001_9.png").unlink()  # type: ignore[operator]
+
+
+def damaged_frame(asked: Options) -> None:
+    content = bytearray(asked.output.read_bytes())
+    content[int(Pack(asked.output).arrays["offsets"][1]) + 30] ^= 1
+    asked.output.write_bytes(content)
+
+
+def cut_short(asked: Options) -> None:
+    asked.output.write_bytes(asked.output.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (changed_picture, "older than .*cam1_person001_9.png"),
+        (one_frame_less, "made of other tracklets"),
+        (damaged_frame, "frame 1 of cam1/person.* in .*: damaged, its checksum is another"),
+        (cut_short, r"got \d+ bytes, wanted \d+"),
+    ],
+)
+def test_a_file_that_is_not_what_would_be_made_now_is_made_again_and_why_is_told(
+    asked: Options, capsys: pytest.CaptureFixture[str], spoil: Callable[[Options], None], why: str
+) -> None:
+    pack(asked)
+    spoil(asked)
+    capsys.readouterr()
+    pack(asked)
+    told, made = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"{asked.output}: {why}; made again", told)
+    assert made.startswith(f"{asked.output}: 2")
+    pack(asked)
+    assert "left as it is" in capsys.readouterr().out
+
+
+def test_a_file_of_other_options_is_made_again_and_which_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = Options("prid-2011", tmp_path / "prid.pack", write_prid(tmp_path / "data"), splits=(0,), check_counts=False)
+    pack(asked)
+    moved = Path(shutil.copytree(tmp_path / "data", tmp_path / "moved"))
+    for other, why in (
+        (replace(asked, splits=(0, 1)), "made of splits 0, not 0, 1"),
+        (replace(asked, splits=(0, 1), prid="official-27"), "made with prid 'paper-21', not 'official-27'"),
+        (replace(asked, data_root=moved), "made with prid 'official-27', not 'paper-21'"),
+        (asked, f"made of PRID-2011 layout in {moved}.*"),
+        (Options("mars", asked.output, write_mars(tmp_path / "mars"), check_counts=False), "made with dataset .*"),
+    ):
+        capsys.readouterr()
+        pack(other)
+        assert re.fullmatch(f"{asked.output}: {why}; made again", capsys.readouterr().out.splitlines()[0])
+
+
+def test_nothing_else_is_written_over(asked: Options, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for output in (tmp_path / "thesis.txt", tmp_path):
+        with pytest.raises(UserError, match=f"output: {output} is something else than a packed dataset"):
+            pack(replace(asked, output=output))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_packed_is_told_in_one_line_and_leaves_nothing(asked: Options) -> None:
+    assert asked.data_root is not None
+    cases = {
+        r"split: got 2, wanted 0 to 1": replace(asked, splits=(0, 2)),
+        r"got 4 person folders .* wanted 300": replace(asked, check_counts=True),
+        r"data_root: got the file .*, wanted a dataset's folder": replace(asked, data_root=Path(__file__)),
+    }
+    for message, options in cases.items():
+        with pytest.raises(UserError, match=message):
+            pack(options)
+    frame = next(asked.data_root.rglob("cam2_person319_101.png"))
+    frame.write_bytes(frame.read_bytes()[:45])
+    with pytest.raises(UserError, match=rf"\Aframe {frame}: not a readable image .*\Z"):
+        pack(asked)
+    assert list(asked.output.parent.iterdir()) == []
