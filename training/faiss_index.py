@@ -16,9 +16,9 @@ from training.errors import UserError
 from training.evaluation.ranking import Floats, Ints
 from training.extras import need
 from training.feature_file import FeatureFile
-from training.files import aside, to_disk
 from training.model.weights import first_line
 from training.nearest import unit
+from training.output import write_output
 
 _ROWS = 2**16  # added at once
 _POINTS = 64  # a list is trained on, on average
@@ -44,7 +44,8 @@ class Index:
         path = folder / f"{name}.{_checksum(gallery.path)}.ivf"
         if not path.exists():
             say(f"building an index of {gallery.rows} features: {path}")
-            self._write(self._build(gallery), path)
+            # Through memory: faiss does not tell of a disk that fills up at the end of a file.
+            write_output(path, self._faiss.serialize_index(self._build(gallery)).tobytes())
             for old in folder.glob(f"{glob.escape(name)}.*.ivf"):
                 if old != path:
                     old.unlink(missing_ok=True)
@@ -71,16 +72,6 @@ class Index:
         for _, part in gallery.chunks(_ROWS):
             index.add(unit(part).numpy())
         return index
-
-    def _write(self, index: Any, path: Path) -> None:
-        try:
-            self._faiss.write_index(index, str(aside(path)))
-            to_disk(aside(path))
-            aside(path).replace(path)
-            to_disk(path.parent)
-        except (OSError, RuntimeError) as error:  # how faiss tells of a disk
-            aside(path).unlink(missing_ok=True)
-            raise UserError(f"index: {path} cannot be written ({first_line(error)})") from error
 
 
 def _checksum(path: Path) -> str:

@@ -93,7 +93,8 @@ class FeatureFile:
         except ValueError as error:
             raise UserError(f"{self.path}: names: got what is no JSON ({error}), wanted a list") from error
         if not isinstance(names, list) or len(names) != self.rows:
-            raise UserError(f"{self.path}: names: wanted a list of {self.rows}, one a tracklet")
+            got = f"{len(names)} of them" if isinstance(names, list) else "something else"
+            raise UserError(f"{self.path}: names: got {got}, wanted a list of {self.rows}, one a tracklet")
         return names
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -105,7 +106,8 @@ class FeatureFile:
         features = self._opened.get_slice("features")
         for start in range(0, self.rows, rows):
             part = features[start : start + rows]
-            usable = part.isfinite().all(1) & part.any(1)
+            largest = part.abs().amax(1)
+            usable = largest.isfinite() & (largest > 0)
             if not usable.all():
                 row = start + int((~usable).nonzero()[0])
                 raise UserError(f"{self.path}: the feature of {self.names[row]} (row {row}) is zero or not finite")

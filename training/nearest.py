@@ -9,7 +9,7 @@ from torch import Tensor
 from training.evaluation.ranking import BLOCK, Floats, Ints
 from training.feature_file import FeatureFile
 
-_NUMBERS = 2**24  # of the gallery's features held at once
+_NUMBERS = 2**21  # of features held at once: more is slower, for want of cache
 
 
 def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.device) -> tuple[Floats, Ints]:
@@ -41,11 +41,11 @@ def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.dev
             similarity = units[block : block + BLOCK] @ columns  # (q, n)
             least = similarity.topk(min(count, len(part))).values[:, -1]
             so_far = torch.from_numpy(best[block : block + BLOCK, -1]).to(similarity)
-            near = (similarity >= (torch.maximum(least, so_far) - rounding)[:, None]).cpu()
-            for query, members in enumerate(near, start=block):
-                members = members.nonzero().ravel()
+            near = (similarity >= (torch.maximum(least, so_far) - rounding)[:, None]).cpu().numpy()
+            for place in np.flatnonzero(near.any(1)):
+                query, members = block + place, np.flatnonzero(near[place])
                 values = np.concatenate((best[query], _cosines(part[members], numbers[query])))
-                found = np.concatenate((rows[query], start + members.numpy()))
+                found = np.concatenate((rows[query], start + members))
                 order = np.argsort(-values, kind="stable")[:count]
                 best[query], rows[query] = values[order], found[order]
     return best, rows

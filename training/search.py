@@ -26,7 +26,7 @@ from training.evaluation.ranking import Floats, Ints
 from training.faiss_index import Index
 from training.feature_file import FeatureFile, open_features
 from training.nearest import nearest
-from training.settings import choose_device
+from training.settings import Settings, choose_device
 from training.trained import load_network, provenance
 
 CHECKED = 100  # queries that an approximate search is held to the exact one by
@@ -106,16 +106,16 @@ def search(options: Options) -> list[Hit]:
 def _from_file(options: Options) -> tuple[list[str], Tensor, str | None]:
     """Names and features (Q, D) of a file's tracklets, and the network they are of."""
     if options.query is None or options.checkpoint is not None:
-        raise UserError("query: got no --query, or one with --checkpoint, wanted --query, or --frames and --checkpoint")
+        got = "--checkpoint without --frames" if options.checkpoint else "neither --query nor --frames"
+        raise UserError(f"query: got {got}, wanted --query, or --frames and --checkpoint")
     file = open_features(options.query)
     features = torch.cat([part for _, part in file.chunks(file.rows)])
     rows = list(range(file.rows))
     if options.names:
-        row_of = {name: row for row, name in enumerate(file.names)}
-        unknown = [name for name in options.names if name not in row_of]
+        unknown = [name for name in options.names if name not in file.names]
         if unknown:
             raise UserError(f"names: got {unknown[0]!r}, wanted some of {file.path}'s, such as {file.names[0]!r}")
-        rows = [row_of[name] for name in options.names]
+        rows = [row for wanted in options.names for row, name in enumerate(file.names) if name == wanted]
     return [file.names[row] for row in rows], features[rows], file.about.get("network")
 
 
@@ -125,19 +125,17 @@ def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Ten
     assert folder is not None
     if options.checkpoint is None or options.query is not None or options.names:
         raise UserError("frames: got --frames without --checkpoint, or with --query or --names, wanted just these two")
-    try:
-        images = [path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
-    except OSError as error:
-        raise UserError(f"frames: {error}") from error
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [path for path in folder.glob("[!.]*") if path.suffix.lower() in readable]
     if not images:
         raise UserError(f"frames: got no image in {folder}, wanted the frames of a tracklet")
-    images.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+    images.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
     saved = checkpoint.load(options.checkpoint)
-    network = load_network(saved, None, device)
-    feature = extract(network, [Tracklet(-1, -1, tuple(images), folder.name)])
+    network, name = load_network(saved, None, device), folder.resolve().name
+    feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=Settings.of(saved).resize)
     if not feature.any():
         raise UserError(f"frames: the feature of {folder} is zero: it is like nothing")
-    return [folder.name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]
+    return [name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]
 
 
 def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None) -> None:

@@ -121,17 +121,14 @@ def provenance(saved: Checkpoint, device: torch.device) -> dict[str, Any]:
 
     Returns:
         "checkpoint": its folder; "epoch": how many it was trained for; "network": a hash of its tensors; "config": its
-        config.json, with the seed and the environment it was trained in; "environment": the one it is used in, and
-        "commit", which that is at.
+        config.json, with the seed and the environment it was trained in; "environment": the one it is used in.
     """
-    here = environment(device)
     return {
         "checkpoint": str(saved.folder.resolve()),
         "epoch": saved.training["epoch"],
         "network": hashlib.sha256(safetensors.torch.save(saved.model)).hexdigest(),
         "config": saved.config,
-        "environment": here,
-        "commit": here["commit"],
+        "environment": environment(device),
     }
 
 

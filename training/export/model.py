@@ -25,14 +25,13 @@ from training.settings import choose_device
 from training.trained import flat, load_network, provenance
 
 TOLERANCE = 1e-4  # between the exported network and the eager one, relative to an output's largest element
-_SUFFIXES = {"export": ".pt2", "onnx": ".onnx"}
 _LEAST = 3  # frames, where their number is free: torch.export takes 0, 1 and 2 apart
 Program: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 @dataclass
 class Options:
-    """Write the network as it is evaluated: clips of frames to features, strips and identity logits.
+    """Write the network as it is evaluated, clips of frames to features, strips and identity logits.
 
     It takes float32 clips (B, T, 3, h, w), B free, of frames resized and normalised as in training; the file says how.
     The reference RRU is a loop over the frames, which is written out: T is fixed. It is free without an RRU, and with
@@ -42,15 +41,13 @@ class Options:
     checkpoint: Path
     """Folder of a run, or of one checkpoint."""
     output: Path
-    """The file to write: .pt2 for export, .onnx for onnx."""
-    format: Literal["export", "onnx"] = "export"
-    """torch.export's, or ONNX."""
+    """The file to write: .pt2 for torch.export's, .onnx for ONNX."""
     frames: int | None = None
     """T, frames a clip; those it was trained with, if not given."""
     ops: Ops = "reference"
-    """Plain PyTorch operators, or (fast, for export only) the library's: whoever loads that imports rru_fast first."""
+    """Plain PyTorch operators, or (fast, for .pt2 only) the library's: whoever loads that imports rru_fast first."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Which device an export is for; ONNX is for any."""
+    """Which device a .pt2 is for; ONNX is for any."""
 
 
 class Evaluated(nn.Module):
@@ -81,13 +78,16 @@ def export_model(options: Options) -> float:
         UserError: an option does not fit, the checkpoint cannot be used, a library is missing, the exported network
             computes something else, or the file cannot be written.
     """
-    onnx = options.format == "onnx"
+    suffix = options.output.suffix
+    if suffix not in (".pt2", ".onnx"):
+        raise UserError(f"output: got {options.output}, wanted a name that ends in .pt2 or .onnx")
+    onnx = suffix == ".onnx"
     if onnx and (options.ops, options.device) != ("reference", "cpu"):
-        raise UserError(f"format: got onnx with ops {options.ops} on {options.device}, wanted ops reference on cpu")
+        raise UserError(f"output: got .onnx with ops {options.ops} on {options.device}, wanted ops reference on cpu")
     if onnx:
         for library in ("onnx", "onnxscript", "onnxruntime"):
             need(library, "export")
-    check_output(options.output, _SUFFIXES[options.format])
+    check_output(options.output, suffix)
     saved, device = checkpoint.load(options.checkpoint), choose_device(options.device)
     eager = Evaluated(load_network(saved, None, device))
     network = load_network(saved, options.ops, device)
@@ -108,11 +108,11 @@ def export_model(options: Options) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of its own code
         written, program = (_onnx if onnx else _export)(Evaluated(network), sample, free, flat(about))
-    apart = 0.0
-    for clips, more in ((1, 0), (3, 0 if fixed else 2)):
-        apart = max(apart, _difference(program, eager, sample.new_empty(clips, frames + more, *sample.shape[2:])))
-    if not apart <= TOLERANCE:
-        raise UserError(f"format {options.format}: off by {apart:.1e} of the largest element, wanted {TOLERANCE:.0e}")
+    more = 0 if fixed else 2
+    shapes = ((1, frames, *sample.shape[2:]), (3, frames + more, *sample.shape[2:]))
+    apart = max(difference(program, eager, sample.new_empty(shape)) for shape in shapes)
+    if apart > TOLERANCE:
+        raise UserError(f"{suffix}: off by {apart:.1e} of an output's largest element, wanted {TOLERANCE:.0e} at most")
     write_output(options.output, written)
     size = f"{len(written) / 2**20:.1f} MiB"
     line = f"{options.output}: {about['input']}, ops {options.ops}, {size}; off by {apart:.1e} of the largest element"
@@ -121,11 +121,22 @@ def export_model(options: Options) -> float:
 
 
 @torch.no_grad()
-def _difference(program: Program, eager: Program, clips: Tensor) -> float:
-    """The largest difference between two networks' outputs on random clips, relative to an output's largest element."""
+def difference(program: Program, eager: Program, clips: Tensor) -> float:
+    """The largest difference between two networks' outputs on random clips, relative to an output's largest element.
+
+    Args:
+        program: the exported network.
+        eager: what it was exported from.
+        clips: of the shape to compare them on; overwritten.
+
+    Returns:
+        The difference; infinite where an output of either is not finite.
+    """
     clips.uniform_(-1, 1)
     found, wanted = program(clips), eager(clips)
-    return max(float((found[name] - of).abs().max() / of.abs().max()) for name, of in wanted.items())
+    tiny = torch.finfo(clips.dtype).tiny  # an output may be all zeros
+    apart = [(found[name] - of).abs().max() / of.abs().max().clamp(min=tiny) for name, of in wanted.items()]
+    return float(torch.stack(apart).nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _export(network: Evaluated, sample: Tensor, free: dict[int, Any], about: dict[str, str]) -> tuple[bytes, Program]:
