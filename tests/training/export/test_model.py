@@ -21,7 +21,7 @@ from training.export.__main__ import Options as AnyOptions
 from training.export.__main__ import main
 from training.export.model import TOLERANCE, Options, difference, export_model
 from training.model.network import Network
-from training.recipes import Recipe
+from training.recipes import RECIPES, Recipe
 from training.recipes.rows import ROWS
 from training.settings import Settings
 
@@ -30,13 +30,13 @@ WHOLE = "Baseline+RRU+STIM+Lv+Lp"
 
 
 @pytest.fixture
-def saved(recipe: Recipe, split: Split, tmp_path: Path) -> Callable[[str], tuple[Path, Network]]:
+def saved(recipe: Recipe, split: Split, tmp_path: Path) -> Callable[..., tuple[Path, Network]]:
     """A row of Table 1 as a checkpoint, with its running statistics moved, and its network in eval mode."""
 
-    def save(row: str) -> tuple[Path, Network]:
-        settings = Settings(replace(recipe, frames=3, **ROWS[row].changes), None, 0, "reference")
+    def save(row: str, base: Recipe = recipe) -> tuple[Path, Network]:
+        settings = Settings(replace(base, frames=3, **ROWS[row].changes), None, 0, "reference")
         network = Network(settings.recipe, len(split.train_people), "reference")
-        network(torch.rand(4, 3, 3, 64, 64) * 2 - 1)
+        network(torch.rand(4, 3, 3, *network.backbone.size) * 2 - 1)
         run = tmp_path / "run"
         run.mkdir()
         checkpoint.save(run, network, {"epoch": 1}, settings.config(split, CPU))
@@ -62,7 +62,7 @@ def outputs_of(network: Network, clips: Tensor) -> dict[str, Tensor]:
     ],
 )
 def test_a_program_computes_what_the_network_does(
-    saved: Callable[[str], tuple[Path, Network]], tmp_path: Path, row: str, ops: str, free: bool
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path, row: str, ops: str, free: bool
 ) -> None:
     run, network = saved(row)
     assert export_model(Options(run, tmp_path / "model.pt2", ops=ops)) <= TOLERANCE
@@ -76,7 +76,19 @@ def test_a_program_computes_what_the_network_does(
     assert (told["ops"], told["epoch"], told["checkpoint"]) == (ops, "1", str(checkpoint.last(run)))
 
 
-def test_the_files_run_where_this_code_is_not(saved: Callable[[str], tuple[Path, Network]], tmp_path: Path) -> None:
+def test_inception_is_exported_without_its_auxiliary_classifier(
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path
+) -> None:
+    run, network = saved(WHOLE, replace(RECIPES["paper"], weights="random"))
+    assert export_model(Options(run, tmp_path / "model.pt2", frames=2)) <= TOLERANCE
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    sample = torch.rand(3, 2, 3, 299, 299) * 2 - 1
+    found, wanted = program(sample), outputs_of(network, sample)
+    assert found["feature"].shape == (3, network.head.features) and found["feature"].std() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_files_run_where_this_code_is_not(saved: Callable[..., tuple[Path, Network]], tmp_path: Path) -> None:
     run, network = saved(WHOLE)
     for name in ("model.pt2", "model.onnx"):
         main(tyro.cli(AnyOptions, args=["model", "--checkpoint", str(run), "--output", str(tmp_path / name)]))
@@ -101,7 +113,7 @@ print({of.key: of.value for of in onnx.load("model.onnx").metadata_props}["input
 
 
 def test_an_onnx_graph_takes_any_number_of_frames_where_there_is_no_rru(
-    saved: Callable[[str], tuple[Path, Network]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_model(Options(saved("Baseline+Lv")[0], tmp_path / "model.onnx")) <= TOLERANCE
     told = capsys.readouterr().out
@@ -123,9 +135,7 @@ def test_a_difference_is_seen_in_any_output_and_one_that_is_not_finite_is_infini
         assert changed(name, float("nan")) == changed(name, float("inf")) == float("inf")
 
 
-def test_a_network_that_has_diverged_is_not_written(
-    saved: Callable[[str], tuple[Path, Network]], tmp_path: Path
-) -> None:
+def test_a_network_that_has_diverged_is_not_written(saved: Callable[..., tuple[Path, Network]], tmp_path: Path) -> None:
     run, network = saved("Baseline+Lv")
     next(network.classifier.parameters()).data[0, 0] = float("nan")
     safetensors.torch.save_file(network.state_dict(), checkpoint.last(run) / "model.safetensors")
@@ -145,7 +155,7 @@ def test_a_network_that_has_diverged_is_not_written(
     ],
 )
 def test_bad_input_is_one_line_and_no_file(
-    saved: Callable[[str], tuple[Path, Network]],
+    saved: Callable[..., tuple[Path, Network]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
