@@ -27,7 +27,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv "$(VENV)"
 	RRU_FAST_NATIVE=0 RRU_FAST_CUDA= "$(BIN)/python" -m pip install --disable-pip-version-check -q \
-		-c constraints.txt -e ".[train,bench,dev]"
+		-c constraints.txt -e ".[train,export,search,bench,dev]"
 	@touch "$@"
 
 train: setup

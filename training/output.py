@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from training.errors import UserError
@@ -36,5 +37,6 @@ def write_output(path: Path, content: str | bytes) -> None:
     try:
         write_whole(path, content)
     except OSError as error:
-        aside(path).unlink(missing_ok=True)
+        with suppress(OSError):
+            aside(path).unlink()
         raise UserError(f"output: {path}: {error.strerror}") from error

@@ -13,6 +13,8 @@ import pytest
 from training.data.synthetic import generate
 from training.data.tracklets import Split, Tracklet
 from training.recipes import RECIPES, Recipe
+from training.settings import Options
+from training.train import train
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,3 +51,12 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "people"
     generate(root, people=8)
     return root
+
+
+@pytest.fixture(scope="session")
+def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on the eight people."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    small = {"people": 4, "batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu", "check_counts": False}
+    train(Options(dataset="ilids-vid", data_root=small_data, output=folder, **small))
+    return folder

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import tyro
+from torch import Tensor
+
+from training import checkpoint
+from training.command import run_command
+from training.data.tracklets import Split
+from training.errors import UserError
+from training.export.__main__ import Options as AnyOptions
+from training.export.__main__ import main
+from training.export.model import TOLERANCE, Options, difference, export_model
+from training.model.network import Network
+from training.recipes import RECIPES, Recipe
+from training.recipes.rows import ROWS
+from training.settings import Settings
+
+CPU = torch.device("cpu")
+WHOLE = "Baseline+RRU+STIM+Lv+Lp"
+
+
+@pytest.fixture
+def saved(recipe: Recipe, split: Split, tmp_path: Path) -> Callable[..., tuple[Path, Network]]:
+    """A row of Table 1 as a checkpoint, with its running statistics moved, and its network in eval mode."""
+
+    def save(row: str, base: Recipe = recipe) -> tuple[Path, Network]:
+        settings = Settings(replace(base, frames=3, **ROWS[row].changes), None, 0, "reference")
+        network = Network(settings.recipe, len(split.train_people), "reference")
+        network(torch.rand(4, 3, 3, *network.backbone.size) * 2 - 1)
+        run = tmp_path / "run"
+        run.mkdir()
+        checkpoint.save(run, network, {"epoch": 1}, settings.config(split, CPU))
+        return run, network.eval()
+
+    return save
+
+
+@torch.no_grad()
+def outputs_of(network: Network, clips: Tensor) -> dict[str, Tensor]:
+    output = network(clips)
+    strips = {} if output.strips is None else {"strips": output.strips}
+    return {"feature": output.feature, "logits": output.logits, **strips}
+
+
+@pytest.mark.parametrize(
+    ("row", "ops", "free"),
+    [
+        (WHOLE, "fast", True),
+        ("Baseline+RRU+LSTM+Lv", "fast", False),
+        ("Baseline+RRU(od)+Lv", "reference", False),
+        ("Baseline+STIM+Lv", "reference", True),
+    ],
+)
+def test_a_program_computes_what_the_network_does(
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path, row: str, ops: str, free: bool
+) -> None:
+    run, network = saved(row)
+    assert export_model(Options(run, tmp_path / "model.pt2", ops=ops)) <= TOLERANCE
+    about = {"about.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=about).module()
+    for clips, frames in ((1, 3), (5, 3), *([(2, 7)] if free else [])):
+        sample = torch.rand(clips, frames, 3, 64, 64) * 2 - 1
+        torch.testing.assert_close(program(sample), outputs_of(network, sample), rtol=1e-4, atol=1e-5)
+    told = json.loads(about["about.json"])
+    assert told["input"] == f"clips: float32 (B, {'T' if free else 3}, 3, 64, 64)"
+    assert (told["ops"], told["epoch"], told["checkpoint"]) == (ops, "1", str(checkpoint.last(run)))
+
+
+def test_inception_is_exported_without_its_auxiliary_classifier(
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path
+) -> None:
+    run, network = saved(WHOLE, replace(RECIPES["paper"], weights="random"))
+    assert export_model(Options(run, tmp_path / "model.pt2", frames=2)) <= TOLERANCE
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    sample = torch.rand(3, 2, 3, 299, 299) * 2 - 1
+    found, wanted = program(sample), outputs_of(network, sample)
+    assert found["feature"].shape == (3, network.head.features) and found["feature"].std() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_files_run_where_this_code_is_not(saved: Callable[..., tuple[Path, Network]], tmp_path: Path) -> None:
+    run, network = saved(WHOLE)
+    for name in ("model.pt2", "model.onnx"):
+        main(tyro.cli(AnyOptions, args=["model", "--checkpoint", str(run), "--output", str(tmp_path / name)]))
+    clips = torch.rand(3, 3, 3, 64, 64) * 2 - 1
+    wanted = outputs_of(network, clips)
+    safetensors.torch.save_file({"clips": clips, **wanted}, tmp_path / "wanted")
+    elsewhere = """
+import sys, onnx, onnxruntime, safetensors.torch, torch
+wanted = safetensors.torch.load_file("wanted")
+clips = wanted.pop("clips")
+of_program = torch.export.load("model.pt2").module()(clips)
+session = onnxruntime.InferenceSession("model.onnx")
+of_graph = dict(zip(wanted, map(torch.from_numpy, session.run(list(wanted), {"clips": clips.numpy()}))))
+for found in (of_program, of_graph):
+    torch.testing.assert_close(dict(found), wanted, rtol=1e-4, atol=1e-5)
+assert not {"training", "rru_fast"} & set(sys.modules)
+print({of.key: of.value for of in onnx.load("model.onnx").metadata_props}["input"])
+"""
+    there = subprocess.run([sys.executable, "-I", "-c", elsewhere], cwd=tmp_path, capture_output=True, text=True)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout == "clips: float32 (B, 3, 3, 64, 64)\n"
+
+
+def test_an_onnx_graph_takes_any_number_of_frames_where_there_is_no_rru(
+    saved: Callable[..., tuple[Path, Network]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_model(Options(saved("Baseline+Lv")[0], tmp_path / "model.onnx")) <= TOLERANCE
+    told = capsys.readouterr().out
+    assert "model.onnx: clips: float32 (B, T, 3, 64, 64), ops reference, " in told
+    assert "of the largest element" in told
+
+
+def test_a_difference_is_seen_in_any_output_and_one_that_is_not_finite_is_infinite() -> None:
+    def eager(clips: Tensor) -> dict[str, Tensor]:
+        return {"feature": clips, "logits": torch.full((2,), 50.0), "strips": torch.zeros(3)}
+
+    def changed(name: str, by: float) -> float:
+        return difference(lambda clips: {**(of := eager(clips)), name: of[name] + by}, eager, torch.empty(2, 3))
+
+    assert difference(eager, eager, torch.empty(2, 3)) == 0
+    assert changed("logits", 1.0) == pytest.approx(0.02)
+    assert changed("feature", 0.5) >= 0.5
+    for name in ("feature", "logits", "strips"):
+        assert changed(name, float("nan")) == changed(name, float("inf")) == float("inf")
+
+
+def test_a_network_that_has_diverged_is_not_written(saved: Callable[..., tuple[Path, Network]], tmp_path: Path) -> None:
+    run, network = saved("Baseline+Lv")
+    next(network.classifier.parameters()).data[0, 0] = float("nan")
+    safetensors.torch.save_file(network.state_dict(), checkpoint.last(run) / "model.safetensors")
+    with pytest.raises(UserError, match=r"^\.pt2: off by inf of an output's largest element, wanted 1e-04 at most$"):
+        export_model(Options(run, tmp_path / "model.pt2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--output OUT/model.pt", "output: got OUT/model.pt, wanted a name that ends in .pt2 or .onnx"),
+        ("--output OUT/model.onnx --ops fast", "output: got .onnx with ops fast on cpu, wanted ops reference on cpu"),
+        ("--output OUT/model.pt2 --frames 0", "frames: got 0, wanted at least 1"),
+        ("--output OUT/model.pt2 --checkpoint OUT", "OUT: no checkpoint here (config.json is missing)"),
+        ("--output OUT/model.onnx", "onnxruntime: not usable here (...), wanted: pip install '.[export]'"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_file(
+    saved: Callable[..., tuple[Path, Network]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    told: str,
+) -> None:
+    run, _ = saved("Baseline")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails, as where it is not installed
+    output = tmp_path / "out"
+    output.mkdir()
+    options = ["model", "--checkpoint", str(run), *arguments.replace("OUT", str(output)).split()]
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: main(tyro.cli(AnyOptions, args=options)))
+    error = capsys.readouterr().err
+    start, _, end = told.replace("OUT", str(output)).partition("...")
+    assert error.startswith(f"error: {start}") and error.endswith(f"{end}\n")
+    assert error.count("\n") == 1
+    assert list(output.iterdir()) == []

@@ -1,0 +1,26 @@
+"""Take a trained network elsewhere: `python -m training.export features|model`."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import tyro
+from tyro.conf import subcommand
+
+from training.command import run_command
+from training.export import features, model
+
+Options: TypeAlias = Annotated[features.Options, subcommand("features")] | Annotated[model.Options, subcommand("model")]
+
+
+def main(options: features.Options | model.Options) -> None:
+    """Write the file that the options ask for; errors are those of the two."""
+    match options:
+        case features.Options():
+            features.export_features(options)
+        case model.Options():
+            model.export_model(options)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Options, prog="python -m training.export")))  # type: ignore[arg-type]

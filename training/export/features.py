@@ -1,0 +1,58 @@
+"""The features of a split's tracklets as a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from training.evaluation.features import extract
+from training.feature_file import SUFFIX, write_features
+from training.output import check_output
+from training.trained import UseOptions, flat, load_trained, provenance
+
+
+@dataclass
+class Options(UseOptions):
+    """Write the features of a split's tracklets, with their people, cameras and names, as safetensors.
+
+    What is not given is as it was in training.
+    """
+
+    checkpoint: Path
+    """Folder of a run, or of one checkpoint."""
+    output: Path
+    """The file to write (.safetensors)."""
+    part: Literal["gallery", "probe", "train"] = "gallery"
+    """Whose: those searched among, those searched for, or those trained on."""
+
+
+def export_features(options: Options) -> None:
+    """Extract and write features, each over all frames of its tracklet.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be used, a feature is not finite, or the file cannot be written.
+    """
+    console = Console()
+    check_output(options.output, SUFFIX)
+    trained = load_trained(options.checkpoint, options)
+    console.print(trained.split.description, highlight=False, markup=False, soft_wrap=True)
+    tracklets = getattr(trained.split, options.part)
+    device = next(trained.network.parameters()).device
+    about = {
+        "dataset": trained.dataset,
+        "split": trained.number,
+        "part": options.part,
+        "protocol": trained.split.protocol,
+        "data": trained.split.description,
+        "ops": trained.ops,
+        "resize": trained.settings.resize,
+        **provenance(trained.saved, device),
+    }
+    features = extract(trained.network, tracklets, resize=trained.settings.resize)
+    people, cameras, names = zip(*((t.person, t.camera, t.name) for t in tracklets), strict=True)
+    write_features(options.output, features, people, cameras, names, flat(about))
+    line = f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,192 @@
+"""Find who a tracklet shows in a gallery of features: `python -m training.search --gallery FILE --query FILE`."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from training import checkpoint
+from training.command import run_command
+from training.data.tracklets import Tracklet
+from training.errors import UserError
+from training.evaluation.features import extract
+from training.evaluation.ranking import Floats, Ints
+from training.faiss_index import Index
+from training.feature_file import FeatureFile, open_features
+from training.nearest import nearest
+from training.settings import Settings, choose_device
+from training.trained import load_network, provenance
+
+CHECKED = 100  # queries that an approximate search is held to the exact one by
+
+
+@dataclass
+class Options:
+    """Find the tracklets of a gallery that are most like others, by the cosine of their features.
+
+    The gallery is a file of `python -m training.export features`. The others are those of such a file, or the frames of
+    one tracklet in a folder, which the network of the checkpoint turns into a feature first.
+    """
+
+    gallery: Path
+    """Features to search among."""
+    query: Path | None = None
+    """Features to search for."""
+    names: tuple[str, ...] = ()
+    """Which of the query's tracklets, by name; all, if not given."""
+    frames: Path | None = None
+    """Or a folder of images: the frames of one tracklet in the order of their names, numbers by value."""
+    checkpoint: Path | None = None
+    """With --frames: folder of the run, or of the checkpoint, that the gallery's features came from."""
+    top: int = 10
+    """How many to find."""
+    index: Literal["exact", "faiss"] = "exact"
+    """All of the gallery, by a matrix product; or an index that is kept beside it, for millions: nearly as good."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; the index is on the CPU."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A tracklet of the gallery that was found.
+
+    query: name of the tracklet it is like.
+    rank: 1 for the most like.
+    similarity: cosine of the features.
+    person, camera, name: of the one found.
+    """
+
+    query: str
+    rank: int
+    similarity: float
+    person: int
+    camera: int
+    name: str
+
+
+def search(options: Options) -> list[Hit]:
+    """Find and show the most similar tracklets.
+
+    Raises:
+        UserError: the options or the files cannot be used, the features are of different networks, or faiss is missing.
+    """
+    console = Console()
+    if options.top < 1:
+        raise UserError(f"top: got {options.top}, wanted at least 1")
+    gallery, device = open_features(options.gallery), choose_device(options.device)
+    names, queries, network = _from_frames(options, device) if options.frames else _from_file(options)
+    _check_comparable(gallery, queries, network)
+    count = min(options.top, gallery.rows)
+    if options.index == "exact":
+        similarity, rows = nearest(queries, gallery, count, device)
+    else:
+        similarity, rows = _approximate(queries, gallery, count, device, console)
+    hits = [
+        Hit(name, rank, float(value), gallery.people[row], gallery.cameras[row], gallery.names[row])
+        for name, values, found in zip(names, similarity, rows, strict=True)
+        for rank, (value, row) in enumerate(zip(values, found.tolist(), strict=True), start=1)
+        if row >= 0
+    ]
+    console.print(_table(hits, f"{options.index}, of {gallery.rows} in {options.gallery}"))
+    return hits
+
+
+def _from_file(options: Options) -> tuple[list[str], Tensor, str | None]:
+    """Names and features (Q, D) of a file's tracklets, and the network they are of."""
+    if options.query is None or options.checkpoint is not None:
+        got = "--checkpoint without --frames" if options.checkpoint else "neither --query nor --frames"
+        raise UserError(f"query: got {got}, wanted --query, or --frames and --checkpoint")
+    file = open_features(options.query)
+    features = torch.cat([part for _, part in file.chunks(file.rows)])
+    rows = list(range(file.rows))
+    if options.names:
+        unknown = [name for name in options.names if name not in file.names]
+        if unknown:
+            raise UserError(f"names: got {unknown[0]!r}, wanted some of {file.path}'s, such as {file.names[0]!r}")
+        rows = [row for wanted in options.names for row, name in enumerate(file.names) if name == wanted]
+    return [file.names[row] for row in rows], features[rows], file.about.get("network")
+
+
+def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Tensor, str | None]:
+    """Name and feature (1, D) of a folder's tracklet, and the network it is of."""
+    folder = options.frames
+    assert folder is not None
+    if options.checkpoint is None or options.query is not None or options.names:
+        raise UserError("frames: got --frames without --checkpoint, or with --query or --names, wanted just these two")
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [path for path in folder.glob("[!.]*") if path.suffix.lower() in readable]
+    if not images:
+        raise UserError(f"frames: got no image in {folder}, wanted the frames of a tracklet")
+    images.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+    saved = checkpoint.load(options.checkpoint)
+    network, name = load_network(saved, None, device), folder.resolve().name
+    feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=Settings.of(saved).resize)
+    if not feature.any():
+        raise UserError(f"frames: the feature of {folder} is zero: it is like nothing")
+    return [name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]
+
+
+def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None) -> None:
+    """Raise a UserError where features are of different networks; warn where it cannot be known."""
+    if queries.shape[1] != gallery.width:
+        raise UserError(f"query: got features of {queries.shape[1]} numbers, wanted {gallery.width}, as the gallery's")
+    of_gallery = gallery.about.get("network")
+    if network is None or of_gallery is None:
+        warnings.warn("a file does not say which network its features are of: are they of one?", stacklevel=2)
+    elif network != of_gallery:
+        where = f"{gallery.about.get('checkpoint')} ({of_gallery[:12]})"
+        raise UserError(f"query: got features of network {network[:12]}, wanted those of the gallery's, {where}")
+
+
+def _approximate(
+    queries: Tensor, gallery: FeatureFile, count: int, device: torch.device, console: Console
+) -> tuple[Floats, Ints]:
+    """What the index finds; how much of the truth that is, for the first queries, is shown."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    index = Index(gallery, say)
+    started = time.perf_counter()
+    similarity, rows = index.nearest(queries, count)
+    between = time.perf_counter()
+    _, wanted = nearest(queries[:CHECKED], gallery, count, device)
+    ended = time.perf_counter()
+    recall = np.mean([np.isin(right, found).mean() for right, found in zip(wanted, rows, strict=False)])
+    say(
+        f"recall@{count} {recall:.3f} against exact search, over {len(wanted)} of {len(queries)} queries; "
+        f"index {between - started:.3f} s for all, exact {ended - between:.3f} s for those"
+    )
+    return similarity, rows
+
+
+def _table(hits: list[Hit], title: str) -> Table:
+    table = Table("query", title=title, title_justify="left")
+    for column in ("rank", "similarity", "person", "camera"):
+        table.add_column(column, justify="right")
+    table.add_column("name")
+    before = None
+    for hit in hits:
+        if before not in (None, hit.query):
+            table.add_section()
+        shown = "" if hit.query == before else hit.query
+        before = hit.query
+        values = (str(hit.rank), f"{hit.similarity:.4f}", str(hit.person), str(hit.camera), hit.name)
+        table.add_row(shown, *values)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(lambda: search(tyro.cli(Options, prog="python -m training.search")))
