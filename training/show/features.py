@@ -126,7 +126,8 @@ def picture(tracklets: Sequence[Maps], columns: int) -> Figure:
         tracklets: at least one.
         columns: frames drawn, at most: the first, the last, and others evenly between.
     """
-    size = LEFT + SCALE * STEP * columns + RIGHT, HEIGHT * len(tracklets)
+    most = max(min(columns, len(maps.x)) for maps in tracklets)
+    size = LEFT + SCALE * STEP * most + RIGHT, HEIGHT * len(tracklets)
     figure = Figure(figsize=size, dpi=100)
     for block, maps in zip(figure.subfigures(len(tracklets), squeeze=False).ravel(), tracklets, strict=True):
         _draw(block, maps, np.unique(np.linspace(0, len(maps.x) - 1, columns).round().astype(np.int64)))
