@@ -102,8 +102,8 @@ def picture(curves: Sequence[Curve]) -> Figure:
         apart = "" if len(searches) == 1 else f"; {_search(curve.ranking)}"
         shares = [100 * curve.ranking.cmc[k] for k in ranks]
         label = f"{curve.name}: {scores}{apart}"
-        look = {"color": colours[curve.name], "marker": marker, "markersize": 6, "linewidth": 1.6}
-        axes.plot(ranks, shares, **look, label=label)
+        colour = colours[curve.name]
+        axes.plot(ranks, shares, color=colour, marker=marker, markersize=6, linewidth=1.6, label=label)
     for level in {tuple(curve.chance) for curve in curves}:
         shares = [100 * share for share in level[: len(ranks)]]
         axes.plot(ranks, shares, color=QUIET, linestyle="--", label=f"chance: rank-1 {shares[0]:.1f}")

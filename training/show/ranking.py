@@ -142,6 +142,6 @@ def _frame(axes: Axes, tracklet: Tracklet, left: float, top: float, colour: str,
     frame = pixels(tracklet, len(tracklet.frames) // 2)
     x0, x1, y1, y0 = fitted(frame, left, top, WIDE, TALL)
     axes.imshow(frame, extent=(x0, x1, y1, y0))
-    edge = {"edgecolor": colour, "linestyle": line, "linewidth": 3.5}
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **edge))
+    box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=line, linewidth=3.5)
+    axes.add_patch(box)
     axes.text(x0, top + TALL + 0.06, told, color=colour, va="top", fontsize=8)
