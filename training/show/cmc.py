@@ -19,6 +19,7 @@ from training.show.picture import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, 
 from training.trained import UseOptions, load_trained
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, TEXT)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # where lines meet in black and white
 
 
 @dataclass
@@ -96,12 +97,13 @@ def picture(curves: Sequence[Curve]) -> Figure:
     ranks = range(1, min(DEEPEST, max(curve.ranking.gallery for curve in curves)) + 1)
     colours = dict(zip((curve.name for curve in curves), COLOURS, strict=False))
     searches = {_search(curve.ranking) for curve in curves}
-    for curve in curves:
+    for curve, marker in zip(curves, MARKERS, strict=False):
         scores = f"rank-1 {100 * curve.ranking.cmc[1]:.1f}, mAP {100 * curve.ranking.mean_ap:.1f}"
         apart = "" if len(searches) == 1 else f"; {_search(curve.ranking)}"
         shares = [100 * curve.ranking.cmc[k] for k in ranks]
         label = f"{curve.name}: {scores}{apart}"
-        axes.plot(ranks, shares, color=colours[curve.name], marker="o", markersize=4, linewidth=2, label=label)
+        colour = colours[curve.name]
+        axes.plot(ranks, shares, color=colour, marker=marker, markersize=6, linewidth=1.6, label=label)
     for level in {tuple(curve.chance) for curve in curves}:
         shares = [100 * share for share in level[: len(ranks)]]
         axes.plot(ranks, shares, color=QUIET, linestyle="--", label=f"chance: rank-1 {shares[0]:.1f}")

@@ -28,7 +28,7 @@ from training.trained import UseOptions, load_trained
 
 TALL, STEP = 2.0, 1.06  # height of a frame's box, and from one to the next, where its width is 1
 SCALE = 0.64  # inches of a width
-LEFT, RIGHT, HEAD, GAP = 0.4, 1.0, 0.55, 0.1  # inches around the rows, and between them
+LEFT, RIGHT, HEAD, GAP = 0.4, 1.0, 0.8, 0.1  # inches around the rows, and between them
 HEIGHT = HEAD + 4 * (SCALE * TALL + GAP)  # inches of a block
 VEIL = 0.65  # opacity of a map over its frame
 
@@ -126,7 +126,8 @@ def picture(tracklets: Sequence[Maps], columns: int) -> Figure:
         tracklets: at least one.
         columns: frames drawn, at most: the first, the last, and others evenly between.
     """
-    size = LEFT + SCALE * STEP * columns + RIGHT, HEIGHT * len(tracklets)
+    most = max(min(columns, len(maps.x)) for maps in tracklets)
+    size = LEFT + SCALE * STEP * most + RIGHT, HEIGHT * len(tracklets)
     figure = Figure(figsize=size, dpi=100)
     for block, maps in zip(figure.subfigures(len(tracklets), squeeze=False).ravel(), tracklets, strict=True):
         _draw(block, maps, np.unique(np.linspace(0, len(maps.x) - 1, columns).round().astype(np.int64)))
@@ -139,17 +140,20 @@ def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
     block.text(0.5, 0.99, who, color=TEXT, fontsize=11, ha="center", va="top")
     both, gates = np.concatenate((maps.x[times], maps.s[times])), maps.z[times[1:]]
     scale, own = Normalize(both.min(), both.max()), Normalize(gates.min(), gates.max())
+    # However little the gate moves, its colours go from end to end: say how far that is.
+    told = f"gate 0: past, 1: frame; its colours span {gates.min():.4f} to {gates.max():.4f}"
+    block.text(0.5, 1 - 0.27 / HEIGHT, told, color=TEXT, fontsize=9, ha="center", va="top")
     frames = [pixels(tracklet, int(time)) for time in times]
     top = _row(block, 0, "frame", len(times))
     for column, (time, frame) in enumerate(zip(times, frames, strict=True)):
         top.imshow(frame, extent=fitted(frame, STEP * column, 0, 1, TALL), aspect="auto")
         top.text(STEP * column + 0.5, -0.08, f"$t$ = {time + 1}", color=TEXT, ha="center", va="bottom")
     rows = (
-        ("$X_t$, before", maps.x, scale, "inferno", "mean over channels"),
-        ("$Z_t$, gate", maps.z, own, "viridis", "mean: 0 past, 1 frame"),
-        ("$S_t$, after", maps.s, scale, "inferno", "mean over channels"),
+        ("$X_t$, before", maps.x, scale, "inferno"),
+        ("$Z_t$, gate", maps.z, own, "viridis"),
+        ("$S_t$, after", maps.s, scale, "inferno"),
     )
-    for number, (name, values, norm, colours, meaning) in enumerate(rows, start=1):
+    for number, (name, values, norm, colours) in enumerate(rows, start=1):
         axes = _row(block, number, name, len(times))
         for column, (time, frame) in enumerate(zip(times, frames, strict=True)):
             extent = fitted(frame, STEP * column, 0, 1, TALL)
@@ -163,7 +167,7 @@ def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
         bar = axes.inset_axes((1.01, 0, 0.12 / (SCALE * STEP * len(times)), 1))
         block.colorbar(ScalarMappable(norm, colours), cax=bar, alpha=VEIL, ticks=MaxNLocator(4))
         bar.tick_params(labelsize=8, colors=TEXT)
-        bar.set_ylabel(meaning, color=TEXT, fontsize=8)
+        bar.set_ylabel("mean over channels", color=TEXT, fontsize=8)
 
 
 def _row(block: SubFigure, number: int, name: str, columns: int) -> Axes:

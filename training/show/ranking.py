@@ -23,13 +23,14 @@ from training.trained import UseOptions, load_trained
 
 WIDE, TALL = 1.0, 2.0  # of a frame's box
 STEP, ROW = 1.28, 2.85  # from box to box, and from probe to probe
-ASIDE = 0.35  # between a probe and the first that was found
+ASIDE = 0.5  # between a probe and the first that was found
+HEAD = 0.45  # above the first probe
 SCALE = 0.64  # inches of a width
 
 
 @dataclass
 class Options(UseOptions):
-    """Draw probes and the tracklets found for them, nearest first, hits framed green and misses red."""
+    """Draw probes and the tracklets found for them, nearest first, hits framed green and misses dashed red."""
 
     checkpoint: Path
     """Folder of a run, or of one checkpoint."""
@@ -114,27 +115,33 @@ def choose(rows: Sequence[Found], count: int) -> list[Found]:
 
 
 def picture(rows: Sequence[Found]) -> Figure:
-    """Draw a row a probe: its middle frame, and those of the gallery's nearest, each with distance and person."""
+    """Draw a row a probe: its middle frame, and those of the gallery's nearest, each with distance and person.
+
+    A hit's frame is whole and a miss's dashed, so that no one needs the colours.
+    """
     most = max(len(row.gallery) for row in rows)
-    width, height = STEP * (most + 1) + ASIDE + 0.1, ROW * len(rows) + 0.1
+    width, height = STEP * (most + 1) + ASIDE + 0.1, HEAD + ROW * len(rows) + 0.1
     figure = Figure(figsize=(SCALE * width, SCALE * height), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
+    for left, heading in ((0.1, "probe"), (0.1 + ASIDE + STEP, "nearest first, by cosine distance")):
+        axes.text(left, HEAD / 2, heading, color=TEXT, va="center", fontsize=10)
     for number, row in enumerate(rows):
-        top = ROW * number + 0.15
+        top = HEAD + ROW * number + 0.15
         rank = "no match" if row.first is None else f"first hit: {row.first}"
-        _frame(axes, row.probe, 0.1, top, TEXT, f"probe\nperson {row.probe.person}\n{rank}")
+        _frame(axes, row.probe, 0.1, top, TEXT, "-", f"{row.probe.name}\nperson {row.probe.person}\n{rank}")
         for place, (tracklet, distance, hit) in enumerate(zip(row.gallery, row.distances, row.hits, strict=True)):
-            mark = "✓" if hit else "✗"
+            colour, line, mark = (GREEN, "-", "✓") if hit else (RED, "--", "✗")
             told = f"{distance:.3f}\nperson {tracklet.person} {mark}"
-            _frame(axes, tracklet, 0.1 + ASIDE + STEP * (place + 1), top, GREEN if hit else RED, told)
+            _frame(axes, tracklet, 0.1 + ASIDE + STEP * (place + 1), top, colour, line, told)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
 
 
-def _frame(axes: Axes, tracklet: Tracklet, left: float, top: float, colour: str, told: str) -> None:
+def _frame(axes: Axes, tracklet: Tracklet, left: float, top: float, colour: str, line: str, told: str) -> None:
     frame = pixels(tracklet, len(tracklet.frames) // 2)
     x0, x1, y1, y0 = fitted(frame, left, top, WIDE, TALL)
     axes.imshow(frame, extent=(x0, x1, y1, y0))
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=3.5))
-    axes.text(left + WIDE / 2, top + TALL + 0.06, told, color=colour, ha="center", va="top", fontsize=8)
+    box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=line, linewidth=3.5)
+    axes.add_patch(box)
+    axes.text(x0, top + TALL + 0.06, told, color=colour, va="top", fontsize=8)

@@ -67,15 +67,16 @@ def test_some_found_at_once_and_the_worst_are_chosen(split: Split) -> None:
     assert chosen([1, 3, None], 6) == [1, 3]
 
 
-def test_hits_and_misses_are_told_by_colour_and_by_mark(network: Network, split: Split) -> None:
+def test_hits_and_misses_are_told_by_colour_line_and_mark(network: Network, split: Split) -> None:
     rows = found(compare(network, split), split, top=4)[:2]
     (axes,) = picture(rows).axes
     frames = [to_hex(patch.get_edgecolor()).upper() for patch in axes.patches]
-    told = [text.get_text() for text in axes.texts]
+    told = [text.get_text() for text in axes.texts][2:]
     wanted = [(TEXT, ""), *((GREEN, "✓") if hit else (RED, "✗") for hit in rows[0].hits)]
     assert [frame for frame, _ in wanted] == frames[:5]
     assert [mark for _, mark in wanted[1:]] == [text[-1] for text in told[1:5]]
+    assert [patch.get_linestyle() for patch in axes.patches[1:5]] == ["-" if hit else "--" for hit in rows[0].hits]
     nearest = rows[0].gallery[0]
     assert told[1].startswith(f"{rows[0].distances[0]:.3f}\nperson {nearest.person} ")
-    assert told[0] == f"probe\nperson {rows[0].probe.person}\nfirst hit: {rows[0].first}"
+    assert told[0] == f"{rows[0].probe.name}\nperson {rows[0].probe.person}\nfirst hit: {rows[0].first}"
     assert len(axes.images) == 10
