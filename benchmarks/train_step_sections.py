@@ -1,0 +1,222 @@
+"""What `benchmarks.train_step` measures: pipelines, held to the reference's batch and losses, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import mkdtemp
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from benchmarks import measure
+from benchmarks.stages import STAGES, Stages
+from benchmarks.table import Row
+from training.data import load_split
+from training.data.loading import Batch, frames_to_input, make_loader
+from training.data.resizing import Resize
+from training.data.sampler import make_sampler
+from training.logging import RunLog
+from training.model.losses import Losses
+from training.model.network import Network
+from training.model.operators import Ops
+from training.optimizer import make_optimizer
+from training.recipes import RECIPES, Recipe
+from training.speed import PLAIN, Speed
+from training.trainer import Trainer
+
+WHY = "left out"
+LEVELS = 2  # grey levels that a resize on the device may be off Pillow's
+# Relative, of the loss at the first step and at the one after it: that of a sum in another order, and of bfloat16.
+WITHIN = {"off": (1e-5, 1e-4), "bfloat16": (2e-2, 1e-1)}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How frames become steps; as it stands, the reference."""
+
+    ops: Ops = "reference"
+    packed: bool = False
+    resize: Resize = "pillow"
+    speed: Speed = PLAIN
+
+
+REFERENCE = "reference"
+OURS = Pipeline("fast", packed=True, resize="device")
+
+
+def pipelines(compile: bool) -> dict[str, Pipeline]:
+    """The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by."""
+    found = {
+        REFERENCE: Pipeline(),
+        "fast ops": Pipeline(ops="fast"),
+        "packed frames": Pipeline(packed=True),
+        "resize on the device": Pipeline(resize="device"),
+        "channels last": Pipeline(speed=Speed(channels_last=True)),
+        "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
+        "compiled backbone": Pipeline(speed=Speed(compile_backbone=True)),
+        "fast ops, CUDA-graphed RRU": Pipeline(ops="fast", speed=Speed(cuda_graph=True)),
+        "ours": OURS,
+        "ours, channels last": replace(OURS, speed=Speed(channels_last=True)),
+        "ours, channels last, compiled": replace(OURS, speed=Speed(channels_last=True, compile_backbone=True)),
+        "ours, channels last, compiled, bfloat16": replace(OURS, speed=Speed("bfloat16", True, True)),
+    }
+    return {name: own for name, own in found.items() if compile or not own.speed.compile_backbone}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A network and its batches."""
+
+    recipe: Recipe
+    workers: int
+    steps: int  # an epoch
+
+
+def _of(recipe: str, **changes: Any) -> Recipe:
+    few = {"dataset": "ilids-vid", "weights": "random", "epochs": 10**6, "compare_ops": False}
+    return replace(RECIPES[recipe], **few, **changes)
+
+
+CPU = {
+    "tiny backbone, 1 worker": Section(_of("quick"), 1, 10),
+    "tiny backbone, 2 workers": Section(_of("quick"), 2, 10),
+    "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=4), 1, 2),
+}
+GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, 20)}
+TOY = {"toy, 1 worker": Section(_of("quick", people=2, frames=2), 1, 2)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a section is given: the folder of the data, and beside it the same packed."""
+
+    name: str
+    section: Section
+    data: Path
+    device: torch.device
+    rounds: int
+    compile: bool
+
+
+class Runner:
+    """A pipeline at work: the trainer, its loader and its log."""
+
+    def __init__(self, pipeline: Pipeline, run: Run) -> None:
+        recipe = replace(run.section.recipe, batches=run.section.steps)
+        pipeline.speed.check(run.device, pipeline.ops, recipe.rru)
+        root = run.data.with_suffix(".pack") if pipeline.packed else run.data
+        split = load_split("ilids-vid", root, 0, check_counts=False)
+        torch.manual_seed(0)
+        network = Network(recipe, len(split.train_people), pipeline.ops, pipeline.speed.cuda_graph).to(run.device)
+        losses = Losses(recipe, pipeline.ops)
+        self.trainer = Trainer(network, losses, make_optimizer(network, recipe), pipeline.speed)
+        self.sampler = make_sampler(recipe, split.train)
+        size = network.backbone.size if pipeline.resize == "pillow" else None
+        pin = run.device.type == "cuda"
+        self.loader = make_loader(split.train, self.sampler, recipe.frames, run.section.workers, size, pin)
+        self.log = RunLog(Path(mkdtemp(dir=run.data.parent)), Console(quiet=True), epochs=recipe.epochs)
+        self.device = run.device
+
+    def first_batch(self) -> Batch:
+        """The first of the first epoch."""
+        self.sampler.set_epoch(0)
+        batches: list[Batch] = list(self.loader)  # to the end, so that the workers have nothing left to do
+        return batches[0]
+
+    def input(self, batch: Batch) -> torch.Tensor:
+        """The frames of a batch as the network sees them, in grey levels."""
+        frames = frames_to_input(batch.to(self.device).frames, self.trainer.network.backbone.size, self.device)
+        return frames.mul(127.5).add(127.5)
+
+    def losses_on(self, batch: Batch) -> tuple[float, float]:
+        """The loss of a step on a batch, and of another on the same."""
+        torch.manual_seed(0)
+        self.trainer.run_epoch(cast(Any, [batch, batch]), self.log)
+        first, second = (record["loss"] for record in self.log.records[-2:])
+        return first, second
+
+    def epoch(self, stages: Stages | None = None) -> None:
+        """Train for an epoch, and tell the stages' times."""
+        self.sampler.set_epoch(self.trainer.epoch)
+        if stages is None:
+            self.trainer.run_epoch(self.loader, self.log)
+            return
+        with stages.of(self.trainer, self.loader) as loader:
+            self.trainer.run_epoch(loader, self.log)
+
+
+def rows(run: Run) -> list[Row]:
+    """Check every pipeline, time those that are right, and tell of all."""
+    frames = run.section.recipe.people * run.section.recipe.clips * run.section.recipe.frames
+    right, refused = _sifted(run)
+    ends, stages = _timed(right, run)
+    shape = [frames // run.section.recipe.frames, run.section.recipe.frames, 3]
+    shape += right[REFERENCE].trainer.network.backbone.size
+    columns = ["frames/s", "x reference", "step ms", *(f"{stage} %" for stage in STAGES), WHY]
+    found = []
+    for name in pipelines(run.compile):
+        row: Row = {"pipeline": name, "op": "train_step", "mode": run.name, "shape": shape, **dict.fromkeys(columns)}
+        if name in right:
+            seconds = median(ends[name])
+            row["frames/s"] = frames * run.section.steps / seconds
+            row["x reference"] = measure.ratio(ends[REFERENCE], ends[name])
+            row["step ms"] = 1e3 * seconds / run.section.steps
+            row |= {f"{stage} %": 100 * median(shares[stage] for shares in stages[name]) for stage in STAGES}
+        row[WHY] = refused.get(name)
+        found.append(row)
+    return found
+
+
+def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
+    """Runners that are right, by name, and why another is not."""
+    right: dict[str, Runner] = {}
+    refused: dict[str, str] = {}
+    for name, pipeline in pipelines(run.compile).items():
+        if pipeline.speed.cuda_graph and run.device.type != "cuda":
+            refused[name] = f"n/a on a {run.device.type.upper()}"
+            continue
+        with _in_full_precision():
+            runner = Runner(pipeline, run)
+            batch = runner.first_batch()
+            if name == REFERENCE:
+                wanted, levels, losses = batch, runner.input(batch), runner.losses_on(batch)
+                right[name] = runner
+                continue
+            off = float((runner.input(batch) - levels).abs().max())
+            got = runner.losses_on(wanted)
+        if off > (LEVELS + 0.01 if pipeline.resize == "device" else 0):
+            refused[name] = f"its frames are {off:.1f} grey levels off"
+        apart = [abs(a - b) / abs(b) for a, b in zip(got, losses, strict=True)]
+        if any(not a <= within for a, within in zip(apart, WITHIN[pipeline.speed.amp], strict=True)):
+            refused[name] = f"its losses are {apart[0]:.1e} and {apart[1]:.1e} off"
+        print(f"parity: {name}, frames within {off:.1f} grey levels, losses within {apart[0]:.1e} and {apart[1]:.1e}")
+        if name not in refused:
+            right[name] = runner
+    return right, refused
+
+
+@contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """No TF32 inside; outside, what a GPU multiplies float32 in by default, and products too."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
+
+
+def _timed(runners: Mapping[str, Runner], run: Run) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
+    """Seconds of each pipeline's epochs, and the stages' shares of as many others; in each round all take their turn."""
+    ends = measure.paired({name: runner.epoch for name, runner in runners.items()}, run.rounds, warmup=1)
+    shares: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+    for _ in range(run.rounds):
+        for name, runner in runners.items():
+            stages = Stages(runner.device)
+            runner.epoch(stages)
+            shares[name].append(stages.shares())
+    return ends, shares
