@@ -173,7 +173,7 @@ def _maps(layout: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
-    """The arguments of `refine`'s kernels, from x to bn_groups."""
+    """The arguments of `refine`'s kernels, from x to counts."""
     clips, _, channels, height, width = PAPER
     settings: dict[str, Any] = {"attention": variant.attention, "inputs": variant.inputs}
     rru = RRU(channels, (height, width), **settings).to("meta", x.dtype)
@@ -195,6 +195,8 @@ def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
         variant.mode == "training",
         1e-3,
         variant.groups,
+        "",
+        [],
     ]
 
 

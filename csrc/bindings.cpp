@@ -4,6 +4,7 @@
 
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -55,11 +56,36 @@ at::ScalarType arithmetic(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// What reaches the other ranks of a process group: PyTorch's own collectives, found by name, which a PyTorch without
+// torch.distributed lacks.
+Ranks ranks_of(c10::string_view process_group, at::IntArrayRef counts, bool training, int64_t groups) {
+  if (counts.empty()) {
+    return {};
+  }
+  TORCH_CHECK_VALUE(
+      training && groups == 1, "process_group: got one with training=", training, ", bn_groups=", groups,
+      ", wanted batch statistics of one group");
+  for (const int64_t count : counts) {
+    TORCH_CHECK_VALUE(count >= 1, "counts: got ", counts, ", wanted at least 1 of every rank");
+  }
+  const auto all_gather = c10::Dispatcher::singleton()
+                              .findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "")
+                              .typed<Tensor(const Tensor&, int64_t, std::string)>();
+  const auto wait = c10::Dispatcher::singleton()
+                        .findSchemaOrThrow("_c10d_functional::wait_tensor", "")
+                        .typed<Tensor(const Tensor&)>();
+  const auto size = static_cast<int64_t>(counts.size());
+  return {counts.vec(), [=, name = std::string(process_group)](const Tensor& own) {
+            return wait.call(all_gather.call(own.unsqueeze(0), size, name));
+          }};
+}
+
 RefineArguments refine_arguments(
     const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const OptionalTensor& w_s1,
     const OptionalTensor& w_s2, const OptionalTensor& w_c, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& lengths, const OptionalTensor& state_x,
-    const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps, int64_t groups) {
+    const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps, int64_t groups,
+    c10::string_view process_group, at::IntArrayRef counts) {
   check_maps("x", x, 5);
   const int64_t clips = x.size(0), frames = x.size(1), channels = x.size(2), positions = x.size(3) * x.size(4);
   TORCH_CHECK_VALUE(w.dim() == 2 && w.size(0) > 0, "w: got shape ", w.sizes(), ", wanted (D, C) or (D, 2C)");
@@ -112,17 +138,19 @@ RefineArguments refine_arguments(
       : inputs == "appearance"        ? Inputs::appearance
                                       : Inputs::appearance_motion;
   return {x,       w,       gamma,         beta,    w_s1,    w_s2, w_c,      running_mean,
-          running_var, whole_lengths, state_x, state_s, kind, training, eps,     groups};
+          running_var, whole_lengths, state_x, state_s, kind, training, eps,     groups,
+          ranks_of(process_group, counts, training, groups)};
 }
 
 Tensors8 refine(
     const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const OptionalTensor& w_s1,
     const OptionalTensor& w_s2, const OptionalTensor& w_c, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& lengths, const OptionalTensor& state_x,
-    const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps, int64_t bn_groups, bool save) {
+    const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps, int64_t bn_groups,
+    c10::string_view process_group, at::IntArrayRef counts, bool save) {
   const auto arguments = refine_arguments(
       x, w, gamma, beta, w_s1, w_s2, w_c, running_mean, running_var, lengths, state_x, state_s, inputs, training, eps,
-      bn_groups);
+      bn_groups, process_group, counts);
   return RRU_KERNEL(refine)(arguments, save);
 }
 
@@ -133,10 +161,10 @@ Tensors9 refine_backward(
     const OptionalTensor& w_s1, const OptionalTensor& w_s2, const OptionalTensor& w_c,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& lengths,
     const OptionalTensor& state_x, const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps,
-    int64_t bn_groups) {
+    int64_t bn_groups, c10::string_view process_group, at::IntArrayRef counts) {
   const auto arguments = refine_arguments(
       x, w, gamma, beta, w_s1, w_s2, w_c, running_mean, running_var, lengths, state_x, state_s, inputs, training, eps,
-      bn_groups);
+      bn_groups, process_group, counts);
   const int64_t clips = x.size(0), frames = x.size(1), channels = x.size(2), positions = x.size(3) * x.size(4);
   const int64_t d = w.size(0), hidden = w_s1 ? w_s1->size(0) : 0, steps = state_s ? frames : frames - 1;
   const auto type = arithmetic(x);
@@ -210,7 +238,7 @@ Tensor batch_hard_backward(
 #define RRU_REFINE_SCHEMA                                                                                      \
   "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "                   \
   "Tensor? running_mean, Tensor? running_var, Tensor? lengths, Tensor? state_x, Tensor? state_s, str inputs, " \
-  "bool training, float eps, int bn_groups"
+  "bool training, float eps, int bn_groups, str process_group, int[] counts"
 #define RRU_SAVED_SCHEMA "Tensor mean, Tensor var, Tensor u, Tensor z_s, Tensor z_c, Tensor h"
 
 // Called by the operators of rru_fast/ops, which have the autograd and the shapes; these are their kernels only.

@@ -6,8 +6,20 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from rru_fast.reference import FINITE, SMALLEST, Inputs, Reduction, State, check_loss, check_number, check_sizes
+from rru_fast.reference import (
+    FINITE,
+    SMALLEST,
+    Inputs,
+    Reduction,
+    State,
+    check_loss,
+    check_number,
+    check_process_group,
+    check_sizes,
+    spans_ranks,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +80,7 @@ def check_refine(
     bn_groups: int,
     lengths: Tensor | None,
     state: State | None,
+    process_group: ProcessGroup | None,
 ) -> None:
     """Arguments of `rru_fast.refine`."""
     _floating("x", x, (5,), "(B, T, C, H, W)")
@@ -103,6 +116,7 @@ def check_refine(
     check_number("momentum", momentum, 0, 1, "a number from 0 to 1")
     check_number("eps", eps, SMALLEST, FINITE, "a number above 0")
     check_sizes(bn_groups=bn_groups)
+    check_process_group(process_group, bn_groups)
     if not isinstance(training, bool):
         raise TypeError(f"training: got {training!r}, wanted True or False")
     if training:
@@ -111,7 +125,8 @@ def check_refine(
             raise ValueError(f"{given}: got it with batch statistics (training), wanted running ones (eval mode)")
         if clips % bn_groups:
             raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
-        if clips // bn_groups * height * width == 1:  # BatchNorm's own words
+        # BatchNorm's own words. Of several ranks each brings a value at least.
+        if clips // bn_groups * height * width == 1 and not spans_ranks(process_group):
             size = torch.Size((1, d, height, width))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     elif running_mean is None:

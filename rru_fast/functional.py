@@ -7,6 +7,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rru_fast import checks, config, ops, reference
 from rru_fast.reference import Inputs, Metric, Reduction, Refined, State
@@ -30,6 +31,7 @@ def refine(
     bn_groups: int = 1,
     lengths: Tensor | None = None,
     state: State | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Refined:
     """Run the Refining Recurrent Unit over a batch of videos, eq. 1-5, and pool its strips, eq. 9, in one pass.
@@ -56,6 +58,12 @@ def refine(
         state: `.state` of the call that refined the video so far; eval mode only. Chunk by chunk the features are those
             of one go (16-bit dtypes: the state is rounded to the dtype at each boundary); the strips are means over
             each chunk's own frames, to be averaged by their numbers.
+        process_group: in training, batch statistics are those of the clips of all its ranks, in forward and backward,
+            as with torch's SyncBatchNorm; ranks may bring different numbers of clips, not of frames. All call, and run
+            the backward, together: each frame past the first is a collective of 2 D values forward and one backward,
+            each call one more. Gradients of weights are each rank's own, to be added up (DistributedDataParallel takes
+            their mean). None, eval mode and a group of one: each rank by itself. Excludes `bn_groups`; inside
+            torch.compile a graph break.
         backend: "auto", or a backend `show_config` lists as available.
 
     Weights are of x's dtype, or float32 beside a 16-bit x. Whatever x's dtype, the arithmetic is float32 at least.
@@ -84,6 +92,7 @@ def refine(
         bn_groups,
         lengths,
         state,
+        process_group,
     )
     chosen = config.choose(backend, x.device)
     if chosen == "reference":
@@ -105,6 +114,7 @@ def refine(
             bn_groups=bn_groups,
             lengths=lengths,
             state=state,
+            process_group=process_group,
         )
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
@@ -112,6 +122,12 @@ def refine(
     differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
+    group_name = ""
+    counts: list[int] = []
+    if training and process_group is not None and reference.spans_ranks(process_group):
+        if torch.compiler.is_compiling():
+            raise RuntimeError(reference.OUTSIDE_GRAPHS)
+        group_name, counts = process_group.group_name, reference.count_values(x, process_group)
     features, strips, mean, var, *_ = ops.refine.refine(
         x,
         w,
@@ -129,13 +145,15 @@ def refine(
         training,
         eps,
         bn_groups,
+        group_name,
+        counts,
         save,
         chosen,
     )
     if not training:
         return Refined(features, strips, reference.last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
-        count = x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
+        count = sum(counts) if counts else x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
         _update(running_mean, mean[:, 0], momentum)
         _update(running_var, var[:, 0] * (count / (count - 1)), momentum)
     return Refined(features, strips, None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rru_fast import checks
-from rru_fast.reference import Refined, State
+from rru_fast.reference import Refined, State, spans_ranks
 
 # Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
 KEPT = 8
@@ -41,10 +41,12 @@ class Graphs:
         """refine(x, **arguments) by a graph, captured at the first call of its kind.
 
         Raises:
-            ValueError, TypeError: x is not on a GPU, or an argument does not fit.
+            ValueError, TypeError: x is not on a GPU, ranks share statistics, or an argument does not fit.
         """
         # Before anything is copied or captured: lengths on the CPU are looked at, and nothing is lost.
         checks.check_refine(x, **{name: value for name, value in arguments.items() if name != "backend"})
+        if arguments["training"] and spans_ranks(arguments["process_group"]):
+            raise ValueError("cuda_graph: got True with batch statistics over several ranks, wanted False")
         if x.device.type != "cuda":
             raise ValueError(f"cuda_graph: got True with tensors on {x.device}, wanted tensors on a GPU")
         settings = dict(arguments)

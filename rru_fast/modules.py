@@ -48,6 +48,11 @@ class RRU(reference.RRU):
     Called with x (B, T, C, H, W), and in eval mode optionally `lengths` (B,) and `state`, it returns
     `Refined(features (B, T, C, H, W), strips (B, C, H), state)`.
 
+    Where `transition_norm` is a SyncBatchNorm, as `nn.SyncBatchNorm.convert_sync_batchnorm(model)` makes it, batch
+    statistics are those of the clips of all ranks of its process group, on a CPU too: see `rru_fast.refine`. On a CPU
+    convert after wrapping in DistributedDataParallel, which takes no SyncBatchNorm there. Excludes `bn_groups` and,
+    where there are several ranks, `cuda_graph`.
+
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
 

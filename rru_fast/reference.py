@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,6 +18,8 @@ import torch.distributed
 import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import GroupMember, ProcessGroup
+from torch.distributed.nn.functional import all_reduce
 
 Attention = Literal["both", "spatial", "channel"]
 Inputs = Literal["appearance+motion", "appearance", "raw"]
@@ -24,6 +28,9 @@ Reduction = Literal["mean", "none"]
 
 FINITE = sys.float_info.max
 SMALLEST = sys.float_info.min
+
+# Raised while torch.compile traces: it then runs the call as it is, or with fullgraph=True shows this.
+OUTSIDE_GRAPHS = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
 
 
 class State(NamedTuple):
@@ -64,16 +71,24 @@ def refine(
     bn_groups: int = 1,
     lengths: Tensor | None = None,
     state: State | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Refined:
     """Eq. 1-5 and 9, frame by frame. Arguments as in `rru_fast.refine`."""
     if training and (lengths is not None or state is not None):
         raise ValueError("lengths, state: got them with batch statistics (training), wanted running ones (eval mode)")
+    check_process_group(process_group, bn_groups)
+    ranks = process_group if training and spans_ranks(process_group) else None
+    if ranks is not None and torch.compiler.is_compiling():
+        raise RuntimeError(OUTSIDE_GRAPHS)
+    elements = sum(count_values(x, ranks)) if ranks is not None else 0
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
 
     def normalise(u: Tensor) -> Tensor:
         if not training:
             return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
+        if ranks is not None:
+            return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
         # Like replicas under DataParallel: statistics of one's own each, buffers kept by the first.
         first, *others = u.chunk(bn_groups)
         parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
@@ -112,6 +127,32 @@ def refine(
     features = features.masked_fill(~alive[:, :, None, None, None], 0)
     strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
     return Refined(features, strips, last_state(x, features, lengths))
+
+
+def _norm_over_ranks(
+    u: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    momentum: float,
+    eps: float,
+    process_group: ProcessGroup,
+    elements: int,
+) -> Tensor:
+    """F.batch_norm of u (B, D, H, W) in training, with the statistics of all ranks: `elements` values a channel."""
+    if torch.compiler.is_compiling():  # by itself, where `refine` was left as it is: a graph's sum has another gradient
+        raise RuntimeError(OUTSIDE_GRAPHS)
+    total = partial(cast("Callable[..., Tensor]", all_reduce), group=process_group)
+    wide = u.double()  # in which F.batch_norm sums on a CPU
+    mean = total(wide.sum((0, 2, 3))) / elements
+    centred = wide - mean[:, None, None]
+    var = total(centred.square().sum((0, 2, 3))) / elements
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.detach().to(running_mean), momentum)
+        running_var.lerp_((var.detach() * (elements / (elements - 1))).to(running_var), momentum)
+    uhat = centred * (var[:, None, None] + eps).rsqrt()
+    return (uhat * gamma[:, None, None] + beta[:, None, None]).to(u.dtype)
 
 
 def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
@@ -169,6 +210,38 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(all_features, -2), torch.cat(all_labels)
 
 
+def spans_ranks(process_group: ProcessGroup | None) -> bool:
+    """Whether there is anybody else in the group to share statistics with."""
+    return process_group is not None and process_group.size() > 1
+
+
+def count_values(x: Tensor, process_group: ProcessGroup) -> list[int]:
+    """How many values of a gate channel a frame has on every rank, B H W; all wait for each other here.
+
+    Raises:
+        ValueError: on every rank, where not all bring as many frames: their statistics would not belong together.
+    """
+    clips, frames, _, height, width = x.shape
+    own = torch.tensor([clips * height * width, frames], device=x.device)
+    everyone = [torch.empty_like(own) for _ in range(process_group.size())]
+    torch.distributed.all_gather(everyone, own, group=process_group)
+    counts, all_frames = torch.stack(everyone).t().tolist()
+    if len(set(all_frames)) > 1:
+        raise ValueError(f"x: got {all_frames} frames on the ranks of process_group, wanted as many on every rank")
+    return cast("list[int]", counts)
+
+
+def check_process_group(process_group: Any, bn_groups: int) -> None:
+    """Raise unless the process group, if any, is one that this rank is in and whose clips are a single group."""
+    if process_group is None:
+        return
+    if not isinstance(process_group, ProcessGroup):
+        got = "one that this rank is not in" if process_group == GroupMember.NON_GROUP_MEMBER else repr(process_group)
+        raise TypeError(f"process_group: got {got}, wanted a torch.distributed.ProcessGroup of this rank's, or None")
+    if bn_groups != 1:
+        raise ValueError(f"bn_groups: got {bn_groups} with a process_group, wanted 1: statistics are of all clips")
+
+
 def check_sizes(**sizes: Any) -> None:
     """Raise ValueError unless every named value is an integer of at least 1."""
     for name, size in sizes.items():
@@ -197,6 +270,14 @@ def check_loss(margin: Any, metric: Any) -> None:
 def _only_reference(backend: str) -> None:
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or 'reference' (this is the reference module)")
+
+
+def _group_of(norm: nn.Module) -> ProcessGroup | None:
+    """The group over which torch's SyncBatchNorm would synchronise now; None where it, or another norm, would not."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and torch.distributed.is_initialized()):
+        return None
+    group: ProcessGroup | None = norm.process_group or torch.distributed.group.WORLD
+    return group
 
 
 class RRU(nn.Module):
@@ -276,6 +357,7 @@ class RRU(nn.Module):
             bn_groups=self.bn_groups,
             lengths=lengths,
             state=state,
+            process_group=_group_of(norm),
         )
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(x.shape[1])
@@ -293,8 +375,8 @@ class RRU(nn.Module):
             raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
         if training and x.shape[0] % self.bn_groups:
             raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
-        if training and isinstance(self.transition_norm, nn.SyncBatchNorm):
-            raise ValueError("transition_norm: got SyncBatchNorm, wanted BatchNorm2d (statistics are per process)")
+        if training and self.bn_groups > 1 and isinstance(self.transition_norm, nn.SyncBatchNorm):
+            raise ValueError(f"transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups={self.bn_groups}")
 
     def extra_repr(self) -> str:
         return (

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import rru_fast
 from benchmarks.parity import error
@@ -143,12 +144,20 @@ def make_call(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
     return call.map(lambda v: v.to(dtype).double())
 
 
+def share(call: Call, first: int, end: int) -> Call:
+    """What a rank that has the clips from `first` to before `end` brings."""
+    clips = slice(first, end)
+    return replace(call, x=call.x[clips], d_features=call.d_features[clips], d_strips=call.d_strips[clips])
+
+
 def draws(backend: str, count: int) -> range:
     """Seeds of that many draws; of a few where each takes Triton's interpreter seconds."""
     return range(count if backend in COMPILED else min(count, 5))
 
 
-def run(case: Case, call: Call, backend: str, frozen: tuple[str, ...] = ()) -> Results:
+def run(
+    case: Case, call: Call, backend: str, frozen: tuple[str, ...] = (), process_group: ProcessGroup | None = None
+) -> Results:
     """Everything `refine` yields: outputs, running statistics and the gradients of all that is not `frozen`."""
     leaves = {"x": call.x, **call.weights}
     if call.state is not None:
@@ -164,6 +173,7 @@ def run(case: Case, call: Call, backend: str, frozen: tuple[str, ...] = ()) -> R
         bn_groups=case.bn_groups,
         lengths=call.lengths,
         state=None if call.state is None else State(leaves["state_x"], leaves["state_s"]),
+        process_group=process_group,
         backend=backend,
     )
     results = {"features": out.features, "strips": out.strips, "running_mean": mean, "running_var": var}

@@ -21,6 +21,8 @@ OTHERS_OF_REFINE = {
     "training": False,
     "eps": 1e-3,
     "bn_groups": 1,
+    "process_group": "",
+    "counts": [],
 }
 
 
@@ -46,6 +48,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inputs": "motion"}, ValueError, "inputs: got 'motion', wanted 'appearance[+]motion', 'appearance' or 'raw'"),
     ({"bn_groups": 3, "training": True}, ValueError, "bn_groups: got 3, wanted a divisor of the 2 clips"),
     ({"bn_groups": 0}, ValueError, "bn_groups: got 0, wanted"),
+    ({"counts": [4, 4]}, ValueError, "process_group: got one with training=0, bn_groups=1, wanted batch statistics"),
+    ({"counts": [4, 4], "bn_groups": 2, "training": True}, ValueError, "process_group: got one with training=1, bn_gr"),
+    ({"counts": [4, 0], "training": True}, ValueError, r"counts: got \[4, 0\], wanted at least 1 of every rank"),
+    ({"counts": [4, 4], "training": True, "process_group": "x"}, RuntimeError, "resolve the process group .*name x"),
     ({"lengths": torch.tensor([1, 4])}, ValueError, "lengths: got 4, wanted 1 to T=3"),
     ({"lengths": torch.tensor([1, 0])}, ValueError, "lengths: got 0, wanted 1 to T=3"),
     ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: got dtype Float, wanted Long"),

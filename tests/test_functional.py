@@ -60,6 +60,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"x: got layout torch\.sparse_coo, wanted a dense tensor",
     ),
     ({"w": torch.randn(0, 2 * C)}, ValueError, r"w: got shape \(0, 8\), wanted D of at least 1"),
+    ({"process_group": "world"}, TypeError, r"process_group: got 'world', wanted a torch\.distributed\.ProcessGroup"),
+    ({"process_group": -100}, TypeError, "process_group: got one that this rank is not in, wanted"),
     ({"training": "no"}, TypeError, "training: got 'no', wanted True or False"),
     (
         {"running_mean": torch.zeros(D, requires_grad=True)},

@@ -106,11 +106,27 @@ def test_a_batch_of_one_value_raises_what_batch_norm_raises() -> None:
             module(torch.randn(1, 3, 4, 1, 1))
 
 
-def test_synchronised_batch_norm_is_refused_rather_than_ignored() -> None:
-    for cls in (rru_fast.RRU, reference.RRU):
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(cls(4, (2, 1), hidden=3))
-        with pytest.raises(ValueError, match="transition_norm: got SyncBatchNorm, wanted BatchNorm2d"):
-            module(torch.randn(2, 3, 4, 2, 1))
+# Over several ranks: tests/ops/test_refine_sync.py.
+def test_synchronised_batch_norm_alone_is_batch_norm_copied_and_swapped() -> None:
+    fast, plain = twins()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    for change in (copy.deepcopy, rru_fast.accelerate, copy.deepcopy, rru_fast.restore):
+        synchronised = change(synchronised)
+        assert isinstance(synchronised.transition_norm, nn.SyncBatchNorm)
+        x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
+        assert parity.error(synchronised(x).features, plain(x).features) <= parity.EXACT
+    assert list(synchronised.state_dict()) == list(plain.state_dict())
+    for name, wanted in plain.state_dict().items():
+        assert parity.error(synchronised.state_dict()[name], wanted) <= parity.EXACT, name
+    assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(fast), rru_fast.RRU)
+
+
+def test_synchronised_batch_norm_with_groups_of_clips_is_refused() -> None:
+    for module in twins(bn_groups=2):
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        with pytest.raises(ValueError, match="transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2"):
+            synchronised(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
+        synchronised.eval()(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -245,7 +245,7 @@ def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPat
     with torch.device("meta"):
         x, w = torch.empty(shape), torch.empty(d, 32)
         small = [torch.empty(n) for n in (d, d, (4, 4), (4, 4), (16, d), d, d)]
-        arguments = [x, w, *small, None, None, None, "appearance+motion", True, 1e-3, 1]
+        arguments = [x, w, *small, None, None, None, "appearance+motion", True, 1e-3, 1, "", []]
         features, strips, *saved = refine.forward(*arguments, True)
         refine.backward(features, strips, True, True, features, *saved, *arguments)
         strip_pool.backward(strip_pool.forward(x), 2, 2)

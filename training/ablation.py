@@ -27,6 +27,7 @@ from training.data import synthetic
 from training.errors import UserError
 from training.settings import Options as RunOptions
 from training.settings import resolve
+from training.show.picture import save
 
 # As Table 1 names them, in its order.
 ROWS = (
@@ -162,7 +163,7 @@ def ablate(options: Options) -> None:
     try:
         for folder in [options.output, *([options.readme.parent] if options.readme else [])]:
             (folder / RESULTS).write_text(json.dumps(ablation, indent=2) + "\n")
-            draw(ablation, folder / PLOT)
+            save(draw(ablation), folder / PLOT)
         if options.readme:
             fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
     except OSError as error:

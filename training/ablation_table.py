@@ -66,7 +66,9 @@ def _caption(ablation: dict[str, Any]) -> str:
     over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
 
     def of(name: str) -> str:
-        return " and ".join(dict.fromkeys(str(environment[name])[:12] for environment in environments))
+        # A commit by its first 12 digits, and whether there were changes beside it.
+        values = [re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(environment[name])) for environment in environments]
+        return " and ".join(dict.fromkeys(values))
 
     return (
         f"`{ablation['command']}`, commit {of('commit')}; synthetic set of {people} rendered people, "

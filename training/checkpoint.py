@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,18 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
     shutil.rmtree(folder, ignore_errors=True)  # left by a kill during its writing
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    state = BytesIO()
     try:
-        safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        torch.save({**training, "random": _random_state()}, folder / "training.pt")
-    except (SafetensorError, RuntimeError) as error:  # how both tell of a full disk
-        raise OSError(f"{folder}: {first_line(error)}") from error
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for path in (*folder.iterdir(), folder):
-        to_disk(path)
+        # Written by Python, which says of a full disk that it is full.
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
+        torch.save({**training, "random": _random_state()}, state)
+        (folder / "training.pt").write_bytes(state.getbuffer())
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for path in (*folder.iterdir(), folder, run):
+            to_disk(path)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # the disk is full enough
+        raise OSError(f"{folder}: {error.strerror}") from error
     write_whole(run / LAST, folder.name + "\n")
     if before not in (None, folder):
         shutil.rmtree(before, ignore_errors=True)

@@ -7,21 +7,31 @@ import warnings
 from collections.abc import Callable
 from traceback import walk_tb
 
+from training import distributed
 from training.errors import UserError
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command; exit 2 with `error: ...` on bad input, 130 when interrupted, and let bugs through."""
-    warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
+def run_command(main: Callable[[], object], several: bool = False) -> None:
+    """Run a command; exit 2 with `error: ...` on bad input, 130 when interrupted, and let bugs through.
+
+    Args:
+        main: the command.
+        several: whether it knows what to do in several processes, as torchrun starts them; one of them says the line.
+    """
+    warnings.showwarning = lambda message, *where: _say(f"warning: {message}") if distributed.is_main() else None
     try:
-        main()
+        with distributed.processes():
+            if distributed.world() > 1 and not several:
+                raise UserError(f"torchrun: got {distributed.world()} processes, wanted 1 for this command")
+            main()
     except KeyboardInterrupt as stopped:
         _say(str(stopped) or "interrupted")
         sys.exit(130)
     except ValueError as error:
         if not isinstance(error, UserError) and not _raised_by_the_library(error):
             raise
-        _say(f"error: {error}")
+        if distributed.first_to_tell():
+            _say(f"error: {error}")
         sys.exit(2)
 
 

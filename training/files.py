@@ -6,18 +6,18 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Put a file in the place of what was there, in one step, on the disk itself.
 
     Args:
         path: the file; it is written beside, under `aside(path)`, which a kill may leave behind.
-        text: all it is to hold.
+        content: all it is to hold.
 
     Raises:
         OSError: it cannot be written; the file before stands.
     """
     new = aside(path)
-    new.write_text(text)
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
     to_disk(new)
     new.replace(path)
     to_disk(path.parent)

@@ -1,23 +1,23 @@
-"""What a run leaves behind and shows: `metrics.jsonl`, TensorBoard, a progress bar or a line an epoch."""
+"""What a run leaves behind and shows: `metrics.jsonl`, TensorBoard, a live view or a line an epoch."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import UserError
 from training.evaluation.result import Result
 from training.files import write_whole
 from training.interrupts import uninterrupted
+from training.live import LiveView, Measured
 
 METRICS = "metrics.jsonl"
 
@@ -50,62 +50,51 @@ class RunLog:
         # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.
         with uninterrupted():
             self._board = SummaryWriter(str(run), purge_step=step + 1)
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=16),  # all of it in 80 columns
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=None, completed=step, epoch=epoch, status="")
-        self._batches = self._last = 0  # of the epoch: how many, and the number of its last
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._spent = 0.0
+        self._view = LiveView(console, epochs, step)
+        self._last = 0  # the number of the epoch's last step
+        self._epoch = Measured()
 
     def __enter__(self) -> RunLog:
-        self._progress.start()
+        self._view.start()
         return self
 
     @uninterrupted()
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        self._view.stop()
         self._board.close()
         self._metrics.close()
 
     def begin_epoch(self, epoch: int, step: int, batches: int) -> None:
         """An epoch of so many batches begins after so many steps of the run."""
-        self._batches, self._last = batches, step + batches
+        self._last = step + batches
         # Epochs may differ in length: the rest of the run is taken to be like this one.
-        self._progress.update(self._task, total=step + batches * (self._epochs - epoch + 1))
+        self._view.begin_epoch(epoch, total=step + batches * (self._epochs - epoch + 1))
 
     @uninterrupted()
-    def step(self, epoch: int, step: int, losses: Mapping[str, float], frames: int, seconds: float) -> None:
-        """Note one training step, numbered from 1: its losses by part, its frames, and its time with loading."""
-        values = {"loss": sum(losses.values()), **losses}
-        rate = frames / seconds
-        self._write({"kind": "step", "epoch": epoch, "step": step, **values, "frames_per_second": round(rate, 1)})
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
-            self._sums[name] += value
-        self._board.add_scalar("train/frames_per_second", rate, step)
-        self._sums["frames"] += frames
-        self._spent += seconds
-        status = f"loss {values['loss']:.3f}  {rate:.0f} frames/s"
-        self._progress.update(self._task, completed=step, epoch=epoch, status=status)
-        if step == self._last:
-            self._end_epoch(epoch)
+    def step(
+        self, epoch: int, step: int, losses: Mapping[str, float], frames: int, seconds: float, waited: float
+    ) -> None:
+        """Note one training step, numbered from 1.
 
-    def _end_epoch(self, epoch: int) -> None:
-        frames = self._sums.pop("frames")
-        means = {name: total / self._batches for name, total in self._sums.items()}
-        left = timedelta(seconds=round(self._spent * (self._epochs - epoch)))
-        self.say(f"epoch {epoch}/{self._epochs}  {_told(means)}  {frames / self._spent:.0f} frames/s  ETA {left}")
-        self._sums.clear()
-        self._spent = 0.0
+        Args:
+            epoch, step: where it stands in the run.
+            losses: by part.
+            frames: how many it was made of.
+            seconds: its time, with loading.
+            waited: how much of that went by until the loader had its batch, in seconds.
+        """
+        now = Measured()
+        now.add({"loss": sum(losses.values()), **losses}, frames, seconds, waited)
+        self._epoch.add(now.sums, frames, seconds, waited)
+        speed = {"frames_per_second": round(now.rate, 1), "data_wait": round(now.wait, 4)}
+        self._write({"kind": "step", "epoch": epoch, "step": step, **now.sums, **speed})
+        for name, value in {**now.sums, **speed}.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._view.show(step, now, self._epoch)
+        if step == self._last:
+            left = timedelta(seconds=round(self._epoch.seconds * (self._epochs - epoch)))
+            self.say(f"epoch {epoch}/{self._epochs}  {self._epoch.told()}  ETA {left}")
+            self._epoch = Measured()
 
     @uninterrupted()
     def result(self, result: Result, step: int) -> None:
@@ -117,6 +106,11 @@ class RunLog:
             self._board.add_scalar(f"evaluation/{name}", record[name], step)
         scores = "  ".join(f"{name} {100 * record[name]:.1f}" for name in ("rank-1", "mAP", "chance"))
         self.say(f"after epoch {result.epoch}  {record['protocol']}  {scores}")
+
+    @uninterrupted()
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """Show a figure in TensorBoard, as it was after so many steps."""
+        self._board.add_figure(f"evaluation/{name}", figure, step, close=False)
 
     def say(self, line: str) -> None:
         """Show one line to people."""
@@ -141,7 +135,3 @@ def _read_records(metrics: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{metrics}, line {number}: damaged ({type(error).__name__}: {error})") from error
     return records
-
-
-def _told(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())

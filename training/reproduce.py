@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -244,6 +244,8 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
         f"Ended: {sum(map(len, results.values()))} of {len(plan.rows) * plan.splits} runs.",
         f"Data: {data}",
     ]
+    environments = _environments(plan, results)
+    notes += [f"Computed with {', '.join(f'{name} {value}' for name, value in e.items())}." for e in environments]
     if plan.dataset in OTHERS:
         notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
     elif apart or plan.splits < SPLITS[plan.dataset] or not options.check_counts:
@@ -257,8 +259,21 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
         **about,
         "rows": [compare(name, results[name], papers[name], scores) for name in plan.rows],
         "data": data,
+        "recipe": asdict(recipe),  # of the last row; each run's own is in its folder
+        "environments": environments,
         "notes": notes,
     }
+
+
+def _environments(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> list[dict[str, Any]]:
+    """What the runs were computed with: one, unless a part was run elsewhere."""
+    found: list[dict[str, Any]] = []
+    for row, runs in results.items():
+        for split in runs:
+            environment = json.loads((plan.folder(row, split) / RESULT).read_text())["environment"]
+            if environment not in found:
+                found.append(environment)
+    return found
 
 
 def _write(plan: _Plan, content: Mapping[str, Any]) -> None:

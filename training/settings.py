@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from training import distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.data import Dataset, PridPeople
 from training.data.resizing import Resize
@@ -87,6 +89,8 @@ class Options:
     """Whether to run the RRU as CUDA graphs, on a GPU."""
     resize: Resize | None = None
     """Who resizes frames: the device that computes, a batch at once (if not given), or Pillow, as they are read."""
+    sync_bn: bool = False
+    """Batch statistics of all processes in every batch norm, not of each by itself; a resumed run is as it was."""
     workers: int = 0
     """Processes that read frames ahead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -104,6 +108,7 @@ class Settings:
     check_counts: whether the dataset must hold as much as published.
     speed: how a step is computed.
     resize: who resizes frames.
+    sync_bn: whether batch statistics are those of all processes.
     """
 
     recipe: Recipe
@@ -113,6 +118,7 @@ class Settings:
     check_counts: bool = True
     speed: Speed = PLAIN
     resize: Resize = "device"
+    sync_bn: bool = False
 
     def fitted(self, split: Split) -> Settings:
         """These, with P lowered to the people there are to train on, where the recipe allows that."""
@@ -131,16 +137,11 @@ class Settings:
             "check_counts": self.check_counts,
             "speed": asdict(self.speed),
             "resize": self.resize,
+            "sync_bn": self.sync_bn,
             "data": split.description,
             "protocol": split.protocol,
             **trained_on(split),
-            "environment": {
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
-                "commit": _commit(),
-            },
+            "environment": environment(device),
         }
 
     @staticmethod
@@ -160,7 +161,7 @@ class Settings:
             UserError: it is of another version.
         """
         try:
-            kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool}
+            kinds = {"people": list, "tracklets": str, "data": str, "split": int, "check_counts": bool, "sync_bn": bool}
             for name, kind in kinds.items():
                 if not isinstance(config[name], kind):
                     raise UserError(f"{name}: got {config[name]!r}, wanted a {kind.__name__}")
@@ -172,7 +173,14 @@ class Settings:
             root = None if root is None else Path(root)
             speed = Speed(**config["speed"])
             return Settings(
-                recipe, root, config["split"], config["ops"], config["check_counts"], speed, config["resize"]
+                recipe,
+                root,
+                config["split"],
+                config["ops"],
+                config["check_counts"],
+                speed,
+                config["resize"],
+                config["sync_bn"],
             )
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: not one this version wrote ({error})") from error
@@ -220,7 +228,10 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         check_counts=options.check_counts and base.check_counts,
         speed=replace(base.speed, **{name: value for name, value in switches.items() if value is not None}),
         resize=options.resize or base.resize,
+        sync_bn=options.sync_bn or base.sync_bn,
     )
+    if settings.sync_bn and settings.recipe.bn_groups > 1:
+        raise UserError(f"sync_bn: got True with bn_groups={settings.recipe.bn_groups}, wanted one or the other")
     if resumed is not None:
         other = differences(replace(resumed, ops=settings.ops, speed=settings.speed), settings, free=FREE)
         if other:
@@ -236,7 +247,14 @@ def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> 
         free: fields of a recipe that may differ.
     """
     was, asked = (
-        {**asdict(s.recipe), "split": s.split, "ops": s.ops, **asdict(s.speed), "resize": s.resize}
+        {
+            **asdict(s.recipe),
+            "split": s.split,
+            "ops": s.ops,
+            **asdict(s.speed),
+            "resize": s.resize,
+            "sync_bn": s.sync_bn,
+        }
         for s in (before, now)
     )
     changed = [name for name in asked if asked[name] != was[name] and name not in free]
@@ -244,14 +262,34 @@ def differences(before: Settings, now: Settings, free: Collection[str] = ()) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
+    """The device that "auto", "cpu" or "cuda" means here; of several GPUs each process has its own, made current.
 
     Raises:
-        UserError: it is "cuda" and there is none.
+        UserError: it is "cuda" and there is none, or one too few.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got 'cuda', but PyTorch sees no CUDA device here")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if distributed.world() == 1:
+        return torch.device("cuda")
+    here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if here >= gpus:
+        raise UserError(f"device: got process {here + 1} of this machine, which has {gpus} GPUs, wanted at most {gpus}")
+    torch.cuda.set_device(here)
+    return torch.device("cuda", here)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What figures computed here depend on, beside their settings, as JSON values."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
+        "commit": commit_of(Path(__file__).parents[1]),
+    }
 
 
 def _version(distribution: str) -> str | None:
@@ -261,10 +299,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a checkout of this project, marked where its code has been changed since; `None` without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]  # a kill would leave the lock behind
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "rru_fast", "csrc", "training/*.py")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return commit + "-dirty" * bool(changed)

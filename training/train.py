@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from training import checkpoint
+from training import checkpoint, distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
 from training.data import load_split
@@ -23,7 +24,7 @@ from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
-from training.evaluation.scoring import score
+from training.evaluation.scoring import compare
 from training.files import aside, write_whole
 from training.logging import RunLog
 from training.model.losses import Losses
@@ -32,6 +33,7 @@ from training.model.weights import first_line, load_weights
 from training.optimizer import make_optimizer
 from training.recipes import Recipe
 from training.settings import Options, Settings, choose_device, resolve, trained_on
+from training.show.board import pictures
 from training.speed import as_evaluated
 from training.step_timing import compare_ops, timing_table
 from training.trainer import Trainer, to_input
@@ -41,27 +43,30 @@ def train(options: Options) -> None:
     """Train, evaluate, and leave the results in a folder.
 
     Args:
-        options: of the command line.
+        options: of the command line; the same in every process.
 
     Raises:
         UserError: the options, the data or the checkpoint cannot be used, or training diverged.
         KeyboardInterrupt: it was interrupted; the message says what continues it.
     """
-    console = Console()
+    console = Console(quiet=not distributed.is_main())
     resumed = checkpoint.load(options.resume) if options.resume else None
     settings = resolve(options, Settings.of(resumed) if resumed else None)
-    run = _run_folder(options, settings.recipe)
+    run = distributed.from_main(lambda: _run_folder(options, settings.recipe))
+    distributed.keep(lambda: _kept(run))
     epochs = settings.recipe.epochs
     if resumed and resumed.training["epoch"] >= epochs:
         line = f"epoch {resumed.training['epoch']} is reached already, of {epochs}: nothing to train"
         console.print(f"{line}; --epochs asks for more", highlight=False, markup=False, soft_wrap=True)
     try:
-        records = train_run(run, settings, read_split(settings), resumed, options, console)
+        split = distributed.main_first(lambda: read_split(settings))  # which may render it
+        records = train_run(run, settings, split, resumed, options, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_kept(run)}") from None
     except OSError as error:
         raise UserError(f"output: {error}; {_kept(run)}") from error
-    console.print(result_table(records))
+    if distributed.is_main():
+        console.print(result_table(records))
 
 
 def read_split(settings: Settings) -> Split:
@@ -76,6 +81,8 @@ def train_run(
     run: Path, settings: Settings, split: Split, resumed: Checkpoint | None, options: Options, console: Console
 ) -> list[dict[str, Any]]:
     """Train in a folder, from the beginning or from a checkpoint, and return the results in order of epochs.
+
+    Of several processes the main one alone writes, and alone returns results.
 
     Args:
         run: the folder; what is there of a run without a complete checkpoint is written over.
@@ -99,6 +106,7 @@ def train_run(
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     sampler = make_sampler(recipe, split.train)
+    sampler.deal_out(distributed.rank(), distributed.world())
 
     settings.speed.check(device, settings.ops, recipe.rru)
     config = settings.config(split, device)
@@ -106,18 +114,24 @@ def train_run(
     resize = trainer.network.backbone.size if settings.resize == "pillow" else None
     pin = device.type == "cuda"
     loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
-    with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
-        size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-        log.say(f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {device}; results in {run}")
+    with _begin_log(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext() as log:
+        if log:
+            size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
+            by = f"{distributed.world()} processes, " * (distributed.world() > 1)
+            said = f"recipe {recipe.name}, {size:.2f} M parameters, ops {settings.ops}, {by}{device}"
+            log.say(f"{said}; results in {run}")
         while trainer.epoch < recipe.epochs:
             if recipe.tested_after(trainer.epoch):
-                log.result(_evaluate(trainer, settings, split), trainer.step)
+                _evaluate(trainer, settings, split, log)
             sampler.set_epoch(trainer.epoch)
+            if distributed.world() > 1:
+                _seed_process(recipe.seed, trainer.epoch)
             trainer.run_epoch(loader, log)
-            checkpoint.save(run, trainer.network, trainer.state_dict(), config)
-        log.result(_evaluate(trainer, settings, split), trainer.step)
+            if log:
+                checkpoint.save(run, trainer.network, trainer.state_dict(), config)
+        _evaluate(trainer, settings, split, log)
+    if log is None:
+        return []
     if recipe.compare_ops:
         sampler.set_epoch(0)
         clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
@@ -131,10 +145,15 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
+    groups, processes = recipe.bn_groups, distributed.world()
+    if groups > 1 and groups % processes:
+        raise UserError(f"bn_groups: got {groups} for {processes} processes, wanted a multiple of {processes}, or 1")
     # A resumed network gets its tensors from the checkpoint: no weights file is needed, nor a download.
     begun = replace(recipe, weights="random") if resumed else recipe
-    network = Network(begun, people, ops, speed.cuda_graph).to(device)
-    trainer = Trainer(network, Losses(recipe, ops), make_optimizer(network, recipe), speed)
+    own = replace(begun, bn_groups=max(groups // processes, 1))
+    network = Network(own, people, ops, speed.cuda_graph).to(device)
+    losses = Losses(recipe, ops, gather=processes > 1)
+    trainer = Trainer(network, losses, make_optimizer(network, recipe), speed, settings.sync_bn)
     if resumed:
         load_weights(network, resumed.model, str(resumed.folder))
         try:
@@ -145,10 +164,29 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
     return trainer
 
 
-def _evaluate(trainer: Trainer, settings: Settings, split: Split) -> Result:
+def _begin_log(run: Path, config: dict[str, Any], trainer: Trainer, recipe: Recipe, console: Console) -> RunLog:
+    """Begin to write in a run's folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
+    return RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step)
+
+
+def _seed_process(seed: int, epoch: int) -> None:
+    """Have dropout differ from process to process, by seed, epoch and rank alone: however many began the run."""
+    mixed = np.random.SeedSequence((seed, epoch, distributed.rank()))
+    torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+
+def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | None) -> None:
     with as_evaluated(trainer.network):
-        ranking = score(trainer.network, split, resize=settings.resize)
-    return Result(settings.recipe, settings.ops, trainer.epoch, ranking, settings.speed, settings.resize)
+        compared = compare(trainer.network, split, resize=settings.resize)
+        if log is None:
+            return
+        how = settings.speed, settings.resize, settings.sync_bn, distributed.world()
+        result = Result(settings.recipe, settings.ops, trainer.epoch, compared.ranking(), *how)
+        log.result(result, trainer.step)
+        for name, figure in pictures(trainer.network, split, compared).items():
+            log.picture(name, figure, trainer.step)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:
@@ -189,4 +227,5 @@ def _kept(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_command(lambda: train(tyro.cli(Options, prog="python -m training.train")))
+    prog = "python -m training.train"
+    run_command(lambda: train(tyro.cli(Options, prog=prog, console_outputs=distributed.is_main())), several=True)

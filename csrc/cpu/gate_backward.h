@@ -155,7 +155,7 @@ class GateBackward {
 
   // The sums over each group's clips, in their order: gradients of beta and gamma, and what the norm takes off dY.
   void merge_sums() {
-    const int64_t clips = s_.B / gate_.groups;
+    const int64_t clips = s_.B / gate_.groups, elements = gate_.ranks ? gate_.ranks.elements() : clips * s_.P;
     for (int64_t i = 0; i < gate_.groups * s_.D; i++) {
       const int64_t first = i / s_.D * clips, d = i % s_.D;
       double sum_d_y = 0, sum_d_y_uhat = 0;
@@ -166,9 +166,24 @@ class GateBackward {
       d_beta()[d] += static_cast<A>(sum_d_y);
       d_gamma()[d] += static_cast<A>(sum_d_y_uhat);
       if (training_) {
-        means_(0)[i] = static_cast<A>(sum_d_y / (clips * s_.P));
-        means_(1)[i] = static_cast<A>(sum_d_y_uhat / (clips * s_.P));
+        means_(0)[i] = static_cast<A>(sum_d_y / elements);
+        means_(1)[i] = static_cast<A>(sum_d_y_uhat / elements);
       }
+    }
+    if (gate_.ranks) {
+      add_ranks();
+    }
+  }
+
+  // What the norm takes off dY is summed over all ranks, in their order; the gradients above are each rank's own.
+  void add_ranks() {
+    const Array<const A> all(gate_.ranks.gather(means_.tensor()).flatten(1));
+    for (int64_t i = 0; i < 2 * s_.D; i++) {
+      double sum = 0;
+      for (size_t rank = 0; rank < gate_.ranks.counts.size(); rank++) {
+        sum += all(rank)[i];
+      }
+      means_()[i] = static_cast<A>(sum);
     }
   }
 

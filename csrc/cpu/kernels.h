@@ -4,14 +4,30 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace rru {
 
 using at::Tensor;
 
 enum class Inputs { appearance_motion, appearance, raw };
+
+// The ranks that share their batch statistics; none: each rank's are its own.
+struct Ranks {
+  std::vector<int64_t> counts;                  // how many values of a gate channel each of them brings
+  std::function<Tensor(const Tensor&)> gather;  // a tensor of this rank to (ranks, ...) of all, in their order
+
+  explicit operator bool() const {
+    return !counts.empty();
+  }
+  int64_t elements() const {
+    return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  }
+};
 
 // What rru_fast::refine takes; shapes as in the Python function's documentation. Checked by bindings.cpp.
 struct RefineArguments {
@@ -25,6 +41,7 @@ struct RefineArguments {
   bool training;
   double eps;
   int64_t groups;
+  Ranks ranks;
 };
 
 // What refine keeps for its backward; N steps of recurrence. u's elements are in an order of their own, see refine.h.

@@ -317,7 +317,34 @@ class Forward {
       mean[i] = static_cast<A>(whole);
       var[i] = static_cast<A>(m2 / (clips * s_.P));
     }
+    if (gate_.ranks) {
+      merge_ranks(mean, var);
+    }
     gate_.use(mean, var);
+  }
+
+  // Statistics of all ranks from those of each, in the ranks' order: the same bits on every one.
+  void merge_ranks(A* mean, A* var) {
+    const Ranks& ranks = gate_.ranks;
+    const Array<A> own(at::empty({2, s_.D}, gate_.options));
+    std::copy_n(mean, s_.D, own(0));
+    std::copy_n(var, s_.D, own(1));
+    const Array<const A> all(ranks.gather(own.tensor()));
+    const int64_t size = static_cast<int64_t>(ranks.counts.size());
+    const auto elements = static_cast<double>(ranks.elements());
+    for (int64_t d = 0; d < s_.D; d++) {
+      double sum = 0, m2 = 0;
+      for (int64_t rank = 0; rank < size; rank++) {
+        sum += ranks.counts[rank] * static_cast<double>(all(rank, 0)[d]);
+      }
+      const double whole = sum / elements;
+      for (int64_t rank = 0; rank < size; rank++) {
+        const double off = all(rank, 0)[d] - whole;
+        m2 += ranks.counts[rank] * (all(rank, 1)[d] + off * off);
+      }
+      mean[d] = static_cast<A>(whole);
+      var[d] = static_cast<A>(m2 / elements);
+    }
   }
 
   // z_s and z_c of frame t from its U, eq. 2 and 3.

@@ -162,6 +162,7 @@ template <typename A>
 struct Gate {
   const Sizes& s;
   const int64_t groups;  // of clips, with statistics of their own
+  const Ranks ranks;     // those that a single group's statistics are shared with
   const at::TensorOptions options;  // of the arithmetic dtype
   const Array<const A> gamma, beta, w_s1, w_s2, w_c;
   const A eps;
@@ -170,6 +171,7 @@ struct Gate {
   Gate(const RefineArguments& a, const Sizes& sizes)
       : s(sizes),
         groups(a.training ? a.groups : 1),
+        ranks(a.ranks),
         options(a.x.options().dtype(c10::CppTypeToScalarType<A>::value)),
         gamma(weight(a.gamma)),
         beta(weight(a.beta)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rru_fast.ranks import Ranks
+
 
 class Gate:
     """The gate's weights in the arithmetic dtype, and what they compute of a transition output u (B, D, P)."""
@@ -20,13 +22,14 @@ class Gate:
         inputs: str,
         eps: float,
         groups: int,
+        ranks: Ranks | None,
         dtype: torch.dtype,
     ) -> None:
         self.w, self.gamma, self.beta = w.to(dtype), gamma.to(dtype), beta.to(dtype)
         self.w_s1 = None if w_s1 is None else w_s1.to(dtype)
         self.w_s2 = None if w_s2 is None else w_s2.to(dtype)
         self.w_c = None if w_c is None else w_c.to(dtype)
-        self.inputs, self.eps, self.groups = inputs, eps, groups
+        self.inputs, self.eps, self.groups, self.ranks = inputs, eps, groups, ranks
         self.recurrent, self.hoisted = self.halves(self.w)
 
     def halves(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,10 +39,13 @@ class Gate:
         return (second, first) if self.inputs == "raw" else (first, second)  # raw inputs are (X_t, S_{t-1})
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Biased variance and mean of each group, (groups, D), in two passes: `torch.var_mean` is slow."""
+        """Biased variance and mean of each group, (groups, D), or of all ranks'; `torch.var_mean` is slower."""
         grouped = self.grouped(u)
         mean = grouped.mean((1, 3))
-        return (grouped - mean[:, None, :, None]).square_().mean((1, 3)), mean
+        var = (grouped - mean[:, None, :, None]).square_().mean((1, 3))
+        if self.ranks is not None:
+            self.ranks.merge_(mean, var)
+        return var, mean
 
     def grouped(self, u: Tensor) -> Tensor:
         """(B, D, P) as (groups, B / groups, D, P)."""
@@ -117,6 +123,9 @@ class GateGradients:
         self.gamma += sum_dy_uhat.sum(0)
         if training:
             count = dy.shape[1] * dy.shape[3]
+            if gate.ranks is not None:
+                count = gate.ranks.elements
+                sum_dy, sum_dy_uhat = gate.ranks.total(sum_dy, sum_dy_uhat)
             dy -= (sum_dy / count)[:, None, :, None]
             dy -= uhat.mul_((sum_dy_uhat / count)[:, None, :, None])
         return dy.mul_(r * gate.gamma[:, None]).view(u.shape)

@@ -8,11 +8,14 @@ Arithmetic is float64 for float64 input and float32 otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rru_fast.composite._frames import Frames, Upstream, alive
 from rru_fast.composite._gate import Gate, GateGradients, sigmoid_gate
+from rru_fast.ranks import ranks_of
 
 # Scratch for the hoisted product, a frame at least: small enough to stay warm, large enough to fill a product.
 HOIST_BYTES = 16 * 2**20
@@ -35,13 +38,16 @@ def forward(
     training: bool,
     eps: float,
     bn_groups: int,
+    process_group: str,
+    counts: Sequence[int],
     save: bool,
 ) -> tuple[Tensor, ...]:
     """The outputs of rru_fast::refine: features, strips, mean, var, u, z_s, z_c, h."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
     positions, d = height * width, w.shape[0]
-    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
+    ranks = ranks_of(process_group, counts, x.device)
+    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, ranks, dtype)
     frames = Frames(x, state_x, lengths, dtype)
     start = 0 if state_s is not None else 1
     steps = steps_total - start
@@ -135,6 +141,8 @@ def backward(
     training: bool,
     eps: float,
     bn_groups: int,
+    process_group: str,
+    counts: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s, from the last step to the first.
 
@@ -144,7 +152,8 @@ def backward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
     positions = height * width
-    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, dtype)
+    ranks = ranks_of(process_group, counts, x.device)
+    gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, ranks, dtype)
     gradients = GateGradients(gate)
     frames, refined = Frames(x, state_x, lengths, dtype), Frames(features, state_s, None, dtype)
     upstream = Upstream(d_features, d_strips, lengths, x.shape, dtype)

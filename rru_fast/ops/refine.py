@@ -19,7 +19,7 @@ KERNELS = kernels("refine", composite)
 _ARGUMENTS = (
     "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "
     "Tensor? running_mean, Tensor? running_var, Tensor? lengths, Tensor? state_x, Tensor? state_s, "
-    "str inputs, bool training, float eps, int bn_groups, bool save, str backend"
+    "str inputs, bool training, float eps, int bn_groups, str process_group, int[] counts, bool save, str backend"
 )
 _SAVED = "Tensor mean, Tensor var, Tensor u, Tensor z_s, Tensor z_c, Tensor h"
 
@@ -43,6 +43,8 @@ class Arguments(NamedTuple):
     training: bool
     eps: float
     bn_groups: int
+    process_group: str  # its name in torch.distributed, "" for none
+    counts: list[int]  # how many values of a gate channel each of its ranks brings
     save: bool  # whether a backward will come
     backend: str
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rru_fast.ranks import Ranks
 from rru_fast.triton import _host as host
 from rru_fast.triton import _refine_backward_kernels as kernels
 from rru_fast.triton._host import Maps, power_of_2
@@ -104,15 +105,21 @@ def upstream_of(call: Call, d_features: Tensor | None, d_strips: Tensor | None) 
 
 
 def run(
-    call: Call, plan: Plan, saved: Saved, upstream: Upstream, need_x: bool, need_weights: bool
+    call: Call,
+    plan: Plan,
+    saved: Saved,
+    upstream: Upstream,
+    need_x: bool,
+    need_weights: bool,
+    ranks: Ranks | None,
 ) -> tuple[Tensor | None, list[Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """Gradients of x; of w, gamma, beta, w_s1, w_s2, w_c; of state_x, state_s."""
+    """Gradients of x; of w, gamma, beta, w_s1, w_s2, w_c; of state_x, state_s. ranks: as in the forward."""
     x = call.x.tensor
     clips, channels, start, steps = call.clips, call.channels, call.start, call.steps
     d_x = x.new_empty(x.shape) if need_x else None
     du = call.empty(steps, clips, call.d, call.positions)
     maps = _Maps(call, plan, saved, upstream)
-    gate = _GateBackward(call, plan, saved, maps.blocks, need_weights)
+    gate = _GateBackward(call, plan, saved, maps.blocks, need_weights, ranks)
     for n in range(steps - 1, -1, -1):
         maps.step(n, du, d_x, gate.d_z_c)
         gate.step(n, maps.d_z_s, maps.d_pooled, du[n])
@@ -206,8 +213,11 @@ class _Maps:
 class _GateBackward:
     """Launches of `gate_backward` and `norm_backward`, and what they leave for the weights' gradients."""
 
-    def __init__(self, call: Call, plan: Plan, saved: Saved, blocks: int, need_weights: bool) -> None:
-        self.call, self.saved, self.blocks = call, saved, blocks
+    def __init__(
+        self, call: Call, plan: Plan, saved: Saved, blocks: int, need_weights: bool, ranks: Ranks | None
+    ) -> None:
+        self.call, self.saved, self.blocks, self.ranks = call, saved, blocks, ranks
+        self.elements = call.clips_per_group * call.positions if ranks is None else ranks.elements
         self.gate, self.norm = plan["gate"], plan["norm"]
         steps, clips, d = call.steps, call.clips, call.d
         self.tiles = -(-d // self.gate["BLOCK_D"])
@@ -263,6 +273,10 @@ class _GateBackward:
             **self.gate,
         )
         if call.training:
+            assert self.group_dy is not None and self.group_dy_uhat is not None
+            sums: tuple[Tensor, ...] = (self.group_dy, self.group_dy_uhat)
+            if self.ranks is not None:
+                sums = self.ranks.total(*sums)
             host.launch(
                 kernels.norm_backward_kernel,
                 (call.clips, -(-call.d // self.norm["BLOCK_D"])),
@@ -271,8 +285,8 @@ class _GateBackward:
                 *norm,
                 self.a,
                 self.b,
-                self.group_dy,
-                self.group_dy_uhat,
+                *sums,
+                self.elements,
                 call.clips_per_group,
                 D=call.d,
                 P=call.positions,

@@ -281,6 +281,7 @@ def norm_backward_kernel(
     b,  # (B, D)
     group_dy,  # (groups, D)
     group_dy_uhat,
+    elements,  # of each of these sums
     clips_per_group,
     D: tl.constexpr,
     P: tl.constexpr,
@@ -292,12 +293,12 @@ def norm_backward_kernel(
     SUM: tl.constexpr = u.dtype.element_ty
     clip = tl.program_id(0).to(tl.int64)
     group = clip // clips_per_group
-    elements = tl.full([], clips_per_group * P, SUM)
+    count = tl.full([], elements, SUM)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     here = d < D
     v_b = tl.load(b + clip * D + d, here, 0.0)
-    mean_dy = tl.load(group_dy + group * D + d, here, 0.0) / elements
-    mean_dy_uhat = tl.load(group_dy_uhat + group * D + d, here, 0.0) / elements
+    mean_dy = tl.load(group_dy + group * D + d, here, 0.0) / count
+    mean_dy_uhat = tl.load(group_dy_uhat + group * D + d, here, 0.0) / count
     u += clip * (D * P)
     du += clip * (D * P)
     for p0 in range(0, P, BLOCK_P):

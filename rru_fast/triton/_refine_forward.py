@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rru_fast.ranks import Ranks
 from rru_fast.triton import _host as host
 from rru_fast.triton import _refine_forward_kernels as kernels
 from rru_fast.triton._host import Maps, power_of_2
@@ -73,8 +74,11 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     }
 
 
-def run(call: Call, plan: Plan, mean: Tensor, var: Tensor, save: bool) -> tuple[Tensor, ...]:
-    """features, strips, u, z_s, z_c, h; in training `mean` and `var` are filled, else they are the running ones."""
+def run(call: Call, plan: Plan, mean: Tensor, var: Tensor, save: bool, ranks: Ranks | None) -> tuple[Tensor, ...]:
+    """features, strips, u, z_s, z_c, h; in training `mean` and `var` are filled, else they are the running ones.
+
+    ranks: who shares the batch statistics. Tuning has none: it runs a call as often as it likes, on each rank another.
+    """
     x = call.x.tensor
     clips, channels, steps = call.clips, call.channels, call.steps
     features = x.new_empty(x.shape)
@@ -90,7 +94,7 @@ def run(call: Call, plan: Plan, mean: Tensor, var: Tensor, save: bool) -> tuple[
         call.empty(clips, 1, channels, call.height, call.width), channels * call.positions, 0, call.positions, 1
     )
 
-    transition = _Transition(call, plan)
+    transition = _Transition(call, plan, ranks)
     if call.w_x is not None:
         for first, end, maps, subtracted in call.unlike_s():
             transition.hoisted(u[first:end], maps, subtracted, call.start + first)
@@ -124,8 +128,8 @@ def run(call: Call, plan: Plan, mean: Tensor, var: Tensor, save: bool) -> tuple[
 class _Transition:
     """Launches of `transition`, with the scratch memory that they share."""
 
-    def __init__(self, call: Call, plan: Plan) -> None:
-        self.call, self.meta, self.hoist = call, plan["transition"], plan["hoist"]
+    def __init__(self, call: Call, plan: Plan, ranks: Ranks | None) -> None:
+        self.call, self.meta, self.hoist, self.ranks = call, plan["transition"], plan["hoist"], ranks
         self.d_tiles = -(-call.d // self.meta["BLOCK_D"])
         self.p_tiles = -(-call.positions // self.meta["BLOCK_P"])
         tiles = call.clips * self.p_tiles
@@ -195,6 +199,8 @@ class _Transition:
             PRECISION=self.precision,
             **meta,
         )
+        if self.ranks is not None:
+            self.ranks.merge_(mean, var)
 
 
 class _Gate:

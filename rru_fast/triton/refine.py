@@ -8,8 +8,11 @@ graph. Beside 16-bit maps S is carried from frame to frame in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from rru_fast.ranks import ranks_of
 from rru_fast.triton import _host as host
 from rru_fast.triton import _refine_backward, _refine_forward
 from rru_fast.triton._plans import tuned
@@ -34,6 +37,8 @@ def forward(
     training: bool,
     eps: float,
     bn_groups: int,
+    process_group: str,
+    counts: Sequence[int],
     save: bool,
 ) -> tuple[Tensor, ...]:
     """The outputs of rru_fast::refine: features, strips, mean, var, u, z_s, z_c, h."""
@@ -51,9 +56,10 @@ def forward(
             call.kind(),
             x,
             *_refine_forward.plans(call),
-            lambda plan: _refine_forward.run(call, plan, mean, var, save),
+            lambda plan: _refine_forward.run(call, plan, mean, var, save, None),
         )
-        outputs = _refine_forward.run(call, plan, mean, var, save)
+        ranks = ranks_of(process_group, counts, x.device)
+        outputs = _refine_forward.run(call, plan, mean, var, save, ranks)
         if not training:
             mean, var = call.empty(0, bn_groups, call.d), call.empty(0, bn_groups, call.d)
         return *outputs[:2], mean, var, *outputs[2:]
@@ -87,6 +93,8 @@ def backward(
     training: bool,
     eps: float,
     bn_groups: int,
+    process_group: str,
+    counts: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s; None where not needed or no argument."""
     with host.on_device(x):
@@ -103,9 +111,10 @@ def backward(
             (*call.kind(), need_x, need_weights),
             x,
             *_refine_backward.plans(call),
-            lambda plan: _refine_backward.run(call, plan, saved, upstream, need_x, need_weights),
+            lambda plan: _refine_backward.run(call, plan, saved, upstream, need_x, need_weights, None),
         )
-        d_x, d_weights, d_state = _refine_backward.run(call, plan, saved, upstream, need_x, need_weights)
+        ranks = ranks_of(process_group, counts, x.device)
+        d_x, d_weights, d_state = _refine_backward.run(call, plan, saved, upstream, need_x, need_weights, ranks)
         like = (w, gamma, beta, w_s1, w_s2, w_c)
         cast = [None if d is None or v is None else d.to(v.dtype) for d, v in zip(d_weights, like, strict=True)]
         return d_x, *cast, *d_state

@@ -418,7 +418,7 @@ def operator_arguments(case: Case, backend: str, requires_grad: bool) -> tuple[o
     return (
         *(call.x, call.weights["w"], call.weights["gamma"], call.weights["beta"], w_s1, w_s2, w_c),
         *(mean, var, call.lengths, *(call.state or (None, None))),
-        *(case.inputs, case.mode == "train", 1e-3, case.bn_groups, True, backend),
+        *(case.inputs, case.mode == "train", 1e-3, case.bn_groups, "", [], True, backend),
     )
 
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from training.ablation import ROWS
-from training.ablation_plot import APART, STYLES, draw, heights_of_names
+from training.ablation_plot import STYLES, draw
+from training.show.picture import save
 
 
 def test_every_row_has_a_colour_and_a_marker_of_its_own() -> None:
@@ -16,24 +16,13 @@ def test_every_row_has_a_colour_and_a_marker_of_its_own() -> None:
         assert len(set(kind)) == len(ROWS)
 
 
-@pytest.mark.parametrize("ends", [[0.5] * 7, [0.0] * 7, [1.0] * 7, [0.1, 0.11, 0.12, 0.5, 0.9, 0.9, 0.99]])
-def test_names_stand_apart_within_the_panel_in_the_order_of_their_lines(ends: list[float]) -> None:
-    heights = heights_of_names(ends)
-    assert np.diff(heights).min() >= APART - 1e-9
-    assert heights.min() >= 0 and heights.max() <= 1 + 1e-9
-
-
-def test_a_name_stands_beside_its_line_where_there_is_room() -> None:
-    assert heights_of_names([0.1, 0.3, 0.5]) == pytest.approx([0.1, 0.3, 0.5])
-
-
 @pytest.mark.parametrize("rates", [(0.4,), (0.0, 0.8)])
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_same_runs_give_the_same_picture(tmp_path: Path, rates: tuple[float, ...], seeds: int) -> None:
     scores = {"rank-1": 0.5, "mAP": 0.6, "chance": 0.1}
     runs = [{"occlusion": o, "row": row, "seed": s, **scores} for o in rates for row in ROWS for s in range(seeds)]
     for name in ("one.png", "two.png"):
-        draw({"people": 20, "epochs": 1, "runs": runs}, tmp_path / name)
+        save(draw({"people": 20, "epochs": 1, "runs": runs}), tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (1440, 600)

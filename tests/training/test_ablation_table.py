@@ -52,8 +52,8 @@ def test_the_table_tells_how_it_was_made() -> None:
 
 def test_a_table_made_by_two_versions_names_both() -> None:
     both = ablation(3)
-    both["environments"].append({**both["environments"][0], "commit": "fedcba9876543210"})
-    assert "commit 0123456789ab and fedcba987654;" in markdown(both)
+    both["environments"].append({**both["environments"][0], "commit": "fedcba9876543210-dirty"})
+    assert "commit 0123456789ab and fedcba987654-dirty;" in markdown(both)
 
 
 def test_a_page_gets_the_table_between_its_markers_again_and_again(tmp_path: Path) -> None:

@@ -71,7 +71,11 @@ def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: 
         "Asked for: 2 of 12 rows, splits 0, 1 of 10, preset paper but for backbone tiny ("
     )
     assert table["notes"][2].startswith("Data: iLIDS-VID layout in ")
-    assert table["notes"][3].startswith("This is not the paper's experiment in full")
+    environments = [of_splits[0]["environment"]]
+    assert table["environments"] == environments and table["recipe"]["seed"] == 0
+    assert table["notes"][3].startswith(f"Computed with device {environments[0]['device']}, threads ")
+    assert f"commit {environments[0]['commit']}" in table["notes"][3]
+    assert table["notes"][4].startswith("This is not the paper's experiment in full")
     assert json.loads((output / "table.json").read_text()) == table
     assert "| Baseline | rank-1 | 2 | " in (output / "table.md").read_text()
 

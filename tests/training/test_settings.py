@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from training.checkpoint import Checkpoint
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.recipes import RECIPES
-from training.settings import Options, Settings, resolve, trained_on
+from training.settings import Options, Settings, commit_of, resolve, trained_on
 
 
 def test_what_is_not_given_is_as_the_recipe_says() -> None:
@@ -89,3 +90,27 @@ def test_a_set_read_without_its_counts_is_read_so_again_on_resuming(split: Split
     assert not begun.check_counts and resolve(Options(), None).check_counts
     config = json.loads(json.dumps(begun.config(split, torch.device("cpu"))))
     assert not resolve(Options(), Settings.of(Checkpoint(Path(), config, {}, {}))).check_counts
+
+
+def test_a_commit_is_marked_where_code_was_changed_beside_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", *author, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    assert commit_of(tmp_path) is None
+    for path in ("training/data/mot.py", "training/README.md", "rru_fast/triton/refine.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("as committed")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "training" / "README.md").write_text("a table that a run wrote")
+    (tmp_path / "runs").mkdir()
+    assert commit_of(tmp_path) == commit
+    for path in ("training/data/mot.py", "rru_fast/triton/refine.py", "training/data/new.py"):
+        (tmp_path / path).write_text("changed")
+        assert commit_of(tmp_path) == f"{commit}-dirty"
+        git("stash", "-u", "-q")
+    assert commit_of(tmp_path) == commit

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.data.small_sets import write_mars, write_prid
 from training import checkpoint
@@ -37,8 +38,9 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What the run measured, without how fast it was."""
+    speed = ("frames_per_second", "data_wait")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "frames_per_second"} for record in records]
+    return [{name: value for name, value in record.items() if name not in speed} for record in records]
 
 
 def last(run: Path) -> Path:
@@ -132,7 +134,10 @@ def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path) -
     assert step["loss"] == pytest.approx(step["identity"] + step["video"] + step["part"])
     assert (records[-1]["probes"], records[-1]["chance"]) == (4, 0.25)
     assert json.loads((trained / "config.json").read_text())["recipe"]["people"] == 4
-    assert list(trained.glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(trained)).Reload()
+    assert {"train/loss", "train/data_wait", "evaluation/mAP"} <= set(board.Tags()["scalars"])
+    for name in ("evaluation/ranking", "evaluation/gate"):
+        assert [image.step for image in board.Images(name)] == [0, 4]
 
 
 def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
@@ -154,6 +159,20 @@ def test_a_checkpoint_is_evaluated_by_the_protocol_asked_for(trained: Path, caps
         "junk": 0.0,
     }
     assert "torchreid, 4 probes (4 valid) in a gallery of 4" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_written_with_all_that_it_came_from(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "result.json"
+    result = evaluate(EvaluateOptions(trained, output=output, device="cpu"))
+    written = json.loads(output.read_text())
+    assert written["result"] == json.loads(json.dumps(result.record()))
+    assert written["checkpoint"] == str(last(trained).resolve())
+    assert written["config"] == json.loads((trained / "config.json").read_text())
+    assert (written["config"]["recipe"]["seed"], written["epoch"]) == (0, 2)
+    assert written["environment"] == written["config"]["environment"]  # the same machine and commit
+    assert written["environment"]["commit"] is not None
+    with pytest.raises(UserError, match=r"result\.json is there already, wanted a new file"):
+        evaluate(EvaluateOptions(trained, output=output, device="cpu"))
 
 
 def test_too_few_people_lower_p_where_the_recipe_allows_it(

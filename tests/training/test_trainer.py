@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from training.data.loading import make_loader
+from training.data.loading import Batch, make_loader
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
 from training.optimizer import make_optimizer
-from training.recipes import RECIPES
+from training.recipes import RECIPES, Recipe
 from training.trainer import Trainer
 
 PARTS = ["identity", "auxiliary", "video", "part"]
@@ -44,3 +46,26 @@ def test_every_recipe_trains_two_steps_that_move_all_it_holds(
     assert (trainer.epoch, trainer.step) == (1, 2)
     still = [key for key, tensor in network.state_dict().items() if tensor.equal(before[key])]
     assert still == []
+
+
+class Slow(list[Batch]):
+    """Batches that are waited for."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            time.sleep(0.2)
+            yield batch
+
+
+@pytest.mark.parametrize("kind", [Slow, list])
+def test_data_wait_is_the_time_until_the_loader_had_its_batch(
+    split: Split, recipe: Recipe, tmp_path: Path, kind: type[list[Batch]]
+) -> None:
+    network = Network(recipe, len(split.train_people), "fast")
+    trainer = Trainer(network, Losses(recipe, "fast"), make_optimizer(network, recipe))
+    batches = kind(make_loader(split.train, make_sampler(recipe, split.train), recipe.frames, workers=0))
+    with RunLog(tmp_path, Console(file=io.StringIO()), epochs=1) as log:
+        trainer.run_epoch(batches, log)  # type: ignore[arg-type]
+    seconds = [len(batches[0].frames) / record["frames_per_second"] for record in log.records]
+    waited = min(record["data_wait"] * spent for record, spent in zip(log.records, seconds, strict=True))
+    assert waited >= 0.19 if kind is Slow else waited < 0.1

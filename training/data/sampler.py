@@ -60,12 +60,35 @@ class PeopleSampler(Sampler[list[Clip]]):
         self._cameras = [list(dict(sorted(by_person[person].items())).values()) for person in sorted(by_person)]
         self._lengths = [len(tracklet.frames) for tracklet in tracklets]
         self._people, self._clips, self._frames, self._batches = people, clips, frames, batches
-        self._seed = seed
+        self._seed, self._mine = seed, slice(None)
         self.set_epoch(0)
 
     def _shortest(self, frames: int) -> int:
         """The frames that a tracklet must have not to be left out, where a clip has T."""
         return 1
+
+    def deal_out(self, rank: int, processes: int) -> None:
+        """Give of every batch, from now on, only the people who fall to one of several processes.
+
+        The batches are the same for any number of processes; each gets as many of their people, and none another's.
+
+        Raises:
+            UserError: P people cannot be dealt out so.
+        """
+        if self._people % processes:
+            raise UserError(
+                f"people in a batch (P): got {self._people} for {processes} processes, wanted a multiple of {processes}"
+            )
+        share = self._people // processes * self._clips
+        self._mine = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[list[Clip]]:
+        """The epoch's batches, or this process's share of each."""
+        return (batch[self._mine] for batch in self._batches_of_all())
+
+    def _batches_of_all(self) -> Iterator[list[Clip]]:
+        """The epoch's batches."""
+        raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, whatever came before."""
@@ -93,7 +116,7 @@ class PKSampler(PeopleSampler):
         """The batches of every epoch."""
         return len(self._cameras) // self._people if self._batches is None else self._batches
 
-    def __iter__(self) -> Iterator[list[Clip]]:
+    def _batches_of_all(self) -> Iterator[list[Clip]]:
         rng = self._generator()
         waiting: list[int] = []
         for _ in range(len(self)):
@@ -137,7 +160,7 @@ class OfficialSampler(PeopleSampler):
         """The batches of the epoch chosen."""
         return len(self._order)
 
-    def __iter__(self) -> Iterator[list[Clip]]:
+    def _batches_of_all(self) -> Iterator[list[Clip]]:
         return iter(self._order)
 
     def _deal(self, rng: np.random.Generator) -> Iterator[list[Clip]]:

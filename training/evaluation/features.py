@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from training import distributed
 from training.data.loading import frames_to_input
 from training.data.resizing import Resize
 from training.data.tracklets import Tracklet, read_frame
@@ -23,7 +24,8 @@ CHUNK = 64  # frames through the network at once: bounds the memory of a long tr
 def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK, resize: Resize = "device") -> Floats:
     """The features of tracklets, each over all its frames in order, in eval mode; the network's mode is restored.
 
-    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together.
+    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together. Several
+    processes share the tracklets, and each gets all features.
 
     Args:
         network: on the device and of the dtype that do the work.
@@ -39,18 +41,19 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK,
     """
     if chunk < 1:
         raise UserError(f"chunk: got {chunk}, wanted at least 1 frame")
-    features = np.empty((len(tracklets), network.head.features))
+    features = np.zeros((len(tracklets), network.head.features))
     was_training = network.training
     network.eval()
     try:
-        for group in _alike([len(tracklet.frames) for tracklet in tracklets], chunk):
+        groups = _alike([len(tracklet.frames) for tracklet in tracklets], chunk)
+        for group in groups[distributed.rank() :: distributed.world()]:
             members = [tracklets[index] for index in group]
             rows = _features(network, members, chunk, resize).cpu().numpy()
             for tracklet, row in zip(members, rows, strict=True):
                 if not np.isfinite(row).all():
                     raise UserError(f"{tracklet.name}: its feature is not finite; the network's weights have diverged")
             features[group] = rows
-        return features
+        return distributed.total(torch.from_numpy(features)).numpy()  # a sum with zeros: to the bit
     finally:
         network.train(was_training)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.errors import UserError
 from training.evaluation.ranking import (
-    TOP,
+    DEEPEST,
     Ints,
     Ranking,
     Ties,
@@ -142,7 +142,7 @@ def rank(trial: Trial, distances: Iterable[Tensor], ties: Ties = "stable", *, re
     share = trial.positive.count_nonzero(1).double() / trial.counts.count_nonzero(1).clamp(min=1)
     return Ranking(
         protocol=trial.name,
-        cmc={k: float((np.array(first)[taken] <= k).mean()) for k in TOP},
+        cmc={k: float((np.array(first)[taken] <= k).mean()) for k in range(1, DEEPEST + 1)},
         mean_ap=float(np.array(precision)[taken].mean()),
         chance=float(share.numpy()[taken].mean()),
         probes=len(first),

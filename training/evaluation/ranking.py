@@ -18,7 +18,8 @@ Ints = NDArray[np.int64]
 Ties = Literal["stable", "optimistic", "pessimistic"]
 """Who of two equally far comes first: the earlier in the gallery, the positive, the other."""
 
-TOP = (1, 5, 10, 20)
+TOP = (1, 5, 10, 20)  # what tables show of a CMC
+DEEPEST = 20  # where a CMC ends
 BLOCK = 128  # probes ranked at once: about 0.1 GB of temporaries in a gallery of MARS's size
 _PAIRS = 64  # ties resolved at once, each against the whole gallery
 
@@ -28,7 +29,7 @@ class Ranking:
     """How well features find people, and by which protocol.
 
     protocol: the name of the rules.
-    cmc: for k in TOP, the share of probes with one of their person among the k nearest.
+    cmc: for k from 1 to DEEPEST, the share of probes with one of their person among the k nearest.
     mean_ap: mean over probes of the average precision.
     chance: the rank-1 that a random order of the gallery would give.
     probes: how many there are.

@@ -24,6 +24,8 @@ class Result:
     ranking: what came out.
     speed: how its training steps were computed.
     resize: who resized frames, in training as here.
+    sync_bn: whether its batch statistics were those of all processes.
+    processes: how many trained it, in the end.
     """
 
     recipe: Recipe
@@ -32,6 +34,8 @@ class Result:
     ranking: Ranking
     speed: Speed = PLAIN
     resize: Resize = "device"
+    sync_bn: bool = False
+    processes: int = 1
 
     def record(self) -> dict[str, Any]:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
@@ -40,14 +44,19 @@ class Result:
             "recipe": self.recipe.name,
             "row": row_of(self.recipe),
             "preset": self.recipe.preset,
-            "changed": [*changed(self.recipe, but_for={"dataset", *FREE}), *self.speed.changed()],
+            "changed": [
+                *changed(self.recipe, but_for={"dataset", *FREE}),
+                *self.speed.changed(),
+                *(["sync_bn True (False)"] if self.sync_bn else []),
+                *([f"processes {self.processes} (1)"] if self.processes > 1 else []),
+            ],
             "ops": self.ops,
             "resize": self.resize,
             "epoch": self.epoch,
             "protocol": r.protocol,
             "ties": r.ties,
             "reranked": r.reranked,
-            **{f"rank-{k}": share for k, share in r.cmc.items()},
+            **{f"rank-{k}": r.cmc[k] for k in TOP},
             "mAP": r.mean_ap,
             "chance": r.chance,
             "probes": r.probes,

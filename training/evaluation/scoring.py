@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import distributed
 from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
-from training.evaluation.protocols import Search, prepare, rank
-from training.evaluation.ranking import Ranking, Ties, cosine_distances
+from training.evaluation.protocols import Search, Trial, prepare, rank
+from training.evaluation.ranking import Floats, Ints, Ranking, Ties, cosine_distances
 from training.evaluation.reranking import reranked_distances
 from training.model.network import Network
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Tracklets, laid out for a search, and what they are compared by.
+
+    trial: who is looked for among whom.
+    features: (N, D) float64, each tracklet's once; the rows `trial.kept` are the gallery's.
+    probes: (Q,) int64, the probes' rows.
+    device: where distances are computed.
+    """
+
+    trial: Trial
+    features: Floats
+    probes: Ints
+    device: torch.device
+
+    def distances(self, probes: Ints | slice = slice(None)) -> Iterator[Tensor]:
+        """Cosine distances (q, G') of all probes or of some, block by block."""
+        return cosine_distances(self.features[self.probes[probes]], self.features[self.trial.kept], self.device)
+
+    def ranking(self, ties: Ties = "stable", *, rerank: bool = False) -> Ranking:
+        """How well the features find people; arguments as `score` takes them."""
+        if not rerank:
+            return rank(self.trial, self.distances(), ties)
+        distances = reranked_distances(self.features, self.probes, self.trial.kept, self.device)
+        return rank(self.trial, distances, ties, reranked=True)
 
 
 def score(
@@ -25,7 +58,7 @@ def score(
 ) -> Ranking:
     """Rank the split's gallery for each of its probes, by cosine distance, on the network's device.
 
-    A probe that is itself in the gallery, the very same tracklet, goes through the network once.
+    Of several processes each extracts its share of the features, one ranks, and all get the ranking.
 
     Args:
         network: whose features are compared.
@@ -39,18 +72,25 @@ def score(
     Raises:
         UserError: the protocol does not fit the split, a frame cannot be read, or a feature is not finite.
     """
+    compared = compare(network, split, protocol=protocol, chunk=chunk, resize=resize)
+    return distributed.from_main(lambda: compared.ranking(ties, rerank=rerank))
+
+
+def compare(
+    network: Network, split: Split, *, protocol: str | None = None, chunk: int = CHUNK, resize: Resize = "device"
+) -> Compared:
+    """Extract what `score` ranks by; arguments and errors are its own.
+
+    A probe that is itself in the gallery, the very same tracklet, goes through the network once. Of several processes
+    each extracts its share, and all get all features.
+    """
     search = _search(split)
     trial = prepare(protocol or split.protocol, search)  # first: extraction may take hours
     inside = search.places >= 0
     outside = [probe for probe, known in zip(split.probe, inside, strict=True) if not known]
     features = extract(network, [*split.gallery, *outside], chunk, resize)
     probes = np.where(inside, search.places, len(split.gallery) - 1 + np.cumsum(~inside))
-    device = next(network.parameters()).device
-    if rerank:
-        distances = reranked_distances(features, probes, trial.kept, device)
-    else:
-        distances = cosine_distances(features[probes], features[trial.kept], device)
-    return rank(trial, distances, ties, reranked=rerank)
+    return Compared(trial, features, probes, next(network.parameters()).device)
 
 
 def _search(split: Split) -> Search:

@@ -18,13 +18,14 @@ class Losses(nn.Module):
     Args:
         recipe: says which of them count, the margin and the weight.
         ops: "fast" for the library's triplet loss, "reference" for its plain PyTorch twin.
+        gather: whether triplets are formed among the clips of all processes; cross-entropy is of each one's own.
     """
 
-    def __init__(self, recipe: Recipe, ops: Ops) -> None:
+    def __init__(self, recipe: Recipe, ops: Ops, gather: bool = False) -> None:
         super().__init__()
         self.video, self.part = recipe.video_loss, recipe.part_loss
         self.auxiliary_weight = recipe.auxiliary_weight
-        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin)
+        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin, gather=gather)
 
     def forward(self, output: Output, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, a scalar, and the parts it is the sum of, by name.

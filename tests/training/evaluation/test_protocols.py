@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 from tests.training.evaluation import literal
 from training.errors import UserError
 from training.evaluation.protocols import PROTOCOLS, Search, prepare, rank
-from training.evaluation.ranking import TOP, Ranking, cosine_distances
+from training.evaluation.ranking import DEEPEST, Ranking, cosine_distances
 
 TIES = ("stable", "optimistic", "pessimistic")
 
@@ -83,7 +83,7 @@ def test_every_protocol_is_what_walking_down_the_sorted_gallery_gives(data: st.D
                     scores.append((0.0, 10**6))
             ranking = rank_distances(name, search, distance, ties)
             assert ranking.mean_ap == pytest.approx(np.mean([precision for precision, _ in scores]), rel=1e-12)
-            assert ranking.cmc == {k: np.mean([first <= k for _, first in scores]) for k in TOP}
+            assert ranking.cmc == {k: np.mean([first <= k for _, first in scores]) for k in range(1, DEEPEST + 1)}
             assert (ranking.probes, ranking.valid) == (len(places), len(valid))
 
 
@@ -100,7 +100,7 @@ def test_on_mars_the_official_protocol_is_its_authors_rule(mars_with_junk: Searc
         scores.append(literal.mars(literal.order_of(distance[probe], good, ties), good, junk))
     ranking = rank_features("mars-official", search, features, ties)
     assert ranking.mean_ap == pytest.approx(np.mean([precision for precision, _ in scores]), rel=1e-12)
-    assert ranking.cmc == {k: np.mean([first <= k for _, first in scores]) for k in TOP}
+    assert ranking.cmc == {k: np.mean([first <= k for _, first in scores]) for k in range(1, DEEPEST + 1)}
     assert 0.01 < ranking.mean_ap < 0.99
 
 
@@ -198,7 +198,7 @@ def test_if_all_is_equally_far_the_declared_order_of_ties_decides(ties: str, ran
     for protocol, mean_ap in wanted.items():
         ranking = rank_distances(protocol, TIED, np.full((1, 7), 0.5), ties)
         assert ranking.mean_ap == pytest.approx(mean_ap, rel=1e-12)
-        assert ranking.cmc == {1: float(first == 1), 5: 1.0, 10: 1.0, 20: 1.0}
+        assert ranking.cmc == {k: float(first <= k) for k in range(1, DEEPEST + 1)}
         assert (ranking.ties, ranking.chance) == (ties, 2 / 5)
 
 

@@ -11,7 +11,7 @@ from training.evaluation.result import Result, result_table
 from training.recipes import RECIPES
 from training.speed import Speed
 
-CMC = {1: 0.5, 5: 0.75, 10: 0.8, 20: 1.0}
+CMC = {k: 1.0 if k == 20 else 0.8 if k >= 10 else 0.75 if k >= 5 else 0.5 for k in range(1, 21)}
 SINGLE_SHOT = Ranking("single-shot", CMC, 0.61, 1 / 30, 30, 30, 30, 0.0, "stable", reranked=False)
 MARS = Ranking("torchreid", CMC, 0.61, 0.001, 1980, 1840, 9330, 3.0636, "optimistic", reranked=True)
 

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from training.errors import UserError
+from training.output import check_output, write_output
+
+
+def test_a_file_is_written_in_a_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    check_output(path, ".json")
+    assert list(path.parent.iterdir()) == []
+    write_output(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file.txt", r"got .*file\.txt, wanted a name that ends in \.json"),
+        ("there.json", r"there\.json is there already, wanted a new file"),
+        ("link.json", r"link\.json is there already, wanted a new file"),
+        ("there.json/file.json", "Not a directory|File exists"),
+        ("x" * 300 + ".json", "File name too long"),
+        ("/proc/none/file.json", "No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "there.json").write_text("mine")
+    (tmp_path / "link.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^output: .*({message})") as told:
+        check_output(tmp_path / name, ".json")
+    assert "\n" not in str(told.value)
+    assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^output: .*/file\.json: File too large$"):
+            write_output(tmp_path / "file.json", "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,48 @@
+"""Draw a picture: `python -m training.show features|ranking|cmc|ablation`."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import tyro
+from rich.console import Console
+from tyro.conf import subcommand
+
+from training.command import run_command
+from training.errors import UserError
+from training.show import ablation, cmc, features, ranking
+from training.show.picture import check_output, save
+
+Options: TypeAlias = (
+    Annotated[features.Options, subcommand("features")]
+    | Annotated[ranking.Options, subcommand("ranking")]
+    | Annotated[cmc.Options, subcommand("cmc")]
+    | Annotated[ablation.Options, subcommand("ablation")]
+)
+
+
+def main(options: features.Options | ranking.Options | cmc.Options | ablation.Options) -> None:
+    """Draw a picture into the file that its options name.
+
+    Raises:
+        UserError: the options, the checkpoint or the data cannot be used, or the file cannot be written.
+    """
+    check_output(options.output)
+    match options:
+        case features.Options():
+            figure = features.show(options)
+        case ranking.Options():
+            figure = ranking.show(options)
+        case cmc.Options():
+            figure = cmc.show(options)
+        case ablation.Options():
+            figure = ablation.show(options)
+    try:
+        save(figure, options.output)
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+    Console().print(f"picture: {options.output}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(tyro.cli(Options, prog="python -m training.show")))  # type: ignore[arg-type]

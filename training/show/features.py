@@ -1,0 +1,177 @@
+"""Frames with the maps before and after the RRU and its gate between, as the paper's Figure 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from rru_fast import State
+from rru_fast.reference import RRU
+from training.data.loading import frames_to_input
+from training.data.tracklets import Tracklet, read_frame
+from training.errors import UserError
+from training.evaluation.features import CHUNK
+from training.evaluation.ranking import Floats, Ints
+from training.model.network import Network
+from training.show.gate import gate
+from training.show.picture import TEXT, fitted, index_of, pixels
+from training.trained import UseOptions, load_trained
+
+TALL, STEP = 2.0, 1.06  # height of a frame's box, and from one to the next, where its width is 1
+SCALE = 0.64  # inches of a width
+LEFT, RIGHT, HEAD, GAP = 0.4, 1.0, 0.55, 0.1  # inches around the rows, and between them
+HEIGHT = HEAD + 4 * (SCALE * TALL + GAP)  # inches of a block
+VEIL = 0.65  # opacity of a map over its frame
+
+
+@dataclass
+class Options(UseOptions):
+    """Draw a tracklet's frames, with the maps before and after the RRU and the gate between them."""
+
+    checkpoint: Path
+    """Folder of a run, or of one checkpoint."""
+    output: Path
+    """The PNG."""
+    tracklet: str | None = None
+    """Name of a tracklet: of the probes, of the gallery, or trained on."""
+    probes: int | None = None
+    """Instead of a name: how many of the probes, from the first; 1 if neither is given."""
+    frames: int = 8
+    """How many of a tracklet's frames to draw: the first, the last, and others evenly between."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What an RRU does to a tracklet of T frames; each map is the mean over the channels.
+
+    tracklet: whose they are.
+    x, s: (T, H, W), X_t before the RRU and S_t after it.
+    z: (T, H, W), the gate Z_t; NaN at the first frame, where S_1 = X_1 whatever it says.
+    """
+
+    tracklet: Tracklet
+    x: Floats
+    z: Floats
+    s: Floats
+
+
+def show(options: Options) -> Figure:
+    """Draw what the options say.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be used, the network has no RRU, or there is no such tracklet.
+    """
+    if options.tracklet is not None and options.probes is not None:
+        raise UserError(f"tracklet: got {options.tracklet!r} with probes {options.probes}, wanted one of the two")
+    if options.frames < 2:
+        raise UserError(f"frames: got {options.frames}, wanted at least 2: the gate opens at the second")
+    trained = load_trained(options.checkpoint, options)
+    split = trained.split
+    tracklets = split.probe[: options.probes or 1]
+    if options.tracklet is not None:
+        known = (*split.probe, *split.gallery, *split.train)
+        tracklets = (known[index_of(options.tracklet, known, "tracklet")],)
+    elif options.probes is not None and not 1 <= options.probes <= len(split.probe):
+        raise UserError(f"probes: got {options.probes}, wanted 1 to {len(split.probe)}")
+    return picture([maps_of(trained.network, tracklet) for tracklet in tracklets], options.frames)
+
+
+@torch.no_grad()
+def maps_of(network: Network, tracklet: Tracklet, chunk: int = CHUNK) -> Maps:
+    """Send all frames of a tracklet through backbone and RRU in eval mode, chunk by chunk; the mode is restored.
+
+    Raises:
+        UserError: the network has no RRU, the tracklet has but one frame, or one cannot be read.
+    """
+    rru, weight = network.rru, next(network.parameters())
+    if not isinstance(rru, RRU):
+        raise UserError("checkpoint: got a network without an RRU, wanted one that has maps before and after it")
+    if len(tracklet.frames) < 2:
+        raise UserError(f"tracklet {tracklet.name}: got one frame, wanted more: the gate opens at the second")
+    was_training = network.training
+    network.eval()
+    try:
+        parts: list[tuple[Floats, ...]] = []
+        state: State | None = None
+        for start in range(0, len(tracklet.frames), chunk):
+            frames = [read_frame(frame) for frame in tracklet.frames[start : start + chunk]]
+            x = network.backbone(frames_to_input(frames, network.backbone.size, weight.device).to(weight.dtype))[0]
+            before = state or State(x[:1], x[:1])
+            refined = rru(x[None], state=state)
+            state, s = refined.state, refined.features[0]
+            z = gate(rru, x, torch.cat((before.s, s[:-1])), torch.cat((before.x, x[:-1])))
+            parts.append(tuple(maps.mean(1).double().cpu().numpy() for maps in (x, z, s)))  # (T, H, W) each
+    finally:
+        network.train(was_training)
+    x, z, s = (np.concatenate(part) for part in zip(*parts, strict=True))
+    z[0] = np.nan
+    return Maps(tracklet, x, z, s)
+
+
+def picture(tracklets: Sequence[Maps], columns: int) -> Figure:
+    """Draw a block a tracklet: a row of frames, and over them the maps X_t, Z_t and S_t.
+
+    X_t and S_t have one scale of colours within a tracklet, and the gate has its own.
+
+    Args:
+        tracklets: at least one.
+        columns: frames drawn, at most: the first, the last, and others evenly between.
+    """
+    size = LEFT + SCALE * STEP * columns + RIGHT, HEIGHT * len(tracklets)
+    figure = Figure(figsize=size, dpi=100)
+    for block, maps in zip(figure.subfigures(len(tracklets), squeeze=False).ravel(), tracklets, strict=True):
+        _draw(block, maps, np.unique(np.linspace(0, len(maps.x) - 1, columns).round().astype(np.int64)))
+    return figure
+
+
+def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
+    tracklet = maps.tracklet
+    who = f"{tracklet.name}: person {tracklet.person}, camera {tracklet.camera}, {len(tracklet.frames)} frames"
+    block.text(0.5, 0.99, who, color=TEXT, fontsize=11, ha="center", va="top")
+    both, gates = np.concatenate((maps.x[times], maps.s[times])), maps.z[times[1:]]
+    scale, own = Normalize(both.min(), both.max()), Normalize(gates.min(), gates.max())
+    frames = [pixels(tracklet, int(time)) for time in times]
+    top = _row(block, 0, "frame", len(times))
+    for column, (time, frame) in enumerate(zip(times, frames, strict=True)):
+        top.imshow(frame, extent=fitted(frame, STEP * column, 0, 1, TALL), aspect="auto")
+        top.text(STEP * column + 0.5, -0.08, f"$t$ = {time + 1}", color=TEXT, ha="center", va="bottom")
+    rows = (
+        ("$X_t$, before", maps.x, scale, "inferno", "mean over channels"),
+        ("$Z_t$, gate", maps.z, own, "viridis", "mean: 0 past, 1 frame"),
+        ("$S_t$, after", maps.s, scale, "inferno", "mean over channels"),
+    )
+    for number, (name, values, norm, colours, meaning) in enumerate(rows, start=1):
+        axes = _row(block, number, name, len(times))
+        for column, (time, frame) in enumerate(zip(times, frames, strict=True)):
+            extent = fitted(frame, STEP * column, 0, 1, TALL)
+            axes.imshow(frame.mean(2), extent=extent, cmap="gray", vmin=0, vmax=255, aspect="auto")
+            if values is maps.z and time == 0:
+                plain = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+                axes.text(0.5, TALL / 2, "$S_1 = X_1$", color=TEXT, ha="center", va="center", bbox=plain)
+            else:
+                veil = axes.imshow(values[time], extent=extent, aspect="auto", cmap=colours, norm=norm, alpha=VEIL)
+                veil.set_interpolation("bilinear")
+        bar = axes.inset_axes((1.01, 0, 0.12 / (SCALE * STEP * len(times)), 1))
+        block.colorbar(ScalarMappable(norm, colours), cax=bar, alpha=VEIL, ticks=MaxNLocator(4))
+        bar.tick_params(labelsize=8, colors=TEXT)
+        bar.set_ylabel(meaning, color=TEXT, fontsize=8)
+
+
+def _row(block: SubFigure, number: int, name: str, columns: int) -> Axes:
+    """The axes of a row from the top: a unit is a frame's width, on the page SCALE inches; y points down."""
+    width, bottom = float(block.figure.bbox.width / block.figure.dpi), GAP + (3 - number) * (SCALE * TALL + GAP)
+    place = LEFT / width, bottom / HEIGHT, SCALE * STEP * columns / width, SCALE * TALL / HEIGHT
+    axes: Axes = block.add_axes(place)
+    axes.set(xlim=(0, STEP * columns), ylim=(TALL, 0), autoscale_on=False, xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(name, color=TEXT, fontsize=11)
+    return axes
