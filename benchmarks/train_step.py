@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks import measure, processes, table
 from benchmarks.table import Row
-from benchmarks.train_step_sections import CPU, GPU, TOY, WHY, Run, rows
+from benchmarks.train_step_sections import CPU, END_TO_END, GPU, TOY, WHY, Run, rows
 from training.data.synthetic import generate
 from training.pack import Options as PackOptions
 from training.pack import pack
@@ -83,7 +83,10 @@ def main(options: Options) -> list[Row]:
                 continue
             found_rows += found
             failed += [f"{name}, {row['pipeline']}: {row[WHY]}" for row in found if row[WHY] and "n/a" not in row[WHY]]
-            table.show(f"train_step, {name}", environment, found, hide=table.SHARED)
+            shares = [column for column in found[0] if column.endswith(" %")]
+            table.show(f"train_step, {name}", environment, found, hide=(*table.SHARED, *shares))
+            timed = [row for row in found if row[WHY] is None]
+            table.show("shares of a step", environment, timed, hide=(*table.SHARED, *END_TO_END, WHY))
             if options.json is not None:
                 measure.write(options.json, environment, found_rows)
     if failed:
