@@ -6,7 +6,8 @@
 The reference pipeline is the reference operators in float32, on image files that Pillow resizes one by one as they are
 read. Each switch is tried alone on it, then all that leave the arithmetic as it is together, then the rest. Frames a
 second are end to end, an epoch's first batch and logging included; x reference is the median over rounds, in each of
-which every pipeline trains for an epoch. The shares of a step are of other epochs: on a GPU they wait for each stage.
+which every pipeline trains for an epoch. The shares of a step are of the same epochs; on a GPU,
+where watching waits for the device at every stage, of others.
 
 Before anything is timed a pipeline's batch is held to the reference's (its pixels equal, or within 2 grey levels where
 the device resizes) and its losses on the same frames, at the first step and after it. What fails is left out and named.
@@ -25,7 +26,7 @@ import tyro
 
 from benchmarks import measure, processes, table
 from benchmarks.table import Row
-from benchmarks.train_step_sections import CPU, END_TO_END, GPU, TOY, WHY, Run, rows
+from benchmarks.train_step_sections import CPU, END_TO_END, GPU, NOT_HERE, TOY, WHY, Run, rows
 from training.data.synthetic import generate
 from training.pack import Options as PackOptions
 from training.pack import pack
@@ -39,10 +40,6 @@ class Options:
 
     toy: bool = False
     """A toy on the CPU, once: whether it runs."""
-    rounds: int = 7
-    """In each, every pipeline trains for an epoch; and once more for the shares."""
-    compile: bool = True
-    """Also measure the compiled backbone (its compilation takes minutes for Inception-v3)."""
     sections: tuple[str, ...] = ()
     """Only those whose names contain one of these."""
     people: int = 24
@@ -74,7 +71,7 @@ def main(options: Options) -> list[Row]:
         pack(PackOptions("ilids-vid", data.with_suffix(".pack"), data, splits=(0,), check_counts=False))
         for name, section in chosen.items():
             left = options.seconds - (time.monotonic() - begin)
-            run = Run(name, section, data, device, options.rounds, options.compile)
+            run = Run(name, section, data, device)
             found: list[Row] | str = "the time is over"
             if left >= 0:
                 found = processes.rows_of(rows, (run,), left + LATE)
@@ -82,7 +79,8 @@ def main(options: Options) -> list[Row]:
                 failed.append(f"{name}: {found}")
                 continue
             found_rows += found
-            failed += [f"{name}, {row['pipeline']}: {row[WHY]}" for row in found if row[WHY] and "n/a" not in row[WHY]]
+            why = {row["pipeline"]: row[WHY] or NOT_HERE for row in found}
+            failed += [f"{name}, {own}: {told}" for own, told in why.items() if not told.startswith(NOT_HERE)]
             shares = [column for column in found[0] if column.endswith(" %")]
             table.show(f"train_step, {name}", environment, found, hide=(*table.SHARED, *shares))
             timed = [row for row in found if row[WHY] is None]

@@ -31,7 +31,7 @@ from training.speed import PLAIN, Speed
 from training.trainer import Trainer
 
 END_TO_END = ("frames/s", "x reference", "step ms")
-WHY = "left out"
+WHY, NOT_HERE = "left out", "n/a"
 LEVELS = 2  # grey levels that a resize on the device may be off Pillow's
 ROUNDING = 1e-3  # of a grey level in float32, between -1 and 1 and back
 # Relative, of the loss at the first step and at the one after it: that of a sum in another order, and of bfloat16.
@@ -52,23 +52,22 @@ REFERENCE = "reference"
 OURS = Pipeline("fast", packed=True, resize="device")
 
 
-def pipelines(compile: bool) -> dict[str, Pipeline]:
-    """The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by."""
-    found = {
-        REFERENCE: Pipeline(),
-        "fast ops": Pipeline(ops="fast"),
-        "packed frames": Pipeline(packed=True),
-        "resize on the device": Pipeline(resize="device"),
-        "channels last": Pipeline(speed=Speed(channels_last=True)),
-        "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
-        "compiled backbone": Pipeline(speed=Speed(compile_backbone=True)),
-        "fast ops, CUDA-graphed RRU": Pipeline(ops="fast", speed=Speed(cuda_graph=True)),
-        "ours": OURS,
-        "ours, channels last": replace(OURS, speed=Speed(channels_last=True)),
-        "ours, channels last, compiled": replace(OURS, speed=Speed(channels_last=True, compile_backbone=True)),
-        "ours, channels last, compiled, bfloat16": replace(OURS, speed=Speed("bfloat16", True, True)),
-    }
-    return {name: own for name, own in found.items() if compile or not own.speed.compile_backbone}
+# The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by.
+PIPELINES = {
+    REFERENCE: Pipeline(),
+    "fast ops": Pipeline(ops="fast"),
+    "packed frames": Pipeline(packed=True),
+    "resize on the device": Pipeline(resize="device"),
+    "channels last": Pipeline(speed=Speed(channels_last=True)),
+    "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
+    "compiled backbone": Pipeline(speed=Speed(compile_backbone=True)),
+    "fast ops, CUDA-graphed RRU": Pipeline(ops="fast", speed=Speed(cuda_graph=True)),
+    "ours": OURS,
+    "ours, channels last": replace(OURS, speed=Speed(channels_last=True)),
+    "ours, channels last, bfloat16": replace(OURS, speed=Speed("bfloat16", channels_last=True)),
+    "ours, channels last, compiled": replace(OURS, speed=Speed(channels_last=True, compile_backbone=True)),
+    "ours, channels last, compiled, bfloat16": replace(OURS, speed=Speed("bfloat16", True, True)),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ class Section:
     recipe: Recipe
     workers: int
     steps: int  # an epoch
+    rounds: int  # in each, every pipeline trains for an epoch
+    compiled: bool  # whether compiled backbones are tried
 
 
 def _of(recipe: str, **changes: Any) -> Recipe:
@@ -86,13 +87,12 @@ def _of(recipe: str, **changes: Any) -> Recipe:
 
 
 CPU = {
-    "tiny backbone, 1 worker": Section(_of("quick"), 1, 10),
-    "tiny backbone, 2 workers": Section(_of("quick"), 2, 10),
-    "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=4), 1, 2),
+    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=8, rounds=5, compiled=True),
+    "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=3), 1, steps=1, rounds=3, compiled=False),
 }
-GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, 20)}
+GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, steps=20, rounds=7, compiled=True)}
 # Not of two frames: there oneDNN's 16-bit weight gradient of a 3x3x3 convolution holds what memory held before.
-TOY = {"toy, 1 worker": Section(_of("quick", people=2, frames=3), 1, 2)}
+TOY = {"toy, 1 worker": Section(_of("quick", people=2, frames=3), 1, steps=2, rounds=1, compiled=False)}
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,6 @@ class Run:
     section: Section
     data: Path
     device: torch.device
-    rounds: int
-    compile: bool
 
 
 class Runner:
@@ -125,6 +123,7 @@ class Runner:
         self.loader = make_loader(split.train, self.sampler, recipe.frames, run.section.workers, size, pin)
         self.log = RunLog(Path(mkdtemp(dir=run.data.parent)), Console(quiet=True), epochs=recipe.epochs)
         self.device = run.device
+        self.shares: list[dict[str, float]] = []
 
     def first_batch(self) -> Batch:
         """The first of the first epoch."""
@@ -144,33 +143,38 @@ class Runner:
         first, second = (record["loss"] for record in self.log.records[-2:])
         return first, second
 
-    def epoch(self, stages: Stages | None = None) -> None:
-        """Train for an epoch, and tell the stages' times."""
+    def epoch(self) -> None:
+        """Train for an epoch."""
         self.sampler.set_epoch(self.trainer.epoch)
-        if stages is None:
-            self.trainer.run_epoch(self.loader, self.log)
-            return
+        self.trainer.run_epoch(self.loader, self.log)
+
+    def watched_epoch(self) -> None:
+        """Train for an epoch, and keep the stages' shares of it."""
+        self.sampler.set_epoch(self.trainer.epoch)
+        stages = Stages(self.device)
         with stages.of(self.trainer, self.loader) as loader:
             self.trainer.run_epoch(loader, self.log)
+        self.shares.append(stages.shares())
 
 
 def rows(run: Run) -> list[Row]:
     """Check every pipeline, time those that are right, and tell of all."""
     frames = run.section.recipe.people * run.section.recipe.clips * run.section.recipe.frames
     right, refused = _sifted(run)
-    ends, stages = _timed(right, run)
+    ends = _timed(right, run)
     shape = [frames // run.section.recipe.frames, run.section.recipe.frames, 3]
     shape += right[REFERENCE].trainer.network.backbone.size
     columns = [*END_TO_END, *(f"{stage} %" for stage in STAGES), WHY]
     found = []
-    for name in pipelines(run.compile):
+    for name in PIPELINES:
         row: Row = {"pipeline": name, "op": "train_step", "mode": run.name, "shape": shape, **dict.fromkeys(columns)}
         if name in right:
             seconds = median(ends[name])
             row["frames/s"] = frames * run.section.steps / seconds
             row["x reference"] = measure.ratio(ends[REFERENCE], ends[name])
             row["step ms"] = 1e3 * seconds / run.section.steps
-            row |= {f"{stage} %": 100 * median(shares[stage] for shares in stages[name]) for stage in STAGES}
+            shares = right[name].shares
+            row |= {f"{stage} %": 100 * median(share[stage] for share in shares) for stage in STAGES}
         row[WHY] = refused.get(name)
         found.append(row)
     return found
@@ -184,11 +188,13 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
         reference = Runner(Pipeline(), run)
         batch = reference.first_batch()
         levels, losses = reference.input(batch), reference.losses_on(batch)
-        for name, pipeline in pipelines(run.compile).items():
+        for name, pipeline in PIPELINES.items():
             if pipeline == Pipeline():
                 right[name] = reference
             elif pipeline.speed.cuda_graph and run.device.type != "cuda":
-                refused[name] = f"n/a on a {run.device.type.upper()}"
+                refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
+            elif pipeline.speed.compile_backbone and not run.section.compiled:
+                refused[name] = f"{NOT_HERE}: compilation takes minutes"
             else:
                 try:
                     runner = Runner(pipeline, run)
@@ -221,13 +227,10 @@ def _in_full_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
 
 
-def _timed(runners: Mapping[str, Runner], run: Run) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
-    """Seconds of each pipeline's epochs, and the stages' shares of as many others; all take turns."""
-    ends = measure.paired({name: runner.epoch for name, runner in runners.items()}, run.rounds, warmup=1)
-    shares: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    for _ in range(run.rounds):
-        for name, runner in runners.items():
-            stages = Stages(runner.device)
-            runner.epoch(stages)
-            shares[name].append(stages.shares())
-    return ends, shares
+def _timed(runners: Mapping[str, Runner], run: Run) -> dict[str, list[float]]:
+    """Seconds of each pipeline's epochs, its stages watched; warm they are from the check, workers and all."""
+    rounds = run.section.rounds
+    ends = measure.paired({name: runner.watched_epoch for name, runner in runners.items()}, rounds, warmup=0)
+    if run.device.type == "cuda":  # there watching waits for the device at every stage
+        ends = measure.paired({name: runner.epoch for name, runner in runners.items()}, rounds, warmup=0)
+    return ends
