@@ -16,7 +16,7 @@ help:
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
-	@echo "make bench     measure the operators against eager PyTorch and torch.compile"
+	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step"
 	@echo "make setup     .venv with everything installed and built, which the others do first"
 	@echo "make clean     remove .venv, caches and build output"
 
@@ -76,6 +76,7 @@ bench: setup
 	"$(BIN)/python" -m benchmarks.scaling
 	"$(BIN)/python" -m benchmarks.strip_pool
 	"$(BIN)/python" -m benchmarks.batch_hard
+	"$(BIN)/python" -m benchmarks.train_step
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json

@@ -13,21 +13,15 @@ of a large GPU, which brings theirs nearer.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import date
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import tyro
 
-from benchmarks import contenders, measure, report, table
+from benchmarks import measure, processes, report, table
 from benchmarks.gpu_sections import SECTIONS, TOY, WHY, Run, Sizes
 from benchmarks.table import Row
 from rru_fast import config
@@ -71,7 +65,9 @@ def main(options: Options) -> list[Row]:
     _keep(path, environment, rows)  # a folder that cannot be written is told before anything is measured
     for title in SECTIONS:
         left = options.seconds - (time.monotonic() - begin)
-        found = f"{options.seconds:.0f} s are over" if left < 0 else _in_a_process(title, run, left + LATE)
+        found: list[Row] | str = f"{options.seconds:.0f} s are over"
+        if left >= 0:
+            found = processes.rows_of(_section, (title, run), left + LATE)
         if isinstance(found, str):
             left_out[title] = found
             print(f"{title}: left out, {found}")
@@ -101,49 +97,13 @@ def _keep(path: Path, environment: Row, rows: list[Row]) -> None:
     page.write_text(report.section(path, {"environment": environment, "rows": rows}, page.parent) + "\n")
 
 
-def _in_a_process(title: str, run: Run, seconds: float) -> list[Row] | str:
-    """A section's rows, or why there are none."""
-    receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_section, args=(title, run, sender))
-    process.start()
-    sender.close()  # the process has the other end: what it leaves open, its death closes
-    try:
-        if not receiver.poll(seconds):
-            return f"stopped after {seconds:.0f} s"
-        found: list[Row] | str = receiver.recv()
-        return found
-    except EOFError:
-        process.join()
-        return f"its process ended with status {process.exitcode}"
-    finally:
-        process.join(5)  # to say what it has to say
-        process.kill()
-        process.join()
-
-
-def _section(title: str, run: Run, sender: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _section(title: str, run: Run) -> list[Row]:
     torch.set_float32_matmul_precision("highest" if run.device.type == "cpu" else "high")  # eager has no TF32 on a CPU
-    try:
-        op, section = SECTIONS[title]
-        rows = section(run)
-    except Exception as error:  # whatever it is, the other sections go on
-        traceback.print_exc()
-        answer: list[Row] | str = contenders.told(error)
-    else:
-        # One that was left out has no more than its name and shape.
-        columns = dict.fromkeys([key for row in rows for key in row] + [WHY])
-        answer = [{**columns, **row, "op": op, "mode": title} for row in rows]
-    sys.stdout.flush()
-    sender.send(answer)
-
-
-def _end_with_parent() -> None:
-    """Left alone, a section would hold the GPU."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    op, section = SECTIONS[title]
+    rows = section(run)
+    # One that was left out has no more than its name and shape.
+    columns = dict.fromkeys([key for row in rows for key in row] + [WHY])
+    return [{**columns, **row, "op": op, "mode": title} for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""What `benchmarks.train_step` measures: pipelines, held to the reference's batch and losses, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import mkdtemp
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from benchmarks import contenders, measure
+from benchmarks.stages import STAGES, Stages
+from benchmarks.table import Row
+from training.data import load_split
+from training.data.loading import Batch, frames_to_input, make_loader
+from training.data.resizing import Resize
+from training.data.sampler import make_sampler
+from training.logging import RunLog
+from training.model.losses import Losses
+from training.model.network import Network
+from training.model.operators import Ops
+from training.optimizer import make_optimizer
+from training.recipes import RECIPES
+from training.recipes.recipe import MOST, Recipe
+from training.speed import PLAIN, Speed
+from training.trainer import Trainer
+
+END_TO_END = ("frames/s", "x reference", "step ms")
+WHY, NOT_HERE = "left out", "n/a"
+LEVELS = 2  # grey levels that a resize on the device may be off Pillow's
+ROUNDING = 1e-3  # of a grey level in float32, between -1 and 1 and back
+# Relative, of the loss at the first step and at the one after it: that of a sum in another order, and of bfloat16.
+WITHIN = {"off": (1e-5, 1e-4), "bfloat16": (2e-2, 1e-1)}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How frames become steps; as it stands, the reference."""
+
+    ops: Ops = "reference"
+    packed: bool = False
+    resize: Resize = "pillow"
+    speed: Speed = PLAIN
+
+
+REFERENCE = "reference"
+OURS = Pipeline("fast", packed=True, resize="device")
+
+
+# The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by.
+PIPELINES = {
+    REFERENCE: Pipeline(),
+    "fast ops": Pipeline(ops="fast"),
+    "packed frames": Pipeline(packed=True),
+    "resize on the device": Pipeline(resize="device"),
+    "channels last": Pipeline(speed=Speed(channels_last=True)),
+    "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
+    "compiled backbone": Pipeline(speed=Speed(compile_backbone=True)),
+    "fast ops, CUDA-graphed RRU": Pipeline(ops="fast", speed=Speed(cuda_graph=True)),
+    "ours": OURS,
+    "ours, channels last": replace(OURS, speed=Speed(channels_last=True)),
+    "ours, channels last, bfloat16": replace(OURS, speed=Speed("bfloat16", channels_last=True)),
+    "ours, channels last, compiled": replace(OURS, speed=Speed(channels_last=True, compile_backbone=True)),
+    "ours, channels last, compiled, bfloat16": replace(OURS, speed=Speed("bfloat16", True, True)),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A network and its batches."""
+
+    recipe: Recipe
+    workers: int
+    steps: int  # an epoch
+    rounds: int  # in each, every pipeline trains for an epoch
+    compiled: bool  # whether compiled backbones are tried
+
+
+def _of(recipe: str, **changes: Any) -> Recipe:
+    made = replace(RECIPES[recipe], dataset="ilids-vid", weights="random", epochs=MOST, compare_ops=False)
+    return replace(made, **changes)
+
+
+CPU = {
+    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=8, rounds=5, compiled=True),
+    "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=3), 1, steps=1, rounds=3, compiled=False),
+}
+GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, steps=20, rounds=7, compiled=True)}
+# Not of two frames: there oneDNN's 16-bit weight gradient of a 3x3x3 convolution holds what memory held before.
+TOY = {"toy, 1 worker": Section(_of("quick", people=2, frames=3), 1, steps=2, rounds=1, compiled=False)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a section is given: the folder of the data, and beside it the same packed."""
+
+    name: str
+    section: Section
+    data: Path
+    device: torch.device
+
+
+class Runner:
+    """A pipeline at work: the trainer, its loader and its log."""
+
+    def __init__(self, pipeline: Pipeline, run: Run) -> None:
+        recipe = replace(run.section.recipe, batches=run.section.steps)
+        pipeline.speed.check(run.device, pipeline.ops, recipe.rru)
+        root = run.data.with_suffix(".pack") if pipeline.packed else run.data
+        split = load_split("ilids-vid", root, 0, check_counts=False)
+        torch.manual_seed(0)
+        network = Network(recipe, len(split.train_people), pipeline.ops, pipeline.speed.cuda_graph).to(run.device)
+        losses = Losses(recipe, pipeline.ops)
+        self.trainer = Trainer(network, losses, make_optimizer(network, recipe), pipeline.speed)
+        self.sampler = make_sampler(recipe, split.train)
+        size = network.backbone.size if pipeline.resize == "pillow" else None
+        pin = run.device.type == "cuda"
+        self.loader = make_loader(split.train, self.sampler, recipe.frames, run.section.workers, size, pin)
+        self.log = RunLog(Path(mkdtemp(dir=run.data.parent)), Console(quiet=True), epochs=recipe.epochs)
+        self.device = run.device
+        self.shares: list[dict[str, float]] = []
+
+    def first_batch(self) -> Batch:
+        """The first of the first epoch."""
+        self.sampler.set_epoch(0)
+        batches: list[Batch] = list(self.loader)  # to the end, so that the workers have nothing left to do
+        return batches[0]
+
+    def input(self, batch: Batch) -> torch.Tensor:
+        """The frames of a batch as the network sees them, in grey levels."""
+        frames = frames_to_input(batch.to(self.device).frames, self.trainer.network.backbone.size, self.device)
+        return frames.mul(127.5).add(127.5)
+
+    def losses_on(self, batch: Batch) -> tuple[float, float]:
+        """The loss of a step on a batch, and of another on the same."""
+        torch.manual_seed(0)
+        self.trainer.run_epoch(cast(Any, [batch, batch]), self.log)
+        first, second = (record["loss"] for record in self.log.records[-2:])
+        return first, second
+
+    def epoch(self) -> None:
+        """Train for an epoch."""
+        self.sampler.set_epoch(self.trainer.epoch)
+        self.trainer.run_epoch(self.loader, self.log)
+
+    def watched_epoch(self) -> None:
+        """Train for an epoch, and keep the stages' shares of it."""
+        self.sampler.set_epoch(self.trainer.epoch)
+        stages = Stages(self.device)
+        with stages.of(self.trainer, self.loader) as loader:
+            self.trainer.run_epoch(loader, self.log)
+        self.shares.append(stages.shares())
+
+
+def rows(run: Run) -> list[Row]:
+    """Check every pipeline, time those that are right, and tell of all."""
+    frames = run.section.recipe.people * run.section.recipe.clips * run.section.recipe.frames
+    right, refused = _sifted(run)
+    ends = _timed(right, run)
+    shape = [frames // run.section.recipe.frames, run.section.recipe.frames, 3]
+    shape += right[REFERENCE].trainer.network.backbone.size
+    columns = [*END_TO_END, *(f"{stage} %" for stage in STAGES), WHY]
+    found = []
+    for name in PIPELINES:
+        row: Row = {"pipeline": name, "op": "train_step", "mode": run.name, "shape": shape, **dict.fromkeys(columns)}
+        if name in right:
+            seconds = median(ends[name])
+            row["frames/s"] = frames * run.section.steps / seconds
+            row["x reference"] = measure.ratio(ends[REFERENCE], ends[name])
+            row["step ms"] = 1e3 * seconds / run.section.steps
+            shares = right[name].shares
+            row |= {f"{stage} %": 100 * median(share[stage] for share in shares) for stage in STAGES}
+        row[WHY] = refused.get(name)
+        found.append(row)
+    return found
+
+
+def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
+    """Runners that run and are right, by name, and why another is not among them."""
+    right: dict[str, Runner] = {}
+    refused: dict[str, str] = {}
+    with _in_full_precision():
+        reference = Runner(Pipeline(), run)
+        batch = reference.first_batch()
+        levels, losses = reference.input(batch), reference.losses_on(batch)
+        for name, pipeline in PIPELINES.items():
+            if pipeline == Pipeline():
+                right[name] = reference
+            elif pipeline.speed.cuda_graph and run.device.type != "cuda":
+                refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
+            elif pipeline.speed.compile_backbone and not run.section.compiled:
+                refused[name] = f"{NOT_HERE}: compilation takes minutes"
+            else:
+                try:
+                    runner = Runner(pipeline, run)
+                    off = float((runner.input(runner.first_batch()) - levels).abs().max())
+                    found = zip(runner.losses_on(batch), losses, strict=True)
+                except Exception as error:  # whatever it is, the others can be measured
+                    refused[name] = f"does not run: {contenders.told(error)}"
+                    continue
+                first, second = (abs(got - wanted) / abs(wanted) for got, wanted in found)
+                told = f"frames within {off:.2g} grey levels, losses within {first:.1e} and {second:.1e}"
+                within = WITHIN[pipeline.speed.amp]
+                frames_right = off <= (LEVELS + ROUNDING if pipeline.resize == "device" else 0)
+                if frames_right and first <= within[0] and second <= within[1]:
+                    right[name] = runner
+                    print(f"parity: {name}, {told}")
+                else:
+                    refused[name] = f"wrong: {told}"
+    for name, why in refused.items():
+        print(f"{name} is left out: {why}")
+    return right, refused
+
+
+@contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """No TF32 inside; outside, what a GPU multiplies float32 in by default, and products too."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")
+
+
+def _timed(runners: Mapping[str, Runner], run: Run) -> dict[str, list[float]]:
+    """Seconds of each pipeline's epochs, its stages watched; warm they are from the check, workers and all."""
+    rounds = run.section.rounds
+    ends = measure.paired({name: runner.watched_epoch for name, runner in runners.items()}, rounds, warmup=0)
+    if run.device.type == "cuda":  # there watching waits for the device at every stage
+        ends = measure.paired({name: runner.epoch for name, runner in runners.items()}, rounds, warmup=0)
+    return ends

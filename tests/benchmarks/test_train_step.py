@@ -1,0 +1,62 @@
+"""The benchmark of a training step, at a toy's size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import train_step, train_step_sections
+from benchmarks.stages import STAGES
+from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run
+from training.data.synthetic import generate
+from training.pack import Options as PackOptions
+from training.pack import pack
+
+PEOPLE = 4  # two to train on, as many as the toy's batches hold
+
+
+def test_each_pipeline_trains_as_the_reference_does_and_tells_where_its_time_goes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    rows = train_step.main(train_step.Options(toy=True, people=PEOPLE, json=path))
+    assert [row["pipeline"] for row in rows] == list(PIPELINES)
+    not_here = {row["pipeline"]: row["left out"] for row in rows if row["left out"]}
+    assert not_here.pop("fast ops, CUDA-graphed RRU") == "n/a on a CPU"
+    assert set(not_here.values()) == {"n/a: compilation takes minutes"}
+    assert set(not_here) == {name for name, own in PIPELINES.items() if own.speed.compile_backbone}
+    measured = [row for row in rows if not row["left out"]]
+    assert measured[0]["pipeline"] == REFERENCE and measured[0]["x reference"] == 1
+    printed = capfd.readouterr().out
+    for row in measured:
+        assert row["frames/s"] == pytest.approx(2 * 2 * 3 / (row["step ms"] / 1e3))
+        shares = [row[f"{stage} %"] for stage in STAGES]
+        assert min(shares) > 0 and sum(shares) == pytest.approx(100)
+        assert row["pipeline"] == REFERENCE or f"parity: {row['pipeline']}, frames within" in printed
+    written = json.loads(path.read_text())
+    assert written["rows"] == json.loads(json.dumps(rows))
+    assert {"hardware", "threads", "torch", "commit"} <= written["environment"].keys()
+
+
+def test_a_pipeline_of_other_frames_and_one_that_does_not_run_have_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, others = tmp_path / "people", tmp_path / "others"
+    generate(data, people=PEOPLE)
+    generate(others, people=PEOPLE, seed=1)
+    run = Run("toy", TOY["toy, 1 worker"], data, torch.device("cpu"))
+    tried = {REFERENCE: Pipeline(), "packed frames": Pipeline(packed=True)}
+    monkeypatch.setattr(train_step_sections, "PIPELINES", tried)
+    _, not_running = train_step_sections.rows(run)
+    assert not_running["left out"].startswith("does not run: UserError: ") and not_running["frames/s"] is None
+    pack(PackOptions("ilids-vid", data.with_suffix(".pack"), others, splits=(0,), check_counts=False))
+    _, wrong = train_step_sections.rows(run)
+    assert wrong["left out"].startswith("wrong: frames within ") and wrong["frames/s"] is None
+
+
+def test_what_the_time_did_not_reach_is_named() -> None:
+    with pytest.raises(SystemExit, match="left out:\n  toy, 1 worker: the time is over"):
+        train_step.main(train_step.Options(toy=True, people=PEOPLE, seconds=-1))
