@@ -27,6 +27,7 @@ from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import compare
 from training.files import aside, write_whole
 from training.logging import RunLog
+from training.model.ghost_norm import groups_of_each
 from training.model.losses import Losses
 from training.model.network import Network
 from training.model.weights import first_line, load_weights
@@ -145,12 +146,10 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    groups, processes = recipe.bn_groups, distributed.world()
-    if groups > 1 and groups % processes:
-        raise UserError(f"bn_groups: got {groups} for {processes} processes, wanted a multiple of {processes}, or 1")
+    processes = distributed.world()
     # A resumed network gets its tensors from the checkpoint: no weights file is needed, nor a download.
     begun = replace(recipe, weights="random") if resumed else recipe
-    own = replace(begun, bn_groups=max(groups // processes, 1))
+    own = replace(begun, bn_groups=groups_of_each(recipe.bn_groups, processes))
     network = Network(own, people, ops, speed.cuda_graph).to(device)
     losses = Losses(recipe, ops, gather=processes > 1)
     trainer = Trainer(network, losses, make_optimizer(network, recipe), speed, settings.sync_bn)

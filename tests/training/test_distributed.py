@@ -193,9 +193,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
     assert records(apart, "result")[-1]["changed"][-1] == "sync_bn True (False)"
 
 
-def test_what_only_one_process_cannot_read_is_one_line_and_so_is_what_none_can_do(
-    small_data: Path, tmp_path: Path
-) -> None:
+def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
     sampler = make_sampler(replace(RECIPES["quick"], people=4), split.train)
@@ -210,6 +208,8 @@ def test_what_only_one_process_cannot_read_is_one_line_and_so_is_what_none_can_d
     told = run(2, *small(data, tmp_path / "odd", people="3")).stderr
     assert lines(told, "error") == ["error: people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"]
     assert not (tmp_path / "odd").exists()
+    told = run(2, "training.reproduce", "--table", "1").stderr
+    assert lines(told, "error") == ["error: torchrun: got 2 processes, wanted 1 for this command"]
 
 
 def test_without_torchrun_there_is_one_process() -> None:

@@ -71,6 +71,7 @@ def test_a_weights_file_is_found_from_another_working_folder_too() -> None:
         ({"recipe": {"name": "quick"}}, "missing [23][0-9] required"),
         ({"people": 4}, "people: got 4, wanted a list"),
         ({"tracklets": None}, "tracklets: got None, wanted a str"),
+        ({"sync_bn": 1}, "sync_bn: got 1, wanted a bool"),
     ],
 )
 def test_a_config_of_another_version_is_named(split: Split, change: dict[str, object], message: str) -> None:
@@ -114,3 +115,13 @@ def test_a_commit_is_marked_where_code_was_changed_beside_it(tmp_path: Path) -> 
         assert commit_of(tmp_path) == f"{commit}-dirty"
         git("stash", "-u", "-q")
     assert commit_of(tmp_path) == commit
+
+
+def test_synchronised_statistics_are_kept_and_are_no_matter_of_resuming(split: Split) -> None:
+    begun = resolve(Options(sync_bn=True), None)
+    again = Settings.from_config(begun.config(split, torch.device("cpu")), Path("config.json"))
+    assert resolve(Options(), again).sync_bn
+    with pytest.raises(UserError, match=r"trained with sync_bn=False, got True$"):
+        resolve(Options(sync_bn=True), resolve(Options(), None))
+    with pytest.raises(UserError, match="sync_bn: got True with bn_groups=2, wanted one or the other"):
+        resolve(Options(sync_bn=True, bn_groups=2), None)

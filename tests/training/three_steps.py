@@ -17,6 +17,7 @@ from training.data.sampler import make_sampler
 from training.data.tracklets import Split, Tracklet
 from training.evaluation.features import extract
 from training.evaluation.scoring import score
+from training.model.ghost_norm import groups_of_each
 from training.model.losses import Losses
 from training.model.network import Network
 from training.optimizer import make_optimizer
@@ -55,7 +56,8 @@ def three_steps(case: str) -> Steps:
     recipe = replace(RECIPES["quick"], people=4, frames=3, batches=3, **changes)
     torch.manual_seed(0)
     processes = distributed.world()
-    network = Network(replace(recipe, bn_groups=max(recipe.bn_groups // processes, 1)), PEOPLE, ops).double()
+    own = replace(recipe, bn_groups=groups_of_each(recipe.bn_groups, processes))
+    network = Network(own, PEOPLE, ops).double()
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

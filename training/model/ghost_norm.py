@@ -47,6 +47,17 @@ class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, groups={self.groups}"
 
 
+def groups_of_each(groups: int, processes: int) -> int:
+    """How many of G groups fall to each of several processes, which have batch statistics of their own in any case.
+
+    Raises:
+        UserError: they cannot be dealt out.
+    """
+    if groups > 1 and groups % processes:
+        raise UserError(f"bn_groups: got {groups} for {processes} processes, wanted a multiple of {processes}, or 1")
+    return max(groups // processes, 1)
+
+
 def use_ghost_norm(module: nn.Module, groups: int) -> None:
     """Put a ghost batch norm in the place of every batch norm inside a module; its state_dict stays as it is."""
     for parent in list(module.modules()):

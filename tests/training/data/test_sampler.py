@@ -209,3 +209,25 @@ def test_the_recipe_chooses_the_sampler_and_its_numbers(recipe: Recipe, name: st
     sampler = make_sampler(recipe, many())
     assert type(sampler) is kind
     assert list(sampler) == list(kind(many(), recipe.people, recipe.clips, recipe.frames, seed=5, batches=3))
+
+
+@pytest.mark.parametrize("kind", [PKSampler, OfficialSampler])
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_shares_of_processes_make_up_the_batches_and_nobody_is_in_two(kind: type[PKSampler], processes: int) -> None:
+    whole = list(kind(many(), 6, 2, 8, seed=3))
+    shares = []
+    for rank in range(processes):
+        sampler = kind(many(), 6, 2, 8, seed=3)
+        sampler.deal_out(rank, processes)
+        assert len(sampler) == len(whole)
+        shares.append(list(sampler))
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert list(chain(*parts)) == batch
+        seen = [{many()[index].person for index, _ in part} for part in parts]
+        assert [len(each) for each in seen] == [6 // processes] * processes
+        assert len(set.union(*seen)) == 6
+
+
+def test_people_that_cannot_be_dealt_out_are_named() -> None:
+    with pytest.raises(UserError, match=r"people in a batch \(P\): got 6 for 4 processes, wanted a multiple of 4"):
+        PKSampler(many(), 6, 2, 8, seed=0).deal_out(0, 4)

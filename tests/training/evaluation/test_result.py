@@ -69,5 +69,7 @@ def test_a_record_is_flat_and_names_all_that_the_figures_depend_on() -> None:
 
 
 def test_a_record_names_how_its_steps_were_computed_where_not_plainly() -> None:
-    result = Result(OFFICIAL, "fast", 900, MARS, Speed(amp="bfloat16", channels_last=True))
-    assert result.record()["changed"] == ["bn_groups 2 (4)", "amp bfloat16 (off)", "channels_last True (False)"]
+    speed = Speed(amp="bfloat16", channels_last=True)
+    result = Result(RECIPES["official"], "fast", 900, MARS, speed, sync_bn=True, processes=2)
+    switches = ["amp bfloat16 (off)", "channels_last True (False)"]
+    assert result.record()["changed"] == [*switches, "sync_bn True (False)", "processes 2 (1)"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from training.errors import UserError
 from training.model.backbone import Inception
-from training.model.ghost_norm import GhostBatchNorm, use_ghost_norm
+from training.model.ghost_norm import GhostBatchNorm, groups_of_each, use_ghost_norm
 from training.model.network import Network
 from training.recipes import Recipe
 
@@ -91,3 +91,9 @@ def test_a_converted_layer_keeps_weights_settings_and_mode() -> None:
 def test_a_batch_that_does_not_split_is_refused() -> None:
     with pytest.raises(UserError, match="batch: got 5 for batch norm, wanted a multiple of bn_groups=2"):
         GhostBatchNorm(nn.BatchNorm1d(3), 2)(torch.rand(5, 3))
+
+
+def test_groups_are_dealt_out_to_processes_where_they_can_be() -> None:
+    assert [groups_of_each(groups, 2) for groups in (1, 2, 4)] == [1, 1, 2]
+    with pytest.raises(UserError, match="bn_groups: got 4 for 3 processes, wanted a multiple of 3, or 1"):
+        groups_of_each(4, 3)

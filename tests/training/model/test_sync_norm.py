@@ -1,0 +1,40 @@
+"""Over several processes: tests/training/test_distributed.py."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from training.model.network import Network
+from training.model.sync_norm import SyncNorm, use_sync_norm
+from training.recipes import Recipe
+
+
+def test_every_batch_norm_is_replaced_and_no_name_nor_tensor_of_them(recipe: Recipe) -> None:
+    network = Network(recipe, 3, "fast").eval()
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    before = network.state_dict(keep_vars=True)
+    use_sync_norm(network)
+    after = network.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is tensor for name, tensor in before.items())  # an optimiser holds the parameters already
+    found = [module for module in network.modules() if isinstance(module, SyncNorm)]
+    assert len(found) == norms == 4 + 1 + 2 + 1  # backbone, RRU, head, classifier
+    assert not any(module.training for module in found)
+    assert isinstance(network.rru.transition_norm, nn.SyncBatchNorm) and network.rru.transition_norm.eps == 1e-3
+
+
+def test_in_one_process_it_is_plain_batch_norm(recipe: Recipe) -> None:
+    plain = Network(replace(recipe, rru="none", part_loss=False), 3, "reference").double()
+    synchronised = deepcopy(plain)
+    use_sync_norm(synchronised)
+    clips = torch.rand(4, 2, 3, 64, 64, dtype=torch.float64)
+    for train in (True, False):
+        torch.manual_seed(1)
+        one = plain.train(train)(clips).logits
+        torch.manual_seed(1)
+        assert torch.equal(synchronised.train(train)(clips).logits, one)
+    assert all(map(torch.equal, synchronised.state_dict().values(), plain.state_dict().values()))
