@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, get_start_method, parent_process, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,7 +26,7 @@ def rows_of(section: Section, arguments: tuple[Any, ...], seconds: float) -> lis
         seconds: after which it is stopped.
     """
     receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_run, args=(section, arguments, sender))
+    process = get_context("spawn").Process(target=_run, args=(section, arguments, sender, get_start_method()))
     process.start()
     sender.close()  # the process has the other end: what it leaves open, its death closes
     try:
@@ -43,7 +43,9 @@ def rows_of(section: Section, arguments: tuple[Any, ...], seconds: float) -> lis
         process.join()
 
 
-def _run(section: Section, arguments: tuple[Any, ...], sender: Connection) -> None:
+def _run(section: Section, arguments: tuple[Any, ...], sender: Connection, start_method: str) -> None:
+    # Its own processes start as the caller's would: else they are spawned too, and a loader's workers import it all.
+    set_start_method(start_method, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         answer: list[Row] | str = section(*arguments)

@@ -6,8 +6,8 @@
 The reference pipeline is the reference operators in float32, on image files that Pillow resizes one by one as they are
 read. Each switch is tried alone on it, then all that leave the arithmetic as it is together, then the rest. Frames a
 second are end to end, an epoch's first batch and logging included; x reference is the median over rounds, in each of
-which every pipeline trains for an epoch. The shares of a step are of the same epochs; on a GPU,
-where watching waits for the device at every stage, of others.
+which every pipeline trains for an epoch. The shares of a step are of the same epochs; on a GPU, where watching waits
+for the device at every stage, of others.
 
 Before anything is timed a pipeline's batch is held to the reference's (its pixels equal, or within 2 grey levels where
 the device resizes) and its losses on the same frames, at the first step and after it. What fails is left out and named.
@@ -42,7 +42,7 @@ class Options:
     """A toy on the CPU, once: whether it runs."""
     sections: tuple[str, ...] = ()
     """Only those whose names contain one of these."""
-    people: int = 24
+    people: int = 16
     """How many to render; half of them are trained on."""
     seconds: float = 3600
     """No section begins after this long; one that is still running a minute later is stopped."""

@@ -233,7 +233,7 @@ def _image_file(source: Source) -> bytes:
     """The bytes of a frame as an image that can be read: those of its file, or of a PNG."""
     if isinstance(source, np.ndarray):
         png = BytesIO()
-        Image.fromarray(source).save(png, "PNG", compress_level=1)
+        Image.fromarray(source).save(png, "PNG", compress_level=6)
         return png.getvalue()
     image_file = encoded(source)
     decode(image_file, source)
