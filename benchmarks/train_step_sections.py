@@ -110,7 +110,7 @@ class Runner:
 
     def __init__(self, pipeline: Pipeline, run: Run) -> None:
         recipe = replace(run.section.recipe, batches=run.section.steps)
-        pipeline.speed.check(run.device, pipeline.ops, recipe.rru)
+        pipeline.speed.check(run.device, pipeline.ops, recipe)
         root = run.data.with_suffix(".pack") if pipeline.packed else run.data
         split = load_split("ilids-vid", root, 0, check_counts=False)
         torch.manual_seed(0)
@@ -119,7 +119,7 @@ class Runner:
         self.trainer = Trainer(network, losses, make_optimizer(network, recipe), pipeline.speed)
         self.sampler = make_sampler(recipe, split.train)
         size = network.backbone.size if pipeline.resize == "pillow" else None
-        pin = run.device.type == "cuda"
+        pin = run.device.type == "cuda" and not pipeline.speed.cuda_graph  # as in training.train
         self.loader = make_loader(split.train, self.sampler, recipe.frames, run.section.workers, size, pin)
         self.log = RunLog(Path(mkdtemp(dir=run.data.parent)), Console(quiet=True), epochs=recipe.epochs)
         self.device = run.device

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from training.errors import UserError
 from training.model.network import Network
 from training.model.operators import Ops
+from training.recipes.recipe import Recipe
 
 Amp = Literal["off", "bfloat16", "float16"]
 
@@ -43,20 +44,25 @@ class Speed:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
 
-    def check(self, device: torch.device, ops: Ops, rru: str) -> None:
-        """Raise a UserError where a switch has nothing to act on.
+    def check(self, device: torch.device, ops: Ops, recipe: Recipe) -> None:
+        """Raise a UserError where a switch has nothing to act on, or would compute something else.
 
         Args:
             device: where to compute.
             ops: which operators.
-            rru: the recipe's, "none" for a network without.
+            recipe: what is trained.
         """
+        if (self.amp, device.type, recipe.head, recipe.frames) == ("bfloat16", "cpu", "stim", 2):
+            # oneDNN's weight gradient of a 3x3x3 convolution is wrong there, as of PyTorch 2.11.
+            raise UserError(
+                "amp: got 'bfloat16' on a CPU for clips of 2 frames with STIM, wanted more frames, or 'off'"
+            )
         if not self.cuda_graph:
             return
         if device.type != "cuda":
             raise UserError(f"cuda_graph: got True on device {device.type!r}, wanted a CUDA device")
-        if ops != "fast" or rru == "none":
-            raise UserError(f"cuda_graph: got True with ops={ops!r}, rru={rru!r}, wanted an RRU of ops='fast'")
+        if ops != "fast" or recipe.rru == "none":
+            raise UserError(f"cuda_graph: got True with ops={ops!r}, rru={recipe.rru!r}, wanted an RRU of ops='fast'")
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context of a forward and its losses."""

@@ -109,11 +109,12 @@ def train_run(
     sampler = make_sampler(recipe, split.train)
     sampler.deal_out(distributed.rank(), distributed.world())
 
-    settings.speed.check(device, settings.ops, recipe.rru)
+    settings.speed.check(device, settings.ops, recipe)
     config = settings.config(split, device)
     trainer = _make_trainer(settings, people, device, resumed)
     resize = trainer.network.backbone.size if settings.resize == "pillow" else None
-    pin = device.type == "cuda"
+    # While CUDA graphs are captured no other thread may call CUDA, as one that pins memory does.
+    pin = device.type == "cuda" and not settings.speed.cuda_graph
     loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
     with _begin_log(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext() as log:
         if log:

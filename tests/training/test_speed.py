@@ -19,13 +19,14 @@ from training.logging import RunLog
 from training.model.losses import Losses
 from training.model.network import Network
 from training.optimizer import make_optimizer
-from training.recipes import Recipe
+from training.recipes import RECIPES, Recipe
 from training.settings import Options, Settings, resolve
 from training.speed import Speed, as_evaluated
 from training.train import train
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
+BASELINE = replace(RECIPES["quick"], rru="none", part_loss=False)
 
 
 def trainer_of(recipe: Recipe, speed: Speed) -> Trainer:
@@ -135,12 +136,19 @@ def test_evaluation_captures_no_graphs_and_training_does_again(recipe: Recipe) -
     [
         (lambda: Speed(amp="half"), "amp: got 'half', wanted one of off, bfloat16, float16"),  # type: ignore[arg-type]
         (lambda: Speed(channels_last=1), "channels_last: got 1, wanted True or False"),  # type: ignore[arg-type]
-        (lambda: Speed(cuda_graph=True).check(CPU, "fast", "both"), "cuda_graph: got True on device 'cpu', wanted"),
         (
-            lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "reference", "both"),
+            lambda: Speed(cuda_graph=True).check(CPU, "fast", RECIPES["quick"]),
+            "cuda_graph: got True on device 'cpu', wanted",
+        ),
+        (
+            lambda: Speed(amp="bfloat16").check(CPU, "fast", replace(RECIPES["quick"], frames=2)),
+            "amp: got 'bfloat16' on a CPU for clips of 2 frames with STIM, wanted more frames",
+        ),
+        (
+            lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "reference", RECIPES["quick"]),
             "cuda_graph: got True with ops='reference'",
         ),
-        (lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "fast", "none"), "rru='none', wanted an RRU"),
+        (lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "fast", BASELINE), "rru='none', wanted an RRU"),
     ],
 )
 def test_a_switch_that_cannot_be_set_is_named(ask: Callable[[], object], message: str) -> None:
