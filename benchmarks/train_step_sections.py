@@ -87,7 +87,7 @@ def _of(recipe: str, **changes: Any) -> Recipe:
 
 
 CPU = {
-    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=10, rounds=4, compiled=True),
+    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=10, rounds=3, compiled=True),
     "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=3), 1, steps=1, rounds=2, compiled=False),
 }
 GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, steps=20, rounds=7, compiled=True)}
