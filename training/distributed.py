@@ -5,6 +5,7 @@ Without torchrun there is one process, no process group, and everything here is 
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,8 @@ def is_main() -> bool:
 def processes() -> Iterator[None]:
     """Form a process group with the others that torchrun started: gloo for CPUs, NCCL beside it where there are GPUs.
 
-    Where one process ends with an error, is killed or interrupted, torchrun ends the others; one line tells why.
+    Where one process ends with an error, is killed or interrupted, torchrun ends the others; one line tells why. One of
+    several processes that torchrun started ends with the block.
     """
     global _store, _torchrun
     if not dist.is_torchelastic_launched():
@@ -72,6 +74,7 @@ def processes() -> Iterator[None]:
     wait_for_all()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.destroy_process_group()
+    _leave()
 
 
 def first_to_tell() -> bool:
@@ -125,6 +128,17 @@ def total(tensor: Tensor) -> Tensor:
 def wait_for_all() -> None:
     """Return once every process is here."""
     total(torch.zeros(1))
+
+
+def _leave() -> NoReturn:
+    """End this process in good order, but for the interpreter's own end.
+
+    That ends other threads wherever they are, and one inside PyTorch's C++ takes the process down with SIGABRT.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _listen() -> None:
