@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import random
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.training.file_size import file_size_limit
 from training import checkpoint
 from training.errors import UserError
 
@@ -20,17 +18,6 @@ def network(value: float) -> nn.Linear:
     linear = nn.Linear(2, 2)
     nn.init.constant_(linear.weight, value)
     return linear
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Have writes beyond so many bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.training.file_size import file_size_limit
 from training import checkpoint
 from training.errors import UserError
 from training.experiment import RESULT, run
@@ -119,14 +120,9 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_checkpoint_before(tmp_path: P
 def test_a_disk_that_is_full_at_any_byte_leaves_the_checkpoint_before_and_no_part_of_another(tmp_path: Path) -> None:
     save(tmp_path, 1)
     largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-0001").iterdir())
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in range(0, largest, 97):
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            with pytest.raises(OSError, match="checkpoint-0002: File too large") as told:
-                save(tmp_path, 2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with file_size_limit(size), pytest.raises(OSError, match="checkpoint-0002: File too large") as told:
+            save(tmp_path, 2)
         assert "\n" not in str(told.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001", "last"]
         assert kept(tmp_path) == 1

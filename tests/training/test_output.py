@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
 
+from tests.training.file_size import file_size_limit
 from training.errors import UserError
 from training.output import check_output, write_output
 
@@ -38,11 +38,6 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, n
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"^output: .*/file\.json: File too large$"):
-            write_output(tmp_path / "file.json", "x" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(100), pytest.raises(UserError, match=r"^output: .*/file\.json: File too large$"):
+        write_output(tmp_path / "file.json", "x" * 1000)
     assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.training.data.small_sets import write_ilids, write_mars, write_prid
+from tests.training.file_size import file_size_limit
 from training.data import load_split
 from training.data.pack_file import Pack
 from training.errors import UserError
@@ -28,19 +27,9 @@ def asked(tmp_path: Path) -> Options:
     return Options("ilids-vid", tmp_path / "out" / "ilids.pack", write_ilids(tmp_path / "data"), check_counts=False)
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def killed_while_writing(asked: Options) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which kills, as nothing can be done about
-    with files_of_at_most(1000):
+    with file_size_limit(1000):
         pack(asked)
 
 
@@ -63,7 +52,7 @@ def test_a_kill_leaves_the_file_before_or_none_and_the_same_command_makes_it(ask
 def test_a_full_disk_is_one_line_and_leaves_the_file_before(asked: Options) -> None:
     pack(asked)
     before = asked.output.read_bytes()
-    with files_of_at_most(1000), pytest.raises(UserError, match=r"\Aoutput: .*ilids\.pack cannot be written \(.*\)\Z"):
+    with file_size_limit(1000), pytest.raises(UserError, match=r"\Aoutput: .*ilids\.pack cannot be written \(.*\)\Z"):
         pack(replace(asked, splits=(0,)))
     assert asked.output.read_bytes() == before
     assert [path.name for path in asked.output.parent.iterdir()] == ["ilids.pack"]
