@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context, get_start_method, parent_process, set_start_method
+from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks import contenders
 from benchmarks.table import Row
+from training.orphans import end_with_parent
 
 Section = Callable[..., list[Row]]
 
@@ -46,7 +45,7 @@ def rows_of(section: Section, arguments: tuple[Any, ...], seconds: float) -> lis
 def _run(section: Section, arguments: tuple[Any, ...], sender: Connection, start_method: str) -> None:
     # Its own processes start as the caller's would: else they are spawned too, and a loader's workers import it all.
     set_start_method(start_method, force=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()  # left alone, a section would hold the GPU
     try:
         answer: list[Row] | str = section(*arguments)
     except Exception as error:  # whatever it is, the other sections go on
@@ -54,11 +53,3 @@ def _run(section: Section, arguments: tuple[Any, ...], sender: Connection, start
         answer = contenders.told(error)
     sys.stdout.flush()
     sender.send(answer)
-
-
-def _end_with_parent() -> None:
-    """Left alone, a section would hold the GPU."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shlex
 import signal
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
@@ -25,6 +23,7 @@ from training.ablation_table import check_page, fill_page, markdown
 from training.command import run_command
 from training.data import synthetic
 from training.errors import UserError
+from training.orphans import end_with_parent
 from training.settings import Options as RunOptions
 from training.settings import resolve
 from training.show.picture import save
@@ -212,15 +211,7 @@ def _begin_worker() -> None:
     """Make a process of the pool one thread wide, and have it end with the process that started it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears of it too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Left alone, it would train on beside the next start of the same runs."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()  # left alone, it would train on beside the next start of the same runs
 
 
 def _environments(planned: list[Cell], options: Options) -> list[dict[str, Any]]:
