@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice, repeat, zip_longest
@@ -18,7 +19,7 @@ Clip: TypeAlias = tuple[int, int]
 """Index of the tracklet, index of the clip's first frame in it."""
 
 
-class PeopleSampler(Sampler[list[Clip]]):
+class PeopleSampler(Sampler[list[Clip]], ABC):
     """What the samplers share: batches of P people with K clips each, a function of `seed` and the epoch alone.
 
     Args:
@@ -86,9 +87,9 @@ class PeopleSampler(Sampler[list[Clip]]):
         """The epoch's batches, or this process's share of each."""
         return (batch[self._mine] for batch in self._batches_of_all())
 
+    @abstractmethod
     def _batches_of_all(self) -> Iterator[list[Clip]]:
         """The epoch's batches."""
-        raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, whatever came before."""
