@@ -185,7 +185,7 @@ def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | 
         how = settings.speed, settings.resize, settings.sync_bn, distributed.world()
         result = Result(settings.recipe, settings.ops, trainer.epoch, compared.ranking(), *how)
         log.result(result, trainer.step)
-        for name, figure in pictures(trainer.network, split, compared).items():
+        for name, figure in pictures(trainer.network, split, compared, settings.resize).items():
             log.picture(name, figure, trainer.step)
 
 

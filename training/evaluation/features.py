@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from training import distributed
 from training.data.loading import frames_to_input
 from training.data.resizing import Resize
-from training.data.tracklets import Tracklet, read_frame
+from training.data.tracklets import Frame, Tracklet, read_frame
 from training.errors import UserError
 from training.evaluation.ranking import Floats
 from training.model.network import Carried, Network
@@ -58,6 +59,23 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK,
         network.train(was_training)
 
 
+def read_maps(network: Network, frames: Sequence[Frame], resize: Resize) -> Tensor:
+    """Read N frames and send them through the backbone: maps (N, C, H, W) before the RRU, on the network's device.
+
+    Args:
+        network: in eval mode.
+        frames: what to read.
+        resize: who resizes them.
+
+    Raises:
+        UserError: a frame cannot be read.
+    """
+    weight, size = next(network.parameters()), network.backbone.size
+    pixels = [read_frame(frame, size if resize == "pillow" else None) for frame in frames]
+    maps: Tensor = network.backbone(frames_to_input(pixels, size, weight.device).to(weight.dtype))[0]
+    return maps
+
+
 def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
     """Group tracklets, as indices, so that a group padded to its longest fits in a chunk; longer ones stay alone."""
     groups: list[list[int]] = []
@@ -76,12 +94,10 @@ def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int, resiz
     longest = max(len(tracklet.frames) for tracklet in tracklets)
     total = torch.zeros(len(tracklets), network.head.features, dtype=torch.float64, device=weight.device)
     carried = Carried()
-    size = network.backbone.size if resize == "pillow" else None
     for start in range(0, longest, chunk):
         windows = [tracklet.frames[start : start + chunk] for tracklet in tracklets]
-        frames = [read_frame(frame, size) for window in windows for frame in window]
-        maps = network.backbone(frames_to_input(frames, network.backbone.size, weight.device).to(weight.dtype))[0]
-        padded = pad_sequence(maps.split([len(window) for window in windows]), batch_first=True)
+        maps = read_maps(network, list(chain(*windows)), resize)
+        padded = pad_sequence(maps.split([len(w) for w in windows]), batch_first=True)  # type: ignore[no-untyped-call]
         lengths = (frames_of - start).clamp(max=chunk)
         part, carried = network.stream(padded, lengths, start + chunk >= longest, carried)
         total += part

@@ -16,10 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from rru_fast import State
 from rru_fast.reference import RRU
-from training.data.loading import frames_to_input
-from training.data.tracklets import Tracklet, read_frame
+from training.data.resizing import Resize
+from training.data.tracklets import Tracklet
 from training.errors import UserError
-from training.evaluation.features import CHUNK
+from training.evaluation.features import CHUNK, read_maps
 from training.evaluation.ranking import Floats, Ints
 from training.model.network import Network
 from training.show.gate import gate
@@ -75,24 +75,24 @@ def show(options: Options) -> Figure:
     if options.frames < 2:
         raise UserError(f"frames: got {options.frames}, wanted at least 2: the gate opens at the second")
     trained = load_trained(options.checkpoint, options)
-    split = trained.split
+    split, resize = trained.split, trained.settings.resize
     tracklets = split.probe[: options.probes or 1]
     if options.tracklet is not None:
         known = (*split.probe, *split.gallery, *split.train)
         tracklets = (known[index_of(options.tracklet, known, "tracklet")],)
     elif options.probes is not None and not 1 <= options.probes <= len(split.probe):
         raise UserError(f"probes: got {options.probes}, wanted 1 to {len(split.probe)}")
-    return picture([maps_of(trained.network, tracklet) for tracklet in tracklets], options.frames)
+    return picture([maps_of(trained.network, tracklet, resize=resize) for tracklet in tracklets], options.frames)
 
 
 @torch.no_grad()
-def maps_of(network: Network, tracklet: Tracklet, chunk: int = CHUNK) -> Maps:
+def maps_of(network: Network, tracklet: Tracklet, chunk: int = CHUNK, resize: Resize = "device") -> Maps:
     """Send all frames of a tracklet through backbone and RRU in eval mode, chunk by chunk; the mode is restored.
 
     Raises:
         UserError: the network has no RRU, the tracklet has but one frame, or one cannot be read.
     """
-    rru, weight = network.rru, next(network.parameters())
+    rru = network.rru
     if not isinstance(rru, RRU):
         raise UserError("checkpoint: got a network without an RRU, wanted one that has maps before and after it")
     if len(tracklet.frames) < 2:
@@ -103,8 +103,7 @@ def maps_of(network: Network, tracklet: Tracklet, chunk: int = CHUNK) -> Maps:
         parts: list[tuple[Floats, ...]] = []
         state: State | None = None
         for start in range(0, len(tracklet.frames), chunk):
-            frames = [read_frame(frame) for frame in tracklet.frames[start : start + chunk]]
-            x = network.backbone(frames_to_input(frames, network.backbone.size, weight.device).to(weight.dtype))[0]
+            x = read_maps(network, tracklet.frames[start : start + chunk], resize)
             before = state or State(x[:1], x[:1])
             refined = rru(x[None], state=state)
             state, s = refined.state, refined.features[0]
