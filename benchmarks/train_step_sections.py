@@ -1,4 +1,4 @@
-"""What `benchmarks.train_step` measures: pipelines, held to the reference's batch and losses, then timed."""
+"""What `benchmarks.train_step` measures: pipelines, held to the reference's batch, loss and gradient, then timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -34,29 +34,39 @@ END_TO_END = ("frames/s", "x reference", "step ms")
 WHY, NOT_HERE = "left out", "n/a"
 LEVELS = 2  # grey levels that a resize on the device may be off Pillow's
 ROUNDING = 1e-3  # of a grey level in float32, between -1 and 1 and back
-# Relative, of the loss at the first step and at the one after it: that of a sum in another order, and of bfloat16.
-WITHIN = {"off": (1e-5, 1e-4), "bfloat16": (2e-2, 1e-1)}
+# How far a step may be from the reference's in float64, relative: its loss, and its gradient by the Euclidean norm. In
+# float64 what is left is the order of sums; else it is the precision's rounding, which depth multiplies.
+EXACT = (1e-9, 1e-6)
+WITHIN = {"off": (1e-4, 1e-2), "bfloat16": (5e-2, 1e-1)}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How frames become steps; as it stands, the reference."""
+    """How frames become steps; as it stands, the reference.
+
+    packed: whether frames are in one file, as encoded or as pixels; else each is in its own.
+    """
 
     ops: Ops = "reference"
-    packed: bool = False
+    packed: Literal["no", "encoded", "pixels"] = "no"
     resize: Resize = "pillow"
     speed: Speed = PLAIN
 
+    def exact(self) -> Pipeline:
+        """What it computes of a batch, whatever that was read from and however its numbers are rounded."""
+        return Pipeline(self.ops, speed=replace(self.speed, amp="off"))
+
 
 REFERENCE = "reference"
-OURS = Pipeline("fast", packed=True, resize="device")
+OURS = Pipeline("fast", packed="pixels", resize="device")
 
 
 # The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by.
 PIPELINES = {
     REFERENCE: Pipeline(),
     "fast ops": Pipeline(ops="fast"),
-    "packed frames": Pipeline(packed=True),
+    "packed frames": Pipeline(packed="encoded"),
+    "packed pixels": Pipeline(packed="pixels"),
     "resize on the device": Pipeline(resize="device"),
     "channels last": Pipeline(speed=Speed(channels_last=True)),
     "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
@@ -79,6 +89,7 @@ class Section:
     steps: int  # an epoch
     rounds: int  # in each, every pipeline trains for an epoch
     compiled: bool  # whether compiled backbones are tried
+    shallow: bool = True  # else random weights make noise of a rounded gradient, and it is compared in float64 alone
 
 
 def _of(recipe: str, **changes: Any) -> Recipe:
@@ -88,9 +99,11 @@ def _of(recipe: str, **changes: Any) -> Recipe:
 
 CPU = {
     "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=10, rounds=3, compiled=True),
-    "Inception-v3, 1 worker": Section(_of("paper", people=2, frames=3), 1, steps=1, rounds=2, compiled=False),
+    "Inception-v3, 1 worker": Section(
+        _of("paper", people=2, frames=3), 1, steps=1, rounds=2, compiled=False, shallow=False
+    ),
 }
-GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, steps=20, rounds=7, compiled=True)}
+GPU = {"Inception-v3, 8 workers": Section(_of("paper"), 8, steps=20, rounds=7, compiled=True, shallow=False)}
 # Not of two frames: there oneDNN's 16-bit weight gradient of a 3x3x3 convolution holds what memory held before.
 TOY = {"toy, 1 worker": Section(_of("quick", people=2, frames=3), 1, steps=2, rounds=1, compiled=False)}
 
@@ -105,16 +118,22 @@ class Run:
     device: torch.device
 
 
+def packed(data: Path, how: str) -> Path:
+    """The file that a folder's frames are packed in."""
+    return data.with_suffix(f".{how}.pack")
+
+
 class Runner:
     """A pipeline at work: the trainer, its loader and its log."""
 
-    def __init__(self, pipeline: Pipeline, run: Run) -> None:
+    def __init__(self, pipeline: Pipeline, run: Run, dtype: torch.dtype = torch.float32) -> None:
         recipe = replace(run.section.recipe, batches=run.section.steps)
         pipeline.speed.check(run.device, pipeline.ops, recipe)
-        root = run.data.with_suffix(".pack") if pipeline.packed else run.data
+        root = run.data if pipeline.packed == "no" else packed(run.data, pipeline.packed)
         split = load_split("ilids-vid", root, 0, check_counts=False)
         torch.manual_seed(0)
-        network = Network(recipe, len(split.train_people), pipeline.ops, pipeline.speed.cuda_graph).to(run.device)
+        network = Network(recipe, len(split.train_people), pipeline.ops, pipeline.speed.cuda_graph)
+        network.to(run.device, dtype)
         losses = Losses(recipe, pipeline.ops)
         self.trainer = Trainer(network, losses, make_optimizer(network, recipe), pipeline.speed)
         self.sampler = make_sampler(recipe, split.train)
@@ -136,12 +155,12 @@ class Runner:
         frames = frames_to_input(batch.to(self.device).frames, self.trainer.network.backbone.size, self.device)
         return frames.mul(127.5).add(127.5)
 
-    def losses_on(self, batch: Batch) -> tuple[float, float]:
-        """The loss of a step on a batch, and of another on the same."""
+    def step_on(self, batch: Batch) -> tuple[float, torch.Tensor]:
+        """Train for a step on a batch; returns its loss and gradient, in float64."""
         torch.manual_seed(0)
-        self.trainer.run_epoch(cast(Any, [batch, batch]), self.log)
-        first, second = (record["loss"] for record in self.log.records[-2:])
-        return first, second
+        self.trainer.run_epoch(cast(Any, [batch]), self.log)
+        gradients = [p.grad.flatten() for p in self.trainer.network.parameters() if p.grad is not None]
+        return self.log.records[-1]["loss"], torch.cat(gradients).double()
 
     def epoch(self) -> None:
         """Train for an epoch."""
@@ -187,34 +206,46 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
     with _in_full_precision():
         reference = Runner(Pipeline(), run)
         batch = reference.first_batch()
-        levels, losses = reference.input(batch), reference.losses_on(batch)
+        levels = reference.input(batch)
+        step = Runner(Pipeline(), run, torch.float64).step_on(batch)
+        exact = {Pipeline(): (0.0, 0.0)}  # how far each is off in float64
         for name, pipeline in PIPELINES.items():
-            if pipeline == Pipeline():
-                right[name] = reference
-            elif pipeline.speed.cuda_graph and run.device.type != "cuda":
+            if pipeline.speed.cuda_graph and run.device.type != "cuda":
                 refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
-            elif pipeline.speed.compile_backbone and not run.section.compiled:
+                continue
+            if pipeline.speed.compile_backbone and not run.section.compiled:
                 refused[name] = f"{NOT_HERE}: compilation takes minutes"
+                continue
+            same = pipeline.exact()
+            try:
+                if same not in exact:
+                    exact[same] = _off(Runner(same, run, torch.float64).step_on(batch), step)
+                runner = reference if name == REFERENCE else Runner(pipeline, run)
+                frames = float((runner.input(runner.first_batch()) - levels).abs().max())
+                rounded = _off(runner.step_on(batch), step)
+            except Exception as error:  # whatever it is, the others can be measured
+                refused[name] = f"does not run: {contenders.told(error)}"
+                continue
+            told = f"frames within {frames:.2g} grey levels"
+            for what, off in (("in float64", exact[same]), ("as timed", rounded)):
+                told += f", {what} loss within {off[0]:.1e} and gradient within {off[1]:.1e}"
+            compared = [(frames, LEVELS + ROUNDING if pipeline.resize == "device" else 0)]
+            compared += [*zip(exact[same], EXACT, strict=True)]
+            compared += [*zip(rounded, WITHIN[pipeline.speed.amp], strict=True)][: 1 + run.section.shallow]
+            if all(off <= limit for off, limit in compared):
+                right[name] = runner
+                print(f"parity: {name}, {told}")
             else:
-                try:
-                    runner = Runner(pipeline, run)
-                    off = float((runner.input(runner.first_batch()) - levels).abs().max())
-                    found = zip(runner.losses_on(batch), losses, strict=True)
-                except Exception as error:  # whatever it is, the others can be measured
-                    refused[name] = f"does not run: {contenders.told(error)}"
-                    continue
-                first, second = (abs(got - wanted) / abs(wanted) for got, wanted in found)
-                told = f"frames within {off:.2g} grey levels, losses within {first:.1e} and {second:.1e}"
-                within = WITHIN[pipeline.speed.amp]
-                frames_right = off <= (LEVELS + ROUNDING if pipeline.resize == "device" else 0)
-                if frames_right and first <= within[0] and second <= within[1]:
-                    right[name] = runner
-                    print(f"parity: {name}, {told}")
-                else:
-                    refused[name] = f"wrong: {told}"
+                refused[name] = f"wrong: {told}"
     for name, why in refused.items():
         print(f"{name} is left out: {why}")
     return right, refused
+
+
+def _off(step: tuple[float, torch.Tensor], wanted: tuple[float, torch.Tensor]) -> tuple[float, float]:
+    """How far a step's loss and gradient are from those wanted, relative."""
+    (loss, gradient), (wanted_loss, wanted_gradient) = step, wanted
+    return abs(loss / wanted_loss - 1), float((gradient - wanted_gradient).norm() / wanted_gradient.norm())
 
 
 @contextmanager

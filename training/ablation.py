@@ -23,10 +23,11 @@ from training.ablation_table import check_page, fill_page, markdown
 from training.command import run_command
 from training.data import synthetic
 from training.errors import UserError
+from training.files import write_whole
 from training.orphans import end_with_parent
 from training.settings import Options as RunOptions
 from training.settings import resolve
-from training.show.picture import save
+from training.show.picture import png
 
 # As Table 1 names them, in its order.
 ROWS = (
@@ -162,7 +163,7 @@ def ablate(options: Options) -> None:
     try:
         for folder in [options.output, *([options.readme.parent] if options.readme else [])]:
             (folder / RESULTS).write_text(json.dumps(ablation, indent=2) + "\n")
-            save(draw(ablation), folder / PLOT)
+            write_whole(folder / PLOT, png(draw(ablation)))
         if options.readme:
             fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
     except OSError as error:

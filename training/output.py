@@ -10,20 +10,21 @@ from training.errors import UserError
 from training.files import aside, write_whole
 
 
-def check_output(path: Path, suffix: str) -> None:
+def check_output(path: Path, suffix: str, *, replace: bool = False) -> None:
     """Make the folder of a file to come.
 
     Args:
         path: the file.
         suffix: what its name has to end in, e.g. ".json".
+        replace: whether a file that is there already may be written over.
 
     Raises:
         UserError: its name ends otherwise, it is there already, or it cannot be written.
     """
-    if path.suffix != suffix:
+    if path.suffix.lower() != suffix:
         raise UserError(f"output: got {path}, wanted a name that ends in {suffix}")
-    if os.path.lexists(path):
-        raise UserError(f"output: {path} is there already, wanted a new file")
+    if os.path.isdir(path) or (os.path.lexists(path) and not replace):
+        raise UserError(f"output: {path} is there already, wanted {'a file' if replace else 'a new file'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside(path).touch()

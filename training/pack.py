@@ -46,12 +46,18 @@ class Options:
     """Which of PRID-2011's people."""
     check_counts: bool = True
     """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published."""
+    pixels: bool = False
+    """Whether frames are decoded once, here, and kept as pixels (PPM): more room on the disk, less work in training."""
 
 
 @dataclass
 class _Content:
-    """What is to be in a pack: distinct frames, and the arrays of its index that tell of tracklets and splits."""
+    """What is to be in a pack: distinct frames, and the arrays of its index that tell of tracklets and splits.
 
+    pixels: whether each frame is to be kept as its pixels, not as the image file it was.
+    """
+
+    pixels: bool
     sources: list[Source] = field(default_factory=list)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +95,7 @@ def _read(options: Options) -> _Content:
     tracklets: dict[Any, int] = {}
     frames: list[int] = []
     starts, people, cameras, names = [0], [], [], []
-    content = _Content()
+    content = _Content(options.pixels)
 
     def number_of(frame: Any) -> int:
         # Arrays of one split are not those of another read, though they hold the same.
@@ -126,6 +132,7 @@ def _read(options: Options) -> _Content:
     content.about = {
         "dataset": options.dataset,
         "read": reader_options(options.dataset, **chosen),
+        "pixels": options.pixels,
         "names": names,
         "splits": splits,
     }
@@ -158,7 +165,7 @@ def _differs(path: Path, content: _Content) -> str | None:
     except UserError as error:
         return str(error).removeprefix(f"{path}: ").partition(";")[0]
     was, now = made.about, content.about
-    options = [{"dataset": about["dataset"], **about["read"]} for about in (was, now)]
+    options = [{**{name: about.get(name) for name in ("dataset", "pixels")}, **about["read"]} for about in (was, now)]
     for name, value in options[0].items():
         if value != options[1].get(name):
             return f"made with {name} {value!r}, not {options[1].get(name)!r}"
@@ -177,7 +184,7 @@ def _differs(path: Path, content: _Content) -> str | None:
         if isinstance(source, Path):
             if source.stat().st_mtime_ns > made_at:
                 return f"older than {source}"
-        elif image_file != _image_file(source):
+        elif image_file != _image_file(source, content.pixels):
             return f"frame {made.name_of(number)} is another"
     return None
 
@@ -205,7 +212,7 @@ def _fill(file: BinaryIO, content: _Content) -> None:
     offsets, checksums = [HEADER.size], []
     file.write(bytes(HEADER.size))
     for source in _shown(content.sources, "Packing frames"):
-        image_file = _image_file(source)
+        image_file = _image_file(source, content.pixels)
         file.write(image_file)
         offsets.append(offsets[-1] + len(image_file))
         checksums.append(zlib.crc32(image_file))
@@ -229,15 +236,22 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _image_file(source: Source) -> bytes:
-    """The bytes of a frame as an image that can be read: those of its file, or of a PNG."""
+def _image_file(source: Source, pixels: bool) -> bytes:
+    """The bytes of a frame as an image that can be read: those of its own file, where it has one; those of a PNG, where
+    it is an array; or of a PPM, where its pixels are to be kept."""
     if isinstance(source, np.ndarray):
-        png = BytesIO()
-        Image.fromarray(source).save(png, "PNG", compress_level=6)
-        return png.getvalue()
-    image_file = encoded(source)
-    decode(image_file, source)
-    return image_file
+        frame = source
+    else:
+        image_file = encoded(source)
+        frame = decode(image_file, source)
+        if not pixels:
+            return image_file
+    made = BytesIO()
+    if pixels:
+        Image.fromarray(frame).save(made, "PPM")
+    else:
+        Image.fromarray(frame).save(made, "PNG", compress_level=6)
+    return made.getvalue()
 
 
 def _shown(sources: list[Source], what: str) -> Iterator[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 from benchmarks import train_step, train_step_sections
 from benchmarks.stages import STAGES
-from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run
+from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, packed
 from training.data.synthetic import generate
+from training.model.losses import Losses
+from training.model.operators import Ops
 from training.pack import Options as PackOptions
 from training.pack import pack
+from training.recipes.recipe import Recipe
 
 PEOPLE = 4  # two to train on, as many as the toy's batches hold
 
@@ -48,13 +52,26 @@ def test_a_pipeline_of_other_frames_and_one_that_does_not_run_have_no_figures(
     generate(data, people=PEOPLE)
     generate(others, people=PEOPLE, seed=1)
     run = Run("toy", TOY["toy, 1 worker"], data, torch.device("cpu"))
-    tried = {REFERENCE: Pipeline(), "packed frames": Pipeline(packed=True)}
+    tried = {REFERENCE: Pipeline(), "packed frames": Pipeline(packed="encoded")}
     monkeypatch.setattr(train_step_sections, "PIPELINES", tried)
     _, not_running = train_step_sections.rows(run)
     assert not_running["left out"].startswith("does not run: UserError: ") and not_running["frames/s"] is None
-    pack(PackOptions("ilids-vid", data.with_suffix(".pack"), others, splits=(0,), check_counts=False))
+    pack(PackOptions("ilids-vid", packed(data, "encoded"), others, splits=(0,), check_counts=False))
     _, wrong = train_step_sections.rows(run)
     assert wrong["left out"].startswith("wrong: frames within ") and wrong["frames/s"] is None
+
+
+def test_a_pipeline_of_another_loss_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tmp_path / "people", people=PEOPLE)
+    right = train_step_sections.Losses
+
+    def wrong(recipe: Recipe, ops: Ops) -> Losses:
+        return right(replace(recipe, margin=recipe.margin + 0.001) if ops == "fast" else recipe, ops)
+
+    monkeypatch.setattr(train_step_sections, "Losses", wrong)
+    monkeypatch.setattr(train_step_sections, "PIPELINES", {REFERENCE: Pipeline(), "fast ops": Pipeline(ops="fast")})
+    _, row = train_step_sections.rows(Run("toy", TOY["toy, 1 worker"], tmp_path / "people", torch.device("cpu")))
+    assert row["left out"].startswith("wrong: frames within 0 grey levels, in float64 loss within ")
 
 
 def test_what_the_time_did_not_reach_is_named() -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from training.ablation import ROWS
 from training.ablation_plot import STYLES, draw
-from training.show.picture import save
+from training.show.picture import png
 
 
 def test_every_row_has_a_colour_and_a_marker_of_its_own() -> None:
@@ -22,7 +22,7 @@ def test_the_same_runs_give_the_same_picture(tmp_path: Path, rates: tuple[float,
     scores = {"rank-1": 0.5, "mAP": 0.6, "chance": 0.1}
     runs = [{"occlusion": o, "row": row, "seed": s, **scores} for o in rates for row in ROWS for s in range(seeds)]
     for name in ("one.png", "two.png"):
-        save(draw({"people": 20, "epochs": 1, "runs": runs}), tmp_path / name)
+        (tmp_path / name).write_bytes(png(draw({"people": 20, "epochs": 1, "runs": runs})))
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (1440, 600)

@@ -1,4 +1,4 @@
-"""A packed dataset: one file of frames, each as it was encoded, with an index of them and of the splits' tracklets.
+"""A packed dataset: one file of frames, as encoded or as PPM, with an index of them and of the splits' tracklets.
 
     header    HEADER, once all else is on the disk
     frames    image files, one after another
@@ -12,7 +12,7 @@ Arrays, where there are N frames, M distinct tracklets and R references of track
     starts (M + 1,) uint64         where in `frames` each tracklet begins, and the last ends
     people, cameras (M,) int64
     K.train, K.probe, K.gallery    uint32, the tracklets of split K
-    about                          uint8, JSON: what was read and how, names of tracklets, what each split is
+    about                          uint8, JSON: what was read and how it is kept, names of tracklets, what each split is
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from rich.console import Console
 from tyro.conf import subcommand
 
 from training.command import run_command
-from training.errors import UserError
+from training.output import check_output, write_output
 from training.show import ablation, cmc, features, ranking
-from training.show.picture import check_output, save
+from training.show.picture import png
 
 Options: TypeAlias = (
     Annotated[features.Options, subcommand("features")]
@@ -27,7 +27,7 @@ def main(options: features.Options | ranking.Options | cmc.Options | ablation.Op
     Raises:
         UserError: the options, the checkpoint or the data cannot be used, or the file cannot be written.
     """
-    check_output(options.output)
+    check_output(options.output, ".png", replace=True)
     match options:
         case features.Options():
             figure = features.show(options)
@@ -37,10 +37,7 @@ def main(options: features.Options | ranking.Options | cmc.Options | ablation.Op
             figure = cmc.show(options)
         case ablation.Options():
             figure = ablation.show(options)
-    try:
-        save(figure, options.output)
-    except OSError as error:
-        raise UserError(f"output: {error}") from error
+    write_output(options.output, png(figure))
     Console().print(f"picture: {options.output}", highlight=False, markup=False, soft_wrap=True)
 
 

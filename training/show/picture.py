@@ -1,11 +1,9 @@
-"""What pictures share: colours that all eyes tell apart, names beside lines, frames, and a PNG written whole."""
+"""What pictures share: colours that all eyes tell apart, names beside lines, frames, and the PNG."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +13,6 @@ from scipy.optimize import isotonic_regression
 
 from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
-from training.files import write_whole
 
 # Okabe and Ito's.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -24,23 +21,11 @@ Extent: TypeAlias = tuple[float, float, float, float]
 APART = 0.055  # of two names beside the lines' ends, at least, in heights of a panel
 
 
-def check_output(path: Path) -> None:
-    """Raise a UserError unless a PNG may be written to `path`: better before the work than after it."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"output: got {path}, wanted the name of a .png file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"output: got {path}, wanted it in a folder that is there and can be written to")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG; the same figure gives the same file.
-
-    Raises:
-        OSError: it cannot be written; the file before stands.
-    """
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's content; the same figure gives the same bytes."""
     page = BytesIO()
     figure.savefig(page, format="png", metadata={"Software": None})  # its version would differ
-    write_whole(path, page.getvalue())
+    return page.getvalue()
 
 
 def pixels(tracklet: Tracklet, frame: int) -> np.ndarray:

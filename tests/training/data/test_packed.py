@@ -49,6 +49,15 @@ def test_every_split_of_files_is_that_of_the_folder(ilids: Path, capsys: pytest.
     assert one.train[0].frames[1].encoded() == other.train[0].frames[1].read_bytes()  # type: ignore[union-attr]
 
 
+def test_frames_kept_as_pixels_are_those_of_the_folder(ilids: Path) -> None:
+    path = packed("ilids-vid", ilids, pixels=True)
+    one, other = (load_split("ilids-vid", root, 0, check_counts=False) for root in (path, ilids))
+    assert_same(one, other)
+    frame = one.train[0].frames[1]
+    pixels = read_pixels(frame)
+    assert frame.encoded() == b"P6\n6 8\n255\n" + pixels.tobytes()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("prid_people", ["paper-21", "official-27"])
 def test_prid_is_packed_by_either_protocol(prid: Path, prid_people: Any) -> None:
     path = packed("prid-2011", prid, prid=prid_people, splits=(1,))

@@ -54,7 +54,10 @@ def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
         ("features --checkpoint RUNS/whole --frames 1", "frames: got 1, wanted at least 2"),
         ("features --checkpoint RUNS/baseline", "checkpoint: got a network without an RRU, wanted one"),
         ("features --checkpoint RUNS", "RUNS: no checkpoint here"),
-        ("features --checkpoint RUNS --output RUNS/absent/out.png", "output: got RUNS/absent/out.png, wanted it in a"),
+        (
+            "features --checkpoint RUNS --output RUNS/out.jpg",
+            "output: got RUNS/out.jpg, wanted a name that ends in .png",
+        ),
         ("ranking --checkpoint RUNS/whole --probes nobody", "probes: got 'nobody', wanted the name of a tracklet"),
         ("ranking --checkpoint RUNS/whole --probes 0", "probes: got 0, wanted at least 1"),
         ("ranking --checkpoint RUNS/whole --top 0", "top: got 0, wanted at least 1"),
