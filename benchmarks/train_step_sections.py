@@ -98,7 +98,7 @@ def _of(recipe: str, **changes: Any) -> Recipe:
 
 
 CPU = {
-    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=10, rounds=3, compiled=True),
+    "tiny backbone, 2 workers": Section(_of("quick"), 2, steps=10, rounds=7, compiled=True),
     "Inception-v3, 1 worker": Section(
         _of("paper", people=2, frames=3), 1, steps=1, rounds=2, compiled=False, shallow=False
     ),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from training.errors import UserError
@@ -75,14 +74,14 @@ class Speed:
 
     def prepare(self, network: Network) -> None:
         """Lay out and compile a network's backbone, in place; the names in its state_dict stay."""
-        if self.channels_last:
-            network.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.backbone.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if self.compile_backbone:
             network.backbone.compile()
 
-    def lay(self, frames: Tensor) -> Tensor:
-        """Frames (N, 3, h, w) as the backbone is to get them."""
-        return frames.contiguous(memory_format=torch.channels_last) if self.channels_last else frames
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How frames and the backbone's weights are stored."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def changed(self) -> list[str]:
         """What is otherwise than in a plain step, each as "switch setting (was)"."""

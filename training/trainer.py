@@ -30,8 +30,8 @@ def to_input(batch: Batch, network: Network, speed: Speed) -> tuple[Tensor, Tens
     """A batch as its network takes it: clips (B, T, 3, h, w) and labels (B,), on the network's device."""
     weight = next(network.parameters())
     batch = batch.to(weight.device)
-    frames = frames_to_input(batch.frames, network.backbone.size, weight.device)
-    frames = speed.lay(frames.to(weight.dtype))
+    size, memory_format = network.backbone.size, speed.memory_format
+    frames = frames_to_input(batch.frames, size, weight.device, memory_format=memory_format).to(weight.dtype)
     return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels
 
 
