@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+VERSIONS ?= -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-triton test-gpu compile-report sanitize lint format bench clean
+.PHONY: help setup train test test-latest test-triton test-gpu compile-report sanitize lint format bench clean
 
 help:
 	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
 	@echo "make test      run the test suite; ARGS=... go to pytest"
+	@echo "make test-latest   the same on the newest releases of torch and the rest, for the last commit"
 	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
 	@echo "make test-gpu  run the parity suite at full size on a GPU; ARGS as above"
 	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
@@ -27,7 +29,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv "$(VENV)"
 	RRU_FAST_NATIVE=0 RRU_FAST_CUDA= "$(BIN)/python" -m pip install --disable-pip-version-check -q \
-		-c constraints.txt -e ".[train,export,search,bench,dev]"
+		$(VERSIONS) -e ".[train,export,search,bench,dev]"
 	@touch "$@"
 
 train: setup
@@ -35,6 +37,15 @@ train: setup
 
 test: setup
 	"$(BIN)/python" -m pytest -q $(ARGS)
+
+# In a clone, whose kernels are built for that torch; its environment is kept beside this one's, and brought up to date.
+LATEST := build/latest
+
+test-latest:
+	rm -rf "$(LATEST)"
+	git clone -q . "$(LATEST)"
+	ln -sfn ../../shared build/shared
+	$(MAKE) -C "$(LATEST)" test VENV="$(CURDIR)/.venv-latest" VERSIONS="--upgrade --upgrade-strategy eager" ARGS="$(ARGS)"
 
 # The interpreter replaces the kernels of a whole process. A test takes seconds there: two processes at least.
 test-triton: setup
@@ -79,4 +90,4 @@ bench: setup
 	"$(BIN)/python" -m benchmarks.train_step
 
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json
+	rm -rf "$(VENV)" .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json
