@@ -207,39 +207,56 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
         reference = Runner(Pipeline(), run)
         batch = reference.first_batch()
         levels = reference.input(batch)
-        step = Runner(Pipeline(), run, torch.float64).step_on(batch)
-        exact = {Pipeline(): (0.0, 0.0)}  # how far each is off in float64
+        runners, frames = {REFERENCE: reference}, {REFERENCE: 0.0}
+        # Every loader's workers begin before any network has trained: each keeps what memory held when it was forked.
         for name, pipeline in PIPELINES.items():
             if pipeline.speed.cuda_graph and run.device.type != "cuda":
                 refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
-                continue
-            if pipeline.speed.compile_backbone and not run.section.compiled:
+            elif pipeline.speed.compile_backbone and not run.section.compiled:
                 refused[name] = f"{NOT_HERE}: compilation takes minutes"
-                continue
-            same = pipeline.exact()
-            try:
+            elif name != REFERENCE:
+                with _or_why(name, refused):
+                    runners[name] = Runner(pipeline, run)
+                    frames[name] = float((runners[name].input(runners[name].first_batch()) - levels).abs().max())
+        step = Runner(Pipeline(), run, torch.float64).step_on(batch)
+        exact = {Pipeline(): (0.0, 0.0)}  # how far each is off in float64
+        for name in frames:
+            with _or_why(name, refused):
+                same = PIPELINES[name].exact()
                 if same not in exact:
                     exact[same] = _off(Runner(same, run, torch.float64).step_on(batch), step)
-                runner = reference if name == REFERENCE else Runner(pipeline, run)
-                frames = float((runner.input(runner.first_batch()) - levels).abs().max())
-                rounded = _off(runner.step_on(batch), step)
-            except Exception as error:  # whatever it is, the others can be measured
-                refused[name] = f"does not run: {contenders.told(error)}"
-                continue
-            told = f"frames within {frames:.2g} grey levels"
-            for what, off in (("in float64", exact[same]), ("as timed", rounded)):
-                told += f", {what} loss within {off[0]:.1e} and gradient within {off[1]:.1e}"
-            compared = [(frames, LEVELS + ROUNDING if pipeline.resize == "device" else 0)]
-            compared += [*zip(exact[same], EXACT, strict=True)]
-            compared += [*zip(rounded, WITHIN[pipeline.speed.amp], strict=True)][: 1 + run.section.shallow]
-            if all(off <= limit for off, limit in compared):
-                right[name] = runner
-                print(f"parity: {name}, {told}")
-            else:
-                refused[name] = f"wrong: {told}"
+                rounded = _off(runners[name].step_on(batch), step)
+                told, fits = _compared(PIPELINES[name], frames[name], exact[same], rounded, run.section)
+                if fits:
+                    right[name] = runners[name]
+                    print(f"parity: {name}, {told}")
+                else:
+                    refused[name] = f"wrong: {told}"
     for name, why in refused.items():
         print(f"{name} is left out: {why}")
     return right, refused
+
+
+@contextmanager
+def _or_why(name: str, refused: dict[str, str]) -> Iterator[None]:
+    """Note what is raised inside as the reason why a pipeline is left out: the others can be measured."""
+    try:
+        yield
+    except Exception as error:
+        refused[name] = f"does not run: {contenders.told(error)}"
+
+
+def _compared(
+    pipeline: Pipeline, frames: float, exact: tuple[float, float], rounded: tuple[float, float], section: Section
+) -> tuple[str, bool]:
+    """How far a pipeline is from the reference, told; and whether that is near enough."""
+    told = f"frames within {frames:.2g} grey levels"
+    for what, off in (("in float64", exact), ("as timed", rounded)):
+        told += f", {what} loss within {off[0]:.1e} and gradient within {off[1]:.1e}"
+    compared = [(frames, LEVELS + ROUNDING if pipeline.resize == "device" else 0.0)]
+    compared += zip(exact, EXACT, strict=True)
+    compared += [*zip(rounded, WITHIN[pipeline.speed.amp], strict=True)][: 1 + section.shallow]
+    return told, all(off <= limit for off, limit in compared)
 
 
 def _off(step: tuple[float, torch.Tensor], wanted: tuple[float, torch.Tensor]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ CACHE = Path("build/native")  # relative, as all paths below: commands run in RO
 BINARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 KEPT_DAYS = 7
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-DNDEBUG", "-DAT_PARALLEL_OPENMP=1"]
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-DNDEBUG", "-DAT_PARALLEL_OPENMP=1"]
 # GCC takes the deliberately undefined operands inside its AVX-512 intrinsics for mistakes of ours (its bug 105593).
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # As ATen builds its kernels: no errno from sqrt and the like, so that loops over them vectorise.
@@ -203,7 +203,7 @@ def _cpp_units(torch: Torch, compiler: Compiler, architectures: list[str]) -> li
 
 def _cuda_units(compiler: Compiler, cuda: Cuda, architectures: list[str]) -> list[Unit]:
     """Each csrc/cuda file once, for all architectures."""
-    command = [str(cuda.nvcc), "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+    command = [str(cuda.nvcc), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
     if len(compiler.command) == 1:  # nvcc takes a program here, not a command such as "ccache c++"
         command += ["-ccbin", compiler.command[0]]
     for architecture in architectures:

@@ -125,6 +125,6 @@ def test_build_info_says_what_was_built() -> None:
     info = _C.build_info()
     assert info["torch"] == torch.__version__
     assert info["simd_here"] in info["simd"]
-    assert "-std=c++17" in info["flags"]
+    assert "-std=c++20" in info["flags"]
     assert info["compiler"]
     assert info["cuda_architectures"] == []
