@@ -144,7 +144,7 @@ def check_refine(
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
-    _shape("lengths", lengths, (len(x),), "(B,)")
+    _shape("lengths", lengths, (x.shape[0],), "(B,)")
     _integers("lengths", lengths)
     if lengths.device.type != "cpu":
         _device("lengths", lengths, x, "x")

@@ -189,7 +189,7 @@ def _fuse_net(self: Any, x: Tensor, is_training: bool = True) -> tuple[Tensor, T
     """person-reid-lib: x (B, T, C, H, W) to the clips' features and strips (B, C, H); is_training is not used."""
     out = _refined(self, x)
     features = self.pool(self.t_info(out.features.transpose(1, 2)).mean(dim=2))
-    return features.view(len(features), -1), out.strips
+    return features.flatten(1), out.strips
 
 
 def _maps(unit: Any, generator: Generator) -> list[tuple[Tensor, ...]]:

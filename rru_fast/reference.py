@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import GroupMember, ProcessGroup
 from torch.distributed.nn.functional import all_reduce
+from torch.utils._pytree import _register_namedtuple
 
 Attention = Literal["both", "spatial", "channel"]
 Inputs = Literal["appearance+motion", "appearance", "raw"]
@@ -51,6 +52,10 @@ class Refined(NamedTuple):
     features: Tensor
     strips: Tensor
     state: State | None
+
+
+for _returned in (State, Refined):  # so that torch.export can save a program that returns them
+    _register_namedtuple(_returned, serialized_type_name=f"rru_fast.{_returned.__name__}")
 
 
 def refine(
@@ -162,7 +167,7 @@ def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
     """
     if lengths is None:
         return State(x[:, -1].clone(), s[:, -1].clone())
-    clip, last = torch.arange(len(x), device=x.device), lengths - 1
+    clip, last = torch.arange(x.shape[0], device=x.device), lengths - 1
     return State(x[clip, last], s[clip, last])
 
 
