@@ -97,8 +97,9 @@ def test_autocast_trains_as_near_to_float64_as_the_plain_model(dtype: torch.dtyp
 
 
 @every_unit
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("marked", [True, False], ids=["marked", "noticed"])
+@pytest.mark.parametrize(
+    ("training", "marked"), [(True, False), (False, True)], ids=["training, noticed", "eval, marked"]
+)
 def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
     plain: Callable[[], nn.Module], training: bool, marked: bool
 ) -> None:
@@ -150,6 +151,27 @@ def test_an_exported_model_takes_any_number_of_clips(plain: Callable[[], nn.Modu
         x = maps(number)
         for got, wanted in zip(first_two(loaded(x)), first_two(module(x)), strict=True):
             assert parity.error(got, wanted) <= 1e-6
+
+
+def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> None:
+    unit, clips, frames = (
+        rru_fast.RRU(6, (4, 4), hidden=8).eval(),
+        torch.export.Dim("clips"),
+        torch.export.Dim("frames"),
+    )
+    x, sizes = maps(5, 7), {0: clips, 1: frames}
+    with torch.no_grad():  # with gradients a program keeps what their backward needs, and wants 3 frames or more
+        ragged = torch.export.export(
+            unit, (maps(2), torch.tensor([1, 4])), dynamic_shapes={"x": sizes, "lengths": {0: clips}}
+        )
+        lengths = torch.tensor([1, 2, 3, 4, 7])
+        assert torch.equal(ragged.module()(x, lengths).strips, unit(x, lengths).strips)
+        state = unit(maps(2)).state
+        assert state is not None
+        of_state = rru_fast.State({0: clips}, {0: clips})  # type: ignore[arg-type]
+        chunk = torch.export.export(unit, (maps(2),), {"state": state}, dynamic_shapes={"x": sizes, "state": of_state})
+        rest = chunk.module()(x[:, 3:], state=unit(x[:, :3]).state)
+        assert torch.allclose(rest.features, unit(x).features[:, 3:], atol=1e-6)
 
 
 @every_unit
@@ -247,6 +269,7 @@ def test_an_ensemble_runs_and_learns_under_vmap() -> None:
         assert torch.allclose(weights["transition.weight"].grad[n], member.transition.weight.grad, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # vmap's own loop is what is wanted
 def test_vmap_does_not_mix_the_running_statistics_of_its_calls() -> None:
     unit = rru_fast.RRU(6, (4, 4), hidden=8)
     x = torch.stack([maps(2), maps(2)])

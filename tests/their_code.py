@@ -89,3 +89,13 @@ class TripletLoss(nn.Module):
         hardest_positive = torch.stack([row[mask].max() for row, mask in rows])
         hardest_negative = torch.stack([row[~mask].min() for row, mask in rows])
         return self.ranking_loss(hardest_negative, hardest_positive, torch.ones_like(hardest_negative))
+
+
+class BatchHardTripletLoss(TripletLoss):
+    """person-reid-lib's own, of batches with as many images of each person."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        distances, same = self.distances(inputs), targets[:, None] == targets[None]
+        hardest_positive = distances[same].view(len(inputs), -1).amax(1)
+        hardest_negative = distances[~same].view(len(inputs), -1).amin(1)
+        return self.ranking_loss(hardest_negative, hardest_positive, torch.ones_like(hardest_negative))
