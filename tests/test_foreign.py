@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import rru_fast
 from rru_fast import foreign
 from tests import parity, their_code
+from tests.units import SIZES
 
-SIZES = {"size": 4, "hidden": 8, "spatial_hidden": 5}
 UNITS: dict[str, Callable[[], nn.Module]] = {
     "RRU": lambda: their_code.RRU(6, **SIZES),
     "FuseNet": lambda: their_code.FuseNet(6, 7, **SIZES),

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import rru_fast
 from rru_fast import reference
 from tests import parity, their_code
+from tests.units import SIZES
 
 
 class Video(nn.Module):
@@ -130,7 +131,7 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         unit = reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5)
-        theirs = their_code.FuseNet(6, 7, size=4, hidden=8, spatial_hidden=5)
+        theirs = their_code.FuseNet(6, 7, **SIZES)
         self.branches = nn.ModuleDict({"ours": nn.Sequential(nn.Identity(), unit), "theirs": nn.ModuleList([theirs])})
         self.unit, self.theirs = unit, theirs
         self.losses = nn.ModuleList([reference.BatchHardTripletLoss(0.4), their_code.TripletLoss(0.4)])
@@ -191,7 +192,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 WHEN = [(name, when) for name in WRAPPERS for when in ("before", "after")]
-WHEN.remove(("torch.compile", "before"))  # tests/test_works_with.py
+WHEN.remove(("torch.compile", "before"))  # tests/test_works_with_graphs.py
 
 
 @pytest.mark.usefixtures("alone")
@@ -273,7 +274,7 @@ def test_an_average_of_a_swapped_model_is_the_average_of_the_plain_one_and_is_fa
 
 def test_a_model_of_theirs_compiled_before_the_swap_runs_the_fast_forward_after_it() -> None:
     torch._dynamo.reset()
-    model = their_code.FuseNet(6, 7, size=4, hidden=8, spatial_hidden=5).eval()
+    model = their_code.FuseNet(6, 7, **SIZES).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = a_batch(torch.float32)
     before = compiled(x)
