@@ -91,21 +91,25 @@ def restore(model: Model) -> Model:
     if not targets:
         warnings.warn(f"restore: {type(model).__name__} holds no accelerated module", stacklevel=2)
     for module in targets:
-        original = module.__dict__["_accelerated_from"]
-        wanted = foreign.fast_class(original, module.kind) if isinstance(module, foreign.Foreign) else FAST[original]
-        if type(module) is not wanted:
+        if type(module) is not (made := _made(module)):
             raise TypeError(
-                f"restore: got a {type(module).__name__}, wanted the {wanted.__name__} that accelerate made: "
+                f"restore: got a {type(module).__name__}, wanted the {made.__name__} that accelerate made: "
                 "undo first what has changed its class since"
             )
     for module in targets:
-        names = (
+        added = (
             ("_accelerated_backend",) if isinstance(module, foreign.Foreign) else ("backend", "cuda_graph", "_graphs")
         )
         module.__class__ = module.__dict__.pop("_accelerated_from")
-        for name in names:
+        for name in added:
             module.__dict__.pop(name, None)
     return model
+
+
+def _made(module: nn.Module) -> type[nn.Module]:
+    """The class that `accelerate` gave the module."""
+    original = module.__dict__["_accelerated_from"]
+    return foreign.fast_class(original, module.kind) if isinstance(module, foreign.Foreign) else FAST[original]
 
 
 def _accelerated(module: nn.Module) -> bool:
