@@ -144,7 +144,7 @@ def check_refine(
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
-    _shape("lengths", lengths, (len(x),), "(B,)")
+    _shape("lengths", lengths, (x.shape[0],), "(B,)")
     _integers("lengths", lengths)
     if lengths.device.type != "cpu":
         _device("lengths", lengths, x, "x")
@@ -161,6 +161,18 @@ def _integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
 
 
+def batched(tensor: Tensor) -> bool:
+    """Whether vmap has wrapped the tensor."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
+
+
+def beneath(tensor: Tensor) -> Tensor:
+    """The tensor that vmap has wrapped, which knows whether gradients are wanted; any other as it is."""
+    while batched(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def check_derivatives(name: str, *tensors: Tensor | None) -> None:
     """Raise where forward mode or torch.func asks for derivatives that a closed-form backward does not give."""
     if torch.compiler.is_compiling():
@@ -168,7 +180,7 @@ def check_derivatives(name: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is None:
             continue
-        wrapped = torch._C._functorch.is_gradtrackingtensor(tensor)
+        wrapped = torch._C._functorch.is_gradtrackingtensor(beneath(tensor))
         dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
         if wrapped or dual.tangent is not None:
             raise RuntimeError(

@@ -121,7 +121,7 @@ def refine(
     state_x, state_s = (None, None) if state is None else (_usable(state.x), _usable(state.s))
     differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiable)
+    save = torch.is_grad_enabled() and any(v is not None and checks.beneath(v).requires_grad for v in differentiable)
     group_name = ""
     counts: list[int] = []
     if training and process_group is not None and reference.spans_ranks(process_group):
@@ -169,6 +169,11 @@ def _usable(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _update(running: Tensor, steps: Tensor, momentum: float) -> None:
     """running = (1 - momentum) running + momentum step, for each row of steps (T, D) in order."""
+    if checks.batched(steps) and not checks.batched(running):
+        raise RuntimeError(
+            "running_mean, running_var: got the same for every call of vmap, wanted None, or one a call with vmap over "
+            "them too: they are updated in place"
+        )
     for step in steps:
         running.lerp_(step.to(running.dtype), momentum)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import GroupMember, ProcessGroup
 from torch.distributed.nn.functional import all_reduce
+from torch.utils._pytree import _register_namedtuple
 
 Attention = Literal["both", "spatial", "channel"]
 Inputs = Literal["appearance+motion", "appearance", "raw"]
@@ -51,6 +52,10 @@ class Refined(NamedTuple):
     features: Tensor
     strips: Tensor
     state: State | None
+
+
+for _returned in (State, Refined):  # so that torch.export can save a program that returns them
+    _register_namedtuple(_returned, serialized_type_name=f"rru_fast.{_returned.__name__}")
 
 
 def refine(
@@ -162,7 +167,7 @@ def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
     """
     if lengths is None:
         return State(x[:, -1].clone(), s[:, -1].clone())
-    clip, last = torch.arange(len(x), device=x.device), lengths - 1
+    clip, last = torch.arange(x.shape[0], device=x.device), lengths - 1
     return State(x[clip, last], s[clip, last])
 
 
@@ -283,6 +288,27 @@ def _group_of(norm: nn.Module) -> ProcessGroup | None:
     return group
 
 
+def norm_arguments(norm: Any) -> dict[str, Any]:
+    """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm."""
+    return {
+        "gamma": norm.weight,
+        "beta": norm.bias,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
+        "training": norm.training or norm.running_mean is None,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
+        "process_group": _group_of(norm),
+    }
+
+
+def count_frames(norm: Any, frames: int) -> None:
+    """Note that the batch norm has seen a batch a frame, as it does where it is called."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(frames)
+
+
 class RRU(nn.Module):
     """The Refining Recurrent Unit, eq. 1-5; constructor and state_dict as `rru_fast.RRU`, which documents them."""
 
@@ -338,32 +364,22 @@ class RRU(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
         """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
-        norm = self.transition_norm
-        # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
-        training = norm.training or norm.running_mean is None
-        self._check(x, training)
+        norm = norm_arguments(self.transition_norm)
+        self._check(x, norm["training"])
         spatial = self.spatial_attention if self.attention != "channel" else None
         out = self._refine(
             x,
             w=self.transition.weight.flatten(1),
-            gamma=norm.weight,
-            beta=norm.bias,
             w_s1=spatial[0].weight if spatial is not None else None,
             w_s2=spatial[2].weight if spatial is not None else None,
             w_c=self.channel_attention.weight if self.attention != "spatial" else None,
             inputs=self.inputs,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
-            training=training,
-            momentum=norm.momentum,
-            eps=norm.eps,
             bn_groups=self.bn_groups,
             lengths=lengths,
             state=state,
-            process_group=_group_of(norm),
+            **norm,
         )
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(x.shape[1])
+        count_frames(self.transition_norm, x.shape[1])
         return out
 
     def _check(self, x: Tensor, training: bool) -> None:
@@ -411,6 +427,9 @@ class BatchHardTripletLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
+        if 0 in features.shape:
+            got = tuple(features.shape)
+            raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
         if labels.shape != features.shape[-2:-1]:
             got, wanted = tuple(labels.shape), tuple(features.shape[-2:-1])
             raise ValueError(f"labels: got shape {got}, wanted {wanted} = (N,), one a feature")

@@ -1,4 +1,4 @@
-"""Swap the reference modules of a model for the fast ones, in place, and back."""
+"""Swap the reference modules of a model, and those of other people's code, for fast ones, in place, and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from rru_fast import modules, reference
+from rru_fast import foreign, modules, reference
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     reference.RRU: modules.RRU,
@@ -18,16 +18,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False) -> Model:
-    """Turn every reference module in `model` into its fast twin, in place.
+    """Give every module in `model` that an operator here can serve the fast forward, in place.
+
+    Those are the modules of `rru_fast.reference`, and of other people's code the RRU of rru-reid, FuseNet of
+    person-reid-lib and TripletLoss of torchreid: classes that have their attributes and, on a copy in float64, their
+    outputs, gradients and running statistics (which takes seconds at the paper's size). One that has the attributes
+    alone, or hooks on a submodule that the fast forward reads and does not call, is left alone with a warning that
+    says why; nor would hooks run that are put there afterwards.
 
     The module objects stay, and with them parameters, buffers, hooks and whoever else holds them (optimizers, DDP,
     averaged copies); only what their forward runs changes. Called again, it changes their backend. A subclass of a
     reference module is left alone, for its forward is its own.
 
     Args:
-        model: any module, itself possibly a reference module.
+        model: any module, itself possibly one to swap. With FSDP2, swap before `fully_shard`.
         backend: what the fast modules shall run, as in their constructors.
-        cuda_graph: whether the RRUs shall run as CUDA graphs, as in their constructor.
+        cuda_graph: whether the RRUs shall run as CUDA graphs, as in their constructor; not those of other people's
+            code.
 
     Returns:
         The same `model`. Warns if there was nothing to swap.
@@ -41,37 +48,68 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
     (True, True)
     """
     modules.check_cuda_graph(cuda_graph, backend)
-    targets = [module for module in model.modules() if type(module) in FAST or _accelerated(module)]
-    if not targets:
-        warnings.warn(f"accelerate: {type(model).__name__} holds no reference module to swap", stacklevel=2)
-    for module in targets:
+    swaps: dict[nn.Module, type[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if _accelerated(module):
+            swaps[module] = type(module)
+        elif type(module) in FAST:
+            swaps[module] = FAST[type(module)]
+        elif (kind := foreign.kind_of(module)) is not None:
+            title = f"{name or 'the model'} ({type(module).__name__})"
+            if (why := foreign.difference(module, kind)) is not None:
+                warnings.warn(f"accelerate: {title} looks like {kind.name} and is left alone: {why}", stacklevel=2)
+            elif cuda_graph and kind.replaced is foreign.UNIT:
+                raise ValueError(f"cuda_graph: got True with {title}, wanted False: {kind.name} runs no CUDA graphs")
+            else:
+                swaps[module] = foreign.fast_class(type(module), kind)  # type: ignore[arg-type]
+    if not swaps:
+        warnings.warn(f"accelerate: {type(model).__name__} holds no module to swap", stacklevel=2)
+    for module, cls in swaps.items():
         if not _accelerated(module):
             module._accelerated_from = type(module)  # type: ignore[assignment]
-            module.__class__ = FAST[type(module)]
+            module.__class__ = cls
         if isinstance(module, reference.RRU):
             module._choose_backend(backend, cuda_graph)
-        elif isinstance(module, reference.BatchHardTripletLoss):
+        elif isinstance(module, reference.BatchHardTripletLoss | foreign.Foreign):
             module._choose_backend(backend)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate`: every module it swapped is a reference module again, with the weights it has now.
+    """Undo `accelerate`: every module it swapped has its own forward again, with the weights it has now.
 
     Args:
         model: any module; fast modules that were built as such stay fast.
 
     Returns:
         The same `model`. Warns if there was nothing to restore.
+
+    Raises:
+        TypeError: a module's class has changed since, as `fully_shard` changes it.
     """
     targets = [module for module in model.modules() if _accelerated(module)]
     if not targets:
         warnings.warn(f"restore: {type(model).__name__} holds no accelerated module", stacklevel=2)
     for module in targets:
+        if type(module) is not (made := _made(module)):
+            raise TypeError(
+                f"restore: got a {type(module).__name__}, wanted the {made.__name__} that accelerate made: "
+                "undo first what has changed its class since"
+            )
+    for module in targets:
+        added = (
+            ("_accelerated_backend",) if isinstance(module, foreign.Foreign) else ("backend", "cuda_graph", "_graphs")
+        )
         module.__class__ = module.__dict__.pop("_accelerated_from")
-        for name in ("backend", "cuda_graph", "_graphs"):
+        for name in added:
             module.__dict__.pop(name, None)
     return model
+
+
+def _made(module: nn.Module) -> type[nn.Module]:
+    """The class that `accelerate` gave the module."""
+    original = module.__dict__["_accelerated_from"]
+    return foreign.fast_class(original, module.kind) if isinstance(module, foreign.Foreign) else FAST[original]
 
 
 def _accelerated(module: nn.Module) -> bool:

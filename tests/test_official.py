@@ -1,48 +1,18 @@
-"""The authors' weights: their module, written here by its published names and sign, against ours after conversion."""
+"""The authors' weights: their module against ours after conversion."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rru_fast
-
-
-class TheirNorm(nn.Module):
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.bn = nn.BatchNorm2d(hidden, eps=0.001)
-
-    def forward(self, v: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.conv(v)))
-
-
-class Theirs(nn.Module):
-    """person-reid-lib's unit: attention by convolutions, the appearance difference as past minus present."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduce_dim_z = TheirNorm(2 * channels, 256)
-        self.s_atten_z = nn.Sequential(nn.Conv2d(1, 128, 8, bias=False), nn.ReLU(), nn.Conv2d(128, 64, 1, bias=False))
-        self.c_atten_z = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(256, channels, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        past, previous, out = x[:, 0], x[:, 0], []
-        for present in x.unbind(1):
-            y = self.reduce_dim_z(torch.cat((past - present, present - previous), 1))
-            where = self.s_atten_z(y.mean(1, keepdim=True)).view(len(x), 1, 8, 8)
-            update = torch.sigmoid(where * self.c_atten_z(y))
-            past = (1 - update) * past + update * present
-            previous = present
-            out.append(past)
-        return torch.stack(out, 1)
+from tests import their_code
 
 
 @pytest.fixture
-def theirs() -> Theirs:
-    module = Theirs(12).double()
+def theirs() -> their_code.RRU:
+    module = their_code.RRU(12).double()
     for name, value in module.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "var" in name else torch.randn_like(value) * 0.2)
@@ -50,18 +20,18 @@ def theirs() -> Theirs:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_converted_weights_compute_what_the_official_unit_computes(theirs: Theirs, training: bool) -> None:
+def test_converted_weights_compute_what_the_official_unit_computes(theirs: their_code.RRU, training: bool) -> None:
     ours = rru_fast.RRU(12).double()
     ours.load_state_dict(rru_fast.from_official(theirs.state_dict()))
     x = torch.randn(3, 5, 12, 8, 8, dtype=torch.float64)
-    wanted = theirs.train(training)(x)
+    wanted = theirs.train(training)(x).transpose(1, 2)
     got = ours.train(training)(x)
     assert torch.allclose(got.features, wanted, rtol=1e-10, atol=1e-12)
     assert torch.allclose(got.strips, wanted.mean((1, 4)), rtol=1e-10, atol=1e-12)
     assert torch.allclose(ours.transition_norm.running_var, theirs.reduce_dim_z.bn.running_var)
 
 
-def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touched(theirs: Theirs) -> None:
+def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touched(theirs: their_code.RRU) -> None:
     network = nn.ModuleDict({"base": nn.Conv2d(3, 12, 1), "fuse_net": theirs})
     before = theirs.reduce_dim_z.conv.weight.clone()
     converted = rru_fast.from_official(network.state_dict())
@@ -69,14 +39,14 @@ def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touche
     assert torch.equal(theirs.reduce_dim_z.conv.weight, before)
 
 
-def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: Theirs) -> None:
+def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: their_code.RRU) -> None:
     old = {name: value for name, value in theirs.state_dict().items() if "num_batches" not in name}
     ours = rru_fast.RRU(12)
     ours.load_state_dict(rru_fast.from_official(old))
     assert torch.equal(ours.transition_norm.running_var, theirs.reduce_dim_z.bn.running_var.float())
 
 
-def test_what_does_not_fit_is_named(theirs: Theirs) -> None:
+def test_what_does_not_fit_is_named(theirs: their_code.RRU) -> None:
     state = theirs.state_dict()
     with pytest.raises(ValueError, match=r"got no 'c_atten_z\.1\.weight'"):
         rru_fast.from_official({name: value for name, value in state.items() if "c_atten" not in name})

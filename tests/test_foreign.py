@@ -1,0 +1,364 @@
+"""Other people's modules, swapped by the one call: what they compute, and which are left alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rru_fast
+from rru_fast import foreign
+from tests import parity, their_code
+from tests.units import SIZES
+
+UNITS: dict[str, Callable[[], nn.Module]] = {
+    "RRU": lambda: their_code.RRU(6, **SIZES),
+    "FuseNet": lambda: their_code.FuseNet(6, 7, **SIZES),
+}
+every_unit = pytest.mark.parametrize("make", UNITS.values(), ids=UNITS.keys())
+PEOPLE = torch.arange(12) // 3
+
+
+def maps(clips: int = 3, frames: int = 4) -> Tensor:
+    return torch.randn(clips, frames, 6, 4, 4, dtype=torch.float64)
+
+
+def outputs(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def twins(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module in float64 as it is, and a copy that is swapped."""
+    plain = module.double()
+    return plain, rru_fast.accelerate(copy.deepcopy(plain))
+
+
+def train(module: nn.Module, steps: int = 3) -> dict[str, Tensor]:
+    """The state and the last outputs after steps of SGD, the same for every module."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(steps):
+        out = outputs(module(maps()))
+        optimizer.zero_grad()
+        sum((v.square().mean() for v in out), torch.zeros(())).backward()
+        optimizer.step()
+    return {**module.state_dict(), **{f"output {n}": v.detach() for n, v in enumerate(out)}}
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert list(got) == list(wanted)
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype, name
+        assert parity.error(got[name].double(), value.double()) <= parity.EXACT, name
+
+
+@every_unit
+@pytest.mark.parametrize("norm", ["training", "frozen", "synchronised"])
+def test_the_authors_unit_trains_as_before(make: Callable[[], nn.Module], norm: str) -> None:
+    module = make()
+    if norm == "frozen":
+        module.reduce_dim_z.eval().requires_grad_(False)  # type: ignore[union-attr, operator]
+    if norm == "synchronised":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    plain, fast = twins(module)
+    before = fast.state_dict()["reduce_dim_z.bn.running_mean"].clone()
+    wanted = train(plain)
+    assert_same(train(fast), wanted)
+    assert torch.equal(wanted["reduce_dim_z.bn.running_mean"], before) == (norm == "frozen")
+    assert wanted["reduce_dim_z.bn.num_batches_tracked"] == (0 if norm == "frozen" else 3 * 4)  # a frame each
+
+    for module in (plain, fast, rru_fast.restore(fast)):
+        module.eval()
+        x = maps(1)
+        for theirs, ours, one in zip(
+            outputs(plain(x)), outputs(module(x)), outputs(module(x[0])), strict=True
+        ):  # one clip without its dimension
+            assert ours.shape == one.shape == theirs.shape
+            assert ours.stride() == theirs.stride()
+            assert parity.error(ours, theirs) <= parity.EXACT
+            assert torch.equal(one, ours)
+
+
+def test_the_authors_unit_at_its_own_sizes_is_as_near_the_oracle_as_theirs_in_every_dtype() -> None:
+    plain, fast = twins(their_code.FuseNet(16, 256))
+    x = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        low = x.to(dtype)
+        oracle, theirs = copy.deepcopy(plain)(low.double()), copy.deepcopy(plain).to(dtype)(low)
+        for wanted, their, ours in zip(oracle, theirs, copy.deepcopy(fast).to(dtype)(low), strict=True):
+            assert ours.dtype == dtype
+            limit = max(2 * parity.error(their.double(), wanted), torch.finfo(dtype).eps, parity.EXACT)
+            assert parity.error(ours.double(), wanted) <= limit
+
+
+@pytest.mark.parametrize("loss", [their_code.TripletLoss, their_code.BatchHardTripletLoss])
+@pytest.mark.parametrize("margin", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torchreids_loss_and_the_authors_are_the_same_with_their_gradients(
+    loss: type[their_code.TripletLoss], margin: float, reduction: str
+) -> None:
+    plain = loss(margin)
+    plain.ranking_loss.reduction = reduction
+    fast = rru_fast.accelerate(copy.deepcopy(plain))
+    for features in (torch.randn(12, 5).double(), torch.randn(12, 5).double() + 9 * PEOPLE[:, None]):
+        results = []
+        for module in (plain, fast):
+            leaf = features.clone().requires_grad_()
+            value = module(leaf, targets=PEOPLE)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            results.append((value, gradient))
+        for theirs, ours in zip(*results, strict=True):
+            assert theirs.shape == ours.shape
+            assert parity.error(ours, theirs) <= parity.EXACT
+
+
+def test_a_margin_changed_after_the_swap_is_the_margin() -> None:
+    plain = their_code.TripletLoss(0.3)
+    fast = rru_fast.accelerate(copy.deepcopy(plain))
+    plain.ranking_loss.margin = fast.ranking_loss.margin = 2.0
+    features = torch.randn(12, 5)
+    assert torch.allclose(fast(features, PEOPLE), plain(features, PEOPLE))
+
+
+@every_unit
+def test_the_very_module_and_parameters_stay(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    cls, text, parameters, own = type(module), repr(module), dict(module.named_parameters()), set(vars(module))
+    assert rru_fast.accelerate(module) is module
+    assert isinstance(module, cls)
+    assert type(module) is not cls
+    assert type(module).__qualname__ == cls.__qualname__
+    assert "rru_fast backend='auto'" in repr(module)
+    for restored in (False, True):
+        if restored:
+            rru_fast.restore(module)
+        assert [p is parameters[name] for name, p in module.named_parameters()] == [True] * len(parameters)
+    assert type(module) is cls
+    assert repr(module) == text
+    assert set(vars(module)) == own
+
+
+def test_looking_at_a_module_changes_nothing_and_runs_no_hooks() -> None:
+    module = their_code.FuseNet(6, 7, **SIZES).requires_grad_(False).eval()
+    module.t_info.append(nn.Dropout3d())  # draws from the generator that is looked at below
+    seen: list[Any] = []
+    module.register_forward_hook(lambda *call: seen.append(call[0]))
+    module.t_info.register_forward_pre_hook(lambda *call: seen.append(call[0]))
+    before, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    with torch.inference_mode(), torch.device("meta"):
+        rru_fast.accelerate(module)
+    assert seen == []
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(p.requires_grad for p in module.parameters())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    module(maps().float())
+    assert seen == [module.t_info, module]  # hooks on what still runs, run
+
+
+class Leaky(their_code.RRU):
+    def gate(self, v: Tensor) -> Tensor:
+        block = self.reduce_dim_z
+        y = nn.functional.leaky_relu(block.bn(block.conv(v)), 0.1)
+        where = self.s_atten_z(y.mean(1, keepdim=True)).view(len(y), 1, *y.shape[2:])
+        return torch.sigmoid(where * self.c_atten_z(y))
+
+
+class Truncated(their_code.RRU):
+    """Its outputs are the same, its gradients are not."""
+
+    def gate(self, v: Tensor) -> Tensor:
+        return super().gate(v.detach())
+
+
+class ForgetsFirst(their_code.RRU):
+    """The same but for what the norm remembers: its first frame goes uncounted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training:
+            self.reduce_dim_z.bn.num_batches_tracked -= 1
+        return out
+
+
+class FramesFirst(their_code.RRU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(1, 2)
+
+
+class WithStrips(their_code.RRU):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out = super().forward(x)
+        return out, out.mean((2, 4))
+
+
+class Normalised(their_code.TripletLoss):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(nn.functional.normalize(inputs), targets)
+
+
+class Squared(their_code.TripletLoss):
+    def distances(self, inputs: Tensor) -> Tensor:
+        return super().distances(inputs).square()
+
+
+class Unclamped(their_code.TripletLoss):
+    """Differs only for a person who is seen once: 0 where the floor is 1e-6."""
+
+    def distances(self, inputs: Tensor) -> Tensor:
+        return (inputs[:, None] - inputs).square().sum(2).clamp(min=1e-30).sqrt()
+
+
+def _hooked() -> nn.Module:
+    module = their_code.RRU(6, **SIZES)
+    module.s_atten_z[0].register_forward_hook(lambda *call: None)
+    return module
+
+
+def _spectral_normed() -> nn.Module:
+    module = their_code.RRU(6, **SIZES)
+    nn.utils.parametrizations.spectral_norm(module.reduce_dim_z.conv)  # a step of its iteration a frame
+    return module
+
+
+def _patched() -> nn.Module:
+    module = their_code.RRU(6, **SIZES)
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    return module
+
+
+def _cumulative() -> nn.Module:
+    module = their_code.RRU(6, **SIZES)
+    module.reduce_dim_z.bn.momentum = None
+    return module
+
+
+def _summed() -> nn.Module:
+    loss = their_code.TripletLoss()
+    loss.ranking_loss.reduction = "sum"
+    return loss
+
+
+def _shallow() -> nn.Module:
+    module = their_code.RRU(6, **SIZES)
+    module.s_atten_z = module.s_atten_z[:2]
+    return module
+
+
+LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: Leaky(6, **SIZES), r"its output 0 is off by .* of its size \(example 0, training mode\)"),
+    (lambda: Truncated(6, **SIZES), "its gradient of input 0 is off by"),
+    (lambda: ForgetsFirst(6, **SIZES), r"its buffer reduce_dim_z\.bn\.num_batches_tracked is off by"),
+    (lambda: FramesFirst(6, **SIZES), r"it returns Tensor \(2, 3, 6, 4, 4\), wanted Tensor \(2, 6, 3, 4, 4\)"),
+    (
+        lambda: WithStrips(6, **SIZES),
+        r"it returns tuple of Tensor \(2, 6, 3, 4, 4\), Tensor \(2, 6, 4\), wanted Tensor",
+    ),
+    (_hooked, r"s_atten_z\.0 has hooks, which would no longer run"),
+    (_spectral_normed, "its output 0 is off by"),
+    (_patched, "its forward is not that of its class"),
+    (_cumulative, "ValueError: momentum: got None, wanted a number from 0 to 1"),
+    (_shallow, "RuntimeError: "),
+    (Normalised, "its output 0 is off by"),
+    (Squared, "its output 0 is off by"),
+    (Unclamped, r"its output 0 is off by .* \(example 2, training mode\)"),
+    (_summed, "ValueError: reduction: got 'sum', wanted one of 'mean', 'none'"),
+]
+
+
+@pytest.mark.parametrize(("make", "why"), LOOK_ALIKES, ids=[why[:50] for _, why in LOOK_ALIKES])
+def test_a_look_alike_is_left_alone_with_a_line_that_says_why(make: Callable[[], nn.Module], why: str) -> None:
+    module = make()
+    model = nn.ModuleDict({"head": module, "unit": their_code.TripletLoss()})
+    cls, own = type(module), dict(vars(module))
+    with pytest.warns(
+        UserWarning, match=rf"^accelerate: head \({cls.__name__}\) looks like .* and is left alone: {why}"
+    ) as caught:
+        rru_fast.accelerate(model)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    assert type(module) is cls
+    assert vars(module) == own
+    assert isinstance(model["unit"], foreign.Foreign)  # the others are swapped
+
+
+def test_names_alone_mean_nothing() -> None:
+    class Imputer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduce_dim_z = nn.Linear(2, 2)
+            self.margin = 0.3
+
+    with pytest.warns(UserWarning, match="accelerate: Imputer holds no module to swap") as caught:
+        rru_fast.accelerate(Imputer())
+    assert len(caught) == 1
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: _through_a_file(module),
+    "replica": lambda module: module._replicate_for_data_parallel(),  # type: ignore[operator]
+}
+
+
+def _through_a_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@every_unit
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_is_as_fast_has_weights_of_its_own_and_comes_back(
+    make: Callable[[], nn.Module], how: Callable[[nn.Module], nn.Module]
+) -> None:
+    plain, fast = twins(make())
+    if how is COPIES["replica"]:  # of DataParallel: parameters are set on it afterwards, and are the original's here
+        other = how(fast)
+        other.__dict__["_modules"] = {name: copy.deepcopy(module) for name, module in fast._modules.items()}
+    else:
+        other = how(fast)
+    assert type(other) is type(fast)
+    with torch.no_grad():
+        for module in (plain, other):
+            next(module.parameters()).mul_(2)  # not the swapped module's
+    x = maps()
+    for got, wanted, not_wanted in zip(*(outputs(m.eval()(x)) for m in (other, plain, fast)), strict=True):
+        assert parity.error(got, wanted) <= parity.EXACT
+        assert parity.error(not_wanted, wanted) > 1e-6
+    assert type(rru_fast.restore(other)) is type(plain)
+
+
+def test_the_backend_is_the_one_asked_for_and_can_be_changed() -> None:
+    module = rru_fast.accelerate(their_code.RRU(6, **SIZES).double(), backend="composite")
+    assert "rru_fast backend='composite'" in repr(module)
+    x = maps()
+    composite = module.eval()(x)
+    for backend in [*parity.COMPILED, "reference"]:
+        assert parity.error(rru_fast.accelerate(module, backend=backend)(x), composite) <= parity.EXACT
+        assert f"rru_fast backend={backend!r}" in repr(module)
+
+
+def test_graphs_are_refused_for_their_unit_before_anything_is_swapped() -> None:
+    model = nn.ModuleList([rru_fast.reference.RRU(6, (4, 4)), their_code.TripletLoss(), their_code.RRU(6, **SIZES)])
+    wanted = r"cuda_graph: got True with 2 \(RRU\), wanted False: rru-reid's RRU runs no CUDA graphs"
+    with pytest.raises(ValueError, match=wanted):
+        rru_fast.accelerate(model, cuda_graph=True)
+    assert [type(module) for module in model] == [rru_fast.reference.RRU, their_code.TripletLoss, their_code.RRU]
+
+
+def test_an_attribute_that_is_called_backend_stays_the_modules_own() -> None:
+    module = their_code.TripletLoss()
+    module.backend = "gloo"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rru_fast.restore(rru_fast.accelerate(module))
+    assert module.backend == "gloo"
