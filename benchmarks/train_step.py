@@ -9,11 +9,12 @@ second are end to end, an epoch's first batch and logging included; x reference 
 which every pipeline trains for an epoch. The shares of a step are of the same epochs; on a GPU, where watching waits
 for the device at every stage, of others.
 
-Before anything is timed a pipeline's batch is held to the reference's (its pixels equal, or within 2 grey levels where
-the device resizes), and its step on the same frames to the reference's in float64: loss and gradient of the pipeline in
-float64, so that its arithmetic is known to be the same, and of the pipeline as it is timed, within its rounding. From
-random weights a deep network makes noise of a rounded gradient: of Inception-v3's as timed the loss alone is held. What
-fails is left out and named. Each section runs in a process of its own, and what is measured is written as it goes.
+Before anything is timed a pipeline's batches of an epoch are held to the reference's (clips and labels the same, pixels
+equal, or within 2 grey levels where the device resizes), and its step on the same frames to the reference's in float64:
+the loss, every gradient and every weight's change. The pipeline's step in float64 shows that its arithmetic is the same;
+its step as it is timed is held within its rounding. From random weights a deep network makes noise of rounded gradients:
+of Inception-v3's step as timed the loss alone is held. What fails is left out and named. Each section runs in a process
+of its own, and what is measured is written as it goes.
 """
 
 from __future__ import annotations

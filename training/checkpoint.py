@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.errors import UserError
-from training.files import to_disk, write_whole
+from training.files import resolved, to_disk, write_whole
 from training.model.weights import first_line, load_pickle
 
 CONFIG, LAST = "config.json", "last"
@@ -52,7 +52,7 @@ def last(run: Path) -> Path | None:
 
 def run_of(path: Path) -> Path | None:
     """The run that is continued from `path`: itself, or the one whose last checkpoint it is; `None` for neither."""
-    path = path.resolve()
+    path = resolved(path)
     if last(path):
         return path
     return path.parent if last(path.parent) == path else None

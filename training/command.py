@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from traceback import walk_tb
@@ -19,6 +20,7 @@ def run_command(main: Callable[[], object], several: bool = False) -> None:
         several: whether it knows what to do in several processes, as torchrun starts them; one of them says the line.
     """
     warnings.showwarning = lambda message, *where: _say(f"warning: {message}") if distributed.is_main() else None
+    threading.excepthook = _of_a_thread
     try:
         with distributed.processes():
             if distributed.world() > 1 and not several:
@@ -27,6 +29,10 @@ def run_command(main: Callable[[], object], several: bool = False) -> None:
     except KeyboardInterrupt as stopped:
         _say(str(stopped) or "interrupted")
         sys.exit(130)
+    except OSError as error:
+        if distributed.first_to_tell():
+            _say(f"error: {error}")
+        sys.exit(2)
     except ValueError as error:
         if not isinstance(error, UserError) and not _raised_by_the_library(error):
             raise
@@ -39,6 +45,12 @@ def _raised_by_the_library(error: ValueError) -> bool:
     """Whether the raise itself stands in `rru_fast`: then it is a check of an argument, not a bug met on the way."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).startswith("rru_fast.")
+
+
+def _of_a_thread(raised: threading.ExceptHookArgs) -> None:
+    """Tell of what ended a thread; but TensorBoard's, ended by a full disk, hands the error to its next caller."""
+    if not isinstance(raised.exc_value, OSError):
+        threading.__excepthook__(raised)
 
 
 def _say(line: str) -> None:

@@ -53,6 +53,9 @@ class Index:
             self._index = self._faiss.read_index(str(path))
         except RuntimeError as error:
             raise UserError(f"{path}: not a readable index ({first_line(error)}), remove it") from error
+        if (self._index.d, self._index.ntotal) != (gallery.width, gallery.rows) or not hasattr(self._index, "nlist"):
+            got = f"an index of {self._index.ntotal} features of {self._index.d} numbers"
+            raise UserError(f"{path}: got {got}, wanted one in lists of {gallery.rows} of {gallery.width}; remove it")
         self._index.nprobe = max(8, self._index.nlist // 16)
 
     def nearest(self, queries: Tensor, count: int) -> tuple[Floats, Ints]:

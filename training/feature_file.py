@@ -86,7 +86,7 @@ class FeatureFile:
         """N of them.
 
         Raises:
-            UserError: there are fewer, or more.
+            UserError: there are fewer, or more, or one is no string.
         """
         try:
             names: list[str] = json.loads(self._opened.get_tensor("names").numpy().tobytes())
@@ -95,6 +95,8 @@ class FeatureFile:
         if not isinstance(names, list) or len(names) != self.rows:
             got = f"{len(names)} of them" if isinstance(names, list) else "something else"
             raise UserError(f"{self.path}: names: got {got}, wanted a list of {self.rows}, one a tracklet")
+        if other := [name for name in names if not isinstance(name, str)]:
+            raise UserError(f"{self.path}: names: got {other[0]!r}, wanted strings")
         return names
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from training.errors import UserError
+
+LOCK = "lock"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -23,9 +30,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
     to_disk(path.parent)
 
 
+def resolved(path: Path) -> Path:
+    """The path without links and dots; of links in a circle, which Path.resolve raises at, one of them."""
+    return Path(os.path.realpath(path))
+
+
 def aside(path: Path) -> Path:
     """Where `write_whole` writes before it renames."""
     return path.with_name(f"{path.name}.new")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process until the block ends, or the process does; those it forks do not hold it.
+
+    Raises:
+        UserError: another process has it.
+        OSError: it cannot be written.
+    """
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"output: another process is writing in {folder}, wanted one at a time") from None
+        yield
 
 
 def to_disk(path: Path) -> None:

@@ -175,16 +175,12 @@ def _differs(path: Path, content: _Content) -> str | None:
         return f"made of {next(iter(was['splits'].values()))['description']}"
     if was != now or any(not np.array_equal(made.arrays[name], array) for name, array in content.arrays.items()):
         return "made of other tracklets"
-    made_at = path.stat().st_mtime_ns
     for number, source in enumerate(_shown(content.sources, "Checking frames")):
         try:
             image_file = made.encoded(number)
         except UserError as error:
             return str(error).partition(";")[0]
-        if isinstance(source, Path):
-            if source.stat().st_mtime_ns > made_at:
-                return f"older than {source}"
-        elif image_file != _image_file(source, content.pixels):
+        if image_file != _image_file(source, content.pixels):
             return f"frame {made.name_of(number)} is another"
     return None
 

@@ -14,6 +14,7 @@ import torch
 import tyro
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -173,7 +174,7 @@ def _approximate(
 
 
 def _table(hits: list[Hit], title: str) -> Table:
-    table = Table("query", title=title, title_justify="left")
+    table = Table("query", title=escape(title), title_justify="left")
     for column in ("rank", "similarity", "person", "camera"):
         table.add_column(column, justify="right")
     table.add_column("name")
@@ -183,8 +184,8 @@ def _table(hits: list[Hit], title: str) -> Table:
             table.add_section()
         shown = "" if hit.query == before else hit.query
         before = hit.query
-        values = (str(hit.rank), f"{hit.similarity:.4f}", str(hit.person), str(hit.camera), hit.name)
-        table.add_row(shown, *values)
+        values = (str(hit.rank), f"{hit.similarity:.4f}", str(hit.person), str(hit.camera), escape(hit.name))
+        table.add_row(escape(shown), *values)
     return table
 
 

@@ -20,6 +20,7 @@ from training.data import Dataset, PridPeople
 from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.errors import UserError
+from training.files import resolved
 from training.model.operators import Ops
 from training.recipes import FREE, RECIPES, Recipe
 from training.recipes.rows import ROWS
@@ -84,7 +85,7 @@ class Options:
     channels_last: bool | None = None
     """Whether frames and the backbone's weights lie channels last."""
     compile_backbone: bool | None = None
-    """Whether to run the backbone through torch.compile; that takes a minute at the start."""
+    """Whether to run the backbone through torch.compile; that takes minutes at the start."""
     cuda_graph: bool | None = None
     """Whether to run the RRU as CUDA graphs, on a GPU."""
     resize: Resize | None = None
@@ -218,11 +219,11 @@ def resolve(options: Options, resumed: Settings | None) -> Settings:
         changes = {**{name: getattr(RECIPES["quick"], name) for name in _OF_THE_BACKBONE}, **changes}
     # A run may be continued from another working folder.
     if changes.get("weights") not in (None, "imagenet", "random"):
-        changes["weights"] = str(Path(changes["weights"]).resolve())
+        changes["weights"] = str(resolved(changes["weights"]))
     switches = {field.name: getattr(options, field.name) for field in fields(Speed)}
     settings = Settings(
         recipe=replace(base.recipe, **(ROWS[options.row].changes if options.row else {}), **changes),
-        data_root=base.data_root if options.data_root is None else options.data_root.resolve(),
+        data_root=base.data_root if options.data_root is None else resolved(options.data_root),
         split=base.split if options.split is None else options.split,
         ops=options.ops or base.ops,
         check_counts=options.check_counts and base.check_counts,

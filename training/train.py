@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,13 +20,13 @@ from training import checkpoint, distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
 from training.data import load_split
-from training.data.loading import make_loader
+from training.data.loading import make_loader, told_of_workers
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import compare
-from training.files import aside, write_whole
+from training.files import LOCK, aside, held, resolved, write_whole
 from training.logging import RunLog
 from training.model.ghost_norm import groups_of_each
 from training.model.losses import Losses
@@ -116,7 +117,8 @@ def train_run(
     # While CUDA graphs are captured no other thread may call CUDA, as one that pins memory does.
     pin = device.type == "cuda" and not settings.speed.cuda_graph
     loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
-    with _begin_log(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext() as log:
+    logged = _logged(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext()
+    with told_of_workers(), logged as log:
         if log:
             size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
             by = f"{distributed.world()} processes, " * (distributed.world() > 1)
@@ -164,11 +166,14 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
     return trainer
 
 
-def _begin_log(run: Path, config: dict[str, Any], trainer: Trainer, recipe: Recipe, console: Console) -> RunLog:
-    """Begin to write in a run's folder."""
+@contextmanager
+def _logged(run: Path, config: dict[str, Any], trainer: Trainer, recipe: Recipe, console: Console) -> Iterator[RunLog]:
+    """Write in a run's folder, which no other process does meanwhile."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
-    return RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step)
+    with held(run):
+        write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
+        with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
+            yield log
 
 
 def _seed_process(seed: int, epoch: int) -> None:
@@ -199,7 +204,7 @@ def _run_folder(options: Options, recipe: Recipe) -> Path:
             )
         return options.resume if checkpoint.last(options.resume) else resumed
     run = options.output or Path("runs") / f"{recipe.name}-{recipe.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if run.resolve() != resumed:
+    if resolved(run) != resumed:
         check_free(run)
     return run
 
@@ -207,7 +212,8 @@ def _run_folder(options: Options, recipe: Recipe) -> Path:
 def check_free(run: Path) -> None:
     """Raise a UserError unless a run may begin in a folder: one that is not there yet, or holds nothing."""
     try:
-        taken = any(path != aside(run / CONFIG) for path in run.iterdir())  # left by a kill at a run's beginning
+        left = (run / LOCK, aside(run / CONFIG))  # by a kill at a run's beginning
+        taken = any(path not in left for path in run.iterdir())
     except FileNotFoundError:
         return
     except OSError as error:

@@ -18,6 +18,7 @@ from training.checkpoint import Checkpoint
 from training.data import Dataset, load_split
 from training.data.tracklets import Split
 from training.errors import UserError
+from training.files import resolved
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import load_weights
@@ -81,7 +82,7 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
     dataset = options.dataset or recipe.dataset
     # Another dataset does not lie where the one trained on did, nor is it split alike.
     root, number = (settings.data_root, settings.split) if dataset == recipe.dataset else (None, 0)
-    root = options.data_root.resolve() if options.data_root else root
+    root = resolved(options.data_root) if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
     split = distributed.main_first(

@@ -69,8 +69,9 @@ def test_a_file_that_is_there_is_checked_and_left(asked: Options, capsys: pytest
 
 def changed_picture(asked: Options) -> None:
     path = asked.data_root / "i-LIDS-VID/sequences/cam1/person001/cam1_person001_9.png"  # type: ignore[operator]
+    before = path.stat()
     Image.new("RGB", (6, 8), (200, 1, 9)).save(path)
-    os.utime(path, ns=(0, asked.output.stat().st_mtime_ns + 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times may have it
 
 
 def one_frame_less(asked: Options) -> None:
@@ -90,7 +91,7 @@ def cut_short(asked: Options) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (changed_picture, "older than .*cam1_person001_9.png"),
+        (changed_picture, "frame 0 of cam1/person001 in .* is another"),
         (one_frame_less, "made of other tracklets"),
         (damaged_frame, "frame 1 of cam1/person.* in .*: damaged, its checksum is another"),
         (cut_short, r"got \d+ bytes, wanted \d+"),

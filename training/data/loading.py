@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +91,18 @@ class _Loader(DataLoader["Batch | UserError"]):
                 # closes the workers' pipes before it stops the workers.
                 raise UserError(str(batch))
             yield batch
+
+
+@contextmanager
+def told_of_workers() -> Iterator[None]:
+    """Say in one line that a worker was killed, wherever the loader's signal handler says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        told = str(error).partition(". ")[0]
+        raise UserError(f"workers: {told}; where memory ran out, fewer --workers need less") from error
 
 
 def _as_is(batch: Any) -> Any:

@@ -23,7 +23,7 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     floats does neither in between, and is off by up to 30 levels at the edges of black and white.
 
     Args:
-        pixels: (N, 3, h, w), uint8 on a CPU; anywhere, float32 that holds whole numbers from 0 to 255.
+        pixels: (N, 3, h, w): on a CPU uint8, on a GPU float32 that holds whole numbers from 0 to 255.
         size: height and width of the result, pixels.
 
     Returns:

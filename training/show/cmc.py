@@ -15,6 +15,7 @@ from training.errors import UserError
 from training.evaluation.protocols import ProtocolName, Trial
 from training.evaluation.ranking import DEEPEST, Floats, Ranking
 from training.evaluation.scoring import compare
+from training.files import resolved
 from training.show.picture import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT, label_ends
 from training.trained import UseOptions, load_trained
 
@@ -70,7 +71,7 @@ def names(runs: Sequence[Path]) -> list[str]:
     Raises:
         UserError: one is named twice.
     """
-    paths = [run.resolve() for run in runs]
+    paths = [resolved(run) for run in runs]
     if len(set(paths)) < len(paths):
         raise UserError(f"runs: got one of them twice in {', '.join(map(str, runs))}, wanted each once")
     shared = os.path.commonpath([path.parent for path in paths])

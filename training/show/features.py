@@ -31,6 +31,7 @@ SCALE = 0.64  # inches of a width
 LEFT, RIGHT, HEAD, GAP = 0.4, 1.0, 0.8, 0.1  # inches around the rows, and between them
 HEIGHT = HEAD + 4 * (SCALE * TALL + GAP)  # inches of a block
 VEIL = 0.65  # opacity of a map over its frame
+NARROW = 1e-3  # the gate's scale spans this at least
 
 
 @dataclass
@@ -138,7 +139,8 @@ def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
     who = f"{tracklet.name}: person {tracklet.person}, camera {tracklet.camera}, {len(tracklet.frames)} frames"
     block.text(0.5, 0.99, who, color=TEXT, fontsize=11, ha="center", va="top")
     both, gates = np.concatenate((maps.x[times], maps.s[times])), maps.z[times[1:]]
-    scale, own = Normalize(both.min(), both.max()), Normalize(gates.min(), gates.max())
+    room = max(0.0, NARROW - float(np.ptp(gates))) / 2  # else a gate that hardly moves has a scale of rounding errors
+    scale, own = Normalize(both.min(), both.max()), Normalize(gates.min() - room, gates.max() + room)
     # However little the gate moves, its colours go from end to end: say how far that is.
     told = f"gate 0: past, 1: frame; its colours span {gates.min():.4f} to {gates.max():.4f}"
     block.text(0.5, 1 - 0.27 / HEIGHT, told, color=TEXT, fontsize=9, ha="center", va="top")
@@ -164,7 +166,7 @@ def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
                 veil = axes.imshow(values[time], extent=extent, aspect="auto", cmap=colours, norm=norm, alpha=VEIL)
                 veil.set_interpolation("bilinear")
         bar = axes.inset_axes((1.01, 0, 0.12 / (SCALE * STEP * len(times)), 1))
-        block.colorbar(ScalarMappable(norm, colours), cax=bar, alpha=VEIL, ticks=MaxNLocator(4))
+        block.colorbar(ScalarMappable(norm, colours), cax=bar, alpha=VEIL, ticks=MaxNLocator(4), format="%.4g")
         bar.tick_params(labelsize=8, colors=TEXT)
         bar.set_ylabel("mean over channels", color=TEXT, fontsize=8)
 
