@@ -6,7 +6,8 @@ here are each implementation's own, one after the other: ratios between implemen
 
 from __future__ import annotations
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,57 +19,72 @@ from rru_fast import config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _, *BACKENDS = config.serving(DEVICE)
-MODES = ("training", "eval")
-PASSES = ("forward", "forward + backward")
-pytestmark = pytest.mark.benchmark(max_time=0.5, disable_gc=True, warmup=True, warmup_iterations=2)
+Time = Callable[[str, Callable[[], object]], None]
+pytestmark = pytest.mark.benchmark(disable_gc=True, warmup=True, warmup_iterations=2)
+
+
+@pytest.fixture(scope="module")
+def toy(pytestconfig: pytest.Config) -> bool:
+    """Whether to run once, at tiny shapes."""
+    return bool(pytestconfig.getoption("--toy"))
+
+
+@pytest.fixture(scope="module")
+def maps(toy: bool) -> Shape:
+    """B T C H W: with `features`, so that all of this takes less than a minute on two cores."""
+    return (2, 3, 16, 4, 4) if toy else (4, 8, 512, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def features(toy: bool) -> tuple[int, int]:
+    """N D."""
+    return (32, 8) if toy else (1024, 256)
 
 
 @pytest.fixture
-def maps(request: pytest.FixtureRequest) -> Shape:
-    """B T C H W: a shape at which all of this takes less than a minute on two cores."""
-    return (2, 3, 16, 4, 4) if request.config.getoption("--toy") else (4, 8, 512, 8, 8)
+def timed(benchmark: BenchmarkFixture, toy: bool) -> Time:
+    """Times a work, under the name of those that it is shown with."""
+
+    def run(group: str, work: Callable[[], object]) -> None:
+        benchmark.group = group
+        if toy:
+            benchmark.pedantic(measure.finished, (work,))
+        else:
+            benchmark(measure.finished, work)
+
+    return run
 
 
-@pytest.fixture
-def features(request: pytest.FixtureRequest) -> tuple[int, int]:
-    """N D, likewise."""
-    return (32, 8) if request.config.getoption("--toy") else (1024, 256)
+@pytest.fixture(scope="module", params=["training", "eval"])
+def field(request: pytest.FixtureRequest, maps: Shape) -> tuple[str, dict[str, Contender], dict[str, str]]:
+    """A mode, the implementations that are right there, outputs and gradients, and why another is not among them."""
+    found = contenders(maps, "float32", DEVICE, training=request.param == "training")
+    found[REFERENCE].x.requires_grad_()  # all have the same
+    return request.param, *sifted(found)
 
 
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
 @pytest.mark.parametrize("name", [AUTHORS, REFERENCE, *BACKENDS])
-def test_refine(benchmark: BenchmarkFixture, maps: Shape, name: str, mode: str, passes: str) -> None:
-    right, refused = _field(maps, mode)
+def test_refine(timed: Time, field: tuple[str, dict[str, Contender], dict[str, str]], name: str, passes: str) -> None:
+    mode, right, refused = field
     if name in refused:
-        pytest.fail(refused[name])
-    benchmark.group = f"refine, {mode}, {passes}"
-    benchmark(measure.finished, right[name].forward if passes == "forward" else right[name].step)
+        pytest.fail(refused[name], pytrace=False)
+    timed(f"refine, {mode}, {passes}", right[name].forward if passes == "forward" else right[name].step)
 
 
 @pytest.mark.parametrize("name", strip_pool.backends(DEVICE))
-def test_strip_pool(benchmark: BenchmarkFixture, maps: Shape, name: str) -> None:
+def test_strip_pool(timed: Time, maps: Shape, name: str) -> None:
     torch.manual_seed(0)
     s, upstream = strip_pool.maps(maps, DEVICE)
     backend = strip_pool.backends(DEVICE)[name]
     strip_pool.check({name: backend}, s, upstream)
-    benchmark.group = "strip_pool, forward + backward"
-    benchmark(measure.finished, partial(strip_pool.results, backend, s, upstream))
+    timed("strip_pool, forward + backward", partial(strip_pool.results, backend, s, upstream))
 
 
 @pytest.mark.parametrize("name", batch_hard.losses(DEVICE))
-def test_batch_hard(benchmark: BenchmarkFixture, features: tuple[int, int], name: str) -> None:
+def test_batch_hard(timed: Time, features: tuple[int, int], name: str) -> None:
     torch.manual_seed(0)
     batch, labels = batch_hard.batch(*features, DEVICE)
     losses = batch_hard.losses(DEVICE)
     batch_hard.check({"eager": losses["eager"], name: losses[name]}, batch, labels)
-    benchmark.group = "batch_hard_triplet, forward + backward"
-    benchmark(measure.finished, partial(batch_hard.results, losses[name], batch, labels))
-
-
-@cache
-def _field(maps: Shape, mode: str) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The implementations that are right, outputs and gradients, and why another is not among them."""
-    field = contenders(maps, "float32", DEVICE, training=mode == "training")
-    field[REFERENCE].x.requires_grad_()  # all have the same
-    return sifted(field)
+    timed("batch_hard_triplet, forward + backward", partial(batch_hard.results, losses[name], batch, labels))
