@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --json benchmarks/results/memory-cpu-2core.json
 
-The peak, beyond the inputs and with the gradients. On a CPU a run gives the figures of the one before it, so nothing is
-repeated and the machine may be busy. Parity comes first at every size.
+The peak, beyond the inputs and with the gradients. On a CPU a run on as many threads gives the same figures, so nothing
+is repeated and the machine may be busy. Parity comes first at every size.
 """
 
 from __future__ import annotations
