@@ -1,35 +1,25 @@
-"""Measured runs as pictures: bars of time beside the roofline, and time and speed-up along each axis of scaling."""
+"""Measured runs as pictures: bars of time beside the roofline; time, speed-up and memory along sizes."""
 
 from __future__ import annotations
 
 from itertools import groupby
-from math import log
-from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE
+from benchmarks import style
+from benchmarks.contenders import AUTHORS, REFERENCE
 from benchmarks.scaling import AXES
+from benchmarks.style import COLOURS, TEXT
 from benchmarks.table import Row, cell
 
-# Okabe and Ito's colours, told apart by all eyes; what is plain PyTorch stays grey.
-COLOURS = {
-    AUTHORS: "#8A8A8A",
-    REFERENCE: "#404040",
-    COMPILED: "#CC79A7",
-    "composite": "#56B4E9",
-    "cpu": "#D55E00",
-    "triton": "#009E73",
-    "cuda": "#0072B2",
-}
-TEXT = "#333333"
+# Of `memory`: where in the shape the rows differ.
+MEMORY_AXES = {"refine": (1, "T, frames"), "batch_hard": (0, "N, features")}
 NAMES = {"B": "B, clips", "T": "T, frames", "C": "C, channels", "threads": "threads"}
 
 
-def refine(run: dict[str, Any], caption: str, path: Path) -> None:
-    """A panel a mode and dtype: the time of each implementation, and the roofline's."""
+def refine(run: dict[str, Any], caption: str) -> Figure:
+    """A panel a mode and dtype: the time of each implementation, and how much of it the roofline's is."""
 
     def panel(row: Row) -> tuple[Any, ...]:
         return row["mode"], row["dtype"], tuple(row["shape"])
@@ -42,20 +32,22 @@ def refine(run: dict[str, Any], caption: str, path: Path) -> None:
         column, what = ("fwd+bwd ms", "forward + backward") if mode == "training" else ("forward ms", "forward")
         times, names = [row[column] for row in rows], [row["implementation"] for row in rows]
         bars = axes.barh(names, times, color=[COLOURS[name] for name in names], height=0.65)
-        axes.bar_label(bars, [f"{cell('', time)} ms" for time in times], padding=4, color=TEXT, fontsize=9)
         floor = rows[0]["roofline ms"]
+        told = [f"{cell('', time)} ms, {100 * floor / time:.0f} %" for time in times]
+        axes.bar_label(bars, told, padding=4, color=TEXT, fontsize=9)
         axes.axvline(floor, color=TEXT, linestyle="--", linewidth=1)
         above = axes.get_xaxis_transform()  # x in data, y in the panel's height
         axes.text(floor, 0.98, f" roofline {cell('', floor)} ms", color=TEXT, fontsize=9, transform=above, va="top")
-        axes.set(xlim=(0, 1.35 * max(times)), xlabel=f"{what}, ms")
+        axes.set(xlim=(0, 1.5 * max(times)), xlabel=f"{what}, ms")
         axes.set_title(f"{mode}, {dtype}\n{cell('', shape)}", fontsize=10, loc="left")
-        _plain(axes)
+        style.plain(axes)
     most = max(len(rows) for _, rows in panels)
     grid[0].set_ylim(most - 0.5, -1)  # the first on top, and above it room for the roofline's name
-    _save(figure, f"refine (B x T x C x H x W); less is better\n{caption}", path)
+    style.caption(figure, f"refine (B x T x C x H x W); less is better; %: of the roofline\n{caption}")
+    return figure
 
 
-def scaling(run: dict[str, Any], caption: str, path: Path) -> None:
+def scaling(run: dict[str, Any], caption: str) -> Figure:
     """A column an axis: above the time of each implementation, below how many times faster ours is."""
     environment, rows = run["environment"], run["rows"]
     ours = environment["ours"]
@@ -79,15 +71,39 @@ def scaling(run: dict[str, Any], caption: str, path: Path) -> None:
         below.set(xlabel=NAMES[axis], xticks=sizes, xticklabels=[str(n) for n in sizes])
         below.xaxis.minorticks_off()
         for axes in (above, below):
-            _plain(axes)
+            style.plain(axes)
     grid[0, 0].set_ylabel("forward + backward, ms")
     grid[1, 0].set(ylabel=f"{ours}: times faster", ylim=(0, None))
     last = list(columns.values())[-1][-1]
-    _label(grid[0, -1], {key.removesuffix(" ms"): (last[key], COLOURS[key.removesuffix(" ms")]) for key in times})
-    _label(grid[1, -1], {f"than {other}": (last[column], COLOURS[other]) for column, other in ratios.items()})
+    style.label(grid[0, -1], {key.removesuffix(" ms"): (last[key], COLOURS[key.removesuffix(" ms")]) for key in times})
+    style.label(grid[1, -1], {f"than {other}": (last[column], COLOURS[other]) for column, other in ratios.items()})
     base = environment["base"]
     from_base = f"from B x T x C x H x W = {cell('', base['shape'])}, {base['dtype']}, {base['threads']} threads"
-    _save(figure, f"refine in training, one size at a time {from_base}\n{caption}", path)
+    style.caption(figure, f"refine in training, one size at a time {from_base}\n{caption}")
+    return figure
+
+
+def memory(run: dict[str, Any], caption: str) -> Figure:
+    """A panel an operator: the peak of each implementation along the size that its rows differ in."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    grid = figure.subplots(1, 2)
+    for axes, (op, group) in zip(grid, groupby(run["rows"], key=lambda row: row["op"]), strict=True):
+        rows = list(group)
+        axis, name = MEMORY_AXES[op]
+        sizes = [row["shape"][axis] for row in rows]
+        peaks = {key.removesuffix(" MiB"): [row[key] for row in rows] for key in rows[0] if key.endswith(" MiB")}
+        for own, heights in peaks.items():
+            axes.plot(sizes, heights, "o-", color=COLOURS[own], markersize=4)
+        axes.set(xscale="log", yscale="log", xlabel=name, xticks=sizes, xticklabels=[str(n) for n in sizes])
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        shape = [*rows[0]["shape"][:axis], name[0], *rows[0]["shape"][axis + 1 :]]
+        axes.set_title(f"{op}, {cell('shape', shape)}", fontsize=10, loc="left")
+        style.label(axes, {own: (heights[-1], COLOURS[own]) for own, heights in peaks.items()})
+        style.plain(axes)
+    grid[0].set_ylabel("peak, MiB")
+    style.caption(figure, f"forward + backward in training, memory beyond the inputs; less is better\n{caption}")
+    return figure
 
 
 def along(rows: list[Row], base: Row, axis: str) -> list[Row]:
@@ -103,26 +119,3 @@ def along(rows: list[Row], base: Row, axis: str) -> list[Row]:
 def size(row: Row, axis: str) -> int:
     """Where on the axis a row stands."""
     return int(row["threads"] if axis == "threads" else row["shape"][AXES[axis]])
-
-
-def _label(axes: Axes, ends: dict[str, tuple[float | None, str]]) -> None:
-    """Names at the right ends of lines, (height, colour) each, moved apart where they would overlap."""
-    there = [(value, colour, name) for name, (value, colour) in ends.items() if value is not None]
-    low, high = axes.get_ylim()
-    logarithmic = axes.get_yscale() == "log"
-    least = -1.0
-    for value, colour, name in sorted(there):
-        height = log(value / low) / log(high / low) if logarithmic else (value - low) / (high - low)
-        least = max(height, least + 0.075)
-        axes.text(1.03, least, name, color=colour, transform=axes.transAxes, verticalalignment="center", fontsize=9)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=TEXT, labelsize=9)
-
-
-def _save(figure: Figure, caption: str, path: Path) -> None:
-    figure.supxlabel(caption, fontsize=8, color=TEXT, x=0.01, horizontalalignment="left")
-    # Without the name and version of the software, the same rows give the same file.
-    figure.savefig(path, dpi=120, metadata={"Software": None})

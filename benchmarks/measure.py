@@ -25,11 +25,17 @@ def seconds(work: Work) -> float:
     """Wall time of one call, the device's work included."""
     _synchronise()
     start = time.perf_counter()
-    result = work()
-    _synchronise()
+    result = finished(work)
     elapsed = time.perf_counter() - start
     del result
     return elapsed
+
+
+def finished(work: Work) -> object:
+    """What one call returns, once the device has done it too."""
+    result = work()
+    _synchronise()
+    return result
 
 
 def _synchronise() -> None:

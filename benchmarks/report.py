@@ -5,27 +5,35 @@
     python -m benchmarks.report --check
 
 Every run of `benchmarks/results/*.json` becomes tables between the README's markers of its operator, `<!-- refine -->`
-and `<!-- /refine -->`; a run of `refine` or `scaling` is drawn to a PNG of the same name beside it.
+and `<!-- /refine -->`; those of DRAWN are drawn to a PNG of the same name beside it. Of a machine's runs together,
+`<op>-<machine>.json`, comes one drawing of all speed-ups, between `<!-- speed_up -->` and `<!-- /speed_up -->`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import tyro
+from matplotlib.figure import Figure
 
-from benchmarks import drawing, table
+from benchmarks import drawing, speed_up, style, table
 from benchmarks.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the caption says of a run; its rows say the rest.
 CAPTION = ("hardware", "threads", "dtype", "torch", "commit", "date", "roofline")
+DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
+Run = dict[str, Any]
 
 
 @dataclass
@@ -37,80 +45,129 @@ class Options:
     readme: Path = ROOT / "README.md"
     """The page whose tables are written."""
     check: bool = False
-    """Write nothing; fail if the page does not say what the runs do, or a drawing is missing."""
+    """Write nothing; fail if the page or a drawing is not what the runs make of it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing to be made."""
+
+    draw: Callable[[], Figure]
+    source: str
+    """The hash of what it is drawn from, runs and code: the pixels differ between versions of matplotlib."""
 
 
 def main(options: Options) -> None:
     """Draw, and write the tables.
 
     Raises:
-        SystemExit: a marker is missing; with `check`, the page is not what it would be made, or a drawing is missing.
+        SystemExit: a marker is missing; with `check`, the page or a drawing is not what it would be made.
     """
     runs = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
-    pictures = {path.with_suffix(".png"): run for path, run in runs.items() if run["environment"]["op"] in DRAWN}
+    wanted = pictures(runs)
     before = options.readme.read_text()
     after = before
-    for op, group in groupby(sorted(runs, key=lambda path: _op(runs[path])), key=lambda path: _op(runs[path])):
-        sections = [section(path, runs[path], options.readme.parent) for path in group]
-        after = _replaced(after, op, "\n\n".join(sections), options.readme)
+    for op, content in contents(runs, options.readme.parent).items():
+        after = _replaced(after, op, content, options.readme)
     if options.check:
-        stale = [str(path) for path in pictures if not path.exists()] + [str(options.readme)] * (after != before)
+        stale = [str(path) for path, picture in wanted.items() if style.source(path) != picture.source]
+        stale += [str(options.readme)] * (after != before)
         if stale:
             raise SystemExit(f"stale: {', '.join(stale)}; run: python -m benchmarks.report")
         return
-    for path, run in pictures.items():
-        DRAWN[_op(run)](run, caption(run), path)
+    for path, picture in wanted.items():
+        style.save(picture.draw(), picture.source, path)
     options.readme.write_text(after)
 
 
-DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling}
+def pictures(runs: dict[Path, Run]) -> dict[Path, Picture]:
+    """By its file, the drawing of each run that has one, and of each machine's runs together."""
+    found = {
+        path.with_suffix(".png"): Picture(partial(DRAWN[_op(run)], run, caption([run])), _hash([run]))
+        for path, run in runs.items()
+        if _op(run) in DRAWN
+    }
+    for path, own in _machines(runs).items():
+        found[path] = Picture(partial(speed_up.draw, own, caption(own)), _hash(own))
+    return found
 
 
-def section(path: Path, run: dict[str, Any], page: Path) -> str:
-    """What the README says of a run: its drawing if it has one, its tables, and what they were measured on."""
-    parts = [f"*{caption(run)}; [{path.name}]({_relative(path, page)})*"]
+def contents(runs: dict[Path, Run], folder: Path) -> dict[str, str]:
+    """By its marker, what a page in `folder` says there."""
+    found = {}
+    for op, group in groupby(sorted(runs, key=lambda path: _op(runs[path])), key=lambda path: _op(runs[path])):
+        found[op] = "\n\n".join(section(path, runs[path], folder) for path in group)
+    drawn = [f"![speed-up]({_relative(path, folder)})" for path in _machines(runs)]
+    return found | ({"speed_up": "\n\n".join(drawn)} if drawn else {})
+
+
+def section(path: Path, run: Run, folder: Path) -> str:
+    """What a page in `folder` says of a run: its drawing if it has one, its tables, and what they were measured on."""
+    parts = [f"*{caption([run])}; [{path.name}]({_relative(path, folder)})*"]
     if _op(run) in DRAWN:
         picture = path.with_suffix(".png")
-        parts.append(f"![{_op(run)}]({_relative(picture, page)})")
+        parts.append(f"![{_op(run)}]({_relative(picture, folder)})")
     for title, rows in tables(run).items():
         parts.append(f"{title}\n\n{table.markdown(rows, hide=_hidden(run))}")
     return "\n\n".join(parts)
 
 
-def tables(run: dict[str, Any]) -> dict[str, list[Row]]:
-    """A run's rows by the title of their table: one for each shape and mode, but for scaling, where shapes are rows."""
+def tables(run: Run) -> dict[str, list[Row]]:
+    """A run's rows by the title of their table: one for each shape and mode, except where shapes are rows."""
     if _op(run) == "scaling":
         ours = run["environment"]["ours"]
         return {f"Forward + backward; x: how many times faster {ours} is; -: parity fails there": run["rows"]}
     found: dict[str, list[Row]] = {}
     for row in run["rows"]:
-        found.setdefault(_title(run["environment"], row), []).append(row)
+        title = (
+            f"`{row['op']}`, peak of forward + backward" if _op(run) == "memory" else _title(run["environment"], row)
+        )
+        found.setdefault(title, []).append(row)
     return found
 
 
-def caption(run: dict[str, Any]) -> str:
-    """What the figures mean nothing without."""
-    environment = run["environment"]
-    return ", ".join(f"{key} {environment[key]}" for key in CAPTION if key in environment)
+def caption(runs: Sequence[Run]) -> str:
+    """What the figures mean nothing without, as far as it is the same of all runs."""
+    first, *others = (run["environment"] for run in runs)
+    shared = [key for key in CAPTION if key in first and all(other.get(key) == first[key] for other in others)]
+    return ", ".join(f"{key} {first[key]}" for key in shared)
 
 
 def _title(environment: Row, row: Row) -> str:
+    if environment["op"] == "memory":
+        return f"`{row['op']}`, peak of forward + backward"
     shape = row.get("shape", environment.get("shape"))
     shape = environment["shapes"][shape] if isinstance(shape, str) else shape
     words = [f"`{row.get('op', environment['op'])}`", table.cell("shape", shape), row.get("mode")]
     return ", ".join(word for word in words if word)
 
 
-def _hidden(run: dict[str, Any]) -> tuple[str, ...]:
-    return () if _op(run) == "scaling" else table.SHARED
+def _hidden(run: Run) -> tuple[str, ...]:
+    return {"scaling": (), "memory": ("op",)}.get(_op(run), table.SHARED)
 
 
-def _op(run: dict[str, Any]) -> str:
+def _machines(runs: dict[Path, Run]) -> dict[Path, list[Run]]:
+    """By the file of its drawing, each machine's runs of which speed-ups are drawn."""
+    found: dict[Path, list[Run]] = {}
+    for op in speed_up.LINES:  # in their order
+        for path, run in runs.items():
+            if _op(run) == op:
+                machine = path.stem.removeprefix(f"{op}-")
+                found.setdefault(path.with_name(f"speed_up-{machine}.png"), []).append(run)
+    return found
+
+
+def _hash(runs: Sequence[Run]) -> str:
+    code = [inspect.getsource(module) for module in (drawing, speed_up, style)]
+    return hashlib.sha256(json.dumps([*runs, caption(runs), *code], sort_keys=True).encode()).hexdigest()
+
+
+def _op(run: Run) -> str:
     return str(run["environment"]["op"])
 
 
-def _relative(path: Path, page: Path) -> str:
-    return Path(os.path.relpath(path, page)).as_posix()
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _replaced(text: str, op: str, content: str, page: Path) -> str:

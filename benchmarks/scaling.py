@@ -4,7 +4,8 @@
 
 Then the shapes where a fused kernel has little to win: one position, one clip of two frames, float64, maps stored
 channels last. Training mode, float32 but there. "x ..." is how many times faster the backend that `backend="auto"`
-takes is than that row's eager or composite, the median of paired rounds; below 1 we lose. Where parity fails, a dash.
+takes is than that row's eager or composite, the median of paired rounds; below 1 we lose. Where parity fails, a dash,
+and the run ends with an error.
 """
 
 from __future__ import annotations
@@ -57,15 +58,22 @@ class Point:
 
 
 def main(options: Options) -> list[Row]:
-    """At each point check parity, then measure what passed; print and return the rows."""
+    """At each point check parity, then measure what passed; print and return the rows.
+
+    Raises:
+        SystemExit: at the end, with what was measured written: something is wrong at a point, or does not run.
+    """
     device = torch.device(options.device)
     base = Point(options.base, torch.get_num_threads())
     ours = config.choose("auto", device)
-    rows = [_row(point, ours, device, options.repeats) for point in points(base, options)]
+    failed: list[str] = []
+    rows = [_row(point, ours, device, options.repeats, failed) for point in points(base, options)]
     environment = measure.environment(device) | {"ours": ours}
     table.show("refine, training, forward + backward", environment, rows)
     if options.json is not None:
         measure.write(options.json, {**environment, "op": "scaling", "base": asdict(base)}, rows)
+    if failed:
+        raise SystemExit("left out:\n  " + "\n  ".join(failed))
     return rows
 
 
@@ -92,11 +100,15 @@ def resized(point: Point, **sizes: int) -> Point:
     return replace(point, shape=tuple(shape))  # type: ignore[arg-type]
 
 
-def _row(point: Point, ours: str, device: torch.device, repeats: int) -> Row:
+def _row(point: Point, ours: str, device: torch.device, repeats: int, failed: list[str]) -> Row:
+    """The row of a point; what is left out of it is added to `failed`."""
     with _threads(point.threads):
-        print(f"{table.cell('shape', point.shape)}, {point.dtype}, {point.layout}, {point.threads} threads")
+        where = f"{table.cell('shape', point.shape)}, {point.dtype}, {point.layout}, {point.threads} threads"
+        print(where)
         field = contenders(point.shape, point.dtype, device, channels_last=point.layout == "channels last")
-        times = measure.paired({name: own.step for name, own in sifted(field)[0].items()}, repeats, warmup=1)
+        right, refused = sifted(field)
+        failed += [f"{where}: {name}: {why}" for name, why in refused.items()]
+        times = measure.paired({name: own.step for name, own in right.items()}, repeats, warmup=1)
     row: dict[str, Any] = asdict(point)
     row |= {f"{name} ms": 1e3 * median(times[name]) if name in times else None for name in field}
     for column, other in {"x authors": AUTHORS, "x reference": REFERENCE, "x composite": "composite"}.items():

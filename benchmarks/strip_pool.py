@@ -5,10 +5,11 @@ python -m benchmarks.strip_pool
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import tyro
@@ -16,6 +17,8 @@ from torch import Tensor
 
 import rru_fast
 from benchmarks import measure, parity, table
+from benchmarks.contenders import Shape
+from benchmarks.table import Row
 from rru_fast import config
 
 
@@ -23,7 +26,7 @@ from rru_fast import config
 class Options:
     """What to measure."""
 
-    shape: tuple[int, int, int, int, int] = (20, 8, 2048, 8, 8)
+    shape: Shape = (20, 8, 2048, 8, 8)
     """B T C H W of the maps."""
     repeats: int = 15
     """Rounds; each runs every implementation once."""
@@ -32,37 +35,62 @@ class Options:
     """Where to write the rows."""
 
 
-def main(options: Options) -> list[dict[str, Any]]:
-    """Check parity, measure, print; returns the rows."""
+def main(options: Options) -> list[Row]:
+    """Check parity, measure, print; returns the rows.
+
+    Raises:
+        SystemExit: one is wrong; nothing more is measured.
+    """
     device = torch.device(options.device)
-    s = torch.randn(options.shape, device=device)
-    upstream = torch.randn(options.shape[0], *options.shape[2:4], device=device)
-
-    def results(backend: str, s: Tensor) -> dict[str, Tensor]:
-        leaf = s.detach().requires_grad_()
-        return parity.gradients([rru_fast.strip_pool(leaf, backend=backend)], [upstream.to(s.dtype)], {"s": leaf})
-
-    backends = {"eager" if name == "reference" else name: name for name in config.serving(device)}
-    in_dtype, oracle = results("reference", s), results("reference", s.double())
-    for name, backend in backends.items():
-        parity.demand(name, results(backend, s), in_dtype, oracle)
-    works = {name: lambda backend=backend: results(backend, s) for name, backend in backends.items()}
+    torch.manual_seed(0)
+    s, upstream = maps(options.shape, device)
+    names = backends(device)
+    check(names, s, upstream)
+    works = {name: partial(results, backend, s, upstream) for name, backend in names.items()}
     times = measure.paired(works, options.repeats)
-    rows = [
+    rows: list[Row] = [
         {
             "implementation": name,
             "ms": 1e3 * median(times[name]),
             "x eager": measure.ratio(times["eager"], times[name]),
-            "peak MiB": measure.peak_bytes(works[name], device) / measure.MIB,
+            "peak MiB": measure.peak_bytes(work, device) / measure.MIB,
         }
-        for name in backends
+        for name, work in works.items()
     ]
     environment = measure.environment(device, s.dtype)
-    shape = " x ".join(map(str, options.shape))
+    shape = table.cell("shape", options.shape)
     table.show(f"strip_pool, {shape} (B x T x C x H x W), forward + backward", environment, rows)
     if options.json is not None:
         measure.write(options.json, {**environment, "op": "strip_pool", "shape": options.shape}, rows)
     return rows
+
+
+def maps(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Maps S (B, T, C, H, W) and the gradient of their strips (B, C, H), at random."""
+    clips, _, channels, height, _ = shape
+    return torch.randn(shape, device=device), torch.randn(clips, channels, height, device=device)
+
+
+def backends(device: torch.device) -> dict[str, str]:
+    """By its name here, every backend that can serve on the device; the reference is the eager mean."""
+    return {"eager" if name == "reference" else name: name for name in config.serving(device)}
+
+
+def results(backend: str, s: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Forward and backward: the strips and the gradient of the maps."""
+    leaf = s.detach().requires_grad_()
+    return parity.gradients([rru_fast.strip_pool(leaf, backend=backend)], [upstream.to(s.dtype)], {"s": leaf})
+
+
+def check(backends: Mapping[str, str], s: Tensor, upstream: Tensor) -> None:
+    """Hold every backend to the eager mean in float64.
+
+    Raises:
+        SystemExit: one is wrong.
+    """
+    in_dtype, oracle = results("reference", s, upstream), results("reference", s.double(), upstream)
+    for name, backend in backends.items():
+        parity.demand(name, results(backend, s, upstream), in_dtype, oracle)
 
 
 if __name__ == "__main__":

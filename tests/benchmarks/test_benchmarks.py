@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import batch_hard, contenders, refine, scaling, strip_pool
+from benchmarks import contenders, refine, scaling
 from rru_fast import config
 from rru_fast.composite import batch_hard as batch_hard_kernel
 from rru_fast.composite import refine as refine_kernel
@@ -125,32 +127,63 @@ def test_every_contender_has_the_same_maps_and_equal_weights_of_its_own() -> Non
     assert len({weight.data_ptr() for weight in weights}) == len(field)
 
 
-def test_batch_hard_rows_include_the_peer() -> None:
-    rows = batch_hard.main(batch_hard.Options(n=64, d=8, n_memory=256, repeats=1, device="cpu"))
-    names = [row["implementation"] for row in rows]
-    assert names == ["eager", *BACKENDS, "pytorch-metric-learning", "eager", *BACKENDS]
+def test_nothing_is_left_out_at_the_hardest_point_of_scaling() -> None:
+    """Of one position the statistics are of a handful of values, and a product's terms are easily added in a row."""
+    contenders.check(contenders.contenders((8, 4, 2048, 1, 1), "float32", torch.device("cpu")))
 
 
-def test_strip_pool_rows() -> None:
-    rows = strip_pool.main(strip_pool.Options(shape=SHAPE, repeats=1, device="cpu"))
-    assert [row["implementation"] for row in rows] == ["eager", *BACKENDS]
+# By module, a run of its command at toy shapes.
+COMMANDS = {
+    "refine": "--shape 2 3 16 4 4 --tracklet 5 --dtype float32 --repeats 1 --no-compile",
+    "scaling": "--base 2 3 16 4 4 --clips 2 --frames 3 --channels 16 --threads 1 --repeats 1",
+    "strip_pool": "--shape 2 3 16 4 4 --repeats 1",
+    "batch_hard": "--n 64 --d 8 --repeats 1",
+    "memory": "--maps 2 3 16 4 4 --frames 2 3 --features 16 64 --d 8",
+}
 
 
-def test_no_figure_leaves_a_benchmark_whose_kernel_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def _run(command: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python -m` does; it imports the module anew, as __main__."""
+    monkeypatch.setattr("sys.argv", [command, *COMMANDS[command].split(), "--device", "cpu", "--json", str(path)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that it has been imported before
+        runpy.run_module(f"benchmarks.{command}", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_tells_parity_before_its_figures_and_ends_well(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off_by_a_little(forward):  # type: ignore[no-untyped-def]
-        return lambda *arguments: (lambda out: (out[0] * 1.001, *out[1:]))(forward(*arguments))
+    _run(command, tmp_path / "rows.json", monkeypatch)
+    printed = capsys.readouterr().out
+    parity, figures = printed.index("parity: composite"), printed.index("┏")
+    assert parity < figures
+    assert "is within" in printed[parity:figures]
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["environment"]["op"] == command and kept["environment"]["commit"]
+    names = {row.get("implementation") for row in kept["rows"]} | {
+        key.removesuffix(" MiB").removesuffix(" ms") for row in kept["rows"] for key in row
+    }
+    assert names.issuperset(BACKENDS)
+    assert ("pytorch-metric-learning" in names) == (command in ("batch_hard", "memory"))
 
-    monkeypatch.setattr(refine_kernel, "forward", off_by_a_little(refine_kernel.forward))
-    monkeypatch.setattr(batch_hard_kernel, "forward", off_by_a_little(batch_hard_kernel.forward))
-    exact = strip_pool_kernel.forward
-    monkeypatch.setattr(strip_pool_kernel, "forward", lambda s: exact(s) * 1.001)
-    for run in (
-        lambda: refine.main(refine.Options(shape=SHAPE, dtype="float32", repeats=1, compile=False, device="cpu")),
-        lambda: batch_hard.main(batch_hard.Options(n=64, d=8, n_memory=256, repeats=1, device="cpu")),
-        lambda: strip_pool.main(strip_pool.Options(shape=SHAPE, repeats=1, device="cpu")),
-    ):
-        with pytest.raises(SystemExit, match=r"parity: composite(, float32)? is off"):
-            run()
-    assert " ms" not in capsys.readouterr().out
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_figure_leaves_a_command_whose_kernel_is_wrong_and_it_ends_with_an_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernel in (refine_kernel, batch_hard_kernel):
+        exact = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda *a, f=exact: (lambda out: (out[0] * 1.001, *out[1:]))(f(*a)))
+    exact_strips = strip_pool_kernel.forward
+    monkeypatch.setattr(strip_pool_kernel, "forward", lambda s: exact_strips(s) * 1.001)
+    path = tmp_path / "rows.json"
+    with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d)? is off") as ended:
+        _run(command, path, monkeypatch)
+    assert isinstance(ended.value.code, str)  # which the interpreter prints, and ends with 1
+    if command == "scaling":  # what is right at a point is measured there
+        rows = json.loads(path.read_text())["rows"]
+        assert all(row["composite ms"] is None and row["x composite"] is None for row in rows)
+    else:
+        assert not path.exists()
+        assert "┏" not in capsys.readouterr().out

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from benchmarks import drawing, report, table
+from benchmarks import drawing, report, speed_up, style, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HERE = {"hardware": "a machine", "threads": 2, "torch": "2.11.0", "python": "3.11", "commit": "abc", "date": "today"}
 BASE = {"shape": [2, 3, 16, 4, 4], "threads": 2, "dtype": "float32", "layout": "contiguous"}
-PAGE = "before\n<!-- refine -->\nold\n<!-- /refine -->\nbetween\n<!-- scaling -->\n<!-- /scaling -->\nafter\n"
+PAGE = (
+    "before\n<!-- refine -->\nold\n<!-- /refine -->\nbetween\n<!-- scaling -->\n<!-- /scaling -->\n"
+    "<!-- memory -->\n<!-- /memory -->\n<!-- speed_up -->\n<!-- /speed_up -->\nafter\n"
+)
+DRAWINGS = ("refine-here.png", "scaling-here.png", "memory-here.png", "speed_up-here.png")
 
 
 def _refine() -> dict[str, Any]:
     def row(mode: str, dtype: str, name: str, ms: float) -> dict[str, Any]:
         shape = [2, 3, 16, 4, 4] if mode == "training" else [1, 9, 16, 4, 4]
-        column = "fwd+bwd ms" if mode == "training" else "forward ms"
+        column, suffix = ("fwd+bwd ms", ", fwd+bwd") if mode == "training" else ("forward ms", "")
         described = {"implementation": name, "dtype": dtype, "mode": mode, "shape": shape, "threads": 2}
-        return {**described, column: ms, "x reference": 300 / ms, "x compile": None, "roofline ms": 40.0}
+        ratios = {f"x reference{suffix}": 300 / ms, "x compile, fwd+bwd": None}
+        return {**described, column: ms, **ratios, "roofline ms": 40.0}
 
     field = {"eager, authors": 600.0, "eager, reference": 300.0, "cpu": 123.4}
     rows = [row("training", dtype, *own) for dtype in ("float32", "bfloat16") for own in field.items()]
@@ -42,27 +50,54 @@ def _scaling() -> dict[str, Any]:
     }
 
 
+def _memory() -> dict[str, Any]:
+    rows = [{"op": "refine", "shape": [2, t, 16, 4, 4], "eager, reference MiB": 8.0 * t, "cpu MiB": t} for t in (2, 4)]
+    rows += [{"op": "batch_hard", "shape": [n, 8], "eager MiB": n**2 / 9, "cpu MiB": n / 9} for n in (16, 32)]
+    return {"environment": {**HERE, "op": "memory", "commit": "def"}, "rows": rows}
+
+
+def _written(folder: Path) -> report.Options:
+    (folder / "refine-here.json").write_text(json.dumps(_refine()))
+    (folder / "scaling-here.json").write_text(json.dumps(_scaling()))
+    (folder / "memory-here.json").write_text(json.dumps(_memory()))
+    page = folder / "README.md"
+    page.write_text(PAGE)
+    return report.Options(results=folder, readme=page)
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> report.Options:
-    (tmp_path / "refine-here.json").write_text(json.dumps(_refine()))
-    (tmp_path / "scaling-here.json").write_text(json.dumps(_scaling()))
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    return report.Options(results=tmp_path, readme=page)
+    """Runs, and a page with a place for each."""
+    return _written(tmp_path)
 
 
-def test_runs_become_tables_between_their_markers_and_drawings_beside_them(options: report.Options) -> None:
+@pytest.fixture(scope="module")
+def _drawn_once(tmp_path_factory: pytest.TempPathFactory) -> report.Options:
+    options = _written(tmp_path_factory.mktemp("drawn"))
     report.main(options)
-    page = options.readme.read_text()
+    return options
+
+
+@pytest.fixture
+def drawn(_drawn_once: report.Options, tmp_path: Path) -> report.Options:
+    """The same, reported."""
+    folder = shutil.copytree(_drawn_once.results, tmp_path / "copy")
+    return report.Options(results=folder, readme=folder / "README.md")
+
+
+def test_runs_become_tables_between_their_markers_and_drawings_beside_them(drawn: report.Options) -> None:
+    page = drawn.readme.read_text()
     assert "old" not in page
-    assert page.startswith("before\n<!-- refine -->\n") and page.endswith("<!-- /scaling -->\nafter\n")
-    assert "| implementation | dtype | fwd+bwd ms | x reference |" in page
+    assert page.startswith("before\n<!-- refine -->\n") and page.endswith("<!-- /speed_up -->\nafter\n")
+    assert "| implementation | dtype | fwd+bwd ms | x reference, fwd+bwd |" in page
     assert "| cpu | float32 | 123 | 2.43 |" in page
     assert "`refine`, 1 x 9 x 16 x 4 x 4, eval" in page
     assert "a machine, threads 2, torch 2.11.0, commit abc, date today, roofline 421 GFLOP/s" in page
-    assert "(refine-here.png)" in page
-    for name in ("refine-here.png", "scaling-here.png"):
-        assert (options.results / name).read_bytes().startswith(PNG)
+    assert "`batch_hard`, peak of forward + backward\n\n| shape | eager MiB | cpu MiB |" in page
+    assert "| 32 x 8 | 114 | 3.56 |" in page
+    for name in DRAWINGS:
+        assert f"({name})" in page
+        assert (drawn.results / name).read_bytes().startswith(PNG)
 
 
 def test_a_run_on_a_gpu_becomes_a_table_for_each_operator_and_mode(options: report.Options) -> None:
@@ -76,8 +111,10 @@ def test_a_run_on_a_gpu_becomes_a_table_for_each_operator_and_mode(options: repo
         row("strip_pool", "forward + backward", "slow", None),
     ]
     run = {"environment": {**HERE, "op": "gpu", "roofline": "3000 GB/s", "left out": {}}, "rows": rows}
+    for path in options.results.glob("*.json"):
+        path.unlink()
     (options.results / "a-gpu.json").write_text(json.dumps(run))
-    options.readme.write_text(PAGE + "<!-- gpu -->\nnothing yet\n<!-- /gpu -->\n")
+    options.readme.write_text("<!-- gpu -->\nnothing yet\n<!-- /gpu -->\n")
     report.main(options)
     page = options.readme.read_text()
     assert "nothing yet" not in page and "roofline 3000 GB/s" in page
@@ -90,38 +127,56 @@ def test_the_readme_has_a_place_for_a_gpus_figures() -> None:
     assert page.count("<!-- gpu -->") == page.count("<!-- /gpu -->") == 1
 
 
-def test_a_row_where_we_lose_and_one_that_was_not_measured_are_in_the_table(options: report.Options) -> None:
-    report.main(options)
-    lines = [line for line in options.readme.read_text().splitlines() if line.startswith("| 2 x ")]
+def test_a_row_where_we_lose_and_one_that_was_not_measured_are_in_the_table(drawn: report.Options) -> None:
+    lines = [line for line in drawn.readme.read_text().splitlines() if line.startswith("| 2 x ")]
     assert any("2 x 2 x 16 x 4 x 4" in line and "0.75" in line for line in lines)
     assert any("2 x 3 x 16 x 1 x 1" in line and "| - | - | - | - |" in line for line in lines)
 
 
-def test_the_same_runs_give_the_same_files(options: report.Options) -> None:
-    report.main(options)
-    paths = [options.readme, *options.results.glob("*.png")]
+def test_the_same_runs_give_the_same_files(drawn: report.Options) -> None:
+    paths = [drawn.readme, *drawn.results.glob("*.png")]
     first = [path.read_bytes() for path in paths]
-    report.main(options)
+    report.main(drawn)
     assert [path.read_bytes() for path in paths] == first
 
 
-def test_check_tells_a_page_that_says_something_else(options: report.Options) -> None:
-    options.check = True
+def test_check_tells_a_page_and_drawings_that_say_something_else(
+    options: report.Options, drawn: report.Options
+) -> None:
     with pytest.raises(SystemExit, match=r"stale: .*refine-here.png.*README.md; run: python -m benchmarks.report"):
-        report.main(options)
+        report.main(replace(options, check=True))
     assert options.readme.read_text() == PAGE
-    options.check = False
-    report.main(options)
-    options.check = True
-    report.main(options)
-    options.readme.write_text(options.readme.read_text().replace("2.43", "9.99"))
+    check = replace(drawn, check=True)
+    report.main(check)
+    right = drawn.readme.read_text()
+    drawn.readme.write_text(right.replace("2.43", "9.99"))
     with pytest.raises(SystemExit, match=r"stale: \S+README.md;"):
-        report.main(options)
+        report.main(check)
+    drawn.readme.write_text(right)
+    (drawn.results / "memory-here.png").write_bytes((drawn.results / "refine-here.png").read_bytes())
+    with pytest.raises(SystemExit, match=r"stale: \S+memory-here.png;"):
+        report.main(check)
+
+
+def test_a_digit_that_no_table_shows_makes_its_runs_drawings_stale(drawn: report.Options) -> None:
+    path = drawn.results / "refine-here.json"
+    path.write_text(path.read_text().replace("123.4", "123.4001"))
+    with pytest.raises(SystemExit, match=r"stale: \S+/refine-here.png, \S+/speed_up-here.png;"):
+        report.main(replace(drawn, check=True))
+
+
+def test_a_drawing_by_another_matplotlib_is_not_stale(drawn: report.Options) -> None:
+    path = drawn.results / "refine-here.png"
+    said = style.source(path)
+    assert said is not None
+    figure = Figure()  # other pixels
+    style.save(figure, said, path)
+    report.main(replace(drawn, check=True))
 
 
 def test_a_run_without_a_place_in_the_page_is_an_error(options: report.Options) -> None:
     options.readme.write_text("nothing\n")
-    with pytest.raises(SystemExit, match="got no place for the runs of refine, wanted <!-- refine -->"):
+    with pytest.raises(SystemExit, match="got no place for the runs of memory, wanted <!-- memory -->"):
         report.main(options)
 
 
@@ -130,6 +185,14 @@ def test_an_axis_holds_the_base_and_what_differs_from_it_there_alone() -> None:
     assert [drawing.size(row, "B") for row in drawing.along(rows, BASE, "B")] == [1, 2]
     assert [drawing.size(row, "T") for row in drawing.along(rows, BASE, "T")] == [2, 3]
     assert [drawing.size(row, "threads") for row in drawing.along(rows, BASE, "threads")] == [1, 2]
+
+
+def test_a_line_of_the_speed_ups_is_a_shape_and_what_ours_is_compared_to_there() -> None:
+    lines = dict(speed_up.lines([_refine(), _scaling()]))
+    assert lines["refine, training, 2 x 3 x 16 x 4 x 4, bfloat16"]["eager, reference"] == 300 / 123.4
+    assert lines["refine, training, 2 x 2 x 16 x 4 x 4"]["eager, authors"] == 0.75
+    assert lines["refine, training, 2 x 3 x 16 x 4 x 4, threads 1"]["eager, reference"] == 2.5
+    assert lines["refine, training, 2 x 3 x 16 x 1 x 1"]["eager, reference"] is None
 
 
 def test_a_column_without_a_value_is_no_column() -> None:

@@ -1,0 +1,75 @@
+"""Memory of forward with backward: of `refine` by frames, of `batch_hard_triplet` by features.
+
+    python -m benchmarks.memory --json benchmarks/results/memory-cpu-2core.json
+
+The peak, beyond the inputs and with the gradients. On a CPU a run on as many threads gives the same figures, so nothing
+is repeated and the machine may be busy. Parity comes first at every size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import batch_hard, measure, table
+from benchmarks.contenders import Shape, check, contenders
+from benchmarks.table import Row
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    maps: Shape = (8, 8, 2048, 8, 8)
+    """B T C H W, whose T is replaced by each of `frames`."""
+    frames: tuple[int, ...] = (2, 4, 8, 16, 32)
+    features: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Numbers of features."""
+    d: int = 256
+    """Their width."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    json: Path | None = None
+    """Where to write the rows."""
+
+
+def main(options: Options) -> list[Row]:
+    """At each size check parity, then measure; print and return the rows, those of `refine` first.
+
+    Raises:
+        SystemExit: one is wrong; nothing more is measured.
+    """
+    device = torch.device(options.device)
+    clips, _, *sizes = options.maps
+    of_refine = [_refine((clips, frames, *sizes), device) for frames in options.frames]  # type: ignore[arg-type]
+    of_batch_hard = [_batch_hard(n, options.d, device) for n in options.features]
+    environment = measure.environment(device, torch.float32)
+    table.show("refine, training, forward + backward, peak MiB", environment, of_refine, hide=["op"])
+    table.show("batch_hard_triplet, forward + backward, peak MiB", environment, of_batch_hard, hide=["op"])
+    if options.json is not None:
+        measure.write(options.json, {**environment, "op": "memory"}, of_refine + of_batch_hard)
+    return of_refine + of_batch_hard
+
+
+def _refine(shape: Shape, device: torch.device) -> Row:
+    field = contenders(shape, "float32", device)
+    check(field)
+    peaks = {f"{name} MiB": measure.peak_bytes(own.step, device) / measure.MIB for name, own in field.items()}
+    return {"op": "refine", "shape": list(shape), **peaks}
+
+
+def _batch_hard(n: int, d: int, device: torch.device) -> Row:
+    torch.manual_seed(0)
+    features, labels = batch_hard.batch(n, d, device)
+    losses = batch_hard.losses(device) | {batch_hard.PEER: batch_hard.peer()}
+    batch_hard.check(losses, features, labels)
+    works = {name: partial(batch_hard.results, loss, features, labels) for name, loss in losses.items()}
+    peaks = {f"{name} MiB": measure.peak_bytes(work, device) / measure.MIB for name, work in works.items()}
+    return {"op": "batch_hard", "shape": [n, d], **peaks}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,90 @@
+"""The operators under pytest-benchmark, to compare one commit with another: `pytest benchmarks`.
+
+Each implementation is held to the float64 oracle before it is timed; one that is wrong fails, and has no figure. Times
+here are each implementation's own, one after the other: ratios between implementations are those of `make bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import batch_hard, measure, strip_pool
+from benchmarks.contenders import AUTHORS, REFERENCE, Contender, Shape, contenders, sifted
+from rru_fast import config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_, *BACKENDS = config.serving(DEVICE)
+Time = Callable[[str, Callable[[], object]], None]
+pytestmark = pytest.mark.benchmark(disable_gc=True, warmup=True, warmup_iterations=2)
+
+
+@pytest.fixture(scope="module")
+def toy(pytestconfig: pytest.Config) -> bool:
+    """Whether to run once, at tiny shapes."""
+    return bool(pytestconfig.getoption("--toy"))
+
+
+@pytest.fixture(scope="module")
+def maps(toy: bool) -> Shape:
+    """B T C H W: with `features`, so that all of this takes less than a minute on two cores."""
+    return (2, 3, 16, 4, 4) if toy else (4, 8, 512, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def features(toy: bool) -> tuple[int, int]:
+    """N D."""
+    return (32, 8) if toy else (1024, 256)
+
+
+@pytest.fixture
+def timed(benchmark: BenchmarkFixture, toy: bool) -> Time:
+    """Times a work, under the name of those that it is shown with."""
+
+    def run(group: str, work: Callable[[], object]) -> None:
+        benchmark.group = group
+        if toy:
+            benchmark.pedantic(measure.finished, (work,))  # type: ignore[no-untyped-call]
+        else:
+            benchmark(measure.finished, work)
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["training", "eval"])
+def field(request: pytest.FixtureRequest, maps: Shape) -> tuple[str, dict[str, Contender], dict[str, str]]:
+    """A mode, the implementations that are right there, outputs and gradients, and why another is not among them."""
+    found = contenders(maps, "float32", DEVICE, training=request.param == "training")
+    found[REFERENCE].x.requires_grad_()  # all have the same
+    return request.param, *sifted(found)
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+@pytest.mark.parametrize("name", [AUTHORS, REFERENCE, *BACKENDS])
+def test_refine(timed: Time, field: tuple[str, dict[str, Contender], dict[str, str]], name: str, passes: str) -> None:
+    mode, right, refused = field
+    if name in refused:
+        pytest.fail(refused[name], pytrace=False)
+    timed(f"refine, {mode}, {passes}", right[name].forward if passes == "forward" else right[name].step)
+
+
+@pytest.mark.parametrize("name", strip_pool.backends(DEVICE))
+def test_strip_pool(timed: Time, maps: Shape, name: str) -> None:
+    torch.manual_seed(0)
+    s, upstream = strip_pool.maps(maps, DEVICE)
+    backend = strip_pool.backends(DEVICE)[name]
+    strip_pool.check({name: backend}, s, upstream)
+    timed("strip_pool, forward + backward", partial(strip_pool.results, backend, s, upstream))
+
+
+@pytest.mark.parametrize("name", batch_hard.losses(DEVICE))
+def test_batch_hard(timed: Time, features: tuple[int, int], name: str) -> None:
+    torch.manual_seed(0)
+    batch, labels = batch_hard.batch(*features, DEVICE)
+    losses = batch_hard.losses(DEVICE)
+    batch_hard.check({"eager": losses["eager"], name: losses[name]}, batch, labels)
+    timed("batch_hard_triplet, forward + backward", partial(batch_hard.results, losses[name], batch, labels))
