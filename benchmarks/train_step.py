@@ -10,11 +10,11 @@ which every pipeline trains for an epoch. The shares of a step are of the same e
 for the device at every stage, of others.
 
 Before anything is timed a pipeline's batches of an epoch are held to the reference's (clips and labels the same, pixels
-equal, or within 2 grey levels where the device resizes), and its step on the same frames to the reference's in float64:
-the loss, every gradient and every weight's change. The pipeline's step in float64 shows that its arithmetic is the same;
-its step as it is timed is held within its rounding. From random weights a deep network makes noise of rounded gradients:
-of Inception-v3's step as timed the loss alone is held. What fails is left out and named. Each section runs in a process
-of its own, and what is measured is written as it goes.
+equal, or within 2 grey levels where the device resizes), and its step on the same frames to the reference's in
+float64: the loss, every gradient and every weight's change. The pipeline's step in float64 shows that its arithmetic is
+the same; its step as it is timed is held within its rounding. From random weights a deep network makes noise of rounded
+gradients: of Inception-v3's step as timed the loss alone is held. What fails is left out and named. Each section runs
+in a process of its own, and what is measured is written as it goes.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ ROUNDING = 1e-3  # of a grey level in float32, between -1 and 1 and back
 # its Euclidean norm. In float64 what is left is the order of sums; else it is rounding, which depth multiplies.
 EXACT = (1e-9, 1e-6)
 WITHIN = {"off": (1e-4, 1e-2), "bfloat16": (5e-2, 3e-1)}
-# A gradient below this share of the largest is zero but for rounding, as that of a bias before a batch norm.
-ZERO = 1e-6
+# In float64, a gradient below this share of the largest is zero but for rounding, as that of a bias before a batch norm.
+ZERO = 1e-9
 
 
 @dataclass(frozen=True)
@@ -277,9 +277,9 @@ def _off(step: Step, wanted: Step) -> tuple[float, float]:
     worst = 0.0
     for found, true in zip(of_weights, wanted_of_weights, strict=True):
         norms = {name: float(tensor.norm()) for name, tensor in true.items()}
-        zero = ZERO * max(norms.values())
         for name, norm in norms.items():
-            worst = max(worst, float((found[name] - true[name]).norm()) / max(norm, zero))
+            if norm > ZERO * max(norms.values()):
+                worst = max(worst, float((found[name] - true[name]).norm()) / norm)
     return abs(loss / wanted_loss - 1), worst
 
 
