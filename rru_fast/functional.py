@@ -94,7 +94,8 @@ def refine(
         state,
         process_group,
     )
-    momentum, eps, bn_groups = float(momentum), float(eps), int(bn_groups)  # the operator takes Python's own numbers
+    # The operator takes Python's own numbers; in eval mode there are no groups.
+    momentum, eps, bn_groups = float(momentum), float(eps), int(bn_groups) if training else 1
     chosen = config.choose(backend, x.device)
     if chosen == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
