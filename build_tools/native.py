@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -95,7 +97,7 @@ def build(package: Path) -> None:
     """Put _C and _build.json into the folder `package`.
 
     What cannot be built is left out with one line, unless RRU_FAST_NATIVE=1 or RRU_FAST_CUDA=1 demands it: then
-    SystemExit says why.
+    SystemExit says why. An interrupt is a line and SystemExit too, and leaves what an earlier build made.
     """
     demanded = [v for v in ("RRU_FAST_NATIVE", "RRU_FAST_CUDA") if toolchain.asked(v)]
     record: dict[str, Any] = {"python": sysconfig.get_config_var("SOABI"), "native": None, "cuda": None}
@@ -109,10 +111,14 @@ def build(package: Path) -> None:
         (package / BINARY).unlink(missing_ok=True)
         record["native"] = record["cuda"] = str(error)
         print(f"rru_fast: built without native kernels: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("rru_fast: the build was interrupted; the next one goes on from here\n")
+        raise SystemExit(130) from None
     else:
         cuda = "CUDA" if record["cuda"] is None else f"no CUDA: {record['cuda']}"
         print(f"rru_fast: native kernels are built ({', '.join(record['capabilities'])}; {cuda})")
     package.mkdir(parents=True, exist_ok=True)
+    _drop_old(package, "_*.tmp")
     aside = package / f"_build.{os.getpid()}.tmp"
     aside.write_text(json.dumps(record, indent=1) + "\n")
     aside.replace(package / "_build.json")
@@ -217,18 +223,34 @@ def _cuda_units(compiler: Compiler, cuda: Cuda, architectures: list[str]) -> lis
 def _compile(units: list[Unit]) -> list[Path]:
     """The units' objects, made where they are not there already, several at once."""
     (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
+    interrupted = threading.Event()
+
+    def compiled(unit: Unit) -> Path:
+        if interrupted.is_set():  # before this thread's next unit was cancelled
+            raise KeyboardInterrupt
+        try:
+            return _object(unit)
+        except KeyboardInterrupt:
+            interrupted.set()
+            raise
+
     with ThreadPoolExecutor(toolchain.jobs()) as pool:
-        futures = [pool.submit(_object, unit) for unit in units]
+        futures = [pool.submit(compiled, unit) for unit in units]
         try:
             objects = [future.result() for future in futures]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    for old in (ROOT / CACHE).iterdir():
+    _drop_old(ROOT / CACHE, "*")
+    return objects
+
+
+def _drop_old(folder: Path, pattern: str) -> None:
+    """Take away what has not been in use for days: old objects, and what a killed build was writing."""
+    for old in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another build's: it renames, and takes away, at the same time
             if old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
                 old.unlink()
-    return objects
 
 
 def _object(unit: Unit) -> Path:
@@ -248,7 +270,13 @@ def _object(unit: Unit) -> Path:
 def _run(command: list[str], goal: Path, what: str) -> None:
     """Run a compiler for `goal`, which appears whole or not at all."""
     aside = goal.with_name(f"{goal.name}.{os.getpid()}.tmp")
-    done = toolchain.run([*command, "-o", str(aside)], cwd=ROOT)
+    try:
+        done = toolchain.run([*command, "-o", str(aside)], cwd=ROOT)
+        if done.returncode == -signal.SIGINT:  # a terminal sends it to the compilers as well, and a thread gets none
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        aside.unlink(missing_ok=True)
+        raise
     sys.stderr.write(done.stderr)
     if done.returncode != 0 or not aside.is_file():
         aside.unlink(missing_ok=True)

@@ -4,7 +4,7 @@
 `accelerate` swaps them into a model that uses the plain ones of `rru_fast.reference`.
 """
 
-from rru_fast import reference
+from rru_fast import fork, reference
 from rru_fast.config import __version__, show_config
 from rru_fast.functional import batch_hard_triplet, refine, strip_pool
 from rru_fast.modules import RRU, BatchHardTripletLoss
@@ -27,3 +27,5 @@ __all__ = [
     "show_config",
     "strip_pool",
 ]
+
+fork.let_threads_go_before_fork()

@@ -24,9 +24,15 @@ from rru_fast.reference import (
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _shape(name: str, tensor: Any, wanted: tuple[int, ...], meaning: str) -> None:
+def _dense(name: str, tensor: Any, meaning: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
+
+
+def _shape(name: str, tensor: Any, wanted: tuple[int, ...], meaning: str) -> None:
+    _dense(name, tensor, meaning)
     if tuple(tensor.shape) != wanted:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted} = {meaning}")
 
@@ -42,10 +48,7 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
+    _dense(name, tensor, meaning)
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {meaning}")
     if tensor.dtype not in DTYPES:
@@ -86,14 +89,13 @@ def check_refine(
     _floating("x", x, (5,), "(B, T, C, H, W)")
     _choice("inputs", inputs, get_args(Inputs))
     clips, _, channels, height, width = x.shape
-    if not isinstance(w, Tensor) or w.dim() != 2:
-        got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
-        raise ValueError(f"w: got {got}, wanted a tensor (D, {'C' if inputs == 'appearance' else '2C'})")
+    meaning = "(D, C)" if inputs == "appearance" else "(D, 2C)"
+    _dense("w", w, meaning)
+    if w.dim() != 2 or w.shape[0] < 1:
+        raise ValueError(f"w: got shape {tuple(w.shape)}, wanted {meaning}, D at least 1")
     d = w.shape[0]
-    if d < 1:
-        raise ValueError(f"w: got shape {tuple(w.shape)}, wanted D of at least 1")
     columns = channels if inputs == "appearance" else 2 * channels
-    _weight("w", w, x, (d, columns), f"(D, {'C' if inputs == 'appearance' else '2C'}) for inputs={inputs!r}")
+    _weight("w", w, x, (d, columns), f"{meaning} for inputs={inputs!r}")
     _weight("gamma", gamma, x, (d,), "(D,)")
     _weight("beta", beta, x, (d,), "(D,)")
     if (w_s1 is None) != (w_s2 is None):
@@ -113,6 +115,8 @@ def check_refine(
             _weight(name, buffer, x, (d,), "(D,)")
             if buffer.requires_grad:
                 raise ValueError(f"{name}: got a tensor that requires gradients, wanted a buffer that does not")
+    if running_mean is not None and running_var is not None and running_var.dtype != running_mean.dtype:
+        raise TypeError(f"running_var: got dtype {running_var.dtype}, wanted {running_mean.dtype} as running_mean")
     check_number("momentum", momentum, 0, 1, "a number from 0 to 1")
     check_number("eps", eps, SMALLEST, FINITE, "a number above 0")
     check_sizes(bn_groups=bn_groups)
@@ -184,7 +188,8 @@ def check_derivatives(name: str, *tensors: Tensor | None) -> None:
         dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
         if wrapped or dual.tangent is not None:
             raise RuntimeError(
-                f"{name}: forward-mode and torch.func derivatives are not implemented, backend='reference' has them"
+                f"{name}: got a backend whose forward-mode and torch.func derivatives are not implemented, "
+                "wanted backend='reference'"
             )
 
 

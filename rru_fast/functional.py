@@ -94,9 +94,13 @@ def refine(
         state,
         process_group,
     )
+    # The operator takes Python's own numbers; in eval mode there are no groups.
+    momentum, eps, bn_groups = float(momentum), float(eps), int(bn_groups) if training else 1
     chosen = config.choose(backend, x.device)
     if chosen == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
+        if running_mean is not None:  # F.batch_norm takes one dtype for these beside x's
+            gamma, beta = gamma.to(running_mean.dtype), beta.to(running_mean.dtype)
         return reference.refine(
             x,
             w,
@@ -118,7 +122,7 @@ def refine(
         )
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
-    state_x, state_s = (None, None) if state is None else (_usable(state.x), _usable(state.s))
+    state_x, state_s = (None, None) if state is None else map(_usable, state)
     differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
     save = torch.is_grad_enabled() and any(v is not None and checks.beneath(v).requires_grad for v in differentiable)
@@ -174,8 +178,8 @@ def _update(running: Tensor, steps: Tensor, momentum: float) -> None:
             "running_mean, running_var: got the same for every call of vmap, wanted None, or one a call with vmap over "
             "them too: they are updated in place"
         )
-    for step in steps:
-        running.lerp_(step.to(running.dtype), momentum)
+    for step in steps:  # as written, not by lerp, which makes NaN of an infinite variance
+        running.mul_(1 - momentum).add_(step, alpha=momentum)
 
 
 def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:

@@ -57,7 +57,7 @@ class Graphs:
         if lengths is not None:
             maps["lengths"] = lengths.to(x.device, torch.int64)
         if state is not None:
-            maps |= {"state_x": state.x, "state_s": state.s}
+            maps["state_x"], maps["state_s"] = state
         names = (*weights, *maps)
 
         def call(*tensors: Tensor) -> tuple[Tensor, ...]:

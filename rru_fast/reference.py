@@ -154,8 +154,8 @@ def _norm_over_ranks(
     centred = wide - mean[:, None, None]
     var = total(centred.square().sum((0, 2, 3))) / elements
     if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.detach().to(running_mean), momentum)
-        running_var.lerp_((var.detach() * (elements / (elements - 1))).to(running_var), momentum)
+        for running, step in ((running_mean, mean), (running_var, var * (elements / (elements - 1)))):
+            running.mul_(1 - momentum).add_(step.detach().to(running), alpha=momentum)
     uhat = centred * (var[:, None, None] + eps).rsqrt()
     return (uhat * gamma[:, None, None] + beta[:, None, None]).to(u.dtype)
 
@@ -197,7 +197,7 @@ def batch_hard_triplet(
     d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
     d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
     gap = d_pos - d_neg  # -inf without a negative: no loss
-    loss = F.softplus(gap) if margin == "soft" else F.relu(margin + gap)
+    loss = F.softplus(gap) if margin == "soft" else F.relu(float(margin) + gap)
     if reduction == "mean":
         loss = loss.mean()
     if not return_indices:
@@ -244,7 +244,8 @@ def check_process_group(process_group: Any, bn_groups: int) -> None:
     if process_group is None:
         return
     if not isinstance(process_group, ProcessGroup):
-        got = "one that this rank is not in" if process_group == GroupMember.NON_GROUP_MEMBER else repr(process_group)
+        outside = isinstance(process_group, int) and process_group == GroupMember.NON_GROUP_MEMBER
+        got = "one that this rank is not in" if outside else repr(process_group)
         raise TypeError(f"process_group: got {got}, wanted a torch.distributed.ProcessGroup of this rank's, or None")
     if bn_groups != 1:
         raise ValueError(f"bn_groups: got {bn_groups} with a process_group, wanted 1: statistics are of all clips")
@@ -427,12 +428,15 @@ class BatchHardTripletLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
-        if 0 in features.shape:
+        for name, tensor, wanted in (("features", features, "(N, D) or (G, N, D)"), ("labels", labels, "(N,)")):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {wanted}")
+        if features.dim() not in (2, 3) or 0 in features.shape:
             got = tuple(features.shape)
             raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
         if labels.shape != features.shape[-2:-1]:
-            got, wanted = tuple(labels.shape), tuple(features.shape[-2:-1])
-            raise ValueError(f"labels: got shape {got}, wanted {wanted} = (N,), one a feature")
+            got, n = tuple(labels.shape), tuple(features.shape[-2:-1])
+            raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one a feature")
         if self.gather:
             features, labels = gather_batch(features, labels)
         return self._loss(features, labels)

@@ -71,6 +71,10 @@ class Tree:
     def binaries(self) -> list[Path]:
         return list((self.root / "rru_fast").glob("_C*"))
 
+    def leftovers(self) -> list[str]:
+        """What was being written beside its place and never moved there."""
+        return [p.name for folder in ("rru_fast", "build/native") for p in (self.root / folder).glob("*.tmp")]
+
     def call(self, function: str) -> str:
         """What a function of the built extension returns, in a process without torch."""
         code = f"import sys; sys.path.insert(0, 'rru_fast'); import _C; print(_C.{function}())"

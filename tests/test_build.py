@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,8 +152,71 @@ def test_builds_that_run_at_once_do_not_harm_each_other(tree: Tree) -> None:
     assert [build.wait() for build in builds] == [0, 0, 0]
     assert tree.call("sum") == "42"
     assert compiled(tree.build()) == set()
-    left = [p.name for folder in ("rru_fast", "build/native") for p in (tree.root / folder).glob("*.tmp")]
-    assert left == []
+    assert tree.leftovers() == []
+
+
+@pytest.fixture
+def stoppable(tree: Tree) -> dict[str, str]:
+    """CXX, a compiler that writes half of its output, leaves the file `started` and waits, where $AT is an argument."""
+    script = tree.root / "stoppable c++"
+    script.write_text(
+        '#!/bin/sh\ncase " $* " in *" $AT "*) for last; do :; done; echo half > "$last"; touch started; '
+        f'exec sleep 100;; *) exec {COMPILER[0]} "$@";; esac\n'
+    )
+    script.chmod(0o755)
+    return {"CXX": f"'{script}'"}
+
+
+def stopped(tree: Tree, how: signal.Signals, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A build that is sent a signal once its compiler waits; all its processes, as a terminal does it."""
+    build = subprocess.Popen(
+        [sys.executable, "-m", "build_tools"],
+        cwd=tree.root,
+        env=os.environ | variables,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tree.root / "started").exists():
+        assert build.poll() is None
+        time.sleep(0.01)
+    os.killpg(build.pid, how)
+    stdout, stderr = build.communicate(timeout=60)
+    return subprocess.CompletedProcess(build.args, build.returncode, stdout, stderr)
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("at", ["-c", "-shared"])  # compiling, and linking
+def test_a_stopped_build_leaves_the_whole_of_the_last_and_the_next_one_succeeds(
+    tree: Tree, at: str, how: signal.Signals, stoppable: dict[str, str]
+) -> None:
+    compiled(tree.build(AT="none", **stoppable))
+    binary = tree.root / "rru_fast" / native.BINARY
+    before, record = binary.read_bytes(), tree.record()
+    tree.write("csrc/cpu/second.cpp", "namespace rru::CPU_CAPABILITY { int second() { return 3; } }")
+    done = stopped(tree, how, AT=at, MAX_JOBS="1", **stoppable)
+    assert (binary.read_bytes(), tree.record()) == (before, record)
+    assert tree.call("sum") == "42"
+    if how == signal.SIGINT:
+        said = "rru_fast: the build was interrupted; the next one goes on from here\n"
+        assert (done.returncode, done.stderr) == (130, said)
+        assert tree.leftovers() == []
+    compiled(tree.build(AT="none", **stoppable))
+    assert hashlib.sha256(binary.read_bytes()).hexdigest() == tree.record()["sha256"]
+    assert tree.call("sum") == "43"
+
+
+@needs_compiler
+def test_what_a_killed_build_left_is_taken_away_when_it_is_old(tree: Tree) -> None:
+    week_ago = time.time() - (native.KEPT_DAYS + 1) * 86400
+    for name in (f"rru_fast/{native.BINARY}.1.tmp", "rru_fast/_build.1.tmp", "build/native/first.o.1.tmp"):
+        tree.write(name, "half")
+        os.utime(tree.root / name, (week_ago, week_ago))
+    tree.write(f"rru_fast/{native.BINARY}.2.tmp", "of a build under way")
+    compiled(tree.build())
+    assert tree.leftovers() == [f"{native.BINARY}.2.tmp"]
 
 
 @needs_compiler

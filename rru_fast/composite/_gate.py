@@ -113,7 +113,7 @@ class GateGradients:
             assert h is not None and self.w_s1 is not None and self.w_s2 is not None
             # A plain sum: as a product, C terms in a row lose twice the digits.
             dz_s = (dl if z_c is None else dl.mul_(z_c[:, :, None])).sum(1)  # (B, P)
-            dh = (dz_s @ gate.w_s2).mul_(h > 0)
+            dh = torch.ops.aten.threshold_backward(dz_s @ gate.w_s2, h, 0)
             dy = dy + (dh @ gate.w_s1).div_(y.shape[1])[:, None]
             self.w_s2.addmm_(dz_s.t(), h)
             self.w_s1.addmm_(dh.t(), y.mean(1))

@@ -24,10 +24,11 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     For "cosine" the features are unit vectors already. Without a negative: index -1, distance inf, loss 0.
     """
     f = features.to(torch.promote_types(features.dtype, torch.float32))
-    positive, negative = _mine(f, labels, metric)
-    d_pos = _distance(f, positive, metric)
-    lonely = negative < 0
-    d_neg = _distance(f, negative.clamp(min=0), metric).masked_fill(lonely, float("inf"))
+    farthest, positive, nearest, negative = _mine(f, labels, metric)
+    # NaN where the rank is, which the difference alone need not show.
+    d_pos = _distance(f, positive, metric).masked_fill(farthest.isnan(), float("nan"))
+    d_neg = _distance(f, negative.clamp(min=0), metric).masked_fill(nearest.isnan(), float("nan"))
+    d_neg = d_neg.masked_fill(negative < 0, float("inf"))
     gap = d_pos - d_neg
     loss = F.softplus(gap) if soft else F.relu(margin + gap)
     return loss, d_pos, d_neg, positive, negative
@@ -64,21 +65,22 @@ def backward(
     return d_f.to(features.dtype)
 
 
-def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Index of each anchor's farthest positive and nearest negative, (G, N); -1 without a negative."""
+def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank and index of each anchor's farthest positive and nearest negative, (G, N); -1 without a negative."""
     groups, n, _ = f.shape
     rows = max(1, TILE_BYTES // (groups * n * f.element_size()))
     square = f.square().sum(-1)[:, None] if metric == "euclidean" else None  # (G, 1, N)
-    positives, negatives = [], []
+    mined = []
     for anchors, anchor_labels in zip(torch.split(f, rows, 1), torch.split(labels, rows), strict=True):
         # Up to a constant of the anchor: |b|^2 - 2 ab, or -ab.
         tile = torch.bmm(anchors, f.mT)
         tile = tile.neg_() if square is None else tile.mul_(-2).add_(square)
         same = anchor_labels[:, None] == labels
-        positives.append(tile.masked_fill(~same, float("-inf")).max(-1).indices)
-        nearest = tile.masked_fill_(same, float("inf")).min(-1).indices
-        negatives.append(nearest.masked_fill_(same.all(-1), -1))
-    return torch.cat(positives, 1), torch.cat(negatives, 1)
+        farthest = tile.masked_fill(~same, float("-inf")).max(-1)
+        nearest = tile.masked_fill_(same, float("inf")).min(-1)
+        mined.append((*farthest, nearest.values, nearest.indices.masked_fill_(same.all(-1), -1)))
+    farthest_rank, positive, nearest_rank, negative = (torch.cat(blocks, 1) for blocks in zip(*mined, strict=True))
+    return farthest_rank, positive, nearest_rank, negative
 
 
 def _rows(f: Tensor, index: Tensor) -> Tensor:

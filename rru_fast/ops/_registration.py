@@ -43,6 +43,8 @@ def forbid_second_order(op: CustomOpDef, name: str) -> None:
     """Make differentiating the backward operator `op` an error that says so and names the way out."""
 
     def raise_second_order(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"{name}: second-order gradients are not implemented, backend='reference' has them")
+        raise RuntimeError(
+            f"{name}: got a backend whose second-order gradients are not implemented, wanted backend='reference'"
+        )
 
     op.register_autograd(raise_second_order)

@@ -1,0 +1,172 @@
+"""Values at the edges: all equal, large, huge, denormal, infinite and NaN, in maps, weights and features.
+
+What comes out is what the reference gives, NaN and infinities in the same places, but for what is said in each test.
+16-bit tensors are held to the reference in float32 on the same values, since that is the arithmetic of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rru_fast
+from rru_fast import reference
+from rru_fast.reference import State
+from tests import parity
+from tests.ops.test_batch_hard import random_batch
+from tests.parity import Call, Case, Results
+
+every_backend = pytest.mark.parametrize("backend", parity.COMPILED)
+INF, NAN = float("inf"), float("nan")
+VALUES = {
+    torch.float32: {"equal": 0.7, "large": 1e15, "huge": 1e30, "denormal": 1e-40, "infinite": INF, "NaN": NAN},
+    torch.float16: {"equal": 0.7, "large": 200.0, "huge": 6e4, "denormal": 1e-7, "infinite": -INF, "NaN": NAN},
+}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2}
+every_value = pytest.mark.parametrize("value", list(VALUES[torch.float32]))
+WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
+
+
+def kinds(v: Tensor) -> Tensor:
+    """0 for a number, 1 for an infinity, 2 for NaN."""
+    return torch.where(v.isnan(), 2, v.isinf().int())
+
+
+def assert_same(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """NaN and infinities are in the same places, and the numbers are near."""
+    wanted = wanted.to(got.dtype)
+    assert torch.equal(kinds(got), kinds(wanted)), name
+    numbers = wanted.isfinite()
+    got, wanted = got[numbers].double(), wanted[numbers].double()
+    if numbers.any():
+        nearly = tolerance * float(wanted.abs().mean()) + 1e-7
+        assert torch.allclose(got, wanted, rtol=tolerance, atol=nearly), name
+
+
+def spoilt_calls(value: str, mode: str) -> Iterator[tuple[str, Case, Call, float]]:
+    """Calls of `refine` with the value in one number of X, all over X, and in each of the weights; their tolerance."""
+    case = Case((4, 4, 6, 3, 2), mode=mode)
+    for dtype, values in VALUES.items():
+        number = values[value]
+        for where in ("one number", "x", *WEIGHTS):
+            call = parity.make_call(case).map(lambda v, dtype=dtype: v.to(dtype))
+            if where == "one number":
+                call.x[1, 2, 2, 1, 1] = number
+            elif where == "x":
+                call.x = torch.full_like(call.x, number) if value == "equal" else call.x.sign() * number
+            else:
+                call.weights[where].view(-1)[0] = number
+            yield f"{where}, {dtype}", case, call, TOLERANCE[dtype]
+
+
+def from_the_second_frame(call: Call) -> Results:
+    """The reference in float32 told that S_1 = X_1, as it is; eval mode.
+
+    Left to itself it runs the gate at t = 1 too, for S_1 = X_1 + Z_1 (X_1 - X_1): a Z_1 that is NaN makes S_1 NaN and
+    all that follows. The other backends leave that step out.
+    """
+    low = call.map(lambda v: v.float())
+    first = low.x[:, 0]
+    mean, var = low.buffers
+    out = reference.refine(low.x[:, 1:], **low.weights, running_mean=mean, running_var=var, state=State(first, first))
+    features = torch.cat((first[:, None], out.features), 1)
+    assert out.state is not None
+    return {"features": features, "strips": reference.strip_pool(features), "next_s": out.state.s}
+
+
+@every_backend
+@every_value
+def test_in_eval_mode_refine_gives_what_the_reference_gives(value: str, backend: str) -> None:
+    for where, case, call, tolerance in spoilt_calls(value, "eval"):
+        if value == "infinite" and where.startswith("gamma"):
+            continue  # F.batch_norm takes beta - mean gamma r, infinity minus infinity; the others (u - mean) r first
+        got = parity.run(case, call, backend)
+        for name, wanted in from_the_second_frame(call).items():
+            assert_same(f"{name}, {where}", got[name], wanted, tolerance)
+
+
+@every_backend
+@every_value
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_refine_is_a_number_where_the_reference_is_one(mode: str, value: str, backend: str) -> None:
+    """Outputs and gradients; more may be, where the reference's gate at t = 1 or its variances' gradients overflow."""
+    for where, case, call, _ in spoilt_calls(value, mode):
+        got = parity.run(case, call, backend)
+        low = call.map(lambda v: v.float())
+        for name, wanted in parity.run(case, low, "reference").items():
+            lost = wanted.to(got[name].dtype).isfinite() & ~got[name].isfinite()
+            assert not lost.any(), f"{name}, {where}"
+        assert torch.equal(kinds(got["features"][:, 0]), kinds(call.x[:, 0])), where
+
+
+@every_backend
+@every_value
+def test_in_training_refine_gives_what_the_reference_gives(value: str, backend: str) -> None:
+    for where, case, call, tolerance in spoilt_calls(value, "train"):
+        if not where.startswith(("one number", "x", "w,")):
+            continue  # NaN in the reference's S_1: see above
+        names = ["running_mean", "running_var"]
+        if value != "huge":  # of float32 maps a variance beyond float32 is infinite here, and float64 in F.batch_norm
+            names += ["features", "strips"]
+        got = parity.run(case, call, backend)
+        wanted = parity.run(case, call.map(lambda v: v.float()), "reference")
+        for name in names:
+            ours, theirs = got[name], wanted[name]
+            if name == "features":
+                ours, theirs = ours[:, 1:], theirs[:, 1:]
+            assert_same(f"{name}, {where}", ours, theirs, 2 * tolerance)
+
+
+@every_backend
+@every_value
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("margin", [0.3, "soft"])
+def test_batch_hard_triplet_gives_the_references_losses(margin: Any, metric: str, value: str, backend: str) -> None:
+    """And a gradient that is no number wherever a loss is none; of ties, which partner moves is each backend's own."""
+    for dtype, values in VALUES.items():
+        for where in ("one number", "a feature", "everywhere"):
+            for seed in range(3):
+                features, labels = random_batch((1, 70, 6), seed)
+                features = features.to(dtype)
+                if value == "equal" or where == "everywhere":
+                    features = values[value] * (torch.ones_like(features) if value == "equal" else features.sign())
+                elif where == "a feature":
+                    features[0, 33] = values[value] * features[0, 33].sign()
+                else:
+                    features[0, 33, 2] = values[value]
+                options: dict[str, Any] = {"metric": metric, "margin": margin, "reduction": "none"}
+                leaf = features.requires_grad_()
+                got = rru_fast.batch_hard_triplet(leaf, labels, backend=backend, **options)
+                (gradient,) = torch.autograd.grad(got.sum(), leaf)  # type: ignore[union-attr]
+                wanted = reference.batch_hard_triplet(features.detach().float(), labels, **options)
+                assert_same(f"loss, {where}, {dtype}", got.detach(), wanted, TOLERANCE[dtype])  # type: ignore
+                if got.isnan().any():  # type: ignore[union-attr]
+                    assert gradient.isnan().any(), f"{where}, {dtype}"
+
+
+@every_backend
+@every_value
+def test_strip_pool_gives_what_the_reference_gives(value: str, backend: str) -> None:
+    """The C++ sums in float64, and so does not overflow before the mean does: it is held to the reference in that."""
+    for dtype, values in VALUES.items():
+        for number in (values[value], torch.finfo(dtype).max * 0.9 if value == "huge" else values[value]):
+            for where in ("one number", "everywhere"):
+                s, upstream = torch.randn(2, 3, 4, 3, 5).to(dtype), torch.randn(2, 4, 3).to(dtype)
+                if where == "everywhere":
+                    s = torch.full_like(s, number) if value == "equal" else s.sign() * number
+                else:
+                    s[1, 2, 1, 0, 2] = upstream[1, 1, 1] = number
+                results = []
+                for name, wide in (
+                    (backend, dtype),
+                    ("reference", torch.float64 if backend == "cpu" else torch.float32),
+                ):
+                    leaf = s.to(wide).requires_grad_()
+                    strips = rru_fast.strip_pool(leaf, backend=name)
+                    results.append((strips.detach(), *torch.autograd.grad(strips, leaf, upstream.to(wide))))
+                for what, got, wanted in zip(("strips", "gradient"), *results, strict=True):
+                    assert_same(f"{what}, {where}, {dtype}", got, wanted, TOLERANCE[dtype])

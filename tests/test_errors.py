@@ -1,0 +1,325 @@
+"""Every error that the library raises for what it is given: the call, and the message word by word.
+
+A message names the argument, what it got and what it wanted. The last tests hold the table to the sources: each raise
+is listed here, or named with where else it is tested.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import rru_fast
+from rru_fast import config, graphs, native, official, ops, reference
+from rru_fast.reference import State
+from tests.good_call import A, B, C, D, H, T, W, arguments
+
+USABLE = ", ".join(repr(name) for name, why in config.BACKENDS.items() if why is None)
+META = torch.device("meta")
+Calls = dict[str, Callable[[], object]]
+"""By what they end in, the error's type and its message."""
+
+
+def refine(**changes: Any) -> object:
+    return rru_fast.refine(**arguments(**changes))
+
+
+def train(**changes: Any) -> object:
+    return refine(training=True, **changes)
+
+
+def triplet(**changes: Any) -> object:
+    good = {"features": torch.randn(4, 3), "labels": torch.tensor([0, 0, 1, 1])}
+    return rru_fast.batch_hard_triplet(**{**good, **changes})
+
+
+def unit(**changes: Any) -> rru_fast.RRU:
+    return rru_fast.RRU(**{"channels": C, "spatial": (H, W), **changes})
+
+
+@contextmanager
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def in_groups_and_ranks() -> None:
+    with group_of_one() as process_group:
+        train(bn_groups=2, process_group=process_group)
+
+
+def synchronised_in_groups() -> None:
+    module = unit(bn_groups=2)
+    module.transition_norm = nn.SyncBatchNorm(256)  # type: ignore[assignment]
+    module(torch.randn(B, T, C, H, W))
+
+
+def second_order() -> None:
+    s = torch.randn(B, T, C, H, W, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rru_fast.strip_pool(s).square().sum(), s, create_graph=True)
+    gradient.sum().backward()
+
+
+def forward_mode() -> None:
+    s = torch.randn(B, T, C, H, W)
+    torch.func.jvp(rru_fast.strip_pool, (s,), (s,))
+
+
+def unsaved() -> None:
+    good = arguments(w=torch.randn(D, 2 * C, requires_grad=True))
+    ops.refine.refine(*good.values(), None, None, None, "appearance+motion", False, 1e-3, 1, "", [], False, "composite")
+
+
+def late_backward() -> None:
+    calls = [1]
+    (out,) = graphs.guarded(calls, (torch.ones(2, requires_grad=True),))
+    calls[0] = 3
+    out.sum().backward()
+
+
+OF_REFINE: Calls = {
+    "TypeError: x: got list, wanted a tensor (B, T, C, H, W)": lambda: refine(x=[[1.0]]),
+    "TypeError: x: got layout torch.sparse_coo, wanted a dense tensor (B, T, C, H, W)": lambda: refine(
+        x=torch.randn(B, T, C, H, W).to_sparse()
+    ),
+    "ValueError: x: got shape (2, 3, 4, 3), wanted (B, T, C, H, W)": lambda: refine(x=torch.randn(B, T, C, H)),
+    "TypeError: x: got dtype torch.int64, wanted float64, float32, float16 or bfloat16": lambda: refine(
+        x=torch.ones(B, T, C, H, W, dtype=torch.int64)
+    ),
+    "ValueError: x: got shape (2, 0, 4, 3, 2), wanted (B, T, C, H, W), every size at least 1": lambda: refine(
+        x=torch.randn(B, 0, C, H, W)
+    ),
+    "ValueError: inputs: got 'motion', wanted one of 'appearance+motion', 'appearance', 'raw'": lambda: refine(
+        inputs="motion"
+    ),
+    "ValueError: w: got shape (5, 8, 1, 1), wanted (D, 2C), D at least 1": lambda: refine(
+        w=torch.randn(D, 2 * C, 1, 1)
+    ),
+    "TypeError: w: got NoneType, wanted a tensor (D, C)": lambda: refine(w=None, inputs="appearance"),
+    "ValueError: w: got shape (0, 8), wanted (D, 2C), D at least 1": lambda: refine(w=torch.randn(0, 2 * C)),
+    "ValueError: w: got shape (5, 4), wanted (5, 8) = (D, 2C) for inputs='appearance+motion'": lambda: refine(
+        w=torch.randn(D, C)
+    ),
+    "TypeError: w: got layout torch.sparse_coo, wanted a dense tensor (D, 2C)": lambda: refine(
+        w=torch.randn(D, 2 * C).to_sparse(), inputs="raw"
+    ),
+    "TypeError: w: got dtype torch.float64, wanted torch.float32 beside x of torch.float32": lambda: refine(
+        w=torch.randn(D, 2 * C).double()
+    ),
+    "ValueError: gamma: got shape (6,), wanted (5,) = (D,)": lambda: refine(gamma=torch.ones(D + 1)),
+    "TypeError: beta: got NoneType, wanted a tensor (D,)": lambda: refine(beta=None),
+    "ValueError: w_s1: got shape (3, 5), wanted (3, 6) = (A, P), P = H * W": lambda: refine(w_s1=torch.randn(A, 5)),
+    "ValueError: w_s2: got shape (3, 6), wanted (6, 3) = (P, A), P = H * W": lambda: refine(w_s2=torch.randn(A, 6)),
+    "ValueError: w_s1, w_s2: got one of them, wanted both (spatial attention) or neither": lambda: refine(w_s2=None),
+    "ValueError: w_s1, w_s2, w_c: got none, wanted spatial attention, channel attention or both": lambda: refine(
+        w_s1=None, w_s2=None, w_c=None
+    ),
+    "ValueError: w_c: got shape (5, 4), wanted (4, 5) = (C, D)": lambda: refine(w_c=torch.randn(D, C)),
+    "ValueError: w_c: got device meta, wanted cpu as x": lambda: refine(w_c=torch.randn(C, D, device=META)),
+    "ValueError: running_mean, running_var: got one of them, wanted both or neither": lambda: refine(running_var=None),
+    "ValueError: running_mean, running_var: got None in eval mode, wanted both": lambda: refine(
+        running_mean=None, running_var=None
+    ),
+    "ValueError: running_mean: got a tensor that requires gradients, wanted a buffer that does not": lambda: refine(
+        running_mean=torch.zeros(D, requires_grad=True)
+    ),
+    "ValueError: momentum: got None, wanted a number from 0 to 1": lambda: refine(momentum=None),
+    "ValueError: eps: got nan, wanted a number above 0": lambda: refine(eps=float("nan")),
+    "ValueError: eps: got 0.0, wanted a number above 0": lambda: refine(eps=0.0),
+    "ValueError: bn_groups: got 0, wanted an integer of at least 1": lambda: refine(bn_groups=0),
+    "ValueError: bn_groups: got 2 with a process_group, wanted 1: statistics are of all clips": in_groups_and_ranks,
+    "TypeError: process_group: got 'world', wanted a torch.distributed.ProcessGroup of this rank's, or None": (
+        lambda: refine(process_group="world")
+    ),
+    "TypeError: process_group: got one that this rank is not in, wanted a torch.distributed.ProcessGroup of this "
+    "rank's, or None": lambda: refine(process_group=dist.GroupMember.NON_GROUP_MEMBER),
+    "TypeError: training: got 'no', wanted True or False": lambda: refine(training="no"),
+    "ValueError: lengths: got it with batch statistics (training), wanted running ones (eval mode)": lambda: train(
+        lengths=torch.tensor([1, 2])
+    ),
+    "ValueError: state: got it with batch statistics (training), wanted running ones (eval mode)": lambda: train(
+        state=State(torch.zeros(B, C, H, W), torch.zeros(B, C, H, W))
+    ),
+    "ValueError: x: got 2 clips, wanted a multiple of bn_groups=3": lambda: train(bn_groups=3),
+    # As torch's BatchNorm says it, word by word.
+    "ValueError: Expected more than 1 value per channel when training, got input size torch.Size([1, 5, 1, 1])": (
+        lambda: train(x=torch.randn(1, T, C, 1, 1), w_s1=torch.randn(A, 1), w_s2=torch.randn(1, A))
+    ),
+    "ValueError: lengths: got shape (1,), wanted (2,) = (B,)": lambda: refine(lengths=torch.tensor([1])),
+    "TypeError: lengths: got dtype torch.float32, wanted an integer dtype": lambda: refine(lengths=torch.ones(2)),
+    "ValueError: lengths: got device meta, wanted cpu as x": lambda: refine(lengths=torch.ones(2, device=META).long()),
+    "ValueError: lengths: got values from 0 to 4, wanted 1 to T=3": lambda: refine(lengths=torch.tensor([0, 4])),
+    "TypeError: state: got Tensor, wanted the (x, s) of an earlier call's .state": lambda: refine(state=torch.zeros(2)),
+    "TypeError: state.x: got NoneType, wanted a tensor (B, C, H, W)": lambda: refine(state=(None, None)),
+    "ValueError: state.s: got shape (2, 4, 2, 3), wanted (2, 4, 3, 2) = (B, C, H, W)": lambda: refine(
+        state=State(torch.zeros(B, C, H, W), torch.zeros(B, C, W, H))
+    ),
+    "TypeError: running_var: got dtype torch.float32, wanted torch.float16 as running_mean": lambda: refine(
+        **{name: v.half() for name, v in arguments().items() if name != "running_var"}
+    ),
+    "TypeError: state.s: got dtype torch.float64, wanted torch.float32 as x": lambda: refine(
+        state=State(torch.zeros(B, C, H, W), torch.zeros(B, C, H, W).double())
+    ),
+}
+
+OF_OTHERS: Calls = {
+    "ValueError: s: got shape (2, 3), wanted (B, T, C, H, W)": lambda: rru_fast.strip_pool(torch.zeros(2, 3)),
+    "ValueError: features: got shape (4,), wanted (N, D) or (G, N, D)": lambda: triplet(features=torch.randn(4)),
+    "ValueError: labels: got shape (5,), wanted (4,) = (N,), one a feature": lambda: triplet(labels=torch.arange(5)),
+    "TypeError: labels: got list, wanted a tensor (N,), one a feature": lambda: triplet(labels=[0, 0, 1, 1]),
+    "TypeError: labels: got dtype torch.bool, wanted an integer dtype": lambda: triplet(labels=torch.ones(4) > 0),
+    "ValueError: labels: got device meta, wanted cpu as features": lambda: triplet(labels=torch.arange(4, device=META)),
+    "ValueError: margin: got nan, wanted a finite number or 'soft'": lambda: triplet(margin=float("nan")),
+    "ValueError: margin: got 'hard', wanted a finite number or 'soft'": lambda: triplet(margin="hard"),
+    "ValueError: margin: got True, wanted a finite number or 'soft'": lambda: triplet(margin=True),
+    "ValueError: metric: got 'manhattan', wanted one of 'euclidean', 'cosine'": lambda: triplet(metric="manhattan"),
+    "ValueError: reduction: got 'sum', wanted one of 'mean', 'none'": lambda: triplet(reduction="sum"),
+    f"ValueError: backend: got 'fast', wanted 'auto' or one of {USABLE}": lambda: refine(backend="fast"),
+    f"ValueError: backend: got ['auto'], wanted 'auto' or one of {USABLE}": lambda: refine(backend=["auto"]),
+    f"ValueError: backend: got 'cuda', wanted 'auto' or one of {USABLE}: CUDA kernels are not part of version "
+    f"{rru_fast.__version__}": lambda: triplet(backend="cuda"),
+    "RuntimeError: rru_fast.strip_pool: got a backend whose second-order gradients are not implemented, wanted "
+    "backend='reference'": second_order,
+    "RuntimeError: rru_fast.strip_pool: got a backend whose forward-mode and torch.func derivatives are not "
+    "implemented, wanted backend='reference'": forward_mode,
+    "RuntimeError: rru_fast::refine: got save=False with inputs that require gradients, wanted save=True": unsaved,
+}
+OF_CPU_KERNELS: Calls = {
+    "ValueError: backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on the CPU": (
+        lambda: rru_fast.strip_pool(torch.empty(1, 1, 1, 1, 1, device=META), backend="cpu")
+    ),
+}
+OF_MODULES: Calls = {
+    "ValueError: spatial: got 8, wanted (H, W)": lambda: unit(spatial=8),
+    "ValueError: spatial[1]: got 0, wanted an integer of at least 1": lambda: unit(spatial=(8, 0)),
+    "ValueError: channels: got 0, wanted an integer of at least 1": lambda: unit(channels=0),
+    "ValueError: hidden: got True, wanted an integer of at least 1": lambda: unit(hidden=True),
+    "ValueError: spatial_hidden: got 2.5, wanted an integer of at least 1": lambda: unit(spatial_hidden=2.5),
+    "ValueError: bn_groups: got -1, wanted an integer of at least 1": lambda: unit(bn_groups=-1),
+    "ValueError: bn_eps: got -1.0, wanted a number above 0": lambda: unit(bn_eps=-1.0),
+    "ValueError: bn_momentum: got 2, wanted a number from 0 to 1": lambda: unit(bn_momentum=2),
+    "ValueError: attention: got 'none', wanted 'both', 'spatial' or 'channel'": lambda: unit(attention="none"),
+    "ValueError: inputs: got 'both', wanted 'appearance+motion', 'appearance' or 'raw'": lambda: unit(inputs="both"),
+    "ValueError: cuda_graph: got 1, wanted True or False": lambda: unit(cuda_graph=1),
+    "ValueError: cuda_graph: got True with backend='cpu', wanted 'auto', 'composite' or 'triton'": lambda: unit(
+        cuda_graph=True, backend="cpu"
+    ),
+    "ValueError: cuda_graph: got True with tensors on cpu, wanted tensors on a GPU": lambda: unit(cuda_graph=True)(
+        torch.randn(B, T, C, H, W)
+    ),
+    "RuntimeError: cuda_graph: got the backward of a call after 2 more of its kind, wanted it before the next: that "
+    "overwrites what the backward reads": late_backward,
+    "ValueError: backend: got 'cpu', wanted 'auto' or 'reference' (this is the reference module)": (
+        lambda: reference.RRU(4, backend="cpu")
+    ),
+    "ValueError: cuda_graph: got True, wanted False (this is the reference module)": lambda: reference.RRU(
+        4, cuda_graph=True
+    ),
+    "TypeError: x: got list, wanted a tensor (B, T, C, H, W)": lambda: unit()([1.0]),
+    "ValueError: x: got shape (2, 3, 5, 3, 2), wanted (B, T, C=4, H, W), B and T at least 1": lambda: unit()(
+        torch.randn(2, 3, 5, 3, 2)
+    ),
+    "ValueError: x: got maps of (2, 3), wanted spatial=(3, 2)": lambda: unit()(torch.randn(2, 3, 4, 2, 3)),
+    "ValueError: x: got 3 clips, wanted a multiple of bn_groups=2": lambda: unit(bn_groups=2)(
+        torch.randn(3, 3, 4, 3, 2)
+    ),
+    "ValueError: transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2": synchronised_in_groups,
+    "ValueError: lengths, state: got them with batch statistics (training), wanted running ones (eval mode)": (
+        lambda: reference.RRU(4, (3, 2))(torch.randn(2, 3, 4, 3, 2), lengths=torch.tensor([1, 2]))
+    ),
+    "ValueError: margin: got inf, wanted a finite number or 'soft'": lambda: rru_fast.BatchHardTripletLoss(
+        margin=float("inf")
+    ),
+    "ValueError: labels: got shape (1,), wanted (6,) = (N,), one a feature": lambda: rru_fast.BatchHardTripletLoss()(
+        torch.randn(6, 4), torch.zeros(1, dtype=torch.int64)
+    ),
+    "TypeError: labels: got list, wanted a tensor (N,)": lambda: reference.BatchHardTripletLoss()(
+        torch.randn(2, 3),
+        [0, 1],  # type: ignore[arg-type]
+    ),
+    "ValueError: features: got shape (3,), wanted (N, D) or (G, N, D), every size at least 1": (
+        lambda: reference.BatchHardTripletLoss()(torch.randn(3), torch.arange(3))
+    ),
+}
+OF_OFFICIAL_WEIGHTS: Calls = {
+    "TypeError: state_dict: got list, wanted a mapping of names to tensors": lambda: rru_fast.from_official([]),
+    "ValueError: state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or "
+    "person-reid-lib": lambda: rru_fast.from_official({}),
+    "ValueError: state_dict: got 2 RRUs, under ['a.', 'b.'], wanted one": lambda: rru_fast.from_official(
+        {f"{name}.reduce_dim_z.conv.weight": torch.zeros(1) for name in "ab"}
+    ),
+    "ValueError: state_dict: got no 'reduce_dim_z.bn.weight', wanted the weights of an RRU of rru-reid or "
+    "person-reid-lib": lambda: rru_fast.from_official({"reduce_dim_z.conv.weight": torch.zeros(4, 6, 1, 1)}),
+    "ValueError: reduce_dim_z.conv.weight: got shape (1,), wanted (D, 2C, 1, 1)": lambda: rru_fast.from_official(
+        dict.fromkeys(official.NAMES, torch.zeros(1))
+    ),
+}
+
+ERRORS = [*OF_REFINE.items(), *OF_OTHERS.items(), *OF_MODULES.items(), *OF_OFFICIAL_WEIGHTS.items()]
+ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
+# Raised where one process without a GPU does not come.
+ELSEWHERE = {
+    "RuntimeError(OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: of several ranks",
+    "RuntimeError(reference.OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: of several ranks",
+    "frames on the ranks of process_group": "tests/ops/test_refine_sync.py: of several ranks",
+    "over several ranks": "tests/ops/test_refine_sync.py: of several ranks",
+    "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
+    "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
+    "_UnusableError(": "tests/test_native.py: a reason that show_config gives",
+} | ({"with tensors on {device}": "needs the C++ kernels"} if native.missing() else {})
+
+
+@pytest.mark.parametrize(("said", "call"), ERRORS, ids=[said.partition(": ")[2][:60] for said, _ in ERRORS])
+def test_an_error_says_its_name_what_it_got_and_what_it_wanted(said: str, call: Callable[[], object]) -> None:
+    kind, _, message = said.partition(": ")
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        call()
+    assert (type(caught.value).__name__, str(caught.value)) == (kind, message)
+    assert re.fullmatch(r"[\w.:, \[\]]+: got .+, wanted .+", message) or message.startswith(
+        "Expected more than 1 value"
+    )
+
+
+def raised_at(call: Callable[[], object]) -> tuple[str, int]:
+    """Where in the library the call's error was raised: file and line."""
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+    ours = [(frame.filename, frame.lineno) for frame in frames if Path(frame.filename).is_relative_to(LIBRARY)]
+    assert ours and ours[-1][1] is not None
+    return ours[-1][0], ours[-1][1]
+
+
+LIBRARY = Path(rru_fast.__file__).parent
+
+
+def test_every_error_of_the_library_is_listed() -> None:
+    seen = {raised_at(call) for _, call in ERRORS}
+    unlisted, excused = [], set()
+    for path in sorted(LIBRARY.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Raise) or node.exc is None:
+                continue
+            text = ast.unparse(node)
+            why = {mark for mark in ELSEWHERE if mark in text}
+            excused |= why
+            if not why and not any((str(path), line) in seen for line in range(node.lineno, node.end_lineno + 1)):
+                unlisted.append(f"{path.relative_to(LIBRARY)}:{node.lineno}: {text}")
+    assert unlisted == []
+    assert excused == ELSEWHERE.keys()
