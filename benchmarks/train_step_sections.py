@@ -39,7 +39,7 @@ ROUNDING = 1e-3  # of a grey level in float32, between -1 and 1 and back
 # its Euclidean norm. In float64 what is left is the order of sums; else it is rounding, which depth multiplies.
 EXACT = (1e-9, 1e-6)
 WITHIN = {"off": (1e-4, 1e-2), "bfloat16": (5e-2, 3e-1)}
-# In float64, a gradient below this share of the largest is zero but for rounding, as that of a bias before a batch norm.
+# A gradient in float64 below this share of the largest is zero but for rounding: that of a bias before a batch norm.
 ZERO = 1e-9
 
 
@@ -92,8 +92,8 @@ class Section:
     steps: int  # an epoch
     rounds: int  # in each, every pipeline trains for an epoch
     compiled: bool  # whether compiled backbones are tried
-    # Whether rounding leaves a gradient what it was; from random weights it makes noise of a deep network's, or one's of
-    # four clips.
+    # Whether rounding leaves a gradient what it was; it makes noise of that of a deep network from random weights, and
+    # of one of four clips.
     steady: bool = True
 
 

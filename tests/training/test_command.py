@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from training.settings import Options, resolve
 
 
 @pytest.fixture(autouse=True)
-def _restore_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _restore_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 def interrupt() -> None:
@@ -50,3 +53,26 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         warnings.simplefilter("always")
         run_command(lambda: warnings.warn("no weights:\n random", stacklevel=1))
     assert capsys.readouterr().err == "warning: no weights: random\n"
+
+
+def test_a_file_that_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: Path("x" * 300).stat())
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 36] File name too long: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "lines"), [(OSError("the disk is full"), 0), (RuntimeError("a bug"), 1)])
+def test_a_thread_that_meets_a_full_disk_leaves_the_telling_to_its_caller(
+    capsys: pytest.CaptureFixture[str], error: Exception, lines: int
+) -> None:
+    def fail() -> None:
+        raise error
+
+    def start() -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    run_command(start)
+    assert capsys.readouterr().err.count("Traceback") == lines

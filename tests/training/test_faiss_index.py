@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -66,3 +67,15 @@ def test_an_index_that_was_cut_short_or_cannot_be_written_is_one_line(tmp_path: 
     (tmp_path / f"{path.name}.new").mkdir()
     with pytest.raises(UserError, match=rf"^output: {path}: Is a directory$"):
         Index(gallery, print)
+
+
+def test_an_index_of_other_features_is_one_line(tmp_path: Path) -> None:
+    gallery = file_of(clusters(200), tmp_path / "gallery.safetensors")
+    Index(gallery, print)
+    (path,) = tmp_path.glob("*.ivf")
+    for other in (faiss.index_factory(32, "Flat"), faiss.index_factory(7, "IVF2,Flat")):
+        faiss.write_index(other, str(path))
+        with pytest.raises(
+            UserError, match=rf"^{path}: got an index of 0 features of \d+ numbers, wanted one in lists of"
+        ):
+            Index(gallery, print)

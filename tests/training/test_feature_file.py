@@ -52,6 +52,10 @@ def test_a_feature_without_a_direction_is_named(tmp_path: Path, value: float) ->
             {"names": torch.tensor(list(b'["a"]'), dtype=torch.uint8)},
             "names: got 1 of them, wanted a list of 7, one a tracklet",
         ),
+        (
+            {"names": torch.tensor(list(b'["a", 1, "", "", "", "", ""]'), dtype=torch.uint8)},
+            "names: got 1, wanted strings",
+        ),
         ({"names": torch.tensor(list(b"cam1"), dtype=torch.uint8)}, "names: got what is no JSON"),
     ],
 )

@@ -135,3 +135,12 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {filled(told)}")
     assert error.count("\n") == 1
+
+
+def test_names_and_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a[bold].safetensors"
+    write_features(path, torch.eye(2), [1, 2], [1, 1], ["[/red] a", "[b]"], {"network": "of one"})
+    found("--gallery", path, "--query", path, "--top", 1)
+    told = capsys.readouterr().out
+    assert told.count("[/red] a") == 2 and told.count("[b]") == 2
+    assert "a[bold].safetensors" in told.replace("\n", "")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from training.data import load_split
 from training.data.ilids_vid import load
-from training.data.loading import Batch, frames_to_input, make_loader
+from training.data.loading import Batch, frames_to_input, make_loader, told_of_workers
 from training.data.resizing import resize
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet, read_frame
@@ -140,3 +142,15 @@ def test_frames_resized_as_they_are_read_are_the_input_by_pillow_to_the_bit() ->
 def test_input_of_black_and_white_spans_minus_one_to_one() -> None:
     frames = [torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 9, 9), 255, dtype=torch.uint8)]
     assert frames_to_input(frames, (4, 4), "cpu").amax(dim=(1, 2, 3)).tolist() == [-1.0, 1.0]
+
+
+def test_a_killed_worker_is_told_in_one_line() -> None:
+    loader = make_loader(PEOPLE, PKSampler(PEOPLE, 2, 2, 50, seed=0), 4, workers=1)
+
+    def read_and_kill() -> None:
+        with told_of_workers():
+            for _ in loader:
+                os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[union-attr]
+
+    with pytest.raises(UserError, match=r"\Aworkers: DataLoader worker \(pid \d+\) .*Killed; where .*\Z"):
+        read_and_kill()
