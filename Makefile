@@ -35,8 +35,9 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 train: setup
 	"$(BIN)/python" -m training.train --recipe quick $(ARGS)
 
+# A file's tests share what is slow to make, so they stay together; threads of several processes would wait for each other.
 test: setup
-	"$(BIN)/python" -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto --dist loadfile $(ARGS)
 
 # In a clone, whose kernels are built for that torch; its environment is kept beside this one's, and brought up to date.
 LATEST := build/latest
@@ -87,6 +88,7 @@ bench: setup
 	"$(BIN)/python" -m benchmarks.scaling
 	"$(BIN)/python" -m benchmarks.strip_pool
 	"$(BIN)/python" -m benchmarks.batch_hard
+	"$(BIN)/python" -m benchmarks.memory
 	"$(BIN)/python" -m benchmarks.train_step
 
 clean:

@@ -112,6 +112,8 @@ def train_run(
 
     settings.speed.check(device, settings.ops, recipe)
     config = settings.config(split, device)
+    if resumed and (earlier := _earlier(resumed, config)):
+        config["earlier"] = earlier
     trainer = _make_trainer(settings, people, device, resumed)
     resize = trainer.network.backbone.size if settings.resize == "pillow" else None
     # While CUDA graphs are captured no other thread may call CUDA, as one that pins memory does.
@@ -141,6 +143,14 @@ def train_run(
         clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
         console.print(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
     return [record for record in log.records if record["kind"] == "result"]
+
+
+def _earlier(resumed: Checkpoint, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run was computed by up to which epoch, where that was otherwise than from now on."""
+    how = ("ops", "speed", "resize", "sync_bn", "environment")
+    was = {name: resumed.config[name] for name in how if resumed.config.get(name) != config[name]}
+    before: list[dict[str, Any]] = resumed.config.get("earlier", [])
+    return [*before, {"to_epoch": resumed.training["epoch"], **was}] if was else before
 
 
 def _make_trainer(settings: Settings, people: int, device: torch.device, resumed: Checkpoint | None) -> Trainer:

@@ -107,6 +107,15 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
     assert apart == {"data_root"}
 
 
+def test_a_run_that_goes_on_otherwise_keeps_how_it_began(started: Path) -> None:
+    began = checkpoint.load(started).config
+    train(Options(resume=started, epochs=2, channels_last=True, device="cpu"))
+    config = checkpoint.load(started).config
+    assert config["speed"]["channels_last"]
+    assert config["earlier"] == [{"to_epoch": 1, "speed": began["speed"]}]
+    assert "earlier" not in began
+
+
 def test_a_run_that_pillow_resizes_is_evaluated_so(small_data: Path, tmp_path: Path, trained: Path) -> None:
     train(options(small_data, tmp_path / "run", resize="pillow", batches=1, epochs=1))
     first, *_, result = metrics(tmp_path / "run")
@@ -280,9 +289,10 @@ def test_a_folder_that_holds_anything_is_no_output(small_data: Path, tmp_path: P
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-mine"]
 
 
-def test_a_start_that_fails_leaves_no_folder(small_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file"):
-        train(options(small_data, tmp_path / "run", weights="absent.pth"))
+@pytest.mark.parametrize("weights", ["absent.pth", "x" * 300])
+def test_a_start_that_fails_leaves_no_folder(small_data: Path, tmp_path: Path, weights: str) -> None:
+    with pytest.raises(UserError, match="weights: there is no file"):
+        train(options(small_data, tmp_path / "run", weights=weights))
     assert list(tmp_path.iterdir()) == []
 
 

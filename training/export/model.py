@@ -20,6 +20,7 @@ from training.extras import need
 from training.model.heads import LSTM
 from training.model.network import Network
 from training.model.operators import Ops
+from training.model.weights import first_line
 from training.output import check_output, write_output
 from training.settings import choose_device
 from training.trained import flat, load_network, provenance
@@ -103,7 +104,10 @@ def export_model(options: Options) -> float:
         "ops": options.ops,
         **provenance(saved, device),
     }
-    sample = torch.rand(2, frames, 3, height, width, device=device)
+    try:
+        sample = torch.rand(2, frames, 3, height, width, device=device)
+    except RuntimeError as error:
+        raise UserError(f"frames: got {frames}, wanted as many as memory holds ({first_line(error)})") from error
     free = {0: torch.export.Dim("clips", min=1)} | ({} if fixed else {1: torch.export.Dim("frames", min=_LEAST)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of its own code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from http.client import HTTPException
@@ -34,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it is not of that form.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # where Path.is_file raises at a name that is too long
         raise UserError(f"weights: there is no file {path}")
     if path.suffix == ".safetensors":
         try:

@@ -33,6 +33,6 @@ def show(options: Options) -> Figure:
         return draw(json.loads(options.ablation.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"ablation: {options.ablation} cannot be read ({error})") from error
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"ablation: {options.ablation} is not one that training.ablation wrote ({reason})") from error

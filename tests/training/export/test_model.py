@@ -150,6 +150,7 @@ def test_a_network_that_has_diverged_is_not_written(saved: Callable[..., tuple[P
         ("--output OUT/model.pt", "output: got OUT/model.pt, wanted a name that ends in .pt2 or .onnx"),
         ("--output OUT/model.onnx --ops fast", "output: got .onnx with ops fast on cpu, wanted ops reference on cpu"),
         ("--output OUT/model.pt2 --frames 0", "frames: got 0, wanted at least 1"),
+        ("--output OUT/model.pt2 --frames 99999999999", "frames: got 99999999999, wanted as many as memory holds ("),
         ("--output OUT/model.pt2 --checkpoint OUT", "OUT: no checkpoint here (config.json is missing)"),
         ("--output OUT/model.onnx", "onnxruntime: not usable here (...), wanted: pip install '.[export]'"),
     ],
