@@ -35,9 +35,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 train: setup
 	"$(BIN)/python" -m training.train --recipe quick $(ARGS)
 
-# A file's tests share what is slow to make, so they stay together; threads of several processes would wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto --dist loadfile $(ARGS)
+	"$(BIN)/python" -m pytest -q $(ARGS)
 
 # In a clone, whose kernels are built for that torch; its environment is kept beside this one's, and brought up to date.
 LATEST := build/latest

@@ -64,13 +64,18 @@ def resident() -> int:
 def test_training_takes_no_more_memory_step_by_step(backend: str, steps: int) -> None:
     training = Training(backend)
     training.after(500)  # until the allocator has what it needs
-    gc.collect()
-    objects, blocks, before = len(gc.get_objects()), sys.getallocatedblocks(), resident()
-    training.after(steps)
-    gc.collect()
-    assert resident() - before < 2**20  # a thousand times any tensor of a step is more
-    assert len(gc.get_objects()) - objects < 50
-    assert sys.getallocatedblocks() - blocks < steps / 2
+    grown = []
+    for _ in range(4):
+        gc.collect()
+        objects, blocks, before = len(gc.get_objects()), sys.getallocatedblocks(), resident()
+        training.after(steps // 4)
+        gc.collect()
+        grown.append((resident() - before, len(gc.get_objects()) - objects, sys.getallocatedblocks() - blocks))
+    # What a step leaves behind it leaves in every quarter; what other parts of this process do is in some.
+    memory, objects, blocks = map(min, zip(*grown, strict=True))
+    assert memory < 1000 * steps // 4  # as many times any tensor of a step is more
+    assert objects < 50
+    assert blocks < steps / 8
 
 
 @every_backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ sys.exit(f"ENDED {{saved:d}} {{compared:d}} {{wrong:d}}")
 
 def test_a_run_is_compared_with_the_one_before_and_what_is_wrong_has_no_figure(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWICE_AND_WRONG, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not of xdist's own
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone)
     assert done.stderr.strip().endswith("ENDED 0 0 1"), done.stdout + done.stderr
     first, second = sorted(tmp_path.glob("*/*.json"))
     saved = json.loads(first.read_text())
