@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,7 +33,7 @@ CALLS = 20
 
 
 @dataclass
-class Options:
+class Options(measure.Where):
     """What to measure."""
 
     n: int = 4096
@@ -43,9 +42,6 @@ class Options:
     """Their width."""
     repeats: int = 7
     """Rounds; each runs every implementation once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    json: Path | None = None
-    """Where to write the rows."""
 
 
 def main(options: Options) -> list[Row]:

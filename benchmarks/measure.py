@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,17 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+
+
+@dataclass(kw_only=True)
+class Where:
+    """Options of every operator's benchmark."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    json: Path | None = None
+    """Where to write the rows."""
+
+
 Work = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 

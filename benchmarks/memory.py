@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import tyro
@@ -21,7 +20,7 @@ from benchmarks.table import Row
 
 
 @dataclass
-class Options:
+class Options(measure.Where):
     """What to measure."""
 
     maps: Shape = (8, 8, 2048, 8, 8)
@@ -31,9 +30,6 @@ class Options:
     """Numbers of features."""
     d: int = 256
     """Their width."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    json: Path | None = None
-    """Where to write the rows."""
 
 
 def main(options: Options) -> list[Row]:

@@ -12,7 +12,6 @@ measured in the same run.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -30,7 +29,7 @@ TRACKLET = 675  # frames of the longest in PRID-2011
 
 
 @dataclass
-class Options:
+class Options(measure.Where):
     """What to measure."""
 
     shape: Shape | None = None
@@ -43,9 +42,6 @@ class Options:
     """Rounds; each runs every implementation once. The tracklet takes at most 5."""
     compile: bool = True
     """Also measure torch.compile of the eager module (its compilations take a minute or two)."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    json: Path | None = None
-    """Where to write the rows."""
 
 
 def main(options: Options) -> list[Row]:

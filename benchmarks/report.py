@@ -119,10 +119,7 @@ def tables(run: Run) -> dict[str, list[Row]]:
         return {f"Forward + backward; x: how many times faster {ours} is; -: parity fails there": run["rows"]}
     found: dict[str, list[Row]] = {}
     for row in run["rows"]:
-        title = (
-            f"`{row['op']}`, peak of forward + backward" if _op(run) == "memory" else _title(run["environment"], row)
-        )
-        found.setdefault(title, []).append(row)
+        found.setdefault(_title(run["environment"], row), []).append(row)
     return found
 
 

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,7 +29,7 @@ AXES = {"B": 0, "T": 1, "C": 2}  # where in the shape
 
 
 @dataclass
-class Options:
+class Options(measure.Where):
     """What to measure."""
 
     base: Shape = (8, 8, 2048, 8, 8)
@@ -42,9 +41,6 @@ class Options:
     """Numbers above this machine's cores are left out. All else runs on as many threads as PyTorch takes."""
     repeats: int = 5
     """Rounds; each runs every implementation once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    json: Path | None = None
-    """Where to write the rows."""
 
 
 @dataclass(frozen=True)

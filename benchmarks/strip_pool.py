@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,16 +22,13 @@ from rru_fast import config
 
 
 @dataclass
-class Options:
+class Options(measure.Where):
     """What to measure."""
 
     shape: Shape = (20, 8, 2048, 8, 8)
     """B T C H W of the maps."""
     repeats: int = 15
     """Rounds; each runs every implementation once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    json: Path | None = None
-    """Where to write the rows."""
 
 
 def main(options: Options) -> list[Row]:

@@ -29,12 +29,8 @@ def run_command(main: Callable[[], object], several: bool = False) -> None:
     except KeyboardInterrupt as stopped:
         _say(str(stopped) or "interrupted")
         sys.exit(130)
-    except OSError as error:
-        if distributed.first_to_tell():
-            _say(f"error: {error}")
-        sys.exit(2)
-    except ValueError as error:
-        if not isinstance(error, UserError) and not _raised_by_the_library(error):
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, UserError) and not _raised_by_the_library(error):
             raise
         if distributed.first_to_tell():
             _say(f"error: {error}")

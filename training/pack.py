@@ -209,6 +209,8 @@ def _fill(file: BinaryIO, content: _Content) -> None:
     file.write(bytes(HEADER.size))
     for source in _shown(content.sources, "Packing frames"):
         image_file = _image_file(source, content.pixels)
+        if isinstance(source, Path) and not content.pixels:
+            decode(image_file, source)  # else it was by now: what cannot be read is not packed
         file.write(image_file)
         offsets.append(offsets[-1] + len(image_file))
         checksums.append(zlib.crc32(image_file))
@@ -233,15 +235,11 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _image_file(source: Source, pixels: bool) -> bytes:
-    """The bytes of a frame as an image that can be read: those of its own file, where it has one; those of a PNG, where
-    it is an array; or of a PPM, where its pixels are to be kept."""
-    if isinstance(source, np.ndarray):
-        frame = source
-    else:
-        image_file = encoded(source)
-        frame = decode(image_file, source)
-        if not pixels:
-            return image_file
+    """The bytes of a frame as an image: its own file's, where it has one; a PNG's, where it is an array; or a PPM's,
+    where its pixels are to be kept."""
+    if isinstance(source, Path) and not pixels:
+        return encoded(source)
+    frame = decode(encoded(source), source) if isinstance(source, Path) else source
     made = BytesIO()
     if pixels:
         Image.fromarray(frame).save(made, "PPM")

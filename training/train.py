@@ -148,7 +148,7 @@ def train_run(
 def _earlier(resumed: Checkpoint, config: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run was computed by up to which epoch, where that was otherwise than from now on."""
     how = ("ops", "speed", "resize", "sync_bn", "environment")
-    was = {name: resumed.config[name] for name in how if resumed.config.get(name) != config[name]}
+    was = {name: resumed.config.get(name) for name in how if resumed.config.get(name) != config[name]}
     before: list[dict[str, Any]] = resumed.config.get("earlier", [])
     return [*before, {"to_epoch": resumed.training["epoch"], **was}] if was else before
 
