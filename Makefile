@@ -18,7 +18,7 @@ help:
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
-	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step"
+	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step; JSON in build/bench"
 	@echo "make setup     .venv with everything installed and built, which the others do first"
 	@echo "make clean     remove .venv, caches and build output"
 
@@ -35,8 +35,9 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 train: setup
 	"$(BIN)/python" -m training.train --recipe quick $(ARGS)
 
+# A process a core, each with a thread of its own: what needs more threads asks for them.
 test: setup
-	"$(BIN)/python" -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # In a clone, whose kernels are built for that torch; its environment is kept beside this one's, and brought up to date.
 LATEST := build/latest
@@ -82,13 +83,13 @@ format: setup
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
+# Each prints its tables and writes them as JSON, of which benchmarks.report makes the README's.
+RESULTS ?= build/bench
+MACHINE ?= here
+
 bench: setup
-	"$(BIN)/python" -m benchmarks.refine $(ARGS)
-	"$(BIN)/python" -m benchmarks.scaling
-	"$(BIN)/python" -m benchmarks.strip_pool
-	"$(BIN)/python" -m benchmarks.batch_hard
-	"$(BIN)/python" -m benchmarks.memory
-	"$(BIN)/python" -m benchmarks.train_step
+	@set -e; for op in refine scaling strip_pool batch_hard memory train_step; do \
+		"$(BIN)/python" -m benchmarks.$$op --json "$(RESULTS)/$$op-$(MACHINE).json"; done
 
 clean:
 	rm -rf "$(VENV)" .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json

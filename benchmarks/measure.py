@@ -117,11 +117,17 @@ def gemm_rates(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device)
     a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
     products: dict[str, Work] = {"torch.mm": lambda: a @ b.t()}
     # What the compiler calls: on processors that are not Intel's, MKL behind torch.mm may reach half of it in float32.
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if device.type == "cpu" and has_onednn and dtype in (torch.float32, torch.bfloat16):
+    if device.type == "cpu" and _multiplies_in_onednn(dtype):
         products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     times = paired(products, repeats=25)
     return {name: 2 * m * k * n / median(times[name]) for name in products}
+
+
+def _multiplies_in_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    in_16_bit = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on every processor
+    return dtype == torch.float32 or bool(in_16_bit)
 
 
 def copy_rate(size: int, device: torch.device) -> float:
@@ -139,6 +145,8 @@ def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = f"{names[0]}, {len(names)} cores" if names else model
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # a model's name may say less
+        model += f", {torch.backends.cpu.get_cpu_capability()}"
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "threads": torch.get_num_threads(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -228,9 +227,10 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
                 with _or_why(name, refused):
                     runner = Runner(pipeline, run)
                     pairs = [*zip(runner.batches(), batches, strict=True)]
-                    frames[name] = max(float((runner.levels(a) - reference.levels(b)).abs().max()) for a, b in pairs)
                     if any(a.clips != b.clips or not torch.equal(a.labels, b.labels) for a, b in pairs):
-                        frames[name] = math.inf
+                        refused[name] = "wrong: its batches are of other clips, or have other labels"
+                        continue
+                    frames[name] = max(float((runner.levels(a) - reference.levels(b)).abs().max()) for a, b in pairs)
                     runners[name] = runner
         step = Runner(Pipeline(), run, torch.float64).step_on(batches[0])
         exact = {Pipeline(): (0.0, 0.0)}  # how far each is off in float64

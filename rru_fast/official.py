@@ -6,7 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# theirs (inside `RRU`, or `fuse_net` of the whole network) -> ours; 1x1 and full-size convolutions become matrices
+# theirs (inside `RRU`, or `fuse_net` of the whole network) -> ours
+ATTENTION = {  # 1x1 and full-size convolutions, that become matrices
+    "s_atten_z.0.weight": "spatial_attention.0.weight",
+    "s_atten_z.2.weight": "spatial_attention.2.weight",
+    "c_atten_z.1.weight": "channel_attention.weight",
+}
 NAMES = {
     "reduce_dim_z.conv.weight": "transition.weight",
     "reduce_dim_z.bn.weight": "transition_norm.weight",
@@ -14,9 +19,7 @@ NAMES = {
     "reduce_dim_z.bn.running_mean": "transition_norm.running_mean",
     "reduce_dim_z.bn.running_var": "transition_norm.running_var",
     "reduce_dim_z.bn.num_batches_tracked": "transition_norm.num_batches_tracked",
-    "s_atten_z.0.weight": "spatial_attention.0.weight",
-    "s_atten_z.2.weight": "spatial_attention.2.weight",
-    "c_atten_z.1.weight": "channel_attention.weight",
+    **ATTENTION,
 }
 OPTIONAL = {"reduce_dim_z.bn.num_batches_tracked"}  # not in weights saved before PyTorch 0.4.1
 
@@ -63,6 +66,9 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if transition.dim() != 4 or transition.shape[1] % 2 or transition.shape[2:] != (1, 1):
         raise ValueError(f"{prefix}{anchor}: got shape {tuple(transition.shape)}, wanted (D, 2C, 1, 1)")
     transition[:, : transition.shape[1] // 2].neg_()
-    for name in ("spatial_attention.0.weight", "spatial_attention.2.weight", "channel_attention.weight"):
+    for theirs, name in ATTENTION.items():
+        if ours[name].dim() < 2:
+            shape = tuple(ours[name].shape)
+            raise ValueError(f"{prefix}{theirs}: got shape {shape}, wanted that of a convolution's weight")
         ours[name] = ours[name].flatten(1)
     return ours

@@ -26,6 +26,7 @@ from tests.good_call import A, B, C, D, H, T, W, arguments
 
 USABLE = ", ".join(repr(name) for name, why in config.BACKENDS.items() if why is None)
 META = torch.device("meta")
+LAST = "c_atten_z.1.weight"  # of the authors' names
 Calls = dict[str, Callable[[], object]]
 """By what they end in, the error's type and its message."""
 
@@ -267,6 +268,9 @@ OF_OFFICIAL_WEIGHTS: Calls = {
     "person-reid-lib": lambda: rru_fast.from_official({"reduce_dim_z.conv.weight": torch.zeros(4, 6, 1, 1)}),
     "ValueError: reduce_dim_z.conv.weight: got shape (1,), wanted (D, 2C, 1, 1)": lambda: rru_fast.from_official(
         dict.fromkeys(official.NAMES, torch.zeros(1))
+    ),
+    "ValueError: c_atten_z.1.weight: got shape (), wanted that of a convolution's weight": lambda: (
+        rru_fast.from_official({**dict.fromkeys(official.NAMES, torch.zeros(4, 6, 1, 1)), LAST: torch.zeros(())})
     ),
 }
 

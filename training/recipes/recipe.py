@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from training.data import Dataset
 from training.errors import UserError
 
 MOST = 10**9  # of anything that is counted
+_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text", int | None: "an integer or None"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Recipe:
             value = getattr(self, field)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise UserError(f"{field}: got {value!r}, wanted one of {', '.join(get_args(kind))}")
+            if get_origin(kind) is not Literal and not _is_a(value, kind):
+                raise UserError(f"{field}: got {value!r}, wanted {_NAMES[kind]}")
         least = {"people": 2, "clips": 2, "eval_from": 0}  # batch-hard mining compares people, and clips of one
         for field in ("people", "clips", "frames", "batches", "epochs", "eval_every", "eval_from", "bn_groups"):
             value = getattr(self, field)
@@ -97,3 +100,10 @@ class Recipe:
         since = epoch - self.eval_from
         between = self.eval_every is not None and since >= 0 and since % self.eval_every == 0
         return between or epoch in (0, self.epochs)
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a number too, and a truth value is neither."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
