@@ -22,6 +22,7 @@ AUTHORS, REFERENCE, COMPILED = "eager, authors", "eager, reference", "torch.comp
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements of x from which one draw's errors are already an average.
 LARGE = 2**22
+DRAWS = 20  # of maps and weights, until one's gradients do not hang on the rounding of a sign
 Shape = tuple[int, int, int, int, int]  # B, T, C, H, W
 
 
@@ -99,7 +100,20 @@ def contenders(
     shape: Shape, dtype: str, device: torch.device, *, training: bool = True, channels_last: bool = False
 ) -> dict[str, Contender]:
     """By name, the two eager ones and every backend that can serve on the device."""
-    torch.manual_seed(0)
+    for seed in range(DRAWS):
+        eager = _drawn(shape, dtype, device, training, channels_last, seed)
+        if not training or eager.x.element_size() == 2 or parity.settled(eager.in_double().forward, eager.x.dtype):
+            break
+    _, *backends = config.serving(device)
+    return {
+        AUTHORS: eager.twin(Authors),
+        REFERENCE: eager,
+        **{name: eager.twin(rru_fast.RRU, backend=name) for name in backends},
+    }
+
+
+def _drawn(shape: Shape, dtype: str, device: torch.device, training: bool, channels_last: bool, seed: int) -> Contender:
+    torch.manual_seed(seed)
     clips, _, channels, height, width = shape
     x = torch.randn(shape, device=device).relu().to(DTYPES[dtype])
     if channels_last:
@@ -109,13 +123,7 @@ def contenders(
     if not training:
         module(x[:, :8])  # running statistics other than the initial ones
         module.eval()
-    eager = Contender(module, x.requires_grad_(training), upstream)
-    _, *backends = config.serving(device)
-    return {
-        AUTHORS: eager.twin(Authors),
-        REFERENCE: eager,
-        **{name: eager.twin(rru_fast.RRU, backend=name) for name in backends},
-    }
+    return Contender(module, x.requires_grad_(training), upstream)
 
 
 def check(field: Mapping[str, Contender]) -> None:

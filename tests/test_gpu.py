@@ -7,7 +7,7 @@ time, on one core a test; `make test-gpu` runs eight at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import rru_fast
+from benchmarks import parity as parity_of_benchmarks
 from rru_fast import config, reference
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
@@ -68,9 +69,9 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
         assert parity.error(got[name].cpu(), wanted) <= parity.EXACT, name
 
 
-def judged(case: Case, dtype: torch.dtype, backend: str, count: int) -> None:
+def judged(case: Case, dtype: torch.dtype, backend: str, seeds: Iterable[int]) -> None:
     draws = []
-    for seed in range(count):
+    for seed in seeds:
         call = on_gpu(parity.make_call(case, dtype, seed))
         low = call.map(lambda v: v.to(dtype))
         draws.append(
@@ -83,21 +84,31 @@ def judged(case: Case, dtype: torch.dtype, backend: str, count: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
-    judged(case, dtype, backend, 15 if dtype == torch.float32 and case.x_numel < 1000 else 5)
+    judged(case, dtype, backend, range(15 if dtype == torch.float32 and case.x_numel < 1000 else 5))
+
+
+def settled_seed(case: Case, dtype: torch.dtype) -> int:
+    """That of a draw whose gradients do not hang on the rounding of one sign; in 16 bits there is none."""
+
+    def settled(seed: int) -> bool:
+        call = on_gpu(parity.make_call(case, dtype, seed))
+        return dtype.itemsize == 2 or parity_of_benchmarks.settled(lambda: parity.run(case, call, "reference"), dtype)
+
+    return next(filter(settled, range(20)), 0)
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_error_at_full_size(case: Case, dtype: torch.dtype, backend: str) -> None:
-    judged(case, dtype, backend, 1)
+    judged(case, dtype, backend, [settled_seed(case, dtype)])
 
 
 @every_backend
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.usefixtures("tf32")
 def test_error_at_full_size_in_tf32(case: Case, backend: str) -> None:
-    judged(case, torch.float32, backend, 1)
+    judged(case, torch.float32, backend, [settled_seed(case, torch.float32)])
 
 
 @every_backend

@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import rru_fast
 from benchmarks import measure, parity
 
 
@@ -63,6 +65,17 @@ def test_in_float64_eager_is_the_oracle_and_1e9_is_asked_for() -> None:
     assert parity.demand("fine", {"d_x": wanted["d_x"] + 1e-12}, wanted, wanted) < 2e-12
     with pytest.raises(SystemExit, match=r"allowed 1\.0e-09"):
         parity.demand("broken", {"d_x": wanted["d_x"] + 1e-8}, wanted, wanted)
+
+
+def test_a_relu_that_rounding_may_switch_is_found() -> None:
+    values = torch.tensor([-1.0, 0.5, 1e-7], dtype=torch.float64)
+    assert not parity.settled(lambda: F.relu(values), torch.float32)
+    assert parity.settled(lambda: F.relu(values[:2]), torch.float32)
+    rru = rru_fast.reference.RRU(4, (2, 2)).double()
+    assert parity.settled(lambda: rru(torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)), torch.float32)
+    rru.transition_norm.weight.data.zero_()
+    rru.transition_norm.bias.data.fill_(1e-8)
+    assert not parity.settled(lambda: rru(torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)), torch.float32)
 
 
 def test_every_product_there_is_gets_a_rate() -> None:
