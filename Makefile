@@ -18,7 +18,7 @@ help:
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
-	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step; JSON in build/bench"
+	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step; tables and drawings in build/bench"
 	@echo "make setup     .venv with everything installed and built, which the others do first"
 	@echo "make clean     remove .venv, caches and build output"
 
@@ -83,13 +83,15 @@ format: setup
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
-# Each prints its tables and writes them as JSON, of which benchmarks.report makes the README's.
+# Each prints its tables and writes them as JSON, of which the last line makes a page with drawings.
 RESULTS ?= build/bench
+PAGE ?= $(RESULTS)/README.md
 MACHINE ?= here
 
 bench: setup
 	@set -e; for op in refine scaling strip_pool batch_hard memory train_step; do \
 		"$(BIN)/python" -m benchmarks.$$op --json "$(RESULTS)/$$op-$(MACHINE).json"; done
+	"$(BIN)/python" -m benchmarks.report --results "$(RESULTS)" --readme "$(PAGE)"
 
 clean:
 	rm -rf "$(VENV)" .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache rru_fast/_C.*.so rru_fast/_build.json

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -113,21 +114,32 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 
 def gemm_rates(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """FLOP/s of each matrix product, (m, k) x (k, n), that PyTorch has here; medians, as all times."""
-    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-    products: dict[str, Work] = {"torch.mm": lambda: a @ b.t()}
-    # What the compiler calls: on processors that are not Intel's, MKL behind torch.mm may reach half of it in float32.
-    if device.type == "cpu" and _multiplies_in_onednn(dtype):
-        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    """FLOP/s of each matrix product, (m, k) x (k, n), that PyTorch has here; medians, as all times.
+
+    On a CPU of 16-bit numbers also those in float32, where they may be multiplied too: not every processor has
+    instructions for them.
+    """
+    products: dict[str, Work] = {}
+    for wide in (False, True) if device.type == "cpu" and dtype.itemsize == 2 else (False,):
+        multiplied = torch.float32 if wide else dtype
+        a, b = (torch.randn(size, device=device).to(dtype).to(multiplied) for size in ((m, k), (n, k)))
+        suffix = " in float32" if wide else ""
+        products["torch.mm" + suffix] = partial(torch.mm, a, b.t())
+        # What the compiler calls: on processors that are not Intel's, MKL behind torch.mm may reach half of it.
+        if device.type == "cpu" and _multiplies_in_onednn(multiplied):
+            products["oneDNN" + suffix] = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
     times = paired(products, repeats=25)
     return {name: 2 * m * k * n / median(times[name]) for name in products}
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is multiplied as such; on a CPU without instructions for it PyTorch takes minutes."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _multiplies_in_onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    in_16_bit = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on every processor
-    return dtype == torch.float32 or bool(in_16_bit)
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16(torch.device("cpu"))))
 
 
 def copy_rate(size: int, device: torch.device) -> float:

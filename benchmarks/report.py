@@ -7,6 +7,9 @@
 Every run of `benchmarks/results/*.json` becomes tables between the README's markers of its operator, `<!-- refine -->`
 and `<!-- /refine -->`; those of DRAWN are drawn to a PNG of the same name beside it. Of a machine's runs together,
 `<op>-<machine>.json`, comes one drawing of all speed-ups, between `<!-- speed_up -->` and `<!-- /speed_up -->`.
+Another machine's runs, in a folder of their own, become a page there, which is begun if there is none:
+
+    python -m benchmarks.report --results build/bench --readme build/bench/README.md
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -33,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the caption says of a run; its rows say the rest.
 CAPTION = ("hardware", "threads", "dtype", "torch", "commit", "date", "roofline")
 DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
+PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "memory", "train_step", "gpu")
 Run = dict[str, Any]
 
 
@@ -43,7 +47,7 @@ class Options:
     results: Path = ROOT / "benchmarks" / "results"
     """The folder of measured runs; drawings go there too."""
     readme: Path = ROOT / "README.md"
-    """The page whose tables are written."""
+    """The page whose tables are written; one that is not there yet gets a place for all that was measured."""
     check: bool = False
     """Write nothing; fail if the page or a drawing is not what the runs make of it."""
 
@@ -65,9 +69,10 @@ def main(options: Options) -> None:
     """
     runs = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
     wanted = pictures(runs)
-    before = options.readme.read_text()
+    said = contents(runs, options.readme.parent)
+    before = options.readme.read_text() if options.readme.exists() else _blank(said)
     after = before
-    for op, content in contents(runs, options.readme.parent).items():
+    for op, content in said.items():
         after = _replaced(after, op, content, options.readme)
     if options.check:
         stale = [str(path) for path, picture in wanted.items() if style.source(path) != picture.source]
@@ -78,6 +83,11 @@ def main(options: Options) -> None:
     for path, picture in wanted.items():
         style.save(picture.draw(), picture.source, path)
     options.readme.write_text(after)
+
+
+def _blank(said: Iterable[str]) -> str:
+    places = (f"## {op}\n\n<!-- {op} -->\n<!-- /{op} -->\n" for op in sorted(said, key=PLACES.index))
+    return "\n".join(["# Measured\n", *places])
 
 
 def pictures(runs: dict[Path, Run]) -> dict[Path, Picture]:

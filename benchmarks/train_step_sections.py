@@ -221,6 +221,8 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
         for name, pipeline in PIPELINES.items():
             if pipeline.speed.cuda_graph and run.device.type != "cuda":
                 refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
+            elif pipeline.speed.amp != "off" and not measure.has_bfloat16(run.device):
+                refused[name] = f"{NOT_HERE}: this processor has no bfloat16"
             elif pipeline.speed.compile_backbone and not run.section.compiled:
                 refused[name] = f"{NOT_HERE}: compilation takes minutes"
             elif name != REFERENCE:

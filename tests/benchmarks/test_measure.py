@@ -78,7 +78,8 @@ def test_a_relu_that_rounding_may_switch_is_found() -> None:
     assert not parity.settled(lambda: rru(torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)), torch.float32)
 
 
-def test_every_product_there_is_gets_a_rate() -> None:
-    rates = measure.gemm_rates(64, 32, 16, torch.float32, torch.device("cpu"))
-    assert "torch.mm" in rates
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_product_there_is_gets_a_rate(dtype: torch.dtype) -> None:
+    rates = measure.gemm_rates(64, 32, 16, dtype, torch.device("cpu"))
+    assert "torch.mm" in rates and ("torch.mm in float32" in rates) == (dtype.itemsize == 2)
     assert all(1e5 < rate < 1e14 for rate in rates.values())

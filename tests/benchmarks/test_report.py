@@ -199,5 +199,21 @@ def test_a_column_without_a_value_is_no_column() -> None:
     assert table.markdown([{"a": 1, "b": None}]) == "| a |\n| --- |\n| 1 |"
 
 
-def test_the_readme_says_what_the_measured_runs_say() -> None:
-    report.main(report.Options(check=True))
+def test_a_page_that_is_not_there_is_begun_with_all_that_was_measured(drawn: report.Options) -> None:
+    page = drawn.results / "another.md"
+    report.main(replace(drawn, readme=page))
+    there = [line for line in page.read_text().splitlines() if line.startswith("## ")]
+    assert there == ["## speed_up", "## refine", "## scaling", "## memory"]
+    before = drawn.readme.read_text()
+    for op in ("refine", "scaling", "memory", "speed_up"):
+        begin, end = f"<!-- {op} -->", f"<!-- /{op} -->"
+        assert before[before.index(begin) : before.index(end)] in page.read_text()
+
+
+PAGES = {report.ROOT / "README.md": report.Options().results}
+PAGES |= {page: page.parent for page in report.Options().results.glob("*/README.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_says_what_the_measured_runs_say(page: Path) -> None:
+    report.main(report.Options(results=PAGES[page], readme=page, check=True))
