@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -27,6 +28,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def _dense(name: str, tensor: Any, meaning: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, wanted a dense tensor {meaning}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
 
@@ -78,7 +81,7 @@ def check_refine(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Sequence[float],
     eps: float,
     bn_groups: int,
     lengths: Tensor | None,
@@ -117,7 +120,7 @@ def check_refine(
                 raise ValueError(f"{name}: got a tensor that requires gradients, wanted a buffer that does not")
     if running_mean is not None and running_var is not None and running_var.dtype != running_mean.dtype:
         raise TypeError(f"running_var: got dtype {running_var.dtype}, wanted {running_mean.dtype} as running_mean")
-    check_number("momentum", momentum, 0, 1, "a number from 0 to 1")
+    _check_momentum(momentum, x.shape[1])
     check_number("eps", eps, SMALLEST, FINITE, "a number above 0")
     check_sizes(bn_groups=bn_groups)
     check_process_group(process_group, bn_groups)
@@ -145,6 +148,14 @@ def check_refine(
             _device(name, tensor, x, "x")
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {x.dtype} as x")
+
+
+def _check_momentum(momentum: float | Sequence[float], frames: int) -> None:
+    steps = momentum if isinstance(momentum, list | tuple) else [momentum]
+    if steps is momentum and len(steps) != frames:
+        raise ValueError(f"momentum: got {len(steps)} numbers, wanted one, or one a frame of {frames}")
+    for step in steps:
+        check_number("momentum", step, 0, 1, "a number from 0 to 1")
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
@@ -198,7 +209,9 @@ def check_strip_pool(s: Tensor) -> None:
     _floating("s", s, (5,), "(B, T, C, H, W)")
 
 
-def check_batch_hard_triplet(features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str) -> None:
+def check_batch_hard_triplet(
+    features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str, return_indices: Any
+) -> None:
     """Arguments of `rru_fast.batch_hard_triplet`."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
     _shape("labels", labels, (features.shape[-2],), "(N,), one a feature")
@@ -206,3 +219,5 @@ def check_batch_hard_triplet(features: Tensor, labels: Tensor, margin: Any, metr
     _device("labels", labels, features, "features")
     check_loss(margin, metric)
     _choice("reduction", reduction, get_args(Reduction))
+    if not isinstance(return_indices, bool):
+        raise TypeError(f"return_indices: got {return_indices!r}, wanted True or False")

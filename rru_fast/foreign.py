@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -62,7 +63,12 @@ class Foreign(nn.Module):
 @cache
 def fast_class(original: type[nn.Module], kind: Kind) -> type[Foreign]:
     """The class `original` with the forward of the kind."""
-    names = {"kind": kind, "forward": kind.forward, "__module__": original.__module__, "__doc__": original.__doc__}
+    names = {
+        "kind": kind,
+        "forward": _named_alike(kind.forward, original.forward),
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
     return type(original.__name__, (Foreign, original), {**names, "__qualname__": original.__qualname__})
 
 
@@ -74,6 +80,8 @@ def _new(original: type[nn.Module], kind_name: str) -> Foreign:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The first kind whose parts the module has: itself, and not by passing on what it wraps."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose forward is not Python's
+        return None
     own = {*vars(module), *module._modules}
     return next((kind for kind in KINDS if own.issuperset(kind.replaced + kind.kept)), None)
 
@@ -81,9 +89,30 @@ def kind_of(module: nn.Module) -> Kind | None:
 def difference(module: nn.Module, kind: Kind) -> str | None:
     """In a line, why the module must not run the forward of the kind whose parts it has; None where it may."""
     try:
-        return _hooked(module, kind) or _measured(module, kind)
+        return _called(module, kind) or _hooked(module, kind) or _measured(module, kind)
     except Exception as error:  # whatever it is, the module runs as before
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _called(module: nn.Module, kind: Kind) -> str | None:
+    theirs, ours = (list(signature(forward).parameters.values()) for forward in (type(module).forward, kind.forward))
+    if [(p.kind, p.default) for p in theirs] != [(p.kind, p.default) for p in ours]:
+        return f"its forward takes ({', '.join(map(str, theirs))}), wanted ({', '.join(map(str, ours))})"
+    return None
+
+
+def _named_alike(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward under the names that the original's arguments have."""
+    theirs, ours = ([*signature(each).parameters] for each in (original, forward))
+    if theirs == ours:
+        return forward
+    names = dict(zip(theirs, ours, strict=True))
+
+    @wraps(original)
+    def renamed(self: Any, *arguments: Any, **named: Any) -> Any:
+        return forward(self, *arguments, **{names.get(name, name): value for name, value in named.items()})
+
+    return renamed
 
 
 def _hooked(module: nn.Module, kind: Kind) -> str | None:
@@ -132,7 +161,12 @@ def _described(out: Any) -> str:
 def _stand_in(module: nn.Module, training: bool) -> Any:
     """A copy of the module on the CPU, in float64 and without hooks, with random weights."""
     generator = Generator("cpu").manual_seed(1)
-    stand_in: Any = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_().train(training)
+    stand_in: Any = copy.deepcopy(module)
+    if any(v.is_meta for v in (*stand_in.parameters(), *stand_in.buffers())):
+        stand_in.to_empty(device="cpu")
+        for buffer in stand_in.buffers():
+            buffer.zero_()
+    stand_in.to("cpu", torch.float64).requires_grad_().train(training)
     for inner in stand_in.modules():
         for hooks in _hooks(inner):
             hooks.clear()
@@ -168,16 +202,20 @@ def _refined(unit: Any, x: Tensor) -> Refined:
     """The recurrence of the authors' units: x (B, T, C, H, W), or one clip's (T, C, H, W)."""
     if x.dim() == 4:
         x = x[None]
-    norm = unit.reduce_dim_z.bn
+    conv, norm = unit.reduce_dim_z.conv, unit.reduce_dim_z.bn
+    first, _, last = unit.s_atten_z
+    wanted = (conv.weight.shape[1] // 2, *first.weight.shape[2:])
+    if x.dim() != 5 or tuple(x.shape[2:]) != wanted:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, T, {', '.join(map(str, wanted))})")
     # They feed the gate S - X_t where eq. 1 has X_t - S.
-    appearance, motion = unit.reduce_dim_z.conv.weight.flatten(1).chunk(2, 1)
+    appearance, motion = reference.weight_of(conv).flatten(1).chunk(2, 1)
     out = functional.refine(
         x,
         torch.cat((-appearance, motion), 1),
-        w_s1=unit.s_atten_z[0].weight.flatten(1),
-        w_s2=unit.s_atten_z[2].weight.flatten(1),
-        w_c=unit.c_atten_z[1].weight.flatten(1),
-        **reference.norm_arguments(norm),
+        w_s1=reference.weight_of(first).flatten(1),
+        w_s2=reference.weight_of(last).flatten(1),
+        w_c=reference.weight_of(unit.c_atten_z[1]).flatten(1),
+        **reference.norm_arguments(norm, x.shape[1]),
         backend=unit._accelerated_backend,
     )
     reference.count_frames(norm, x.shape[1])
@@ -209,6 +247,8 @@ def _triplet_loss(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     of which theirs gives each a share.
     """
     ranking = self.ranking_loss
+    if torch.is_autocast_enabled(inputs.device.type):  # which gives theirs, and all of torch's losses, in float32
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     loss = functional.batch_hard_triplet(
         inputs, targets, margin=ranking.margin, reduction=ranking.reduction, backend=self._accelerated_backend
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -26,7 +27,7 @@ def refine(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Sequence[float] = 0.1,
     eps: float = 1e-3,
     bn_groups: int = 1,
     lengths: Tensor | None = None,
@@ -49,7 +50,7 @@ def refine(
         running_mean, running_var: (D,), read in eval mode; in training updated in place, once a frame, as BatchNorm
             does; may be None in training.
         training: batch statistics, of all clips and positions of a frame, instead of the running ones.
-        momentum: of the running statistics, 0 to 1.
+        momentum: of the running statistics, 0 to 1, or a list of T: a number a frame.
         eps: added to the variance.
         bn_groups: the clips are normalised in this many consecutive groups, each with statistics of its own; the
             running ones follow the first. Divides B. Training only.
@@ -95,7 +96,7 @@ def refine(
         process_group,
     )
     # The operator takes Python's own numbers; in eval mode there are no groups.
-    momentum, eps, bn_groups = float(momentum), float(eps), int(bn_groups) if training else 1
+    eps, bn_groups = float(eps), int(bn_groups) if training else 1
     chosen = config.choose(backend, x.device)
     if chosen == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
@@ -158,8 +159,9 @@ def refine(
         return Refined(features, strips, reference.last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
         count = sum(counts) if counts else x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
-        _update(running_mean, mean[:, 0], momentum)
-        _update(running_var, var[:, 0] * (count / (count - 1)), momentum)
+        by_frame = reference.momenta(momentum, x.shape[1])
+        _update(running_mean, mean[:, 0], by_frame)
+        _update(running_var, var[:, 0] * (count / (count - 1)), by_frame)
     return Refined(features, strips, None)
 
 
@@ -171,14 +173,15 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _update(running: Tensor, steps: Tensor, momentum: float) -> None:
+def _update(running: Tensor, steps: Tensor, momenta: Sequence[float]) -> None:
     """running = (1 - momentum) running + momentum step, for each row of steps (T, D) in order."""
     if checks.batched(steps) and not checks.batched(running):
         raise RuntimeError(
             "running_mean, running_var: got the same for every call of vmap, wanted None, or one a call with vmap over "
             "them too: they are updated in place"
         )
-    for step in steps:  # as written, not by lerp, which makes NaN of an infinite variance
+    for step, momentum in zip(steps, momenta, strict=True):
+        # As written, not by lerp, which makes NaN of an infinite variance.
         running.mul_(1 - momentum).add_(step, alpha=momentum)
 
 
@@ -235,7 +238,7 @@ def batch_hard_triplet(
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
-    checks.check_batch_hard_triplet(features, labels, margin, metric, reduction)
+    checks.check_batch_hard_triplet(features, labels, margin, metric, reduction, return_indices)
     chosen = config.choose(backend, features.device)
     if chosen == "reference":
         return reference.batch_hard_triplet(

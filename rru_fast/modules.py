@@ -34,7 +34,8 @@ class RRU(reference.RRU):
         spatial_hidden: A, the hidden size of the spatial attention.
         attention: "both", "spatial" (Z = sigmoid(z_s)) or "channel" (Z = sigmoid(z_c)).
         inputs: what the gate sees: "appearance+motion", "appearance" or "raw" (the paper's RRU(ad) and RRU(od)).
-        bn_eps, bn_momentum: of the transition's batch norm.
+        bn_eps, bn_momentum: of the transition's batch norm; `transition_norm.momentum` may be None later, as
+            `torch.optim.swa_utils.update_bn` sets it, for the mean over all batches.
         bn_groups: consecutive groups of clips with batch statistics of their own, as replicas under DataParallel have.
         backend: "auto", or a backend `rru_fast.show_config` lists as available.
         cuda_graph: run forward and backward as CUDA graphs, captured at the first call of each shape, for tensors on a
@@ -47,6 +48,10 @@ class RRU(reference.RRU):
 
     Called with x (B, T, C, H, W), and in eval mode optionally `lengths` (B,) and `state`, it returns
     `Refined(features (B, T, C, H, W), strips (B, C, H), state)`.
+
+    Its layers are read and not called: their hooks do not run (but those of torch.nn.utils' old weight_norm,
+    spectral_norm and prune do, and parametrizations work), and a layer of another kind in their place is an error. No
+    operation may change what it returned, or x, in place before the backward: both are saved for it.
 
     Where `transition_norm` is a SyncBatchNorm, as `nn.SyncBatchNorm.convert_sync_batchnorm(model)` makes it, batch
     statistics are those of the clips of all ranks of its process group, on a CPU too: see `rru_fast.refine`. On a CPU
@@ -68,7 +73,9 @@ class RRU(reference.RRU):
 
     def _refine(self, x: Tensor, **arguments: object) -> Refined:
         arguments["backend"] = self.backend
-        graphs = self.cuda_graph and not torch.compiler.is_compiling()
+        # Where each call has other momenta, nothing can be replayed.
+        replayable = isinstance(arguments["momentum"], float | int)
+        graphs = self.cuda_graph and replayable and not torch.compiler.is_compiling()
         if graphs and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._graphs.refine(functional.refine, x, arguments)
         return functional.refine(x, **arguments)  # type: ignore[arg-type]

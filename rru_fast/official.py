@@ -37,6 +37,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Our state_dict, with copies of the tensors.
 
     Raises:
+        TypeError: it is no mapping of names to tensors.
         ValueError: an entry is missing, there is more than one RRU, or a weight has another shape.
 
     >>> import rru_fast, torch
@@ -46,8 +47,11 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ...     print(error)
     state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or person-reid-lib
     """
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping of names to tensors")
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state_dict[{name!r}]: got {type(value).__name__}, wanted a tensor")
     anchor = "reduce_dim_z.conv.weight"
     prefixes = [key.removesuffix(anchor) for key in state_dict if key == anchor or key.endswith("." + anchor)]
     wanted = "wanted the weights of an RRU of rru-reid or person-reid-lib"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, cast
@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import GroupMember, ProcessGroup
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import _register_namedtuple
 
 Attention = Literal["both", "spatial", "channel"]
@@ -29,6 +33,8 @@ Reduction = Literal["mean", "none"]
 
 FINITE = sys.float_info.max
 SMALLEST = sys.float_info.min
+# Hooks that make a layer's weight of others before each call, as torch.nn.utils hangs them there.
+MAKES_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 # Raised while torch.compile traces: it then runs the call as it is, or with fullgraph=True shows this.
 OUTSIDE_GRAPHS = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
@@ -71,7 +77,7 @@ def refine(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Sequence[float] = 0.1,
     eps: float = 1e-3,
     bn_groups: int = 1,
     lengths: Tensor | None = None,
@@ -89,7 +95,7 @@ def refine(
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
 
-    def normalise(u: Tensor) -> Tensor:
+    def normalise(u: Tensor, momentum: float) -> Tensor:
         if not training:
             return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
         if ranks is not None:
@@ -100,14 +106,14 @@ def refine(
         parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
         return torch.cat(parts) if others else parts[0]
 
-    def gate(x_t: Tensor, s: Tensor, x_prev: Tensor) -> Tensor:
+    def gate(x_t: Tensor, s: Tensor, x_prev: Tensor, momentum: float) -> Tensor:
         if inputs == "raw":
             v = torch.cat((x_t, s), 1)
         elif inputs == "appearance":
             v = x_t - s
         else:
             v = torch.cat((x_t - s, x_t - x_prev), 1)
-        y = F.relu(normalise(F.conv2d(v, w[:, :, None, None])))  # (B, D, H, W), eq. 1
+        y = F.relu(normalise(F.conv2d(v, w[:, :, None, None]), momentum))  # (B, D, H, W), eq. 1
         z: Tensor | None = None
         if w_s1 is not None and w_s2 is not None:  # eq. 2: (B, 1, H, W)
             z = F.linear(F.relu(F.linear(y.mean(1).flatten(1), w_s1)), w_s2).view(-1, 1, *y.shape[2:])
@@ -118,17 +124,21 @@ def refine(
 
     # At t = 1 the past is X_1 itself, so S_1 = X_1 whatever the gate says; it runs for its running statistics.
     x_prev, s = state if state is not None else (x[:, 0], x[:, 0])
+    alive: Tensor | None = None
+    frames = x
+    if lengths is not None:
+        alive = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
+        frames = x.masked_fill(~alive[:, :, None, None, None], 0)  # or NaN there would reach the gradients, as 0 * NaN
     refined = []
-    for x_t in x.unbind(1):
-        z = gate(x_t, s, x_prev)
+    for x_t, step in zip(frames.unbind(1), momenta(momentum, x.shape[1]), strict=True):
+        z = gate(x_t, s, x_prev, step)
         s = s + z * (x_t - s)  # eq. 5
         x_prev = x_t
         refined.append(s)
     features = torch.stack(refined, 1)
-    if lengths is None:
+    if alive is None or lengths is None:
         strips = features.mean((1, 4))  # eq. 9
         return Refined(features, strips, None if training else last_state(x, features, None))
-    alive = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
     features = features.masked_fill(~alive[:, :, None, None, None], 0)
     strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
     return Refined(features, strips, last_state(x, features, lengths))
@@ -289,8 +299,37 @@ def _group_of(norm: nn.Module) -> ProcessGroup | None:
     return group
 
 
-def norm_arguments(norm: Any) -> dict[str, Any]:
-    """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm."""
+def momenta(momentum: float | Sequence[float], frames: int) -> list[float]:
+    """The momentum of each frame's step of the running statistics."""
+    return [float(step) for step in momentum] if isinstance(momentum, Sequence) else [float(momentum)] * frames
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer that is read and not called, made anew where the layer's own call would have made it."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, MAKES_WEIGHT):
+            hook(layer, None)
+    return cast(Tensor, layer.weight)
+
+
+def _check_layer(name: str, layer: Any, kind: type[nn.Module]) -> None:
+    """Only that is read of a layer which its kind has."""
+    own = None if "forward" in vars(layer) else type(layer).forward
+    if own is not kind.forward or getattr(layer, "bias", None) is not None:
+        got = type(layer).__name__
+        wanted = f"a {kind.__name__}" + " without bias" * (kind is not nn.ReLU)
+        raise TypeError(f"{name}: got {got}, wanted {wanted}: its weight is read, its forward not called")
+
+
+def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
+    """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm, for so many frames."""
+    if not isinstance(norm, _BatchNorm):
+        raise TypeError(f"transition_norm: got {type(norm).__name__}, wanted a BatchNorm2d or SyncBatchNorm")
+    momentum: float | list[float] | None = norm.momentum
+    if momentum is None:  # the running statistics are the mean of all batches there were
+        counts = norm.training and norm.num_batches_tracked is not None
+        before = int(norm.num_batches_tracked) if counts else 0  # type: ignore[arg-type]
+        momentum = [1 / (before + frame) for frame in range(1, frames + 1)]
     return {
         "gamma": norm.weight,
         "beta": norm.bias,
@@ -298,7 +337,7 @@ def norm_arguments(norm: Any) -> dict[str, Any]:
         "running_var": norm.running_var,
         # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
         "training": norm.training or norm.running_mean is None,
-        "momentum": norm.momentum,
+        "momentum": momentum,
         "eps": norm.eps,
         "process_group": _group_of(norm),
     }
@@ -365,15 +404,16 @@ class RRU(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
         """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
-        norm = norm_arguments(self.transition_norm)
-        self._check(x, norm["training"])
+        self._check(x)
+        norm = norm_arguments(self.transition_norm, x.shape[1])
+        self._check_training(x, norm["training"])
         spatial = self.spatial_attention if self.attention != "channel" else None
         out = self._refine(
             x,
-            w=self.transition.weight.flatten(1),
-            w_s1=spatial[0].weight if spatial is not None else None,
-            w_s2=spatial[2].weight if spatial is not None else None,
-            w_c=self.channel_attention.weight if self.attention != "spatial" else None,
+            w=weight_of(self.transition).flatten(1),
+            w_s1=weight_of(spatial[0]) if spatial is not None else None,
+            w_s2=weight_of(spatial[2]) if spatial is not None else None,
+            w_c=weight_of(self.channel_attention) if self.attention != "spatial" else None,
             inputs=self.inputs,
             bn_groups=self.bn_groups,
             lengths=lengths,
@@ -383,8 +423,8 @@ class RRU(nn.Module):
         count_frames(self.transition_norm, x.shape[1])
         return out
 
-    def _check(self, x: Tensor, training: bool) -> None:
-        """What the module knows beyond its weights' shapes."""
+    def _check(self, x: Tensor) -> None:
+        """What the module knows beyond its weights' shapes, and that it still has the layers it reads."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, wanted a tensor (B, T, C, H, W)")
         if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
@@ -393,6 +433,14 @@ class RRU(nn.Module):
             )
         if self.attention != "channel" and tuple(x.shape[3:]) != self.spatial:
             raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
+        _check_layer("transition", self.transition, nn.Conv2d)
+        if self.attention != "channel":
+            for n, kind in enumerate((nn.Linear, nn.ReLU, nn.Linear)):
+                _check_layer(f"spatial_attention.{n}", self.spatial_attention[n], kind)
+        if self.attention != "spatial":
+            _check_layer("channel_attention", self.channel_attention, nn.Linear)
+
+    def _check_training(self, x: Tensor, training: bool) -> None:
         if training and x.shape[0] % self.bn_groups:
             raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
         if training and self.bn_groups > 1 and isinstance(self.transition_norm, nn.SyncBatchNorm):
@@ -417,6 +465,8 @@ class BatchHardTripletLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_loss(margin, metric)
+        if not isinstance(gather, bool):
+            raise TypeError(f"gather: got {gather!r}, wanted True or False")
         self._choose_backend(backend)
         self.margin, self.metric, self.gather = margin, metric, gather
 

@@ -40,6 +40,7 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
         The same `model`. Warns if there was nothing to swap.
 
     Raises:
+        TypeError: model is none.
         ValueError: the backend is unknown or cannot serve here, or runs no CUDA graphs.
 
     >>> import rru_fast
@@ -47,6 +48,7 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
     >>> type(model) is rru_fast.RRU, type(rru_fast.restore(model)) is rru_fast.reference.RRU
     (True, True)
     """
+    _check_module(model)
     modules.check_cuda_graph(cuda_graph, backend)
     swaps: dict[nn.Module, type[nn.Module]] = {}
     for name, module in model.named_modules():
@@ -85,8 +87,9 @@ def restore(model: Model) -> Model:
         The same `model`. Warns if there was nothing to restore.
 
     Raises:
-        TypeError: a module's class has changed since, as `fully_shard` changes it.
+        TypeError: model is none, or a module's class has changed since, as `fully_shard` changes it.
     """
+    _check_module(model)
     targets = [module for module in model.modules() if _accelerated(module)]
     if not targets:
         warnings.warn(f"restore: {type(model).__name__} holds no accelerated module", stacklevel=2)
@@ -104,6 +107,11 @@ def restore(model: Model) -> Model:
         for name in added:
             module.__dict__.pop(name, None)
     return model
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {model!r:.60}, wanted an nn.Module")
 
 
 def _made(module: nn.Module) -> type[nn.Module]:

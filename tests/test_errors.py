@@ -22,6 +22,7 @@ from torch import nn
 import rru_fast
 from rru_fast import config, graphs, native, official, ops, reference
 from rru_fast.reference import State
+from tests import their_code
 from tests.good_call import A, B, C, D, H, T, W, arguments
 
 USABLE = ", ".join(repr(name) for name, why in config.BACKENDS.items() if why is None)
@@ -68,6 +69,23 @@ def synchronised_in_groups() -> None:
     module = unit(bn_groups=2)
     module.transition_norm = nn.SyncBatchNorm(256)  # type: ignore[assignment]
     module(torch.randn(B, T, C, H, W))
+
+
+class Adapted(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+def replaced(**layers: nn.Module) -> object:
+    module = unit()
+    for name, layer in layers.items():
+        setattr(module, name, layer)
+    return module(torch.randn(B, T, C, H, W))
+
+
+def other_maps() -> object:
+    model = rru_fast.accelerate(their_code.RRU(C, size=2, hidden=D, spatial_hidden=A))
+    return model(torch.randn(B, T, C, 1, 4))
 
 
 def second_order() -> None:
@@ -140,6 +158,8 @@ OF_REFINE: Calls = {
         running_mean=torch.zeros(D, requires_grad=True)
     ),
     "ValueError: momentum: got None, wanted a number from 0 to 1": lambda: refine(momentum=None),
+    "ValueError: momentum: got 2, wanted a number from 0 to 1": lambda: refine(momentum=[0.1, 2, 0.1]),
+    "ValueError: momentum: got 2 numbers, wanted one, or one a frame of 3": lambda: refine(momentum=[0.1, 0.2]),
     "ValueError: eps: got nan, wanted a number above 0": lambda: refine(eps=float("nan")),
     "ValueError: eps: got 0.0, wanted a number above 0": lambda: refine(eps=0.0),
     "ValueError: bn_groups: got 0, wanted an integer of at least 1": lambda: refine(bn_groups=0),
@@ -198,7 +218,14 @@ OF_OTHERS: Calls = {
     "backend='reference'": second_order,
     "RuntimeError: rru_fast.strip_pool: got a backend whose forward-mode and torch.func derivatives are not "
     "implemented, wanted backend='reference'": forward_mode,
-    "RuntimeError: rru_fast::refine: got save=False with inputs that require gradients, wanted save=True": unsaved,
+    "RuntimeError: rru_fast::refine: got inputs that require gradients in a program that was exported under "
+    "torch.no_grad(), wanted it called under torch.no_grad() too (save=False)": unsaved,
+    "TypeError: s: got a nested tensor, wanted a dense tensor (B, T, C, H, W)": lambda: rru_fast.strip_pool(
+        torch.nested.nested_tensor([torch.randn(3, 4, 2, 2), torch.randn(2, 4, 2, 2)])
+    ),
+    "TypeError: return_indices: got 'x', wanted True or False": lambda: triplet(return_indices="x"),
+    "TypeError: model: got None, wanted an nn.Module": lambda: rru_fast.accelerate(None),  # type: ignore[type-var]
+    "TypeError: model: got [3], wanted an nn.Module": lambda: rru_fast.restore([3]),  # type: ignore[type-var]
 }
 OF_CPU_KERNELS: Calls = {
     "ValueError: backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on the CPU": (
@@ -243,6 +270,18 @@ OF_MODULES: Calls = {
     "ValueError: lengths, state: got them with batch statistics (training), wanted running ones (eval mode)": (
         lambda: reference.RRU(4, (3, 2))(torch.randn(2, 3, 4, 3, 2), lengths=torch.tensor([1, 2]))
     ),
+    "TypeError: transition_norm: got GroupNorm, wanted a BatchNorm2d or SyncBatchNorm": lambda: replaced(
+        transition_norm=nn.GroupNorm(1, 256)
+    ),
+    "TypeError: transition: got Conv2d, wanted a Conv2d without bias: its weight is read, its forward not called": (
+        lambda: replaced(transition=nn.Conv2d(2 * C, 256, 1))
+    ),
+    "TypeError: channel_attention: got Adapted, wanted a Linear without bias: its weight is read, its forward not "
+    "called": lambda: replaced(channel_attention=Adapted(256, C, bias=False)),
+    "TypeError: spatial_attention.1: got GELU, wanted a ReLU: its weight is read, its forward not called": lambda: (
+        replaced(spatial_attention=nn.Sequential(nn.Linear(6, 3, False), nn.GELU(), nn.Linear(3, 6, False)))
+    ),
+    "TypeError: gather: got 'no', wanted True or False": lambda: rru_fast.BatchHardTripletLoss(gather="no"),  # type: ignore[arg-type]
     "ValueError: margin: got inf, wanted a finite number or 'soft'": lambda: rru_fast.BatchHardTripletLoss(
         margin=float("inf")
     ),
@@ -259,6 +298,8 @@ OF_MODULES: Calls = {
 }
 OF_OFFICIAL_WEIGHTS: Calls = {
     "TypeError: state_dict: got list, wanted a mapping of names to tensors": lambda: rru_fast.from_official([]),
+    "TypeError: state_dict['epoch']: got int, wanted a tensor": lambda: rru_fast.from_official({"epoch": 3}),
+    "ValueError: x: got shape (2, 3, 4, 1, 4), wanted (B, T, 4, 2, 2)": other_maps,
     "ValueError: state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or "
     "person-reid-lib": lambda: rru_fast.from_official({}),
     "ValueError: state_dict: got 2 RRUs, under ['a.', 'b.'], wanted one": lambda: rru_fast.from_official(
@@ -297,7 +338,7 @@ def test_an_error_says_its_name_what_it_got_and_what_it_wanted(said: str, call: 
     with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
         call()
     assert (type(caught.value).__name__, str(caught.value)) == (kind, message)
-    assert re.fullmatch(r"[\w.:, \[\]]+: got .+, wanted .+", message) or message.startswith(
+    assert re.fullmatch(r"[\w.:, \['\]]+: got .+, wanted .+", message) or message.startswith(
         "Expected more than 1 value"
     )
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import update_bn
 
 import rru_fast
 from rru_fast import foreign
@@ -215,6 +217,16 @@ class Unclamped(their_code.TripletLoss):
         return (inputs[:, None] - inputs).square().sum(2).clamp(min=1e-30).sqrt()
 
 
+class Weighted(their_code.TripletLoss):
+    def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return super().forward(inputs, targets)
+
+
+class Renamed(their_code.TripletLoss):
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(feats, labels)
+
+
 def _hooked() -> nn.Module:
     module = their_code.RRU(6, **SIZES)
     module.s_atten_z[0].register_forward_hook(lambda *call: None)
@@ -230,12 +242,6 @@ def _spectral_normed() -> nn.Module:
 def _patched() -> nn.Module:
     module = their_code.RRU(6, **SIZES)
     module.forward = lambda x: x  # type: ignore[method-assign]
-    return module
-
-
-def _cumulative() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
-    module.reduce_dim_z.bn.momentum = None
     return module
 
 
@@ -263,7 +269,7 @@ LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (_hooked, r"s_atten_z\.0 has hooks, which would no longer run"),
     (_spectral_normed, "its output 0 is off by"),
     (_patched, "its forward is not that of its class"),
-    (_cumulative, "ValueError: momentum: got None, wanted a number from 0 to 1"),
+    (Weighted, r"its forward takes \(self, .*weights: .*\), wanted \(self: "),
     (_shallow, "RuntimeError: "),
     (Normalised, "its output 0 is off by"),
     (Squared, "its output 0 is off by"),
@@ -286,6 +292,62 @@ def test_a_look_alike_is_left_alone_with_a_line_that_says_why(make: Callable[[],
     assert type(module) is cls
     assert vars(module) == own
     assert isinstance(model["unit"], foreign.Foreign)  # the others are swapped
+
+
+@every_unit
+def test_statistics_over_all_batches_are_theirs(make: Callable[[], nn.Module]) -> None:
+    plain, fast = twins(make())
+    batches = [maps(), maps(clips=2, frames=3)]
+    for module in (plain, fast):
+        update_bn(batches, module)
+    assert_same(fast.state_dict(), plain.state_dict())
+
+
+def test_arguments_keep_the_names_they_had() -> None:
+    features, labels = torch.randn(12, 6, dtype=torch.float64), PEOPLE
+    plain = Renamed(5.0)
+    fast = rru_fast.accelerate(copy.deepcopy(plain))
+    assert isinstance(fast, foreign.Foreign)
+    for call in (lambda loss: loss(features, labels=labels), lambda loss: loss(labels=labels, feats=features)):
+        assert call(fast).item() == pytest.approx(call(plain).item(), rel=1e-12)
+
+
+def test_under_autocast_the_loss_is_float32_as_theirs() -> None:
+    features = torch.randn(12, 6, dtype=torch.bfloat16, requires_grad=True)
+    fast = rru_fast.accelerate(their_code.TripletLoss(5.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fast(features, PEOPLE)
+    loss.backward()
+    assert loss.dtype == torch.float32 and features.grad is not None and features.grad.dtype == torch.bfloat16
+    exact = their_code.TripletLoss(5.0)(features.double(), PEOPLE)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@every_unit
+def test_a_unit_without_data_yet_is_swapped(make: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        module = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = rru_fast.accelerate(module)
+    assert isinstance(fast, foreign.Foreign) and next(fast.parameters()).is_meta
+    fast.to_empty(device="cpu").load_state_dict(make().state_dict())
+    assert outputs(fast(maps().float()))[0].isfinite().all()
+
+
+def test_a_scripted_module_beside_a_unit_is_passed_by() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    model = rru_fast.accelerate(nn.Sequential(scripted, their_code.RRU(6, **SIZES)))
+    assert isinstance(model[1], foreign.Foreign) and isinstance(model[0], torch.jit.ScriptModule)
+
+
+def test_a_weight_that_is_made_before_each_call_is_made_after_the_swap_too() -> None:
+    plain, fast = twins(their_code.RRU(6, **SIZES))
+    for module in (plain, fast):
+        prune.l1_unstructured(module.c_atten_z[1], "weight", 0.5)
+    for module in (plain, fast):
+        module.c_atten_z[1].weight_orig.data.mul_(3)
+    assert_same(train(fast), train(plain))
 
 
 def test_names_alone_mean_nothing() -> None:

@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rru_fast
 from rru_fast import reference
 from rru_fast.ops.refine import Arguments
 from tests import parity
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.3)
 
 
 def twins(**settings: Any) -> tuple[rru_fast.RRU, reference.RRU]:
@@ -54,6 +60,51 @@ def test_running_statistics_take_every_step() -> None:
     fast(x)  # one frame: the gate sees zeros, mean 0 and variance 0
     assert torch.allclose(fast.transition_norm.running_mean, torch.full((5,), 0.9, dtype=torch.float64))
     assert torch.allclose(fast.transition_norm.running_var, torch.full((5,), 0.9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", parity.BACKENDS)
+def test_without_a_momentum_statistics_are_the_mean_over_all_frames(backend: str) -> None:
+    fast, plain = twins()
+    fast.backend = backend
+    fast.transition_norm.momentum = plain.transition_norm.momentum = None
+    batches = [torch.randn(4, frames, 6, 3, 2, dtype=torch.float64) for frames in (3, 5)]
+    for module in (fast, plain):
+        update_bn(batches, module)
+    assert fast.transition_norm.num_batches_tracked == plain.transition_norm.num_batches_tracked == 8
+    # With a momentum of 1 the statistics are the last frame's.
+    steps = []
+    plain.transition_norm.momentum = 1.0
+    for x in batches:
+        for frames in range(1, x.shape[1] + 1):
+            plain.train()(x[:, :frames])
+            steps.append(plain.transition_norm.running_var.clone())
+    assert parity.error(fast.transition_norm.running_var, torch.stack(steps).mean(0)) <= parity.EXACT
+
+
+@pytest.mark.parametrize("old_style", [nn.utils.weight_norm, nn.utils.spectral_norm, pruned], ids=lambda f: f.__name__)
+def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: Any) -> None:
+    fast, plain = twins()
+    for module in (fast, plain):
+        torch.manual_seed(0)
+        for layer in (module.transition, module.channel_attention):
+            old_style(layer)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
+    for module in (fast, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).features.square().mean().backward()
+            assert all(p.grad is not None and p.grad.norm() > 0 for p in module.parameters())
+            optimizer.step()
+    for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
+    # The made weight is that of its parts, not the one before them.
+    made = fast.channel_attention.weight.detach().clone()
+    with torch.no_grad():
+        next(p for n, p in fast.channel_attention.named_parameters() if "weight" in n).mul_(2)
+    fast.eval()(x)
+    assert old_style is nn.utils.spectral_norm or not torch.equal(fast.channel_attention.weight, made)
 
 
 @pytest.mark.parametrize("name", ["RRU", "BatchHardTripletLoss"])

@@ -120,7 +120,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = Arguments(*inputs)
     if not a.save:
-        raise RuntimeError("rru_fast::refine: got save=False with inputs that require gradients, wanted save=True")
+        raise RuntimeError(
+            "rru_fast::refine: got inputs that require gradients in a program that was exported under torch.no_grad(), "
+            "wanted it called under torch.no_grad() too (save=False)"
+        )
     # In training the running statistics are not read, and the caller is about to change them.
     running = (None, None) if a.training else (a.running_mean, a.running_var)
     features, _strips, *saved = output
