@@ -68,15 +68,16 @@ Ranks ranks_of(c10::string_view process_group, at::IntArrayRef counts, bool trai
   for (const int64_t count : counts) {
     TORCH_CHECK_VALUE(count >= 1, "counts: got ", counts, ", wanted at least 1 of every rank");
   }
-  const auto all_gather = c10::Dispatcher::singleton()
-                              .findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "")
-                              .typed<Tensor(const Tensor&, int64_t, std::string)>();
-  const auto wait = c10::Dispatcher::singleton()
-                        .findSchemaOrThrow("_c10d_functional::wait_tensor", "")
-                        .typed<Tensor(const Tensor&)>();
+  const auto all_gather =
+      c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "");
+  const auto wait = c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::wait_tensor", "");
   const auto size = static_cast<int64_t>(counts.size());
   return {counts.vec(), [=, name = std::string(process_group)](const Tensor& own) {
-            return wait.call(all_gather.call(own.unsqueeze(0), size, name));
+            // Boxed: the group's static type is a string until PyTorch 2.11, and anything at all in 2.14.
+            std::vector<c10::IValue> stack{own.unsqueeze(0), size, name};
+            all_gather.callBoxed(stack);
+            wait.callBoxed(stack);
+            return stack.front().toTensor();
           }};
 }
 
