@@ -120,10 +120,9 @@ def gemm_rates(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device)
     instructions for them.
     """
     products: dict[str, Work] = {}
-    for wide in (False, True) if device.type == "cpu" and dtype.itemsize == 2 else (False,):
-        multiplied = torch.float32 if wide else dtype
+    for multiplied in (dtype, torch.float32) if device.type == "cpu" and dtype.itemsize == 2 else (dtype,):
         a, b = (torch.randn(size, device=device).to(dtype).to(multiplied) for size in ((m, k), (n, k)))
-        suffix = " in float32" if wide else ""
+        suffix = "" if multiplied == dtype else " in float32"
         products["torch.mm" + suffix] = partial(torch.mm, a, b.t())
         # What the compiler calls: on processors that are not Intel's, MKL behind torch.mm may reach half of it.
         if device.type == "cpu" and _multiplies_in_onednn(multiplied):

@@ -74,7 +74,7 @@ class RRU(reference.RRU):
     def _refine(self, x: Tensor, **arguments: object) -> Refined:
         arguments["backend"] = self.backend
         # Where each call has other momenta, nothing can be replayed.
-        replayable = isinstance(arguments["momentum"], float | int)
+        replayable = not isinstance(arguments["momentum"], list)
         graphs = self.cuda_graph and replayable and not torch.compiler.is_compiling()
         if graphs and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._graphs.refine(functional.refine, x, arguments)

@@ -327,9 +327,10 @@ def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
         raise TypeError(f"transition_norm: got {type(norm).__name__}, wanted a BatchNorm2d or SyncBatchNorm")
     momentum: float | list[float] | None = norm.momentum
     if momentum is None:  # the running statistics are the mean of all batches there were
-        counts = norm.training and norm.num_batches_tracked is not None
-        before = int(norm.num_batches_tracked) if counts else 0  # type: ignore[arg-type]
-        momentum = [1 / (before + frame) for frame in range(1, frames + 1)]
+        momentum = 0.0  # where they stay as they are
+        if norm.training and norm.num_batches_tracked is not None:
+            before = int(norm.num_batches_tracked)
+            momentum = [1 / (before + frame) for frame in range(1, frames + 1)]
     return {
         "gamma": norm.weight,
         "beta": norm.bias,

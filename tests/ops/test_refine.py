@@ -41,7 +41,8 @@ def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, b
     if backend not in parity.COMPILED and case.shape[1] > 10:
         pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
     draws = []
-    few = case.x_numel < 50 or backend in parity.COMPILED  # numbers, if of D gradients alone: luck decides
+    # Of a gradient's few numbers luck decides; where draws are cheap there are more of them.
+    few = case.x_numel < 50 or backend in parity.COMPILED
     for seed in range(15 if dtype == torch.float32 and few else 5):
         call = parity.make_call(case, dtype, seed)
         low = call.map(lambda v: v.to(dtype))

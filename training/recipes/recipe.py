@@ -69,9 +69,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, kind in get_type_hints(Recipe).items():
             value = getattr(self, field)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise UserError(f"{field}: got {value!r}, wanted one of {', '.join(get_args(kind))}")
-            if get_origin(kind) is not Literal and not _is_a(value, kind):
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    raise UserError(f"{field}: got {value!r}, wanted one of {', '.join(get_args(kind))}")
+            elif not _is_a(value, kind):
                 raise UserError(f"{field}: got {value!r}, wanted {_NAMES[kind]}")
         least = {"people": 2, "clips": 2, "eval_from": 0}  # batch-hard mining compares people, and clips of one
         for field in ("people", "clips", "frames", "batches", "epochs", "eval_every", "eval_from", "bn_groups"):
