@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rru_fast.reference import (
-    FINITE,
-    SMALLEST,
-    Inputs,
-    Reduction,
-    State,
-    check_loss,
-    check_number,
-    check_process_group,
-    check_sizes,
-    spans_ranks,
-)
+from rru_fast.reference import Inputs, Reduction, State
+from rru_fast.reference.checks import FINITE, SMALLEST, check_loss, check_number, check_process_group, check_sizes
+from rru_fast.reference.equations import spans_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

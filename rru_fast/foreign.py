@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rru_fast import functional, reference
+from rru_fast import functional
 from rru_fast.reference import Refined
+from rru_fast.reference.modules import count_frames, norm_arguments, weight_of
 
 CLOSE = 1e-9  # of two results in float64, relative; sums in another order are within 1e-12
 
@@ -208,17 +209,17 @@ def _refined(unit: Any, x: Tensor) -> Refined:
     if x.dim() != 5 or tuple(x.shape[2:]) != wanted:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, T, {', '.join(map(str, wanted))})")
     # They feed the gate S - X_t where eq. 1 has X_t - S.
-    appearance, motion = reference.weight_of(conv).flatten(1).chunk(2, 1)
+    appearance, motion = weight_of(conv).flatten(1).chunk(2, 1)
     out = functional.refine(
         x,
         torch.cat((-appearance, motion), 1),
-        w_s1=reference.weight_of(first).flatten(1),
-        w_s2=reference.weight_of(last).flatten(1),
-        w_c=reference.weight_of(unit.c_atten_z[1]).flatten(1),
-        **reference.norm_arguments(norm, x.shape[1]),
+        w_s1=weight_of(first).flatten(1),
+        w_s2=weight_of(last).flatten(1),
+        w_c=weight_of(unit.c_atten_z[1]).flatten(1),
+        **norm_arguments(norm, x.shape[1]),
         backend=unit._accelerated_backend,
     )
-    reference.count_frames(norm, x.shape[1])
+    count_frames(norm, x.shape[1])
     return out
 
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from rru_fast import checks, config, ops, reference
 from rru_fast.reference import Inputs, Metric, Reduction, Refined, State
+from rru_fast.reference.equations import OUTSIDE_GRAPHS, count_values, last_state, momenta, spans_ranks
 
 
 def refine(
@@ -129,10 +130,10 @@ def refine(
     save = torch.is_grad_enabled() and any(v is not None and checks.beneath(v).requires_grad for v in differentiable)
     group_name = ""
     counts: list[int] = []
-    if training and process_group is not None and reference.spans_ranks(process_group):
+    if training and process_group is not None and spans_ranks(process_group):
         if torch.compiler.is_compiling():
-            raise RuntimeError(reference.OUTSIDE_GRAPHS)
-        group_name, counts = process_group.group_name, reference.count_values(x, process_group)
+            raise RuntimeError(OUTSIDE_GRAPHS)
+        group_name, counts = process_group.group_name, count_values(x, process_group)
     features, strips, mean, var, *_ = ops.refine.refine(
         x,
         w,
@@ -156,10 +157,10 @@ def refine(
         chosen,
     )
     if not training:
-        return Refined(features, strips, reference.last_state(x, features, lengths))
+        return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
         count = sum(counts) if counts else x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
-        by_frame = reference.momenta(momentum, x.shape[1])
+        by_frame = momenta(momentum, x.shape[1])
         _update(running_mean, mean[:, 0], by_frame)
         _update(running_var, var[:, 0] * (count / (count - 1)), by_frame)
     return Refined(features, strips, None)

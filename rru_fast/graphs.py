@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rru_fast import checks
-from rru_fast.reference import Refined, State, spans_ranks
+from rru_fast.reference import Refined, State
+from rru_fast.reference.equations import spans_ranks
 
 # Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
 KEPT = 8

@@ -1,0 +1,243 @@
+"""The paper's equations in plain autograd PyTorch: the oracle every other backend is held to.
+
+Liu, Yuan, Zhou, Li, "Spatial and Temporal Mutual Promotion for Video-based Person Re-identification", AAAI 2019
+(arXiv 1812.10305); equation numbers are the paper's. Written to be read, and to be right in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.nn.functional import all_reduce
+from torch.utils._pytree import _register_namedtuple
+
+from rru_fast.reference.checks import check_process_group
+
+Inputs = Literal["appearance+motion", "appearance", "raw"]
+Metric = Literal["euclidean", "cosine"]
+Reduction = Literal["mean", "none"]
+
+# Raised while torch.compile traces: it then runs the call as it is, or with fullgraph=True shows this.
+OUTSIDE_GRAPHS = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
+
+
+class State(NamedTuple):
+    """Where a video stands between two chunks: the last frame's maps and their refinement, both (B, C, H, W)."""
+
+    x: Tensor
+    s: Tensor
+
+
+class Refined(NamedTuple):
+    """What `refine` returns.
+
+    features: S, (B, T, C, H, W).
+    strips: S averaged over time and width, (B, C, H).
+    state: what the video's next chunk starts from; `None` when batch statistics were used (training).
+    """
+
+    features: Tensor
+    strips: Tensor
+    state: State | None
+
+
+for _returned in (State, Refined):  # so that torch.export can save a program that returns them
+    _register_namedtuple(_returned, serialized_type_name=f"rru_fast.{_returned.__name__}")
+
+
+def refine(
+    x: Tensor,
+    w: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_s1: Tensor | None = None,
+    w_s2: Tensor | None = None,
+    w_c: Tensor | None = None,
+    *,
+    inputs: Inputs = "appearance+motion",
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Sequence[float] = 0.1,
+    eps: float = 1e-3,
+    bn_groups: int = 1,
+    lengths: Tensor | None = None,
+    state: State | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Refined:
+    """Eq. 1-5 and 9, frame by frame. Arguments as in `rru_fast.refine`."""
+    if training and (lengths is not None or state is not None):
+        raise ValueError("lengths, state: got them with batch statistics (training), wanted running ones (eval mode)")
+    check_process_group(process_group, bn_groups)
+    ranks = process_group if training and spans_ranks(process_group) else None
+    if ranks is not None and torch.compiler.is_compiling():
+        raise RuntimeError(OUTSIDE_GRAPHS)
+    elements = sum(count_values(x, ranks)) if ranks is not None else 0
+    if lengths is not None:
+        lengths = lengths.to(x.device, torch.int64)
+
+    def normalise(u: Tensor, momentum: float) -> Tensor:
+        if not training:
+            return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
+        if ranks is not None:
+            return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
+        # Like replicas under DataParallel: statistics of one's own each, buffers kept by the first.
+        first, *others = u.chunk(bn_groups)
+        parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
+        parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
+        return torch.cat(parts) if others else parts[0]
+
+    def gate(x_t: Tensor, s: Tensor, x_prev: Tensor, momentum: float) -> Tensor:
+        if inputs == "raw":
+            v = torch.cat((x_t, s), 1)
+        elif inputs == "appearance":
+            v = x_t - s
+        else:
+            v = torch.cat((x_t - s, x_t - x_prev), 1)
+        y = F.relu(normalise(F.conv2d(v, w[:, :, None, None]), momentum))  # (B, D, H, W), eq. 1
+        z: Tensor | None = None
+        if w_s1 is not None and w_s2 is not None:  # eq. 2: (B, 1, H, W)
+            z = F.linear(F.relu(F.linear(y.mean(1).flatten(1), w_s1)), w_s2).view(-1, 1, *y.shape[2:])
+        if w_c is not None:  # eq. 3: (B, C, 1, 1)
+            z_c = F.linear(y.mean((2, 3)), w_c)[:, :, None, None]
+            z = z_c if z is None else z_c * z
+        return torch.sigmoid(cast(Tensor, z))  # eq. 4
+
+    # At t = 1 the past is X_1 itself, so S_1 = X_1 whatever the gate says; it runs for its running statistics.
+    x_prev, s = state if state is not None else (x[:, 0], x[:, 0])
+    frames = x
+    if lengths is not None:
+        time = torch.arange(x.shape[1], device=x.device)
+        ended = (time >= lengths[:, None])[:, :, None, None, None]  # (B, T, 1, 1, 1)
+        frames = x.masked_fill(ended, 0)  # or NaN there would reach the gradients, as 0 * NaN
+    refined = []
+    for x_t, step in zip(frames.unbind(1), momenta(momentum, x.shape[1]), strict=True):
+        z = gate(x_t, s, x_prev, step)
+        s = s + z * (x_t - s)  # eq. 5
+        x_prev = x_t
+        refined.append(s)
+    features = torch.stack(refined, 1)
+    if lengths is None:
+        strips = features.mean((1, 4))  # eq. 9
+        return Refined(features, strips, None if training else last_state(x, features, None))
+    features = features.masked_fill(ended, 0)
+    strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
+    return Refined(features, strips, last_state(x, features, lengths))
+
+
+def _norm_over_ranks(
+    u: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    momentum: float,
+    eps: float,
+    process_group: ProcessGroup,
+    elements: int,
+) -> Tensor:
+    """F.batch_norm of u (B, D, H, W) in training, with the statistics of all ranks: `elements` values a channel."""
+    if torch.compiler.is_compiling():  # by itself, where `refine` was left as it is: a graph's sum has another gradient
+        raise RuntimeError(OUTSIDE_GRAPHS)
+    total = partial(cast("Callable[..., Tensor]", all_reduce), group=process_group)
+    wide = u.double()  # in which F.batch_norm sums on a CPU
+    mean = total(wide.sum((0, 2, 3))) / elements
+    centred = wide - mean[:, None, None]
+    var = total(centred.square().sum((0, 2, 3))) / elements
+    if running_mean is not None and running_var is not None:
+        for running, step in ((running_mean, mean), (running_var, var * (elements / (elements - 1)))):
+            running.mul_(1 - momentum).add_(step.detach().to(running), alpha=momentum)
+    uhat = centred * (var[:, None, None] + eps).rsqrt()
+    return (uhat * gamma[:, None, None] + beta[:, None, None]).to(u.dtype)
+
+
+def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
+    """Copies of each clip's last frame of x and of s, (B, T, C, H, W): the state that its next chunk starts from.
+
+    Copies, so that the caller may reuse x's memory for the next chunk, and need not keep this one's.
+    """
+    if lengths is None:
+        return State(x[:, -1].clone(), s[:, -1].clone())
+    clip, last = torch.arange(x.shape[0], device=x.device), lengths - 1
+    return State(x[clip, last], s[clip, last])
+
+
+def strip_pool(s: Tensor) -> Tensor:
+    """Eq. 9 alone: (B, T, C, H, W) averaged over time and width, (B, C, H)."""
+    return s.mean((1, 4))
+
+
+def batch_hard_triplet(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Literal["soft"] = 0.3,
+    metric: Metric = "euclidean",
+    reduction: Reduction = "mean",
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Eq. 8, and eq. 10 when features are (G, N, D). Arguments as in `rru_fast.batch_hard_triplet`."""
+    if metric == "cosine":
+        f = F.normalize(features, dim=-1)
+        d = 1 - f @ f.mT
+    else:
+        square = features.square().sum(-1)
+        d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * features @ features.mT
+        d = d2.clamp(min=1e-12).sqrt()
+    same = labels[:, None] == labels
+    d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
+    d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
+    gap = d_pos - d_neg  # -inf without a negative: no loss
+    loss = F.softplus(gap) if margin == "soft" else F.relu(float(margin) + gap)
+    if reduction == "mean":
+        loss = loss.mean()
+    if not return_indices:
+        return loss
+    return loss, positive, negative.masked_fill(same.all(-1), -1)
+
+
+def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch of all ranks in rank order, with gradient: features (..., N, D), labels (N,), N equal everywhere."""
+    if not torch.distributed.is_initialized():
+        return features, labels
+    all_labels = [torch.empty_like(labels) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(all_labels, labels.contiguous())
+    all_features = torch.distributed.nn.functional.all_gather(features.contiguous())  # type: ignore[no-untyped-call]
+    for part in all_features:
+        if part.requires_grad:  # what is sent back takes the gradient's strides for those of a plain tensor
+            part.register_hook(Tensor.contiguous)
+    return torch.cat(all_features, -2), torch.cat(all_labels)
+
+
+def spans_ranks(process_group: ProcessGroup | None) -> bool:
+    """Whether there is anybody else in the group to share statistics with."""
+    return process_group is not None and process_group.size() > 1
+
+
+def count_values(x: Tensor, process_group: ProcessGroup) -> list[int]:
+    """How many values of a gate channel a frame has on every rank, B H W; all wait for each other here.
+
+    Raises:
+        ValueError: on every rank, where not all bring as many frames: their statistics would not belong together.
+    """
+    clips, frames, _, height, width = x.shape
+    own = torch.tensor([clips * height * width, frames], device=x.device)
+    everyone = [torch.empty_like(own) for _ in range(process_group.size())]
+    torch.distributed.all_gather(everyone, own, group=process_group)
+    counts, all_frames = torch.stack(everyone).t().tolist()
+    if len(set(all_frames)) > 1:
+        raise ValueError(f"x: got {all_frames} frames on the ranks of process_group, wanted as many on every rank")
+    return cast("list[int]", counts)
+
+
+def momenta(momentum: float | Sequence[float], frames: int) -> list[float]:
+    """The momentum of each frame's step of the running statistics."""
+    return [float(step) for step in momentum] if isinstance(momentum, Sequence) else [float(momentum)] * frames

@@ -1,0 +1,220 @@
+"""The paper's modules in plain PyTorch, with the parameters and the names of `rru_fast.modules`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from rru_fast.reference.checks import (
+    FINITE,
+    SMALLEST,
+    check_backend,
+    check_layer,
+    check_loss,
+    check_number,
+    check_sizes,
+)
+from rru_fast.reference.equations import Inputs, Metric, Refined, State, batch_hard_triplet, gather_batch, refine
+
+Attention = Literal["both", "spatial", "channel"]
+
+# Hooks that make a layer's weight of others before each call, as torch.nn.utils hangs them there.
+MAKES_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer that is read and not called, made anew where the layer's own call would have made it."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, MAKES_WEIGHT):
+            hook(layer, None)
+    return cast(Tensor, layer.weight)
+
+
+def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
+    """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm, for so many frames."""
+    if not isinstance(norm, _BatchNorm):
+        raise TypeError(f"transition_norm: got {type(norm).__name__}, wanted a BatchNorm2d or SyncBatchNorm")
+    momentum: float | list[float] | None = norm.momentum
+    if momentum is None:  # the running statistics are the mean of all batches there were
+        momentum = 0.0  # where they stay as they are
+        if norm.training and norm.num_batches_tracked is not None:
+            before = int(norm.num_batches_tracked)
+            momentum = [1 / (before + frame) for frame in range(1, frames + 1)]
+    return {
+        "gamma": norm.weight,
+        "beta": norm.bias,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
+        "training": norm.training or norm.running_mean is None,
+        "momentum": momentum,
+        "eps": norm.eps,
+        "process_group": _group_of(norm),
+    }
+
+
+def _group_of(norm: nn.Module) -> ProcessGroup | None:
+    """The group over which torch's SyncBatchNorm would synchronise now; None where it, or another norm, would not."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and torch.distributed.is_initialized()):
+        return None
+    group: ProcessGroup | None = norm.process_group or torch.distributed.group.WORLD
+    return group
+
+
+def count_frames(norm: Any, frames: int) -> None:
+    """Note that the batch norm has seen a batch a frame, as it does where it is called."""
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(frames)
+
+
+class RRU(nn.Module):
+    """The Refining Recurrent Unit, eq. 1-5; constructor and state_dict as `rru_fast.RRU`, which documents them."""
+
+    def __init__(
+        self,
+        channels: int,
+        spatial: tuple[int, int] = (8, 8),
+        *,
+        hidden: int = 256,
+        spatial_hidden: int = 128,
+        attention: Attention = "both",
+        inputs: Inputs = "appearance+motion",
+        bn_eps: float = 1e-3,
+        bn_momentum: float = 0.1,
+        bn_groups: int = 1,
+        backend: str = "auto",
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(spatial, tuple | list) or len(spatial) != 2:
+            raise ValueError(f"spatial: got {spatial!r}, wanted (H, W)")
+        height, width = spatial
+        check_sizes(channels=channels, hidden=hidden, spatial_hidden=spatial_hidden, bn_groups=bn_groups)
+        check_sizes(**{"spatial[0]": height, "spatial[1]": width})
+        check_number("bn_eps", bn_eps, SMALLEST, FINITE, "a number above 0")
+        check_number("bn_momentum", bn_momentum, 0, 1, "a number from 0 to 1")
+        if attention not in ("both", "spatial", "channel"):
+            raise ValueError(f"attention: got {attention!r}, wanted 'both', 'spatial' or 'channel'")
+        if inputs not in ("appearance+motion", "appearance", "raw"):
+            raise ValueError(f"inputs: got {inputs!r}, wanted 'appearance+motion', 'appearance' or 'raw'")
+        self._choose_backend(backend, cuda_graph)
+        self.channels, self.spatial = channels, (height, width)
+        self.attention, self.inputs, self.bn_groups = attention, inputs, bn_groups
+        positions = height * width
+        self.transition = nn.Conv2d(channels if inputs == "appearance" else 2 * channels, hidden, 1, bias=False)
+        self.transition_norm = nn.BatchNorm2d(hidden, eps=bn_eps, momentum=bn_momentum)
+        if attention != "channel":
+            self.spatial_attention = nn.Sequential(
+                nn.Linear(positions, spatial_hidden, bias=False),
+                nn.ReLU(),
+                nn.Linear(spatial_hidden, positions, bias=False),
+            )
+        if attention != "spatial":
+            self.channel_attention = nn.Linear(hidden, channels, bias=False)
+
+    def _choose_backend(self, backend: str, cuda_graph: bool) -> None:
+        check_backend(backend)
+        if cuda_graph is not False:
+            raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted False (this is the reference module)")
+
+    def _refine(self, x: Tensor, **arguments: object) -> Refined:
+        return refine(x, **arguments)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
+        """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
+        self._check(x)
+        norm = norm_arguments(self.transition_norm, x.shape[1])
+        self._check_training(x, norm["training"])
+        spatial = self.spatial_attention if self.attention != "channel" else None
+        out = self._refine(
+            x,
+            w=weight_of(self.transition).flatten(1),
+            w_s1=weight_of(spatial[0]) if spatial is not None else None,
+            w_s2=weight_of(spatial[2]) if spatial is not None else None,
+            w_c=weight_of(self.channel_attention) if self.attention != "spatial" else None,
+            inputs=self.inputs,
+            bn_groups=self.bn_groups,
+            lengths=lengths,
+            state=state,
+            **norm,
+        )
+        count_frames(self.transition_norm, x.shape[1])
+        return out
+
+    def _check(self, x: Tensor) -> None:
+        """What the module knows beyond its weights' shapes, and that it still has the layers it reads."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor (B, T, C, H, W)")
+        if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, wanted (B, T, C={self.channels}, H, W), B and T at least 1"
+            )
+        if self.attention != "channel" and tuple(x.shape[3:]) != self.spatial:
+            raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
+        check_layer("transition", self.transition, nn.Conv2d)
+        if self.attention != "channel":
+            for n, kind in enumerate((nn.Linear, nn.ReLU, nn.Linear)):
+                check_layer(f"spatial_attention.{n}", self.spatial_attention[n], kind)
+        if self.attention != "spatial":
+            check_layer("channel_attention", self.channel_attention, nn.Linear)
+
+    def _check_training(self, x: Tensor, training: bool) -> None:
+        if training and x.shape[0] % self.bn_groups:
+            raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
+        if training and self.bn_groups > 1 and isinstance(self.transition_norm, nn.SyncBatchNorm):
+            raise ValueError(f"transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups={self.bn_groups}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, spatial={self.spatial}, attention={self.attention!r}, "
+            f"inputs={self.inputs!r}, bn_groups={self.bn_groups}"
+        )
+
+
+class BatchHardTripletLoss(nn.Module):
+    """Batch-hard triplet loss, eq. 8 and 10; constructor as `rru_fast.BatchHardTripletLoss`, which documents it."""
+
+    def __init__(
+        self,
+        margin: float | Literal["soft"] = 0.3,
+        metric: Metric = "euclidean",
+        gather: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_loss(margin, metric)
+        if not isinstance(gather, bool):
+            raise TypeError(f"gather: got {gather!r}, wanted True or False")
+        self._choose_backend(backend)
+        self.margin, self.metric, self.gather = margin, metric, gather
+
+    def _choose_backend(self, backend: str) -> None:
+        check_backend(backend)
+
+    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return cast(Tensor, batch_hard_triplet(features, labels, margin=self.margin, metric=self.metric))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
+        for name, tensor, wanted in (("features", features, "(N, D) or (G, N, D)"), ("labels", labels, "(N,)")):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {wanted}")
+        if features.dim() not in (2, 3) or 0 in features.shape:
+            got = tuple(features.shape)
+            raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
+        if labels.shape != features.shape[-2:-1]:
+            got, n = tuple(labels.shape), tuple(features.shape[-2:-1])
+            raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one a feature")
+        if self.gather:
+            features, labels = gather_batch(features, labels)
+        return self._loss(features, labels)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin!r}, metric={self.metric!r}, gather={self.gather}"
