@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 import rru_fast
 from rru_fast import foreign
 from tests import parity, their_code
+from tests.look_alikes import LOOK_ALIKES
 from tests.units import SIZES
 
 UNITS: dict[str, Callable[[], nn.Module]] = {
@@ -164,120 +165,6 @@ def test_looking_at_a_module_changes_nothing_and_runs_no_hooks() -> None:
     assert seen == [module.t_info, module]  # hooks on what still runs, run
 
 
-class Leaky(their_code.RRU):
-    def gate(self, v: Tensor) -> Tensor:
-        block = self.reduce_dim_z
-        y = nn.functional.leaky_relu(block.bn(block.conv(v)), 0.1)
-        where = self.s_atten_z(y.mean(1, keepdim=True)).view(len(y), 1, *y.shape[2:])
-        return torch.sigmoid(where * self.c_atten_z(y))
-
-
-class Truncated(their_code.RRU):
-    """Its outputs are the same, its gradients are not."""
-
-    def gate(self, v: Tensor) -> Tensor:
-        return super().gate(v.detach())
-
-
-class ForgetsFirst(their_code.RRU):
-    """The same but for what the norm remembers: its first frame goes uncounted."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if self.training:
-            self.reduce_dim_z.bn.num_batches_tracked -= 1
-        return out
-
-
-class FramesFirst(their_code.RRU):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).transpose(1, 2)
-
-
-class WithStrips(their_code.RRU):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        out = super().forward(x)
-        return out, out.mean((2, 4))
-
-
-class Normalised(their_code.TripletLoss):
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return super().forward(nn.functional.normalize(inputs), targets)
-
-
-class Squared(their_code.TripletLoss):
-    def distances(self, inputs: Tensor) -> Tensor:
-        return super().distances(inputs).square()
-
-
-class Unclamped(their_code.TripletLoss):
-    """Differs only for a person who is seen once: 0 where the floor is 1e-6."""
-
-    def distances(self, inputs: Tensor) -> Tensor:
-        return (inputs[:, None] - inputs).square().sum(2).clamp(min=1e-30).sqrt()
-
-
-class Weighted(their_code.TripletLoss):
-    def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        return super().forward(inputs, targets)
-
-
-class Renamed(their_code.TripletLoss):
-    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
-        return super().forward(feats, labels)
-
-
-def _hooked() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
-    module.s_atten_z[0].register_forward_hook(lambda *call: None)
-    return module
-
-
-def _spectral_normed() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
-    nn.utils.parametrizations.spectral_norm(module.reduce_dim_z.conv)  # a step of its iteration a frame
-    return module
-
-
-def _patched() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
-    module.forward = lambda x: x  # type: ignore[method-assign]
-    return module
-
-
-def _summed() -> nn.Module:
-    loss = their_code.TripletLoss()
-    loss.ranking_loss.reduction = "sum"
-    return loss
-
-
-def _shallow() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
-    module.s_atten_z = module.s_atten_z[:2]
-    return module
-
-
-LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
-    (lambda: Leaky(6, **SIZES), r"its output 0 is off by .* of its size \(example 0, training mode\)"),
-    (lambda: Truncated(6, **SIZES), "its gradient of input 0 is off by"),
-    (lambda: ForgetsFirst(6, **SIZES), r"its buffer reduce_dim_z\.bn\.num_batches_tracked is off by"),
-    (lambda: FramesFirst(6, **SIZES), r"it returns Tensor \(2, 3, 6, 4, 4\), wanted Tensor \(2, 6, 3, 4, 4\)"),
-    (
-        lambda: WithStrips(6, **SIZES),
-        r"it returns tuple of Tensor \(2, 6, 3, 4, 4\), Tensor \(2, 6, 4\), wanted Tensor",
-    ),
-    (_hooked, r"s_atten_z\.0 has hooks, which would no longer run"),
-    (_spectral_normed, "its output 0 is off by"),
-    (_patched, "its forward is not that of its class"),
-    (Weighted, r"its forward takes \(self, .*weights: .*\), wanted \(self: "),
-    (_shallow, "RuntimeError: "),
-    (Normalised, "its output 0 is off by"),
-    (Squared, "its output 0 is off by"),
-    (Unclamped, r"its output 0 is off by .* \(example 2, training mode\)"),
-    (_summed, "ValueError: reduction: got 'sum', wanted one of 'mean', 'none'"),
-]
-
-
 @pytest.mark.parametrize(("make", "why"), LOOK_ALIKES, ids=[why[:50] for _, why in LOOK_ALIKES])
 def test_a_look_alike_is_left_alone_with_a_line_that_says_why(make: Callable[[], nn.Module], why: str) -> None:
     module = make()
@@ -301,6 +188,11 @@ def test_statistics_over_all_batches_are_theirs(make: Callable[[], nn.Module]) -
     for module in (plain, fast):
         update_bn(batches, module)
     assert_same(fast.state_dict(), plain.state_dict())
+
+
+class Renamed(their_code.TripletLoss):
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(feats, labels)
 
 
 def test_arguments_keep_the_names_they_had() -> None:
