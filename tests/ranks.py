@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,3 +28,6 @@ def _rank(rank: int, size: int, folder: Path, function: Callable[[int], Any]) ->
     torch.save(function(rank), folder / f"{rank}.pt")
     dist.barrier()  # none leaves while another still listens to it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end aborts where a thread of gloo's is still inside PyTorch

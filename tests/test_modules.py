@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,7 @@ import rru_fast
 from rru_fast import reference
 from rru_fast.ops.refine import Arguments
 from tests import parity
+from tests.ranks import in_ranks
 
 
 def pruned(layer: nn.Module) -> None:
@@ -255,47 +256,34 @@ def test_inference_and_no_grad_save_nothing_and_agree() -> None:
     assert saves.seen == [True]
 
 
-GATHER = """
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import rru_fast
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-def losses(loss, features, labels):
+def with_strips(loss: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
     strips = features.unflatten(1, (3, 2)).permute(2, 0, 1)  # (G, N, D), strides of another order
-    return loss(features, labels) + loss(strips, labels)
-for cls in (rru_fast.BatchHardTripletLoss, rru_fast.reference.BatchHardTripletLoss):
-    torch.manual_seed(0)
-    embed = torch.nn.Linear(5, 6).double()
-    data, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) // 3
-    alone = losses(cls(margin=2.0), embed(data), labels)
-    wanted = torch.autograd.grad(alone, list(embed.parameters()))
-    model = DistributedDataParallel(embed)
-    mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    loss = losses(cls(margin=2.0, gather=True), model(data[mine]), labels[mine])
-    loss.backward()
-    assert abs(loss - alone) < 1e-12, (loss, alone)
-    for parameter, gradient in zip(embed.parameters(), wanted):
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
-dist.barrier()  # none leaves while another still listens to it
-dist.destroy_process_group()
-"""
+    total: Tensor = loss(features, labels) + loss(strips, labels)
+    return total
+
+
+def gathered_losses(rank: int) -> None:
+    """That a rank's loss and its model's gradients are those of one process with the clips of all."""
+    world = dist.get_world_size()
+    for cls in (rru_fast.BatchHardTripletLoss, reference.BatchHardTripletLoss):
+        torch.manual_seed(0)
+        embed = nn.Linear(5, 6).double()
+        data, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) // 3
+        alone = with_strips(cls(margin=2.0), embed(data), labels)
+        wanted = torch.autograd.grad(alone, list(embed.parameters()))
+        model = DistributedDataParallel(embed)
+        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        loss = with_strips(cls(margin=2.0, gather=True), model(data[mine]), labels[mine])
+        loss.backward()
+        assert abs(loss - alone) < 1e-12, (loss, alone)
+        for parameter, gradient in zip(embed.parameters(), wanted, strict=True):
+            assert parameter.grad is not None
+            assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
-    script = tmp_path / "gather.py"
-    script.write_text(GATHER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    in_ranks(processes, tmp_path, gathered_losses)
 
 
 def test_gather_without_a_process_group_is_a_group_of_one() -> None:
