@@ -60,6 +60,7 @@ def check_layer(name: str, layer: Any, kind: type[nn.Module]) -> None:
         raise TypeError(f"{name}: got {got}, wanted {wanted}: its weight is read, its forward not called")
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: Any) -> None:
+    """Raise ValueError unless the backend is the one that the reference's modules have."""
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or 'reference' (this is the reference module)")

@@ -86,6 +86,7 @@ OF_FOUR = [
 ]
 IN_PAIRS = [Job(Case((3, 3, 6, 3, 2)), (1, 2)), Job(Case((5, 3, 6, 3, 2)), (4, 1), seed=1)]  # ranks 0 and 2, 1 and 3
 STEPS = Job(Case((6, 5, 6, 3, 2)), (4, 2))  # of training: see _train
+COMPILED = {"fast": rru_fast.RRU, "reference": reference.RRU}
 
 
 def group_of(ranks: list[int] | None = None) -> dist.ProcessGroup:
@@ -170,9 +171,9 @@ def of_two(rank: int) -> dict[str, Any]:
     parallel = _synchronised(DistributedDataParallel(unit))
     found["steps"] = _train(unit, parallel, STEPS.call().x[ends[rank] : ends[rank + 1]], ranks=2)
 
-    for cls in (rru_fast.RRU, reference.RRU):
+    for of, cls in COMPILED.items():
         eager, traced = (_synchronised(_unit(cls)) for _ in range(2))
-        found[f"fullgraph {cls.__module__}"] = refusal(lambda m=traced: torch.compile(m, fullgraph=True)(call.x))
+        found[f"fullgraph {of}"] = refusal(lambda m=traced: torch.compile(m, fullgraph=True)(call.x))
         torch.compiler.reset()
         results = []
         for module in (eager, torch.compile(traced, backend="aot_eager")):
@@ -180,7 +181,7 @@ def of_two(rank: int) -> dict[str, Any]:
             out = module(leaf)
             (out.features.square().sum() + out.strips.sum()).backward()
             results.append([out.features, out.strips, leaf.grad, *(p.grad for p in module.parameters())])
-        found[f"compiled {cls.__module__}"] = [[v.detach() for v in result] for result in results]
+        found[f"compiled {of}"] = [[v.detach() for v in result] for result in results]
     return found
 
 
@@ -305,11 +306,11 @@ def test_training_under_ddp_swapped_on_the_way_is_that_of_one_process(two: list[
             assert parity.error(found["steps"][name], value) <= parity.EXACT, name
 
 
-@pytest.mark.parametrize("module", ["rru_fast.modules", "rru_fast.reference"])
-def test_compiled_it_runs_outside_of_graphs_or_says_so(module: str, two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("of", COMPILED)
+def test_compiled_it_runs_outside_of_graphs_or_says_so(of: str, two: list[dict[str, Any]]) -> None:
     for found in two:
-        assert "process_group: got one inside torch.compile, wanted fullgraph=False" in found[f"fullgraph {module}"]
-        for eager, compiled in zip(*found[f"compiled {module}"], strict=True):
+        assert "process_group: got one inside torch.compile, wanted fullgraph=False" in found[f"fullgraph {of}"]
+        for eager, compiled in zip(*found[f"compiled {of}"], strict=True):
             assert parity.error(compiled, eager) <= parity.EXACT
 
 
