@@ -35,11 +35,9 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
 
 
 def how_many(case: Case, dtype: torch.dtype, backend: str) -> int:
-    """Draws: of a gradient's few numbers luck decides, least where the result's own rounding is most of the error."""
-    exact = dtype == torch.float32
-    if backend in parity.COMPILED or case.x_numel < 50:
-        return 15 if exact else 5
-    return 5 if exact and case.x_numel < 10_000 else 3  # each takes Triton's interpreter seconds
+    """Draws: of a gradient's few numbers luck decides, and of which gate channels 16 bits take for 0."""
+    cheap = case.x_numel < 50 or backend in parity.COMPILED  # others take Triton's interpreter seconds each
+    return 15 if dtype == torch.float32 and cheap else 5
 
 
 @every_backend

@@ -19,7 +19,7 @@ SHAPES = [
     (2, 40, 3, 8, 8),
     (2, 3, 70, 8, 8),  # more channels than a task takes
     (1, 2, 3, 9, 17),
-    (1, 900, 2, 4, 3),
+    (1, 300, 2, 4, 3),
 ]
 
 
@@ -28,7 +28,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     draws = []
-    for _ in parity.draws(backend, 5):
+    for _ in parity.draws(backend, 1 if dtype == torch.float64 else 5):
         s, upstream = torch.randn(shape).to(dtype), torch.randn(shape[0], shape[2], shape[3]).to(dtype)
         runs = []
         for name, leaf in ((backend, s.clone()), ("reference", s.clone()), ("reference", s.double())):
