@@ -198,11 +198,12 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
     def kind(w: torch.Tensor = w, x: torch.Tensor = x, setting: object = "both") -> object:
         return graphs.kind({"w": w}, [], {"x": x}, (setting,))
 
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)  # what nobody has set yet is neither
     first = kind()
     assert kind(x=torch.rand(2, 4)) == first  # maps are copied in
     for changed in (kind(w=other), kind(x=torch.rand(3, 4)), kind(x=x.double()), kind(setting="spatial")):
         assert changed != first
-    before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
         assert kind() != first
