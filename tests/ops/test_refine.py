@@ -34,20 +34,16 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
         assert parity.error(got[name], wanted) <= parity.EXACT, name
 
 
-def how_many(case: Case, dtype: torch.dtype, backend: str) -> int:
-    """Draws: of a gradient's few numbers luck decides, and of which gate channels 16 bits take for 0."""
-    cheap = case.x_numel < 50 or backend in parity.COMPILED  # others take Triton's interpreter seconds each
-    return 15 if dtype == torch.float32 and cheap else 5
-
-
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
-    if backend not in parity.COMPILED and (case.shape[1] > 10 or case.x_numel > 50_000):
-        pytest.skip("half a minute a draw in Triton's interpreter, and float64 has it")
+    if backend not in parity.COMPILED and case.shape[1] > 10:
+        pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
     draws = []
-    for seed in range(how_many(case, dtype, backend)):
+    # Of a gradient's few numbers luck decides; where draws are cheap there are more of them.
+    few = case.x_numel < 50 or backend in parity.COMPILED
+    for seed in range(15 if dtype == torch.float32 and few else 5):
         call = parity.make_call(case, dtype, seed)
         low = call.map(lambda v: v.to(dtype))
         with parity.poisoned():
