@@ -10,23 +10,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast.reference import Inputs, Reduction, State
-from rru_fast.reference.checks import FINITE, SMALLEST, check_loss, check_number, check_process_group, check_sizes
+from rru_fast.reference.checks import (
+    FINITE,
+    SMALLEST,
+    check_dense,
+    check_loss,
+    check_number,
+    check_process_group,
+    check_sizes,
+)
 from rru_fast.reference.equations import spans_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _dense(name: str, tensor: Any, meaning: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
-    if tensor.is_nested:
-        raise TypeError(f"{name}: got a nested tensor, wanted a dense tensor {meaning}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
-
-
 def _shape(name: str, tensor: Any, wanted: tuple[int, ...], meaning: str) -> None:
-    _dense(name, tensor, meaning)
+    check_dense(name, tensor, meaning)
     if tuple(tensor.shape) != wanted:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted} = {meaning}")
 
@@ -42,7 +41,7 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> None:
-    _dense(name, tensor, meaning)
+    check_dense(name, tensor, meaning)
     if tensor.dim() not in dims:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {meaning}")
     if tensor.dtype not in DTYPES:
@@ -84,7 +83,7 @@ def check_refine(
     _choice("inputs", inputs, get_args(Inputs))
     clips, _, channels, height, width = x.shape
     meaning = "(D, C)" if inputs == "appearance" else "(D, 2C)"
-    _dense("w", w, meaning)
+    check_dense("w", w, meaning)
     if w.dim() != 2 or w.shape[0] < 1:
         raise ValueError(f"w: got shape {tuple(w.shape)}, wanted {meaning}, D at least 1")
     d = w.shape[0]
@@ -133,7 +132,8 @@ def check_refine(
         _check_lengths(lengths, x)
     if state is not None:
         if not isinstance(state, tuple) or len(state) != 2:
-            raise TypeError(f"state: got {type(state).__name__}, wanted the (x, s) of an earlier call's .state")
+            got = f"{len(state)} tensors" if isinstance(state, tuple) else type(state).__name__
+            raise TypeError(f"state: got {got}, wanted the (x, s) of an earlier call's .state")
         for name, tensor in zip(("state.x", "state.s"), state, strict=True):
             _shape(name, tensor, (clips, channels, height, width), "(B, C, H, W)")
             _device(name, tensor, x, "x")
@@ -163,7 +163,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
 
 
 def _integers(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
 
 

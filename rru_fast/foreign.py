@@ -9,6 +9,7 @@ gradients and buffers. A new kind is a row of KINDS.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rru_fast import functional
 from rru_fast.reference import Refined
+from rru_fast.reference.checks import check_dense
 from rru_fast.reference.modules import count_frames, norm_arguments, weight_of
 
 CLOSE = 1e-9  # of two results in float64, relative; sums in another order are within 1e-12
@@ -44,17 +47,22 @@ class Foreign(nn.Module):
     """A module of somebody else's class whose forward is that of its kind; made by `fast_class`."""
 
     kind: Kind
-    # Not `backend`, which may be an attribute of the module's own.
-    _accelerated_backend: str
+    _accelerated_from: type[nn.Module]
+    # Not `backend`, which may be an attribute of the module's own; of the class too, whose modules may make others.
+    _accelerated_backend = "auto"
+
+    def __init_subclass__(cls) -> None:
+        """Not theirs: who keeps a register of subclasses keeps those with their own forward."""
 
     def _choose_backend(self, backend: str) -> None:
         self._accelerated_backend = backend
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As by its own class, except for the class, which cannot be found by its name."""
-        original = self.__dict__["_accelerated_from"]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As by its own class, which can be found by its name, and then this one."""
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (original, self.kind.name), *reduced[2:])
+        made_by, arguments, *state = reduced
+        theirs = [self._accelerated_from if each is type(self) else each for each in (made_by, *arguments)]
+        return (_made_fast, (self.kind.name, *theirs), *state)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -66,6 +74,7 @@ def fast_class(original: type[nn.Module], kind: Kind) -> type[Foreign]:
     """The class `original` with the forward of the kind."""
     names = {
         "kind": kind,
+        "_accelerated_from": original,
         "forward": _named_alike(kind.forward, original.forward),
         "__module__": original.__module__,
         "__doc__": original.__doc__,
@@ -73,10 +82,12 @@ def fast_class(original: type[nn.Module], kind: Kind) -> type[Foreign]:
     return type(original.__name__, (Foreign, original), {**names, "__qualname__": original.__qualname__})
 
 
-def _new(original: type[nn.Module], kind_name: str) -> Foreign:
+def _made_fast(kind_name: str, made_by: Callable[..., Any], *arguments: Any) -> Any:
+    """What their class would have made of a copy, with the forward of the kind."""
     (kind,) = (kind for kind in KINDS if kind.name == kind_name)
-    cls = fast_class(original, kind)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+    module = made_by(*arguments)
+    module.__class__ = fast_class(type(module), kind)  # type: ignore[arg-type]
+    return module
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -90,15 +101,20 @@ def kind_of(module: nn.Module) -> Kind | None:
 def difference(module: nn.Module, kind: Kind) -> str | None:
     """In a line, why the module must not run the forward of the kind whose parts it has; None where it may."""
     try:
-        return _called(module, kind) or _hooked(module, kind) or _measured(module, kind)
+        why = _called(module, kind) or _hooked(module, kind)
+        if why is None:
+            fast_class(type(module), kind)  # type: ignore[arg-type]  # which its metaclass may refuse
+            why = _measured(module, kind)
+        return why
     except Exception as error:  # whatever it is, the module runs as before
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _called(module: nn.Module, kind: Kind) -> str | None:
-    theirs, ours = (list(signature(forward).parameters.values()) for forward in (type(module).forward, kind.forward))
-    if [(p.kind, p.default) for p in theirs] != [(p.kind, p.default) for p in ours]:
-        return f"its forward takes ({', '.join(map(str, theirs))}), wanted ({', '.join(map(str, ours))})"
+    theirs, ours = (signature(forward) for forward in (type(module).forward, kind.forward))
+    taken, wanted = ([(p.kind, p.default) for p in each.parameters.values()] for each in (theirs, ours))
+    if taken != wanted:
+        return "its forward takes {}, wanted {}".format(*(str(each).partition(" -> ")[0] for each in (theirs, ours)))
     return None
 
 
@@ -119,6 +135,8 @@ def _named_alike(forward: Callable[..., Any], original: Callable[..., Any]) -> C
 def _hooked(module: nn.Module, kind: Kind) -> str | None:
     if "forward" in vars(module):
         return "its forward is not that of its class"
+    if is_parametrized(module):
+        return "a parameter of its own is parametrized, which makes it another class"
     for part in kind.replaced:
         for name, inner in getattr(module, part).named_modules(prefix=part):
             if any(_hooks(inner)):
@@ -138,9 +156,13 @@ def _measured(module: nn.Module, kind: Kind) -> str | None:
             own, other = _stand_in(module, training), _stand_in(module, training)
             with torch.random.fork_rng(devices=[]):  # what it drops, it drops alike
                 torch.default_generator.manual_seed(3)
+                before = dict(vars(own))
                 theirs = own.forward(*inputs)
                 torch.default_generator.manual_seed(3)
                 ours = kind.forward(other, *inputs)
+            for name, value in vars(own).items():
+                if name not in before or value is not before[name]:
+                    return f"its forward sets {name!r}, which would no longer be set"
             if _described(theirs) != _described(ours):
                 return f"it returns {_described(theirs)}, wanted {_described(ours)}"
             wanted, got = _outcome(own, theirs, inputs), _outcome(other, ours, inputs)
@@ -201,6 +223,7 @@ def _outcome(module: nn.Module, out: Any, inputs: tuple[Tensor, ...]) -> dict[st
 
 def _refined(unit: Any, x: Tensor) -> Refined:
     """The recurrence of the authors' units: x (B, T, C, H, W), or one clip's (T, C, H, W)."""
+    check_dense("x", x, "(B, T, C, H, W)")
     if x.dim() == 4:
         x = x[None]
     conv, norm = unit.reduce_dim_z.conv, unit.reduce_dim_z.bn
@@ -259,7 +282,9 @@ def _triplet_loss(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def _features(loss: Any, generator: Generator) -> list[tuple[Tensor, ...]]:
     """People who overlap, people of whom two stand apart, and people seen once, from themselves as far as the floor."""
-    points = _random((12, 6), generator) * 0.2 * (abs(loss.margin) or 1)
+    # Of few digits, so that a distance to oneself is the floor for large margins too.
+    spread = 2.0 ** round(math.log2(0.2 * (abs(loss.margin) or 1)))
+    points = (_random((12, 6), generator) * 4096).round() / 4096 * spread
     people = torch.arange(12, device="cpu") // 3
     apart = points + (people // 2 * people * 100)[:, None]
     cases = ((points, people), (apart, people), (points, torch.arange(12, device="cpu")))

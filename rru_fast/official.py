@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Our state_dict, with copies of the tensors.
 
     Raises:
-        TypeError: it is no mapping of names to tensors.
+        TypeError: it is no mapping, or an entry of the RRU is no tensor.
         ValueError: an entry is missing, there is more than one RRU, or a weight has another shape.
 
     >>> import rru_fast, torch
@@ -49,11 +50,10 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping of names to tensors")
-    for name, value in state_dict.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"state_dict[{name!r}]: got {type(value).__name__}, wanted a tensor")
     anchor = "reduce_dim_z.conv.weight"
-    prefixes = [key.removesuffix(anchor) for key in state_dict if key == anchor or key.endswith("." + anchor)]
+    prefixes = [
+        key.removesuffix(anchor) for key in state_dict if isinstance(key, str) and f".{key}".endswith(f".{anchor}")
+    ]
     wanted = "wanted the weights of an RRU of rru-reid or person-reid-lib"
     if not prefixes:
         raise ValueError(f"state_dict: got no {anchor!r}, {wanted}")
@@ -63,16 +63,34 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for theirs, name in NAMES.items():
         if prefix + theirs in state_dict:
-            ours[name] = state_dict[prefix + theirs].detach().clone()
+            value = state_dict[prefix + theirs]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"state_dict[{prefix + theirs!r}]: got {type(value).__name__}, wanted a tensor")
+            ours[name] = value.detach().clone()
         elif theirs not in OPTIONAL:
             raise ValueError(f"state_dict: got no {prefix + theirs!r}, {wanted}")
+    _check_shapes(ours, prefix)
     transition = ours["transition.weight"]
-    if transition.dim() != 4 or transition.shape[1] % 2 or transition.shape[2:] != (1, 1):
-        raise ValueError(f"{prefix}{anchor}: got shape {tuple(transition.shape)}, wanted (D, 2C, 1, 1)")
     transition[:, : transition.shape[1] // 2].neg_()
-    for theirs, name in ATTENTION.items():
-        if ours[name].dim() < 2:
-            shape = tuple(ours[name].shape)
-            raise ValueError(f"{prefix}{theirs}: got shape {shape}, wanted that of a convolution's weight")
+    for name in ATTENTION.values():
         ours[name] = ours[name].flatten(1)
     return ours
+
+
+def _check_shapes(ours: dict[str, Tensor], prefix: str) -> None:
+    """Hold the tensors, still as the authors' convolutions have them, to each other; -1 is any size."""
+    shapes = {name: tuple(value.shape) for name, value in ours.items()}
+    d, channels, *_ = (*shapes["transition.weight"], -1, -1)
+    hidden, _, *spatial = (*shapes["spatial_attention.0.weight"], -1, -1)
+    wanted = {
+        "transition.weight": ("(D, 2C, 1, 1)", (-1, channels + channels % 2, 1, 1)),
+        "spatial_attention.0.weight": ("(A, 1, H, W)", (-1, 1, -1, -1)),
+        "spatial_attention.2.weight": ("(H W, A, 1, 1)", (prod(spatial[:2]), hidden, 1, 1)),
+        "channel_attention.weight": ("(C, D, 1, 1)", (channels // 2, d, 1, 1)),
+        "transition_norm.num_batches_tracked": ("()", ()),
+    }
+    for theirs, name in NAMES.items():
+        meaning, sizes = wanted.get(name, ("(D,)", (d,)))
+        got = shapes.get(name, sizes)
+        if len(got) != len(sizes) or any(size not in (-1, n) for n, size in zip(got, sizes, strict=True)):
+            raise ValueError(f"{prefix}{theirs}: got shape {got}, wanted {meaning}")

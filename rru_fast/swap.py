@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -68,7 +68,8 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
         warnings.warn(f"accelerate: {type(model).__name__} holds no module to swap", stacklevel=2)
     for module, cls in swaps.items():
         if not _accelerated(module):
-            module._accelerated_from = type(module)  # type: ignore[assignment]
+            if cls in FAST.values():
+                module._accelerated_from = type(module)  # type: ignore[assignment]
             module.__class__ = cls
         if isinstance(module, reference.RRU):
             module._choose_backend(backend, cuda_graph)
@@ -100,10 +101,11 @@ def restore(model: Model) -> Model:
                 "undo first what has changed its class since"
             )
     for module in targets:
-        added = (
-            ("_accelerated_backend",) if isinstance(module, foreign.Foreign) else ("backend", "cuda_graph", "_graphs")
-        )
-        module.__class__ = module.__dict__.pop("_accelerated_from")
+        if isinstance(module, foreign.Foreign):
+            added: tuple[str, ...] = ("_accelerated_backend",)
+        else:
+            added = ("_accelerated_from", "backend", "cuda_graph", "_graphs")
+        module.__class__ = module._accelerated_from  # type: ignore[assignment]
         for name in added:
             module.__dict__.pop(name, None)
     return model
@@ -116,9 +118,10 @@ def _check_module(model: object) -> None:
 
 def _made(module: nn.Module) -> type[nn.Module]:
     """The class that `accelerate` gave the module."""
-    original = module.__dict__["_accelerated_from"]
+    original: Any = module._accelerated_from
     return foreign.fast_class(original, module.kind) if isinstance(module, foreign.Foreign) else FAST[original]
 
 
 def _accelerated(module: nn.Module) -> bool:
-    return "_accelerated_from" in module.__dict__
+    """Whether `accelerate` gave the module, or the one that made it, its class."""
+    return "_accelerated_from" in vars(module) or isinstance(module, foreign.Foreign)

@@ -69,6 +69,26 @@ class Weighted(their_code.TripletLoss):
         return super().forward(inputs, targets)
 
 
+class Remembers(their_code.TripletLoss):
+    """The same but for what it keeps of a call."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.last = super().forward(inputs, targets)
+        return self.last
+
+
+class NamedOnly(their_code.RRU):
+    def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def _parametrized() -> nn.Module:
+    module = their_code.TripletLoss()
+    module.weight = nn.Parameter(torch.ones(2))
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Softplus())
+    return module
+
+
 def _hooked() -> nn.Module:
     module = their_code.RRU(6, **SIZES)
     module.s_atten_z[0].register_forward_hook(lambda *call: None)
@@ -113,6 +133,9 @@ LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (_patched, "its forward is not that of its class"),
     (Weighted, r"its forward takes \(self, .*weights: .*\), wanted \(self: "),
     (_shallow, "RuntimeError: "),
+    (Remembers, "its forward sets 'last', which would no longer be set"),
+    (lambda: NamedOnly(6, **SIZES), r"its forward takes \(self, \*, x: .*\), wanted \(self: .*, x: "),
+    (_parametrized, "a parameter of its own is parametrized, which makes it another class"),
     (Normalised, "its output 0 is off by"),
     (Squared, "its output 0 is off by"),
     (Unclamped, r"its output 0 is off by .* \(example 2, training mode\)"),

@@ -27,6 +27,13 @@ from tests.good_call import A, B, C, D, H, T, W, arguments
 
 USABLE = ", ".join(repr(name) for name, why in config.BACKENDS.items() if why is None)
 META = torch.device("meta")
+OFFICIAL = {
+    **dict.fromkeys(official.NAMES, torch.zeros(4)),
+    "reduce_dim_z.conv.weight": torch.zeros(4, 6, 1, 1),
+    "reduce_dim_z.bn.num_batches_tracked": torch.tensor(0),
+    "s_atten_z.0.weight": torch.zeros(5, 1, 2, 3),
+    "s_atten_z.2.weight": torch.zeros(6, 5, 1, 1),
+}
 LAST = "c_atten_z.1.weight"  # of the authors' names
 Calls = dict[str, Callable[[], object]]
 """By what they end in, the error's type and its message."""
@@ -298,7 +305,7 @@ OF_MODULES: Calls = {
 }
 OF_OFFICIAL_WEIGHTS: Calls = {
     "TypeError: state_dict: got list, wanted a mapping of names to tensors": lambda: rru_fast.from_official([]),
-    "TypeError: state_dict['epoch']: got int, wanted a tensor": lambda: rru_fast.from_official({"epoch": 3}),
+    f"TypeError: state_dict[{LAST!r}]: got int, wanted a tensor": lambda: rru_fast.from_official({**OFFICIAL, LAST: 3}),
     "ValueError: x: got shape (2, 3, 4, 1, 4), wanted (B, T, 4, 2, 2)": other_maps,
     "ValueError: state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or "
     "person-reid-lib": lambda: rru_fast.from_official({}),
@@ -310,8 +317,11 @@ OF_OFFICIAL_WEIGHTS: Calls = {
     "ValueError: reduce_dim_z.conv.weight: got shape (1,), wanted (D, 2C, 1, 1)": lambda: rru_fast.from_official(
         dict.fromkeys(official.NAMES, torch.zeros(1))
     ),
-    "ValueError: c_atten_z.1.weight: got shape (), wanted that of a convolution's weight": lambda: (
-        rru_fast.from_official({**dict.fromkeys(official.NAMES, torch.zeros(4, 6, 1, 1)), LAST: torch.zeros(())})
+    "ValueError: c_atten_z.1.weight: got shape (3, 2, 1, 1), wanted (C, D, 1, 1)": lambda: rru_fast.from_official(
+        {**OFFICIAL, LAST: torch.zeros(3, 2, 1, 1)}
+    ),
+    "ValueError: reduce_dim_z.bn.bias: got shape (9,), wanted (D,)": lambda: rru_fast.from_official(
+        {**OFFICIAL, "reduce_dim_z.bn.bias": torch.zeros(9)}
     ),
 }
 

@@ -254,6 +254,88 @@ def test_names_alone_mean_nothing() -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("margin", [1e-3, 0.3, 100.0, 1e4, 1e6])
+def test_a_loss_is_swapped_whatever_its_margin(margin: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(rru_fast.accelerate(their_code.TripletLoss(margin)), foreign.Foreign)
+
+
+def test_another_one_made_by_the_class_of_a_swapped_one_is_fast_too() -> None:
+    features = torch.randn(12, 6, dtype=torch.float64)
+    other = type(rru_fast.accelerate(their_code.TripletLoss(0.3)))(5.0)
+    assert "rru_fast backend='auto'" in repr(other)
+    wanted = their_code.TripletLoss(5.0)(features, PEOPLE).item()
+    assert other(features, PEOPLE).item() == pytest.approx(wanted, rel=1e-12)
+    assert rru_fast.accelerate(other, backend="composite") is other and "'composite'" in repr(other)
+    assert type(rru_fast.restore(other)) is their_code.TripletLoss
+
+
+known_classes: dict[str, type] = {}
+
+
+class Registered(their_code.TripletLoss):
+    def __init_subclass__(cls, *, alias: str) -> None:
+        known_classes[alias] = cls
+
+
+class Known(Registered, alias="known"):
+    pass
+
+
+def test_a_register_of_their_classes_keeps_its_own() -> None:
+    module = rru_fast.accelerate(Known(0.3))
+    assert isinstance(module, foreign.Foreign)
+    assert type(rru_fast.restore(module)) is Known and known_classes == {"known": Known}
+
+
+class Final(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
+        if any(isinstance(base, cls) for base in bases):
+            raise TypeError(f"{name} cannot be derived")
+        return super().__new__(cls, name, bases, names)
+
+
+class Underivable(their_code.TripletLoss, metaclass=Final):
+    pass
+
+
+def test_a_class_that_cannot_be_derived_from_is_left_alone() -> None:
+    with pytest.warns(UserWarning, match="and is left alone: TypeError: Underivable cannot be derived"):
+        rru_fast.accelerate(nn.Sequential(Underivable(), their_code.TripletLoss()))
+
+
+class Reduced(their_code.TripletLoss):
+    def __reduce__(self) -> Any:
+        return Reduced, (self.margin,)
+
+
+class Made(their_code.TripletLoss):
+    def __new__(cls, margin: float) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[float]:
+        return (self.margin,)
+
+
+class Copied(their_code.TripletLoss):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.margin)
+
+
+@pytest.mark.parametrize("their_class", [Reduced, Made, Copied])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: _through_a_file(module)], ids=["deepcopy", "pickle"])
+def test_a_class_that_says_how_it_is_copied_is_copied_so(
+    their_class: Any, how: Callable[[nn.Module], nn.Module]
+) -> None:
+    features = torch.randn(12, 6, dtype=torch.float64)
+    plain = their_class(5.0)
+    other = how(rru_fast.accelerate(copy.deepcopy(plain)))
+    assert isinstance(other, foreign.Foreign)
+    assert other(features, PEOPLE).item() == pytest.approx(plain(features, PEOPLE).item(), rel=1e-12)
+    assert type(rru_fast.restore(other)) is their_class
+
+
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: _through_a_file(module),

@@ -28,6 +28,12 @@ def pruned(layer: nn.Module) -> None:
     prune.l1_unstructured(layer, "weight", 0.3)
 
 
+def with_pruned_norm(unit: nn.Module) -> nn.Module:
+    for name in ("weight", "bias"):
+        prune.random_unstructured(unit.transition_norm, name, 0.5)  # type: ignore[arg-type]
+    return unit
+
+
 def twins(**settings: Any) -> tuple[rru_fast.RRU, reference.RRU]:
     fast = rru_fast.RRU(6, (3, 2), hidden=5, spatial_hidden=4, **settings).double()
     plain = reference.RRU(6, (3, 2), hidden=5, spatial_hidden=4, **settings).double()
@@ -108,6 +114,29 @@ def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: 
         next(p for n, p in fast.channel_attention.named_parameters() if "weight" in n).mul_(2)
     fast.eval()(x)
     assert old_style is nn.utils.spectral_norm or not torch.equal(fast.channel_attention.weight, made)
+
+
+def test_what_is_pruned_of_the_norm_is_made_before_each_call_too() -> None:
+    fast, plain = twins()
+    torch.manual_seed(0)
+    with_pruned_norm(fast)
+    with_pruned_norm(plain).load_state_dict(fast.state_dict())
+    x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
+    for module in (fast, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).features.square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            module.transition_norm.weight_orig.add_(1)
+        before = module.eval()(x).features
+        for name in ("weight", "bias"):
+            prune.remove(module.transition_norm, name)
+        assert torch.equal(module(x).features, before)
+    for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
+    assert (fast.transition_norm.weight == 0).sum() == (fast.transition_norm.bias == 0).sum() == 2
 
 
 @pytest.mark.parametrize("name", ["RRU", "BatchHardTripletLoss"])

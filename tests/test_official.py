@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,11 @@ def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touche
     converted = rru_fast.from_official(network.state_dict())
     rru_fast.RRU(12).load_state_dict(converted)
     assert torch.equal(theirs.reduce_dim_z.conv.weight, before)
+
+
+def test_entries_that_are_not_the_units_may_be_anything(theirs: their_code.RRU) -> None:
+    state: dict[Any, Any] = {"epoch": 3, 7: None, **theirs.state_dict()}
+    assert rru_fast.from_official(state).keys() == rru_fast.from_official(theirs.state_dict()).keys()
 
 
 def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: their_code.RRU) -> None:

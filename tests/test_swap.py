@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rru_fast
-from rru_fast import reference
+from rru_fast import reference, swap
 from tests import parity, their_code
 from tests.units import SIZES
 
@@ -159,7 +159,7 @@ def inside(name: str) -> str:
 
 def swapped(model: nn.Module) -> set[str]:
     """Names of the modules that are fast."""
-    return {inside(name) for name, module in model.named_modules() if "_accelerated_from" in vars(module)}
+    return {inside(name) for name, module in model.named_modules() if swap._accelerated(module)}
 
 
 def training(model: nn.Module, steps: int) -> list[float]:

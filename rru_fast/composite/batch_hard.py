@@ -69,12 +69,15 @@ def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
     """Rank and index of each anchor's farthest positive and nearest negative, (G, N); -1 without a negative."""
     groups, n, _ = f.shape
     rows = max(1, TILE_BYTES // (groups * n * f.element_size()))
+    largest = torch.finfo(f.dtype).max
     square = f.square().sum(-1)[:, None] if metric == "euclidean" else None  # (G, 1, N)
     mined = []
     for anchors, anchor_labels in zip(torch.split(f, rows, 1), torch.split(labels, rows), strict=True):
         # Up to a constant of the anchor: |b|^2 - 2 ab, or -ab.
         tile = torch.bmm(anchors, f.mT)
         tile = tile.neg_() if square is None else tile.mul_(-2).add_(square)
+        # A rank that overflows still comes before those that are masked.
+        tile.clamp_(-largest, largest)
         same = anchor_labels[:, None] == labels
         farthest = tile.masked_fill(~same, float("-inf")).max(-1)
         nearest = tile.masked_fill_(same, float("inf")).min(-1)

@@ -7,11 +7,22 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed import GroupMember, ProcessGroup
 
 FINITE = sys.float_info.max
 SMALLEST = sys.float_info.min
+
+
+def check_dense(name: str, tensor: Any, meaning: str) -> None:
+    """Raise unless it is a tensor, and neither nested nor sparse."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, wanted a dense tensor {meaning}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, wanted a dense tensor {meaning}")
 
 
 def check_process_group(process_group: Any, bn_groups: int) -> None:

@@ -16,6 +16,7 @@ from rru_fast.reference.checks import (
     FINITE,
     SMALLEST,
     check_backend,
+    check_dense,
     check_layer,
     check_loss,
     check_number,
@@ -29,11 +30,16 @@ Attention = Literal["both", "spatial", "channel"]
 MAKES_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
-def weight_of(layer: Any) -> Tensor:
-    """The weight of a layer that is read and not called, made anew where the layer's own call would have made it."""
+def make_weights(layer: Any) -> None:
+    """Make the weights of a layer that is read and not called anew, where the layer's own call would have done it."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, MAKES_WEIGHT):
             hook(layer, None)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer that is read and not called."""
+    make_weights(layer)
     return cast(Tensor, layer.weight)
 
 
@@ -41,6 +47,7 @@ def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
     """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm, for so many frames."""
     if not isinstance(norm, _BatchNorm):
         raise TypeError(f"transition_norm: got {type(norm).__name__}, wanted a BatchNorm2d or SyncBatchNorm")
+    make_weights(norm)
     momentum: float | list[float] | None = norm.momentum
     if momentum is None:  # the running statistics are the mean of all batches there were
         momentum = 0.0  # where they stay as they are
@@ -150,8 +157,7 @@ class RRU(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """What the module knows beyond its weights' shapes, and that it still has the layers it reads."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor (B, T, C, H, W)")
+        check_dense("x", x, "(B, T, C, H, W)")
         if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, wanted (B, T, C={self.channels}, H, W), B and T at least 1"
@@ -203,9 +209,8 @@ class BatchHardTripletLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
-        for name, tensor, wanted in (("features", features, "(N, D) or (G, N, D)"), ("labels", labels, "(N,)")):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {wanted}")
+        check_dense("features", features, "(N, D) or (G, N, D)")
+        check_dense("labels", labels, "(N,)")
         if features.dim() not in (2, 3) or 0 in features.shape:
             got = tuple(features.shape)
             raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")

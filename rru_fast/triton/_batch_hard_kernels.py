@@ -127,8 +127,10 @@ def batch_hard_kernel(
         w = _load(features, i_near, k, row_stride, column_stride, anchor, D).to(SUM)
         neg_square += tl.sum((v - w) * (v - w), 1)
         neg_inner += tl.sum(v * w, 1)
-    v_pos = _distance(pos_square, pos_inner, COSINE)
-    v_neg = tl.where(lonely, float("inf"), _distance(neg_square, neg_inner, COSINE))
+    # NaN where the rank is, which the difference alone need not show.
+    v_pos = tl.where(far != far, far, _distance(pos_square, pos_inner, COSINE))
+    v_neg = tl.where(near != near, near, _distance(neg_square, neg_inner, COSINE))
+    v_neg = tl.where(lonely, float("inf"), v_neg)
     gap = v_pos - v_neg
     if SOFT:
         v = _softplus(gap)

@@ -53,6 +53,21 @@ def by_definition(f: Tensor, labels: Tensor, margin: float) -> tuple[list[float]
 
 
 @every_backend
+def test_where_distances_overflow_partners_are_still_of_the_right_people(backend: str) -> None:
+    far = run(torch.tensor([[0.0], [1.0], [1e20]]), torch.tensor([0, 0, 1]), backend, reduction="none")
+    assert far["loss"][:2].tolist() == [0.0, 0.0] and far["loss"][2].isnan()
+    assert far["positive"][:2].tolist() == [1, 0] and far["negative"][:2].tolist() == [2, 2]
+    features = torch.tensor([[0.0, 0.0], [1.0, 1.5e19], [3.0, 1.5e19], [2.0, 0.0]])
+    assert run(features, torch.tensor([0, 1, 2, 0]), backend)["positive"].tolist() == [3, 1, 2, 0]
+
+
+@every_backend
+def test_an_infinite_feature_leaves_no_loss_a_number(backend: str) -> None:
+    features = torch.tensor([[0.0], [1.0], [float("inf")]])
+    assert run(features, torch.tensor([0, 0, 1]), backend, reduction="none")["loss"].isnan().all()
+
+
+@every_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("margin", MARGINS)
