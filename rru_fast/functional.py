@@ -198,6 +198,7 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_strip_pool(s)
     chosen = config.choose(backend, s.device)

@@ -60,6 +60,7 @@ class RRU(reference.RRU):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
 
     >>> import torch, rru_fast
     >>> out = rru_fast.RRU(16, spatial=(4, 2), hidden=8)(torch.rand(2, 5, 16, 4, 2))
@@ -98,6 +99,7 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
 
     >>> import torch, rru_fast
     >>> loss = rru_fast.BatchHardTripletLoss(margin=0.4)
