@@ -46,9 +46,9 @@ class Kind:
 class Foreign(nn.Module):
     """A module of somebody else's class whose forward is that of its kind; made by `fast_class`."""
 
-    kind: Kind
+    # Not `kind` and `backend`, which may be attributes of the module's own; all of the class: it may make others.
+    _accelerated_kind: Kind
     _accelerated_from: type[nn.Module]
-    # Not `backend`, which may be an attribute of the module's own; of the class too, whose modules may make others.
     _accelerated_backend = "auto"
 
     def __init_subclass__(cls) -> None:
@@ -60,9 +60,12 @@ class Foreign(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As by its own class, which can be found by its name, and then this one."""
         reduced: Any = super().__reduce_ex__(protocol)
+        original, kind = self._accelerated_from, self._accelerated_kind
+        if type(self) is not fast_class(original, kind):  # type: ignore[arg-type]  # derived from it
+            return reduced
         made_by, arguments, *state = reduced
-        theirs = [self._accelerated_from if each is type(self) else each for each in (made_by, *arguments)]
-        return (_made_fast, (self.kind.name, *theirs), *state)
+        theirs = [original if each is type(self) else each for each in (made_by, *arguments)]
+        return (_made_fast, (kind.name, self._accelerated_backend, *theirs), *state)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -73,7 +76,7 @@ class Foreign(nn.Module):
 def fast_class(original: type[nn.Module], kind: Kind) -> type[Foreign]:
     """The class `original` with the forward of the kind."""
     names = {
-        "kind": kind,
+        "_accelerated_kind": kind,
         "_accelerated_from": original,
         "forward": _named_alike(kind.forward, original.forward),
         "__module__": original.__module__,
@@ -82,11 +85,14 @@ def fast_class(original: type[nn.Module], kind: Kind) -> type[Foreign]:
     return type(original.__name__, (Foreign, original), {**names, "__qualname__": original.__qualname__})
 
 
-def _made_fast(kind_name: str, made_by: Callable[..., Any], *arguments: Any) -> Any:
+def _made_fast(kind_name: str, backend: str, made_by: Callable[..., Any], *arguments: Any) -> Any:
     """What their class would have made of a copy, with the forward of the kind."""
     (kind,) = (kind for kind in KINDS if kind.name == kind_name)
     module = made_by(*arguments)
-    module.__class__ = fast_class(type(module), kind)  # type: ignore[arg-type]
+    if not isinstance(module, Foreign):
+        # Their __setattr__ may need what the state brings only afterwards.
+        object.__setattr__(module, "__class__", fast_class(type(module), kind))  # type: ignore[arg-type]
+    vars(module)["_accelerated_backend"] = backend
     return module
 
 
@@ -286,7 +292,7 @@ def _features(loss: Any, generator: Generator) -> list[tuple[Tensor, ...]]:
     spread = 2.0 ** round(math.log2(0.2 * (abs(loss.margin) or 1)))
     points = (_random((12, 6), generator) * 4096).round() / 4096 * spread
     people = torch.arange(12, device="cpu") // 3
-    apart = points + (people // 2 * people * 100)[:, None]
+    apart = points + (people // 2 * people * 100)[:, None] * max(1.0, spread)
     cases = ((points, people), (apart, people), (points, torch.arange(12, device="cpu")))
     return [(features.clone().requires_grad_(), labels) for features, labels in cases]
 

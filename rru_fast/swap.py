@@ -23,8 +23,8 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
     Those are the modules of `rru_fast.reference`, and of other people's code the RRU of rru-reid, FuseNet of
     person-reid-lib and TripletLoss of torchreid: classes that have their attributes and, on a copy in float64, their
     outputs, gradients and running statistics (which takes seconds at the paper's size). One that has the attributes
-    alone, or hooks on a submodule that the fast forward reads and does not call, or a forward that sets an attribute,
-    is left alone with a warning that says why; nor would hooks run that are put there afterwards.
+    alone, or hooks on a submodule that the fast forward reads and does not call, or a forward that sets an attribute
+    of its module, is left alone with a warning that says why; nor would hooks run that are put there afterwards.
 
     The module objects stay, and with them parameters, buffers, hooks and whoever else holds them (optimizers, DDP,
     averaged copies); only what their forward runs changes. Called again, it changes their backend. A subclass of a
@@ -119,7 +119,9 @@ def _check_module(model: object) -> None:
 def _made(module: nn.Module) -> type[nn.Module]:
     """The class that `accelerate` gave the module."""
     original: Any = module._accelerated_from
-    return foreign.fast_class(original, module.kind) if isinstance(module, foreign.Foreign) else FAST[original]
+    if isinstance(module, foreign.Foreign):
+        return foreign.fast_class(original, module._accelerated_kind)
+    return FAST[original]
 
 
 def _accelerated(module: nn.Module) -> bool:

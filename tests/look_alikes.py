@@ -82,6 +82,16 @@ class NamedOnly(their_code.RRU):
         return super().forward(x)
 
 
+class Hingeless(their_code.TripletLoss):
+    """The same where every anchor is active."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        distances, same = self.distances(inputs), targets[:, None] == targets
+        farthest = distances.masked_fill(~same, 0).amax(1)
+        nearest = distances.masked_fill(same, torch.inf).amin(1)
+        return (self.margin + farthest - nearest).mean()
+
+
 def _parametrized() -> nn.Module:
     module = their_code.TripletLoss()
     module.weight = nn.Parameter(torch.ones(2))
@@ -119,6 +129,7 @@ def _shallow() -> nn.Module:
     return module
 
 
+HINGES = (0.3, 300.0, 1e3, 1e4, 1e6)
 LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Leaky(6, **SIZES), r"its output 0 is off by .* of its size \(example 0, training mode\)"),
     (lambda: Truncated(6, **SIZES), "its gradient of input 0 is off by"),
@@ -133,6 +144,7 @@ LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (_patched, "its forward is not that of its class"),
     (Weighted, r"its forward takes \(self, .*weights: .*\), wanted \(self: "),
     (_shallow, "RuntimeError: "),
+    *((lambda margin=margin: Hingeless(margin), r"its output 0 is off by .* \(example 1") for margin in HINGES),
     (Remembers, "its forward sets 'last', which would no longer be set"),
     (lambda: NamedOnly(6, **SIZES), r"its forward takes \(self, \*, x: .*\), wanted \(self: .*, x: "),
     (_parametrized, "a parameter of its own is parametrized, which makes it another class"),

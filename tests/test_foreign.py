@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -302,7 +303,8 @@ class Underivable(their_code.TripletLoss, metaclass=Final):
 
 def test_a_class_that_cannot_be_derived_from_is_left_alone() -> None:
     with pytest.warns(UserWarning, match="and is left alone: TypeError: Underivable cannot be derived"):
-        rru_fast.accelerate(nn.Sequential(Underivable(), their_code.TripletLoss()))
+        model = rru_fast.accelerate(nn.Sequential(Underivable(), their_code.TripletLoss()))
+    assert type(model[0]) is Underivable and isinstance(model[1], foreign.Foreign)
 
 
 class Reduced(their_code.TripletLoss):
@@ -318,20 +320,49 @@ class Made(their_code.TripletLoss):
         return (self.margin,)
 
 
+class Noted(their_code.TripletLoss):
+    """Notes what is set, in a list that has to be there first; and has a `kind` of its own."""
+
+    def __init__(self, margin: float) -> None:
+        vars(self)["noted"] = []
+        super().__init__(margin)
+        self.kind = "noted"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.noted.append(name)
+        super().__setattr__(name, value)
+
+
+class Derived(their_code.TripletLoss):
+    @classmethod
+    def make(cls, margin: float) -> Any:
+        return cls(margin)
+
+    def __reduce__(self) -> Any:
+        return type(self).make, (self.margin,)
+
+
 class Copied(their_code.TripletLoss):
     def __deepcopy__(self, memo: Any) -> Any:
         return type(self)(self.margin)
 
 
-@pytest.mark.parametrize("their_class", [Reduced, Made, Copied])
+@pytest.mark.parametrize("their_class", [Reduced, Made, Noted, Derived, Copied])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda module: _through_a_file(module)], ids=["deepcopy", "pickle"])
 def test_a_class_that_says_how_it_is_copied_is_copied_so(
     their_class: Any, how: Callable[[nn.Module], nn.Module]
 ) -> None:
     features = torch.randn(12, 6, dtype=torch.float64)
     plain = their_class(5.0)
-    other = how(rru_fast.accelerate(copy.deepcopy(plain)))
+    fast = rru_fast.accelerate(copy.deepcopy(plain), backend="composite")
+    if their_class is Derived and how is not copy.deepcopy:
+        with pytest.raises(pickle.PicklingError, match="not the same object"):  # a method of a class without a name
+            how(fast)
+        return
+    other = how(fast)
     assert isinstance(other, foreign.Foreign)
+    if their_class is not Copied:
+        assert "backend='composite'" in repr(other)
     assert other(features, PEOPLE).item() == pytest.approx(plain(features, PEOPLE).item(), rel=1e-12)
     assert type(rru_fast.restore(other)) is their_class
 
