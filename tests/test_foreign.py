@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +17,13 @@ import rru_fast
 from rru_fast import foreign
 from tests import parity, their_code
 from tests.look_alikes import LOOK_ALIKES
-from tests.units import SIZES
+from tests.units import PEOPLE, SIZES, through_a_file
 
 UNITS: dict[str, Callable[[], nn.Module]] = {
     "RRU": lambda: their_code.RRU(6, **SIZES),
     "FuseNet": lambda: their_code.FuseNet(6, 7, **SIZES),
 }
 every_unit = pytest.mark.parametrize("make", UNITS.values(), ids=UNITS.keys())
-PEOPLE = torch.arange(12) // 3
 
 
 def maps(clips: int = 3, frames: int = 4) -> Tensor:
@@ -262,124 +259,11 @@ def test_a_loss_is_swapped_whatever_its_margin(margin: float) -> None:
         assert isinstance(rru_fast.accelerate(their_code.TripletLoss(margin)), foreign.Foreign)
 
 
-def test_another_one_made_by_the_class_of_a_swapped_one_is_fast_too() -> None:
-    features = torch.randn(12, 6, dtype=torch.float64)
-    other = type(rru_fast.accelerate(their_code.TripletLoss(0.3)))(5.0)
-    assert "rru_fast backend='auto'" in repr(other)
-    wanted = their_code.TripletLoss(5.0)(features, PEOPLE).item()
-    assert other(features, PEOPLE).item() == pytest.approx(wanted, rel=1e-12)
-    assert rru_fast.accelerate(other, backend="composite") is other and "'composite'" in repr(other)
-    assert type(rru_fast.restore(other)) is their_code.TripletLoss
-
-
-known_classes: dict[str, type] = {}
-
-
-class Registered(their_code.TripletLoss):
-    def __init_subclass__(cls, *, alias: str) -> None:
-        known_classes[alias] = cls
-
-
-class Known(Registered, alias="known"):
-    pass
-
-
-def test_a_register_of_their_classes_keeps_its_own() -> None:
-    module = rru_fast.accelerate(Known(0.3))
-    assert isinstance(module, foreign.Foreign)
-    assert type(rru_fast.restore(module)) is Known and known_classes == {"known": Known}
-
-
-class Final(type):
-    def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
-        if any(isinstance(base, cls) for base in bases):
-            raise TypeError(f"{name} cannot be derived")
-        return super().__new__(cls, name, bases, names)
-
-
-class Underivable(their_code.TripletLoss, metaclass=Final):
-    pass
-
-
-def test_a_class_that_cannot_be_derived_from_is_left_alone() -> None:
-    with pytest.warns(UserWarning, match="and is left alone: TypeError: Underivable cannot be derived"):
-        model = rru_fast.accelerate(nn.Sequential(Underivable(), their_code.TripletLoss()))
-    assert type(model[0]) is Underivable and isinstance(model[1], foreign.Foreign)
-
-
-class Reduced(their_code.TripletLoss):
-    def __reduce__(self) -> Any:
-        return Reduced, (self.margin,)
-
-
-class Made(their_code.TripletLoss):
-    def __new__(cls, margin: float) -> Any:
-        return super().__new__(cls)
-
-    def __getnewargs__(self) -> tuple[float]:
-        return (self.margin,)
-
-
-class Noted(their_code.TripletLoss):
-    """Notes what is set, in a list that has to be there first; and has a `kind` of its own."""
-
-    def __init__(self, margin: float) -> None:
-        vars(self)["noted"] = []
-        super().__init__(margin)
-        self.kind = "noted"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.noted.append(name)
-        super().__setattr__(name, value)
-
-
-class Derived(their_code.TripletLoss):
-    @classmethod
-    def make(cls, margin: float) -> Any:
-        return cls(margin)
-
-    def __reduce__(self) -> Any:
-        return type(self).make, (self.margin,)
-
-
-class Copied(their_code.TripletLoss):
-    def __deepcopy__(self, memo: Any) -> Any:
-        return type(self)(self.margin)
-
-
-@pytest.mark.parametrize("their_class", [Reduced, Made, Noted, Derived, Copied])
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: _through_a_file(module)], ids=["deepcopy", "pickle"])
-def test_a_class_that_says_how_it_is_copied_is_copied_so(
-    their_class: Any, how: Callable[[nn.Module], nn.Module]
-) -> None:
-    features = torch.randn(12, 6, dtype=torch.float64)
-    plain = their_class(5.0)
-    fast = rru_fast.accelerate(copy.deepcopy(plain), backend="composite")
-    if their_class is Derived and how is not copy.deepcopy:
-        with pytest.raises(pickle.PicklingError, match="not the same object"):  # a method of a class without a name
-            how(fast)
-        return
-    other = how(fast)
-    assert isinstance(other, foreign.Foreign)
-    if their_class is not Copied:
-        assert "backend='composite'" in repr(other)
-    assert other(features, PEOPLE).item() == pytest.approx(plain(features, PEOPLE).item(), rel=1e-12)
-    assert type(rru_fast.restore(other)) is their_class
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda module: _through_a_file(module),
+    "pickle": through_a_file,
     "replica": lambda module: module._replicate_for_data_parallel(),  # type: ignore[operator]
 }
-
-
-def _through_a_file(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 @every_unit

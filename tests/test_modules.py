@@ -41,6 +41,16 @@ def twins(**settings: Any) -> tuple[rru_fast.RRU, reference.RRU]:
     return fast, plain
 
 
+def train(module: nn.Module, x: Tensor) -> None:
+    """Three steps of SGD, each of which reaches every parameter."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).features.square().mean().backward()
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in module.parameters())
+        optimizer.step()
+
+
 @pytest.mark.parametrize("inputs", ["appearance+motion", "appearance", "raw"])
 @pytest.mark.parametrize("attention", ["both", "spatial", "channel"])
 @pytest.mark.parametrize("bn_groups", [1, 2])
@@ -100,12 +110,7 @@ def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: 
     plain.load_state_dict(fast.state_dict())
     x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
     for module in (fast, plain):
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        for _ in range(3):
-            optimizer.zero_grad()
-            module(x).features.square().mean().backward()
-            assert all(p.grad is not None and p.grad.norm() > 0 for p in module.parameters())
-            optimizer.step()
+        train(module, x)
     for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
         assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
     # The made weight is that of its parts, not the one before them.
@@ -123,11 +128,7 @@ def test_what_is_pruned_of_the_norm_is_made_before_each_call_too() -> None:
     with_pruned_norm(plain).load_state_dict(fast.state_dict())
     x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
     for module in (fast, plain):
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        for _ in range(3):
-            optimizer.zero_grad()
-            module(x).features.square().mean().backward()
-            optimizer.step()
+        train(module, x)
         with torch.no_grad():
             module.transition_norm.weight_orig.add_(1)
         before = module.eval()(x).features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rru_fast import reference
 from tests import their_code
 
+PEOPLE = torch.arange(12) // 3
 SIZES = {"size": 4, "hidden": 8, "spatial_hidden": 5}
 # Plain modules from maps (B, T, 6, 4, 4); what accelerate makes of them is under test.
 PLAIN: dict[str, Callable[[], nn.Module]] = {
@@ -33,3 +35,12 @@ def first_two(out: Any) -> tuple[Tensor, Tensor]:
 def loss_of(out: Any) -> Tensor:
     features, strips = first_two(out)
     return features.float().square().mean() + strips.float().square().mean()
+
+
+def through_a_file(module: nn.Module) -> nn.Module:
+    """The module as another process would load it."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
