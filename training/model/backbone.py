@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
-from torchvision.models import Inception3, inception_v3
 
 from training.errors import UserError
 from training.model.weights import download_inception, load_weights, read_weights
@@ -37,6 +36,8 @@ class Inception(nn.Module):
     spatial = (8, 8)  # (H, W) of a map
 
     def __init__(self, identities: int, weights: str, auxiliary: Literal["frames", "clip"] = "frames") -> None:
+        from torchvision.models import inception_v3  # takes as long to import as torch
+
         super().__init__()
         self.auxiliary = auxiliary
         self.pretrained = weights != "random"
@@ -46,7 +47,7 @@ class Inception(nn.Module):
             self.pretrained = state is not None
         elif self.pretrained:
             state = read_weights(Path(weights))
-        net: Inception3 = inception_v3(weights=None, transform_input=False, init_weights=state is None)
+        net = inception_v3(weights=None, transform_input=False, init_weights=state is None)
         # What lies beyond Mixed_7c is not called; without these its weights are not kept either.
         net.avgpool = net.dropout = net.fc = nn.Identity()
         if state is not None:

@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.models import Inception_V3_Weights
 
 from training.errors import UserError
 
 
 def download_inception() -> dict[str, Tensor] | None:
     """Torchvision's ImageNet weights of Inception-v3, or `None` and a warning where they cannot be fetched."""
+    from torchvision.models import Inception_V3_Weights  # takes as long to import as torch
+
     try:
         return dict(Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
     # URLError is an OSError; a wrong hash is a RuntimeError; a file fetched by halves is any of the last three.

@@ -9,7 +9,6 @@ from typing import TypeAlias
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.optimize import isotonic_regression
 
 from training.data.tracklets import Tracklet, read_frame
 from training.errors import UserError
@@ -79,6 +78,8 @@ def heights_of_names(ends: Sequence[float]) -> np.ndarray:
     Args:
         ends: heights of lines' right ends, from the lowest.
     """
+    from scipy.optimize import isotonic_regression  # a quarter of a second, which only the curves are worth
+
     apart = APART * np.arange(len(ends))
     heights: np.ndarray = isotonic_regression(ends - apart).x.clip(0, 1 - apart[-1]) + apart
     return heights
