@@ -104,7 +104,8 @@ def find_torch() -> Torch:
     folder = Path(origin).parent if origin else None
     if folder is None or not (folder / "include" / "ATen").is_dir():
         raise MissingError(
-            "no PyTorch to build for: install torch first, then pip install --no-deps --force-reinstall ."
+            "no PyTorch to build for: install torch first, "
+            "then pip install --no-deps --force-reinstall . (or -e ., as before)"
         )
     version = runpy.run_path(str(folder / "version.py"))
     return Torch(folder, version["__version__"], version["cuda"])

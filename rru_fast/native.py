@@ -19,8 +19,14 @@ from typing import Any
 
 import torch
 
-REMEDY = "in rru_fast's source folder, run: pip install --no-deps --force-reinstall ."
 _FOLDER = Path(__file__).parent
+# Python started in the source folder imports the package from there, installed or not: kernels belong there then.
+_FROM_SOURCES = (_FOLDER.parent / "setup.py").exists()
+REMEDY = (
+    f"in {_FOLDER.parent}, run: pip install --no-deps -e ."
+    if _FROM_SOURCES
+    else "in rru_fast's source folder, run: pip install --no-deps --force-reinstall ."
+)
 _RECORD = _FOLDER / "_build.json"
 _BINARY = _FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
@@ -31,11 +37,11 @@ _FIELDS |= {"capabilities": list, "cuda_architectures": list, "cuda": str | None
 
 
 class NativeWarning(UserWarning):
-    """Native kernels were built but cannot be used, so the composite backend serves."""
+    """Native kernels were not left out, and yet there are none to be used, so the composite backend serves."""
 
 
 class _UnusableError(Exception):
-    """There is a build, and it is not for this Python, not for this PyTorch, or damaged."""
+    """There is no build, or it is not for this Python, not for this PyTorch, or damaged."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,9 @@ def _read_record() -> dict[str, Any]:
 
 def _load() -> tuple[str | None, dict[str, Any]]:
     """Load the extension; why it cannot be loaded, or None and the record of its build."""
-    if not _RECORD.exists() and not _BINARY.exists():
-        return f"native kernels have not been built; {REMEDY}", {}
     try:
+        if not _RECORD.exists() and not _BINARY.exists():
+            raise _UnusableError("native kernels have not been built")
         built = _read_record()
         if built.get("native") is not None:
             return f"native kernels were not built: {built['native']}", {}

@@ -101,6 +101,20 @@ def test_pip_isolates_the_build_and_it_still_finds_the_torch_it_is_for(
     assert why == "None"
 
 
+def test_python_in_the_source_folder_finds_no_kernels_of_an_install_and_says_how_to_get_them(
+    python: Path, tree: Tree
+) -> None:
+    pip(python, tree.root, "install", "--no-deps", "--no-build-isolation", "--force-reinstall", ".")
+    done = run([str(python), "-c", MISSING], tree.root)
+    where, why = done.stdout.splitlines()
+    assert Path(where).is_relative_to(tree.root)
+    assert why == f"native kernels have not been built; in {tree.root}, run: pip install --no-deps -e ."
+    assert f"NativeWarning: rru_fast runs without its native kernels: {why}" in done.stderr
+    pip(python, tree.root, "install", "--no-deps", "-e", ".")
+    done = run([str(python), "-W", "error", "-c", MISSING], tree.root)
+    assert done.stdout.splitlines() == [where, "None"], done.stderr
+
+
 def test_an_editable_install_serves_from_the_tree(python: Path, tree: Tree, missing: Callable[[], list[str]]) -> None:
     pip(python, tree.root, "install", "--no-deps", "--no-build-isolation", "-e", ".")
     where, why = missing()
