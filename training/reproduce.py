@@ -43,6 +43,7 @@ _OF_A_RUN = (
     "ops",
     "device",
     "workers",
+    "pictures",
     "check_counts",
 )
 
@@ -85,6 +86,8 @@ class Options:
     """Where to compute."""
     workers: int = 0
     """Processes that read frames ahead."""
+    pictures: bool = True
+    """Whether TensorBoard shows, after every test, who is found for some probes and the maps around the gate."""
     check_counts: bool = True
     """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published."""
 

@@ -94,6 +94,8 @@ class Options:
     """Batch statistics of all processes in every batch norm, not of each by itself; a resumed run is as it was."""
     workers: int = 0
     """Processes that read frames ahead."""
+    pictures: bool = True
+    """Whether TensorBoard shows, after every test, who is found for some probes and the maps around the gate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

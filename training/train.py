@@ -91,7 +91,7 @@ def train_run(
         settings: P is lowered to the people there are, where the recipe allows that.
         split: the one that the settings name.
         resumed: where to begin, if not at the beginning.
-        options: how many workers read frames, and on which device.
+        options: how many workers read frames, on which device, and whether pictures are drawn.
         console: where people read.
 
     Raises:
@@ -128,14 +128,14 @@ def train_run(
             log.say(f"{said}; results in {run}")
         while trainer.epoch < recipe.epochs:
             if recipe.tested_after(trainer.epoch):
-                _evaluate(trainer, settings, split, log)
+                _evaluate(trainer, settings, split, log, options.pictures)
             sampler.set_epoch(trainer.epoch)
             if distributed.world() > 1:
                 _seed_process(recipe.seed, trainer.epoch)
             trainer.run_epoch(loader, log)
             if log:
                 checkpoint.save(run, trainer.network, trainer.state_dict(), config)
-        _evaluate(trainer, settings, split, log)
+        _evaluate(trainer, settings, split, log, options.pictures)
     if log is None:
         return []
     if recipe.compare_ops:
@@ -192,7 +192,7 @@ def _seed_process(seed: int, epoch: int) -> None:
     torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
 
-def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | None) -> None:
+def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | None, drawn: bool) -> None:
     with as_evaluated(trainer.network):
         compared = compare(trainer.network, split, resize=settings.resize)
         if log is None:
@@ -200,8 +200,9 @@ def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | 
         how = settings.speed, settings.resize, settings.sync_bn, distributed.world()
         result = Result(settings.recipe, settings.ops, trainer.epoch, compared.ranking(), *how)
         log.result(result, trainer.step)
-        for name, figure in pictures(trainer.network, split, compared, settings.resize).items():
-            log.picture(name, figure, trainer.step)
+        if drawn:
+            for name, figure in pictures(trainer.network, split, compared, settings.resize).items():
+                log.picture(name, figure, trainer.step)
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

@@ -58,5 +58,5 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on the eight people."""
     folder = tmp_path_factory.mktemp("run") / "run"
     small = {"people": 4, "batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu", "check_counts": False}
-    train(Options(dataset="ilids-vid", data_root=small_data, output=folder, **small))
+    train(Options(dataset="ilids-vid", data_root=small_data, output=folder, pictures=False, **small))
     return folder

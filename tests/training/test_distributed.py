@@ -41,7 +41,7 @@ def small(data: Path, output: Path, **changes: str) -> list[str | Path]:
     given = {"people": "4", "batches": "2", "epochs": "999", "compare-ops": "False", "device": "cpu", **changes}
     told = [word for name, value in given.items() for word in (f"--{name}", value)]
     place: list[str | Path] = ["--data-root", data, "--output", output]
-    return ["training.train", "--dataset", "ilids-vid", "--no-check-counts", *place, *told]
+    return ["training.train", "--dataset", "ilids-vid", "--no-check-counts", "--no-pictures", *place, *told]
 
 
 class Running:
@@ -171,7 +171,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
     assert lines(told, "error") == [f"error: a process of the run has ended, and all with it; {kept}"]
     assert checkpoint.load(begun).config["environment"]["processes"] == 2
 
-    train(Options(resume=begun, epochs=epoch + 1, device="cpu"))
+    train(Options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
     apart = Path(shutil.copytree(begun, tmp_path / "apart"))
     four = Running(4, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
     four.wait_for(lambda: epoch_of(begun) >= epoch + 2)
@@ -182,7 +182,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
         f"interrupted; last good epoch: {epoch_of(begun)}; continue with --resume {begun}"
     ]
 
-    train(Options(resume=apart, epochs=epoch + 2, device="cpu"))
+    train(Options(resume=apart, epochs=epoch + 2, device="cpu", pictures=False))
     steps = {place: [r for r in records(place, "step") if r["epoch"] == epoch + 2] for place in (begun, apart)}
     assert [record["step"] for record in steps[begun]] == [2 * epoch + 3, 2 * epoch + 4]
     # The triplets of an epoch's first step know nothing of dropout: they are of the same clips, in the same statistics.

@@ -18,9 +18,9 @@ from training.train import train
 
 
 def options(data: Path, output: Path, **changes: Any) -> Options:
-    """Recipe `quick` on little: 4 people, a batch an epoch."""
+    """Recipe `quick` on little, without pictures: 4 people, a batch an epoch."""
     small = {"people": 4, "batches": 1, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    return Options(dataset="ilids-vid", data_root=data, output=output, **{**small, **changes})
+    return Options(dataset="ilids-vid", data_root=data, output=output, pictures=False, **{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_run_continued_by_hand_for_longer_is_another(
     straight: tuple[Path, list[dict[str, Any]]], small_data: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(straight[0], tmp_path / "longer"))
-    train(Options(resume=copy, epochs=3, device="cpu"))
+    train(Options(resume=copy, epochs=3, device="cpu", pictures=False))
     assert run(options(small_data, copy)) == straight[1]
     with pytest.raises(UserError, match="epochs=2, got 3"):
         run(options(small_data, copy, epochs=3))

@@ -34,7 +34,7 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
     """Two rows of Table 1 on two splits of little data."""
     small = {"rows": ROWS, "splits": 2, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
     places = {"table": 1, "dataset": "ilids-vid", "data_root": data}
-    return Options(output=output, **{**small, **places, **changes})
+    return Options(output=output, pictures=False, **{**small, **places, **changes})
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

@@ -31,9 +31,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def options(data: Path, output: Path, **changes: Any) -> Options:
-    """Recipe `quick` on little: 4 people, 2 batches an epoch."""
+    """Recipe `quick` on little, without pictures: 4 people, 2 batches an epoch."""
     small = {"people": 4, "batches": 2, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    return Options(dataset="ilids-vid", data_root=data, output=output, **{**small, **changes})
+    return Options(dataset="ilids-vid", data_root=data, output=output, **{"pictures": False, **small, **changes})
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -56,9 +56,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs."""
+    """A run of two epochs, with pictures."""
     run = tmp_path_factory.mktemp("runs") / "straight"
-    train(options(small_data, run))
+    train(options(small_data, run, pictures=True))
     return run
 
 
@@ -99,7 +99,9 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
     small_data: Path, trained: Path, started: Path, tmp_path: Path
 ) -> None:
     pack(PackOptions("ilids-vid", tmp_path / "people.pack", small_data, check_counts=False))
-    train(Options(resume=started, data_root=tmp_path / "people.pack", epochs=2, workers=1, device="cpu"))
+    train(
+        Options(resume=started, data_root=tmp_path / "people.pack", epochs=2, workers=1, device="cpu", pictures=False)
+    )
     straight, resumed = checkpoint.load(trained), checkpoint.load(started)
     assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
     assert metrics(started) == metrics(trained)
@@ -109,7 +111,7 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
 
 def test_a_run_that_goes_on_otherwise_keeps_how_it_began(started: Path) -> None:
     began = checkpoint.load(started).config
-    train(Options(resume=started, epochs=2, channels_last=True, device="cpu"))
+    train(Options(resume=started, epochs=2, channels_last=True, device="cpu", pictures=False))
     config = checkpoint.load(started).config
     assert config["speed"]["channels_last"]
     assert config["earlier"] == [{"to_epoch": 1, "speed": began["speed"]}]
@@ -127,11 +129,11 @@ def test_a_run_that_pillow_resizes_is_evaluated_so(small_data: Path, tmp_path: P
 def test_steps_logged_after_the_last_checkpoint_are_dropped_on_resuming(trained: Path, started: Path) -> None:
     with (started / "metrics.jsonl").open("a") as file:  # what a run killed in its second epoch leaves
         file.write(json.dumps({"kind": "step", "epoch": 2, "step": 3, "loss": 1.0}) + '\n{"kind": "st')
-    train(Options(resume=last(started), epochs=2, device="cpu"))
+    train(Options(resume=last(started), epochs=2, device="cpu", pictures=False))
     assert metrics(started) == metrics(trained)
 
 
-def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path) -> None:
+def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path, begun: Path) -> None:
     records = metrics(trained)
     assert [(record["kind"], record["epoch"]) for record in records] == [
         ("result", 0),
@@ -147,6 +149,8 @@ def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path) -
     assert {"train/loss", "train/data_wait", "evaluation/mAP"} <= set(board.Tags()["scalars"])
     for name in ("evaluation/ranking", "evaluation/gate"):
         assert [image.step for image in board.Images(name)] == [0, 4]
+    tags = EventAccumulator(str(begun)).Reload().Tags()  # without pictures
+    assert "evaluation/mAP" in tags["scalars"] and not tags["images"]
 
 
 def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
@@ -313,7 +317,7 @@ def test_a_disk_that_fills_up_tells_how_to_continue(started: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(told.value).startswith(f"output: {started}/checkpoint-0002")
     assert str(told.value).endswith(f"; last good epoch: 1; continue with --resume {started}")
-    train(Options(resume=started, output=started, epochs=2, device="cpu"))
+    train(Options(resume=started, output=started, epochs=2, device="cpu", pictures=False))
     assert checkpoint.load(started).training["epoch"] == 2
 
 
@@ -321,7 +325,7 @@ def test_a_copied_checkpoint_starts_a_run_of_its_own_and_only_where_told(started
     copy = Path(shutil.copytree(last(started), started / "best"))
     with pytest.raises(UserError, match=f"resume: {copy} is not the last checkpoint of a run, wanted --output"):
         train(Options(resume=copy, epochs=2))
-    train(Options(resume=copy, output=tmp_path / "own", epochs=2, device="cpu"))
+    train(Options(resume=copy, output=tmp_path / "own", epochs=2, device="cpu", pictures=False))
     assert checkpoint.load(tmp_path / "own").training["epoch"] == 2
     assert checkpoint.load(started).training["epoch"] == 1
 
