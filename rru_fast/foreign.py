@@ -113,7 +113,7 @@ def difference(module: nn.Module, kind: Kind) -> str | None:
             why = _measured(module, kind)
         return why
     except Exception as error:  # whatever it is, the module runs as before
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"it cannot be run as one ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
 
 def _called(module: nn.Module, kind: Kind) -> str | None:

@@ -20,11 +20,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False) -> Model:
     """Give every module in `model` that an operator here can serve the fast forward, in place.
 
-    Those are the modules of `rru_fast.reference`, and of other people's code the RRU of rru-reid, FuseNet of
-    person-reid-lib and TripletLoss of torchreid: classes that have their attributes and, on a copy in float64, their
-    outputs, gradients and running statistics (which takes seconds at the paper's size). One that has the attributes
-    alone, or hooks on a submodule that the fast forward reads and does not call, or a forward that sets an attribute
-    of its module, is left alone with a warning that says why; nor would hooks run that are put there afterwards.
+    Those are the modules of `rru_fast.reference`, and of other people's code the RRU of rru-reid, FuseNet and
+    BatchHardTripletLoss of person-reid-lib and TripletLoss of torchreid: classes that have their attributes and, on a
+    copy in float64, their outputs, gradients and running statistics (which takes seconds at the paper's size). One that
+    has the attributes alone, or hooks on a submodule that the fast forward reads and does not call, or a forward that
+    sets an attribute of its module, is left alone with a warning that says why; nor would hooks run that are put there
+    afterwards.
 
     The module objects stay, and with them parameters, buffers, hooks and whoever else holds them (optimizers, DDP,
     averaged copies); only what their forward runs changes. Called again, it changes their backend. A subclass of a

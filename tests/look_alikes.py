@@ -143,7 +143,7 @@ LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (_spectral_normed, "its output 0 is off by"),
     (_patched, "its forward is not that of its class"),
     (Weighted, r"its forward takes \(self, .*weights: .*\), wanted \(self: "),
-    (_shallow, "RuntimeError: "),
+    (_shallow, r"it cannot be run as one \(RuntimeError: "),
     *((lambda margin=margin: Hingeless(margin), r"its output 0 is off by .* \(example 1") for margin in HINGES),
     (Remembers, "its forward sets 'last', which would no longer be set"),
     (lambda: NamedOnly(6, **SIZES), r"its forward takes \(self, \*, x: .*\), wanted \(self: .*, x: "),
@@ -151,5 +151,5 @@ LOOK_ALIKES: list[tuple[Callable[[], nn.Module], str]] = [
     (Normalised, "its output 0 is off by"),
     (Squared, "its output 0 is off by"),
     (Unclamped, r"its output 0 is off by .* \(example 2, training mode\)"),
-    (_summed, "ValueError: reduction: got 'sum', wanted one of 'mean', 'none'"),
+    (_summed, r"it cannot be run as one \(ValueError: reduction: got 'sum', wanted one of 'mean', 'none'\)$"),
 ]

@@ -149,7 +149,10 @@ def ablate(options: Options) -> None:
         check_page(options.readme)
     for cell in planned:
         synthetic.generate(cell.data(options.output), options.people, occlusion=cell.occlusion, blur=options.blur)
-    records = _train(planned, options, console)
+    try:
+        records = _train(planned, options, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command continues in {options.output}") from None
     ablation = {
         "command": options.command,
         "people": options.people,

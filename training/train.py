@@ -230,16 +230,15 @@ def check_free(run: Path) -> None:
     except OSError as error:
         raise UserError(f"output: {error}") from error
     if taken:
-        raise UserError(
-            f"output: {run} is not an empty folder; wanted a new one, or --resume to continue the run in it"
-        )
+        what = "or --resume to continue the run in it" if checkpoint.last(run) else "it has no checkpoint to resume"
+        raise UserError(f"output: {run} is not an empty folder; wanted a new one, {what}")
 
 
 def _kept(run: Path) -> str:
     """What a run that ends early can be continued from."""
     kept = checkpoint.last(run)
     if kept is None:
-        return "no epoch was complete"
+        return f"no epoch was complete, so nothing in {run} can be resumed"
     return f"last good epoch: {int(kept.name.rpartition('-')[2])}; continue with --resume {run}"
 
 

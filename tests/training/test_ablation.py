@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,20 @@ def test_killed_it_leaves_no_worker_and_started_again_it_ends_with_the_same_figu
     assert json.loads((output / RESULTS).read_text())["runs"] == json.loads((done[0] / RESULTS).read_text())["runs"]
     first = next(path for path in before if TWO[0] in path.parts)
     assert trained(output)[first] == before[first]
+
+
+def test_interrupted_it_says_how_to_continue(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = subprocess.Popen(
+        command(output, "--jobs", "1"), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(output.rglob("*.log")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1].splitlines()  # on the first, how far the people are rendered
+    assert told[-1] == f"interrupted; the same command continues in {output}"
+    assert process.returncode == 130
 
 
 def test_what_is_done_is_not_trained_again(done: tuple[Path, Any]) -> None:

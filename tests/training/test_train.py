@@ -243,7 +243,10 @@ def test_bad_input_ends_the_command_in_one_line(small_data: Path, trained: Path,
     shutil.copytree(small_data, data)
     for frame in data.rglob("cam1_*.png"):
         frame.write_bytes(b"not an image")
-    for output, message in ((tmp_path / "run", "not a readable image"), (trained, "is not an empty folder")):
+    for output, message in (
+        (tmp_path / "run", "not a readable image"),
+        (trained, "or --resume to continue the run in it"),
+    ):
         arguments = ("--dataset", "ilids-vid", "--no-check-counts", "--data-root", data, "--output", output)
         ended = subprocess.run(
             command("training.train", *arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False
@@ -288,7 +291,9 @@ def test_an_interrupted_run_says_how_to_continue(small_data: Path, tmp_path: Pat
 
 def test_a_folder_that_holds_anything_is_no_output(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-mine").mkdir(parents=True)
-    with pytest.raises(UserError, match=f"output: {tmp_path / 'run'} is not an empty folder"):
+    with pytest.raises(
+        UserError, match=f"output: {tmp_path / 'run'} is not an empty folder.* no checkpoint to resume$"
+    ):
         train(options(small_data, tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-mine"]
 

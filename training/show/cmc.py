@@ -56,7 +56,7 @@ def show(options: Options) -> Figure:
         UserError: a checkpoint or its data cannot be used, or there are too many runs.
     """
     if not 1 <= len(options.runs) <= len(COLOURS):
-        raise UserError(f"runs: got {len(options.runs)}, wanted 1 to {len(COLOURS)}: more curves cannot be told apart")
+        raise UserError(f"runs: got {len(options.runs)}, wanted 1 to {len(COLOURS)}, as more are not told apart")
     curves = []
     for name, run in zip(names(options.runs), options.runs, strict=True):
         trained = load_trained(run, options)
