@@ -283,6 +283,7 @@ pybind11::dict build_info() {
   info["torch"] = RRU_TORCH_VERSION;
   info["simd"] = words(RRU_CAPABILITIES);
   info["simd_here"] = at::get_cpu_capability();
+  info["bfloat16_here"] = RRU_KERNEL(multiplies_bfloat16)();
   info["cuda_architectures"] = words(RRU_CUDA_ARCHITECTURES);
   return info;
 }
@@ -294,6 +295,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of rru_fast; importing it registers them as torch.ops.rru_fast.*_cpu.";
   m.def(
       "build_info", &rru::build_info,
-      "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, and the "
-      "CUDA architectures built for.");
+      "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, whether "
+      "bfloat16 is multiplied as it is, and the CUDA architectures built for.");
 }

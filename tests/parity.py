@@ -201,6 +201,18 @@ def assert_parity(draws: list[tuple[Results, Results, Results]], rounding: float
         assert ours <= allowed, f"{name}: off by {ours:.2e}, allowed {allowed:.2e}"
 
 
+def assert_refine_parity(case: Case, dtype: torch.dtype, backend: str, count: int) -> None:
+    """Hold `refine` to `assert_parity` in `dtype` over `count` draws."""
+    drawn = []
+    for seed in range(count):
+        call = make_call(case, dtype, seed)
+        low = call.map(lambda v: v.to(dtype))
+        with poisoned():
+            got = run(case, low, backend)
+        drawn.append((got, run(case, low, "reference"), run(case, call, "reference")))
+    assert_parity(drawn, rounding=EXACT if dtype == torch.float64 else torch.finfo(dtype).eps)
+
+
 def assert_aligned(got: Results, oracle: Results, tolerance: float) -> None:
     """Gradients point the oracle's way and are as long, whatever their elementwise noise."""
     for name, wanted in oracle.items():

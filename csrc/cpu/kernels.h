@@ -58,6 +58,8 @@ using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 #define RRU_DECLARE_KERNELS(capability)                                                                             \
   namespace capability {                                                                                            \
+  /* true if refine multiplies bfloat16 as it is; else in float32 */                                                \
+  bool multiplies_bfloat16();                                                                                       \
   /* features, strips, mean, var, u, z_s, z_c, h */                                                                 \
   Tensors8 refine(const RefineArguments& arguments, bool save);                                                     \
   /* gradients of x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s; empty where there is none */                \

@@ -1,14 +1,15 @@
-// Matrix products of one tile on the calling thread: oneDNN's micro-kernels through ATen, and loops for double.
+// Matrix products of one tile on the calling thread: oneDNN's micro-kernels through ATen, loops for what they refuse.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <exception>
 #include <type_traits>
+#include <vector>
 
 namespace rru {
 namespace CPU_CAPABILITY {
@@ -27,12 +28,11 @@ constexpr int64_t kColumns = 64;
 // Products are summed in runs of this many, and the runs then: a single chain over K loses twice the digits.
 constexpr int64_t kRun = 256;
 
-// R rows of C (N) = A (K) B (K, N), or C += A B, in double: BLAS may sum in another order on another number of threads.
-template <int64_t R>
+// R rows of C (N) = A (K) B (K, N), or C += A B: summed in order of K. BLAS may choose another for other threads.
+template <int64_t R, typename E>
 inline void multiply_rows(
-    int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc,
-    bool add) {
-  using V = at::vec::Vectorized<double>;
+    int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
+  using V = at::vec::Vectorized<E>;
   for (int64_t j = 0; j < n; j += V::size()) {
     const int64_t count = std::min<int64_t>(V::size(), n - j);
     V sums[R];
@@ -51,6 +51,37 @@ inline void multiply_rows(
   }
 }
 
+// C (M, N) = A (M, K) B (K, N), or C += A B, by loops.
+template <typename E>
+inline void multiply_by_loops(
+    int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
+  constexpr int64_t kRows = 8;
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows) {
+    multiply_rows<kRows>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+  }
+  for (; i < m; i++) {
+    multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+  }
+}
+
+// The same for bfloat16 operands, B's rows interleaved by pairs: widened to float32, which is exact.
+inline void multiply_by_loops(
+    int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, int64_t ldb, float* c,
+    int64_t ldc, bool add) {
+  constexpr int64_t kPair = kInterleave<c10::BFloat16>;
+  std::vector<float> left(m * k), right(k * n);
+  for (int64_t i = 0; i < m; i++) {
+    std::copy_n(a + i * lda, k, left.data() + i * k);
+  }
+  for (int64_t i = 0; i < k; i++) {
+    for (int64_t j = 0; j < n; j++) {
+      right[i * n + j] = b[(i / kPair * ldb + j) * kPair + i % kPair];
+    }
+  }
+  multiply_by_loops(m, n, k, left.data(), k, right.data(), n, c, ldc, add);
+}
+
 // C (M, N) = A (M, K) B (K, N), or C += A B; row-major with leading dimensions lda, ldb, ldc. K is a multiple of
 // kInterleave<G>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
 template <typename G>
@@ -58,40 +89,43 @@ inline void multiply(
     int64_t m, int64_t n, int64_t k, const G* a, int64_t lda, const G* b, int64_t ldb, Sum<G>* c, int64_t ldc,
     bool add) {
   if constexpr (std::is_same_v<G, double>) {
-    constexpr int64_t kRows = 8;
-    int64_t i = 0;
-    for (; i + kRows <= m; i += kRows) {
-      multiply_rows<kRows>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
-    }
-    for (; i < m; i++) {
-      multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
-    }
+    multiply_by_loops(m, n, k, a, lda, b, ldb, c, ldc, add);
   } else {
     for (int64_t k0 = 0; k0 < k; k0 += kRun) {
-      at::native::cpublas::brgemm(
-          m, n, std::min(kRun, k - k0), lda, ldb, ldc, add || k0 > 0, a + k0, b + k0 * ldb, c,
-          /*is_vnni=*/kInterleave<G> > 1);
+      const int64_t run = std::min(kRun, k - k0);
+      const bool add_run = add || k0 > 0;
+      try {
+        at::native::cpublas::brgemm(
+            m, n, run, lda, ldb, ldc, add_run, a + k0, b + k0 * ldb, c, /*is_vnni=*/kInterleave<G> > 1);
+      } catch (const std::exception&) {  // dnnl::error or c10::Error: no kernel of this size, and nothing is written
+        multiply_by_loops(m, n, run, a + k0, lda, b + k0 * ldb, ldb, c, ldc, add_run);
+      }
     }
   }
 }
 
-// Whether bfloat16 can be multiplied as it is: the machine can, found by trying once, and oneDNN is not switched off.
-inline bool multiplies_bfloat16() {
-  if (!at::globalContext().userEnabledMkldnn()) {
+// True if the processor has instructions for bfloat16 products, whatever oneDNN makes of them. ATen asks for AVX-512
+// alone, which Skylake, Cascade Lake and Ice Lake have without them.
+inline bool processor_multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return true;  // decided by oneDNN alone
+#endif
+}
+
+// True if oneDNN has a kernel for bfloat16: ONEDNN_MAX_CPU_ISA may deny it what the processor has.
+inline bool onednn_multiplies_bfloat16() {
+  const c10::BFloat16 a[2] = {1.0f, 1.0f};
+  c10::BFloat16 b[2 * 16];
+  std::fill_n(b, 2 * 16, c10::BFloat16(1.0f));
+  float c[16] = {};
+  try {
+    at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, c, /*is_vnni=*/true);
+  } catch (const std::exception&) {
     return false;
   }
-  static const bool does = [] {
-    const c10::BFloat16 a[2] = {1.0f, 1.0f};
-    c10::BFloat16 b[2 * 16] = {};
-    float c[16];
-    try {
-      multiply<c10::BFloat16>(1, 16, 2, a, 2, b, 16, c, 16, false);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    return true;
-  }();
-  return does;
+  return std::all_of(c, c + 16, [](float sum) { return sum == 2.0f; });
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) {

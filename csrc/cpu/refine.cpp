@@ -5,6 +5,8 @@
 
 #include "refine.h"
 
+#include <ATen/Context.h>
+
 namespace rru {
 namespace CPU_CAPABILITY {
 
@@ -381,6 +383,14 @@ class Forward {
 };
 
 }  // namespace
+
+bool multiplies_bfloat16() {
+  if (!at::globalContext().userEnabledMkldnn()) {  // can change from call to call
+    return false;
+  }
+  static const bool supported = processor_multiplies_bfloat16() && onednn_multiplies_bfloat16();
+  return supported;
+}
 
 Tensors8 refine(const RefineArguments& arguments, bool save) {
   return dispatch(arguments.x, [&](auto stored, auto multiplied) {

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,16 +36,9 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
     if backend not in parity.COMPILED and case.shape[1] > 10:
         pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
-    draws = []
     # Of a gradient's few numbers luck decides; where draws are cheap there are more of them.
     few = case.x_numel < 50 or backend in parity.COMPILED
-    for seed in range(15 if dtype == torch.float32 and few else 5):
-        call = parity.make_call(case, dtype, seed)
-        low = call.map(lambda v: v.to(dtype))
-        with parity.poisoned():
-            got = parity.run(case, low, backend)
-        draws.append((got, parity.run(case, low, "reference"), parity.run(case, call, "reference")))
-    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+    parity.assert_refine_parity(case, dtype, backend, 15 if dtype == torch.float32 and few else 5)
 
 
 @every_backend
@@ -189,32 +178,6 @@ def test_bfloat16_needs_no_onednn() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         for name, value in parity.run(case, call, "cpu").items():
             assert parity.error(value, oracle[name]) <= 20 * torch.finfo(torch.bfloat16).eps, name
-
-
-@native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_simd_capability_keeps_to_the_oracle(capability: str) -> None:
-    code = f"""
-import torch
-from tests import parity
-from tests.parity import Case
-assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}, torch.backends.cpu.get_cpu_capability()
-for case in (Case(), Case((3, 3, 70, 9, 8), hidden=70, inputs="raw"), Case(mode="ragged", inputs="appearance")):
-    call = parity.make_call(case)
-    oracle = parity.run(case, call, "reference")
-    for name, value in parity.run(case, call, "cpu").items():
-        assert parity.error(value, oracle[name]) <= parity.EXACT, (case, name)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        low = call.map(lambda v: v.to(dtype))
-        for name, value in parity.run(case, low, "cpu").items():
-            assert parity.error(value, oracle[name]) <= 20 * torch.finfo(dtype).eps, (case, dtype, name)
-"""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @every_backend

@@ -49,7 +49,10 @@ def test_the_rows_add_up_to_the_ranking(network: Network, split: Split) -> None:
     cmc = compared.ranking().cmc
     rows = found(compared, split, top=2)
     assert [np.mean([row.first <= k for row in rows]) for k in range(1, 5)] == [cmc[k] for k in range(1, 5)]
-    assert found(compared, split, 2, np.array([3, 1])) == [rows[3], rows[1]]
+    some = found(compared, split, 2, np.array([3, 1]))
+    # Distances of fewer queries come from a BLAS call of another size, which may round otherwise.
+    near = [replace(row, distances=pytest.approx(row.distances, abs=1e-12)) for row in (rows[3], rows[1])]
+    assert some == near
 
 
 def row_of(split: Split, first: int | None) -> Found:
