@@ -6,12 +6,13 @@ ARGS ?=
 VERSIONS ?= -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-latest test-triton test-gpu compile-report sanitize lint format bench clean
+.PHONY: help setup train test test-all test-latest test-triton test-gpu compile-report sanitize lint format bench clean
 
 help:
 	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
 	@echo "make test      run the test suite; ARGS=... go to pytest"
-	@echo "make test-latest   the same on the newest releases of torch and the rest, for the last commit"
+	@echo "make test-all  the same with every size, dtype and instruction set, as CI does"
+	@echo "make test-latest   make test on the newest releases of torch and the rest, for the last commit"
 	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
 	@echo "make test-gpu  run the parity suite at full size on a GPU; ARGS as above"
 	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
@@ -36,8 +37,15 @@ train: setup
 	"$(BIN)/python" -m training.train --recipe quick $(ARGS)
 
 # A process a core, each with a thread of its own: what needs more threads asks for them.
+PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: setup
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# Kernels for every instruction set that this machine can act as, not for its own alone.
+test-all: export RRU_FAST_CAPABILITIES := all
+test-all: setup
+	$(PYTEST) -m "not nightly" $(ARGS)
 
 # In a clone, whose kernels are built for that torch; its environment is kept beside this one's, and brought up to date.
 LATEST := build/latest
