@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+# A pool of compiling processes costs more than the few small graphs of a test.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Inductor's cache on disk is not keyed by the instruction set that ATEN_CPU_CAPABILITY allows: vectorized code of one
+# run would be compiled, and fail, in a run without vectors.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}")),
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -24,6 +25,9 @@ from rru_fast.reference import RRU, State
 _, *BACKENDS = config.serving(torch.device("cpu"))
 # Those that take no seconds for a small call, for the large ones.
 COMPILED = [name for name in BACKENDS if not (name == "triton" and triton.interpreted())]
+# For claims that a backend's name, an argument of one and the same operator, can hardly change.
+_FIRST = ("triton", config.choose("auto", torch.device("cpu")))
+DEFAULT_FIRST = [pytest.param(name, marks=() if name in _FIRST else pytest.mark.exhaustive) for name in BACKENDS]
 EXACT = 1e-9  # relative, in float64
 
 Results = dict[str, Tensor]

@@ -54,7 +54,7 @@ def main() -> None:
                 x = torch.randn(shape).to(dtype)
                 drawn.append((op(x, "cpu"), op(x, "reference"), op(x.double(), "reference")))
             parity.assert_parity(drawn, rounding=EXACT if dtype == torch.float64 else torch.finfo(dtype).eps)
-    print(torch.backends.cpu.get_cpu_capability(), native.multiplies_bfloat16())
+    print(torch.backends.cpu.get_cpu_capability(), native.multiplies_bfloat16())  # noqa: T201
 
 
 if __name__ == "__main__":

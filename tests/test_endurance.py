@@ -18,6 +18,7 @@ import rru_fast
 from tests import parity
 
 every_backend = pytest.mark.parametrize("backend", parity.COMPILED)
+default_backend_first = pytest.mark.parametrize("backend", parity.DEFAULT_FIRST)
 LABELS = torch.arange(6) // 2
 
 
@@ -61,6 +62,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("steps", [1_000, pytest.param(10_000, marks=pytest.mark.nightly)])
 @every_backend
+@pytest.mark.exhaustive  # a thousand steps
 def test_training_takes_no_more_memory_step_by_step(backend: str, steps: int) -> None:
     training = Training(backend)
     training.after(500)  # until the allocator has what it needs
@@ -78,7 +80,7 @@ def test_training_takes_no_more_memory_step_by_step(backend: str, steps: int) ->
     assert blocks < steps / 8
 
 
-@every_backend
+@default_backend_first
 def test_threads_that_train_at_once_get_what_each_gets_alone(backend: str, two_threads: None) -> None:
     alone = [Training(backend, seed).after(20) for seed in range(4)]
     trainings = [Training(backend, seed) for seed in range(4)]
@@ -105,7 +107,7 @@ def _send(connection: Any, function: Callable[[], Any]) -> None:
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
-@pytest.mark.parametrize("backend", [*parity.COMPILED, "reference"])
+@pytest.mark.parametrize("backend", [*parity.DEFAULT_FIRST, pytest.param("reference", marks=pytest.mark.exhaustive)])
 def test_a_child_forked_after_use_gets_what_its_parent_gets(backend: str) -> None:
     # In a process of its own: where autograd has started threads PyTorch refuses a backward in the child.
     parent = multiprocessing.get_context("spawn").Process(target=_fork_after_use, args=(backend,))

@@ -86,6 +86,7 @@ def test_the_authors_unit_trains_as_before(make: Callable[[], nn.Module], norm: 
             assert torch.equal(one, ours)
 
 
+@pytest.mark.exhaustive  # every dtype at 2048 channels
 def test_the_authors_unit_at_its_own_sizes_is_as_near_the_oracle_as_theirs_in_every_dtype() -> None:
     plain, fast = twins(their_code.FuseNet(16, 256))
     x = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)

@@ -311,7 +311,7 @@ def gathered_losses(rank: int) -> None:
             assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
     in_ranks(processes, tmp_path, gathered_losses)
 

@@ -30,8 +30,9 @@ NIGHTLY = 10_000
 
 
 def examples(few: int) -> pytest.MarkDecorator:
-    """So many examples of a property, and 10,000 in the nightly run."""
-    return pytest.mark.parametrize("count", [few, pytest.param(NIGHTLY, marks=pytest.mark.nightly)])
+    """A third of so many examples of a property, so many in `make test-all`, and 10,000 in the nightly run."""
+    more = [pytest.param(few, marks=pytest.mark.exhaustive), pytest.param(NIGHTLY, marks=pytest.mark.nightly)]
+    return pytest.mark.parametrize("count", [few // 3, *more])
 
 
 def hold(count: int, strategy: st.SearchStrategy[Any], claim: Callable[[Any], None]) -> None:

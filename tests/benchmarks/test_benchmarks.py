@@ -56,6 +56,7 @@ def test_refine_measures_both_dtypes_and_the_tracklet_in_one_run(
     assert all(printed.count(f"parity: {name}, ") == 3 for name in ("eager, authors", *BACKENDS))
 
 
+@pytest.mark.exhaustive  # the compiler takes half a minute
 def test_a_shape_and_a_dtype_measure_that_training_alone_beside_the_compiler() -> None:
     rows = refine.main(refine.Options(shape=SHAPE, dtype="float32", repeats=1, device="cpu"))
     assert [row["implementation"] for row in rows] == [
@@ -140,6 +141,9 @@ COMMANDS = {
     "batch_hard": "--n 64 --d 8 --repeats 1",
     "memory": "--maps 2 3 16 4 4 --frames 2 3 --features 16 64 --d 8",
 }
+every_command = pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=() if c in ("refine", "scaling") else pytest.mark.exhaustive) for c in COMMANDS]
+)
 
 
 def _run(command: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +154,7 @@ def _run(command: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         runpy.run_module(f"benchmarks.{command}", run_name="__main__", alter_sys=True)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@every_command
 def test_a_command_tells_parity_before_its_figures_and_ends_well(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +172,7 @@ def test_a_command_tells_parity_before_its_figures_and_ends_well(
     assert ("pytorch-metric-learning" in names) == (command in ("batch_hard", "memory"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@every_command
 def test_no_figure_leaves_a_command_whose_kernel_is_wrong_and_it_ends_with_an_error(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

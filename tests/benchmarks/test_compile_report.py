@@ -47,6 +47,7 @@ def test_what_is_over_budget_is_told(changed: dict[str, object], told: list[str]
     assert [sentence.split(": ")[1] for sentence in found] == told
 
 
+@pytest.mark.exhaustive  # a part of make compile-report
 def test_every_kernel_is_compiled_and_within_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_report, "VARIANTS", (compile_report.Variant(groups=compile_report.CLIPS),))
     rows = compile_report.compile_all(90, "bfloat16")

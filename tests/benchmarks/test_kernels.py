@@ -32,6 +32,7 @@ sys.exit(f"ENDED {{saved:d}} {{compared:d}} {{wrong:d}}")
 """
 
 
+@pytest.mark.exhaustive  # three runs of all kernels
 def test_a_run_is_compared_with_the_one_before_and_what_is_wrong_has_no_figure(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWICE_AND_WRONG, str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not of xdist's own

@@ -16,6 +16,7 @@ from tests import parity
 from tests.parity import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+default_backend_first = pytest.mark.parametrize("backend", parity.DEFAULT_FIRST)
 native_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
 MARGINS: list[Any] = [0.3, 2.0, 0.0, "soft"]
 SHAPES = [(20, 16), (8, 20, 33), (1, 1, 5), (3, 7, 2), (2, 65, 3), (1, 131, 70)]
@@ -193,7 +194,7 @@ def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> No
         assert parity.error(value, whole[name]) <= 1e-14, name
 
 
-@pytest.mark.parametrize("backend", parity.COMPILED)
+@default_backend_first
 def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
     n, d = 8192, 16  # the matrix would be 256 MiB
     features, labels = torch.randn(n, d), torch.arange(n) // 4
@@ -305,7 +306,7 @@ def test_the_first_nan_is_the_partner_and_nan_the_gradient(backend: str) -> None
     assert got["d_features"].isnan().all()
 
 
-@every_backend
+@default_backend_first
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_opcheck(metric: str, backend: str) -> None:
     features, labels = random_batch((2, 10, 4))
@@ -317,7 +318,7 @@ def test_opcheck(metric: str, backend: str) -> None:
     torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
 
 
-@every_backend
+@default_backend_first
 def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
     loss = rru_fast.BatchHardTripletLoss(margin=0.4, backend=backend)
     features, labels = random_batch((4, 20, 8))

@@ -15,6 +15,7 @@ from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+default_backend_first = pytest.mark.parametrize("backend", parity.DEFAULT_FIRST)
 native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels are not built")
 ALL_WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
@@ -30,9 +31,22 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
         assert parity.error(got[name], wanted) <= parity.EXACT, name
 
 
+def decides(case: Case, dtype: torch.dtype) -> bool:
+    """Return True unless other calls repeat the rounding of this one; float64 has every case."""
+    if case in ODD_SHAPES:
+        return case.mode == "train" and (dtype == torch.float32 or case.x_numel > 4000)
+    return case.attention == "both" and (case.mode == "train" or case.inputs == "appearance+motion")
+
+
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=() if decides(case, dtype) else pytest.mark.exhaustive)
+        for case in [*VARIANTS, *GROUPS, *ODD_SHAPES]
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ],
+)
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
     if backend not in parity.COMPILED and case.shape[1] > 10:
         pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
@@ -386,13 +400,13 @@ def operator_arguments(case: Case, backend: str, requires_grad: bool) -> tuple[o
     )
 
 
-@every_backend
+@default_backend_first
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck(case: Case, backend: str) -> None:
     torch.library.opcheck(ops.refine.refine, operator_arguments(case, backend, requires_grad=True))
 
 
-@every_backend
+@default_backend_first
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
     arguments = operator_arguments(case, backend, requires_grad=False)
@@ -401,8 +415,8 @@ def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
     torch.library.opcheck(ops.refine.refine_backward, inputs)
 
 
-@every_backend
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@default_backend_first
+@pytest.mark.parametrize("mode", ["train", pytest.param("eval", marks=pytest.mark.exhaustive)])
 def test_compiled_without_a_graph_break_equals_eager(mode: str, backend: str) -> None:
     modules = [rru_fast.RRU(6, (3, 2), hidden=5, backend=backend).train(mode == "train") for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())

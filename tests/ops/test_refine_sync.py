@@ -220,6 +220,7 @@ def assert_as_one_process(job: Job, results: list[Results]) -> None:
 
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+four_ranks = pytest.mark.exhaustive  # twice as many processes to start, for what two ranks show
 
 
 @every_backend
@@ -228,12 +229,14 @@ def test_two_ranks_give_what_one_process_gives(job: Job, backend: str, two: list
     assert_as_one_process(job, [found[f"{job} {backend}"] for found in two])
 
 
+@four_ranks
 @every_backend
 @pytest.mark.parametrize("job", OF_FOUR, ids=str)
 def test_four_ranks_give_what_one_process_gives(job: Job, backend: str, four: list[dict[str, Any]]) -> None:
     assert_as_one_process(job, [found[f"{job} {backend}"] for found in four])
 
 
+@four_ranks
 @every_backend
 @pytest.mark.parametrize("pair", [0, 1])
 def test_ranks_of_a_subgroup_share_among_themselves(pair: int, backend: str, four: list[dict[str, Any]]) -> None:
@@ -292,6 +295,7 @@ def test_a_cuda_graph_of_several_ranks_is_refused(two: list[dict[str, Any]]) -> 
         assert found["graph"] == wanted
 
 
+@four_ranks
 def test_a_group_that_the_rank_is_not_in_is_refused(four: list[dict[str, Any]]) -> None:
     for what in ("not mine", "not the module's"):
         assert four[3][what].startswith("TypeError: process_group: got one that this rank is not in, wanted"), what

@@ -11,6 +11,7 @@ from tests import parity
 from tests.parity import BACKENDS
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+default_backend_first = pytest.mark.parametrize("backend", parity.DEFAULT_FIRST)
 native_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
 SHAPES = [
     (2, 3, 4, 5, 6),
@@ -90,14 +91,14 @@ def test_threads_change_no_bit(dtype: torch.dtype, backend: str) -> None:
         assert torch.equal(alone, four)
 
 
-@every_backend
+@default_backend_first
 def test_opcheck(backend: str) -> None:
     s = torch.randn(2, 3, 4, 5, 6)
     torch.library.opcheck(ops.strip_pool.strip_pool, (s.clone().requires_grad_(), backend))
     torch.library.opcheck(ops.strip_pool.strip_pool_backward, (torch.randn(2, 4, 5), 3, 6, backend))
 
 
-@every_backend
+@default_backend_first
 def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
     compiled = torch.compile(lambda s: rru_fast.strip_pool(s, backend=backend) * 2, fullgraph=True)
     s = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
