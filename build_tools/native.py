@@ -196,6 +196,7 @@ def _cpp_units(torch: Torch, compiler: Compiler, architectures: list[str]) -> li
     bindings = [*common, "-isystem", sysconfig.get_path("include"), "-isystem", sysconfig.get_path("platinclude")]
     bindings += [f'-DRRU_FLAGS="{" ".join([*FLAGS, *_sanitize()])}"', f'-DRRU_CAPABILITIES="{" ".join(CAPABILITIES)}"']
     bindings += [f'-DRRU_CUDA_ARCHITECTURES="{" ".join(architectures)}"'] + ["-DRRU_HAS_CUDA"] * bool(architectures)
+    bindings += [f"-DRRU_HAS_{capability}" for capability in CAPABILITIES]
     source = Path("csrc/bindings.cpp")
     units = [Unit(source, "bindings", [*bindings, "-c", str(source)], compiler.version)]
     # The plainest capability first: of an inline function that several objects carry, the linker takes the first one's.
