@@ -67,8 +67,8 @@ SANITIZED := build/sanitize
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 
 sanitize: setup
-	RRU_FAST_SANITIZE=1 RRU_FAST_NATIVE=1 RRU_FAST_CUDA=0 "$(BIN)/python" -m pip install \
-		--disable-pip-version-check -q --no-deps --upgrade --target "$(SANITIZED)" .
+	RRU_FAST_SANITIZE=1 RRU_FAST_NATIVE=1 RRU_FAST_CUDA=0 RRU_FAST_CAPABILITIES=native \
+		"$(BIN)/python" -m pip install --disable-pip-version-check -q --no-deps --upgrade --target "$(SANITIZED)" .
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		"$(BIN)/python" -m pytest -q --capture=sys -o pythonpath="$(SANITIZED) ." \
