@@ -23,17 +23,21 @@ help:
 	@echo "make setup     .venv with everything installed and built, which the others do first"
 	@echo "make clean     remove .venv, caches and build output"
 
-# The kernels are built last, against the torch that .ready brings, and again whenever their sources have changed.
+# The kernels are built last, for the torch that pip has installed, and again whenever their sources have changed.
 setup: $(VENV)/.ready
 	@"$(BIN)/python" -m build_tools
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+# Training takes a part of it.
+$(VENV)/.ready: PACKAGES = -e ".[train,export,search,bench,dev]"
+$(VENV)/.train: PACKAGES = ninja -e ".[train]"
+$(VENV)/.ready $(VENV)/.train: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv "$(VENV)"
 	RRU_FAST_NATIVE=0 RRU_FAST_CUDA= "$(BIN)/python" -m pip install --disable-pip-version-check -q \
-		$(VERSIONS) -e ".[train,export,search,bench,dev]"
-	@touch "$@"
+		$(VERSIONS) $(PACKAGES)
+	@touch "$(VENV)/.train" "$@"
 
-train: setup
+train: $(VENV)/.train
+	@"$(BIN)/python" -m build_tools
 	"$(BIN)/python" -m training.train --recipe quick $(ARGS)
 
 # A process a core, each with a thread of its own: what needs more threads asks for them.
@@ -75,8 +79,8 @@ SANITIZED := build/sanitize
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 
 sanitize: setup
-	RRU_FAST_SANITIZE=1 RRU_FAST_NATIVE=1 RRU_FAST_CUDA=0 "$(BIN)/python" -m pip install \
-		--disable-pip-version-check -q --no-deps --upgrade --target "$(SANITIZED)" .
+	RRU_FAST_SANITIZE=1 RRU_FAST_NATIVE=1 RRU_FAST_CUDA=0 RRU_FAST_CAPABILITIES=native \
+		"$(BIN)/python" -m pip install --disable-pip-version-check -q --no-deps --upgrade --target "$(SANITIZED)" .
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		"$(BIN)/python" -m pytest -q --capture=sys -o pythonpath="$(SANITIZED) ." \

@@ -16,6 +16,7 @@ from build_tools import native, toolchain
 
 for variable in ("RRU_FAST_NATIVE", "RRU_FAST_CUDA", "RRU_FAST_SANITIZE"):
     toolchain.asked(variable)  # a wrong value is an error at once, whatever pip goes on to run
+toolchain.capabilities(in_place=False)
 toolchain.jobs()
 
 
@@ -36,7 +37,7 @@ class BuildNative(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        native.build(native.ROOT / "rru_fast" if self.editable_mode else self._package())
+        native.build(toolchain.ROOT / "rru_fast" if self.editable_mode else self._package())
 
     def _package(self) -> Path:
         assert self.build_lib is not None
@@ -51,7 +52,7 @@ class BuildNative(Command):
     def get_output_mapping(self) -> dict[str, str]:
         if not self.editable_mode:
             return {}
-        here = native.ROOT / "rru_fast"
+        here = toolchain.ROOT / "rru_fast"
         return {str(self._package() / n): str(here / n) for n in (native.BINARY, "_build.json") if (here / n).exists()}
 
 
@@ -60,7 +61,7 @@ class Build(build):
 
 
 class NativeDistribution(Distribution):
-    """What is built without native kernels is a wheel for any Python and platform."""
+    """Without native kernels, a wheel for any Python and platform."""
 
     def has_ext_modules(self) -> bool:
         return native.skipped() is None

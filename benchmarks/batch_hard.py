@@ -9,6 +9,11 @@ strips of 2048 channels, where eager is a loop over strips. `benchmarks.memory` 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -9,6 +9,11 @@ PTX, the matrix instructions. A kernel over the budget, or a product that misses
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 import os
 import re
 import subprocess

@@ -13,6 +13,11 @@ of a large GPU, which brings theirs nearer.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 import time
 from dataclasses import dataclass
 from datetime import date

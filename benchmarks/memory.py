@@ -8,6 +8,11 @@ is repeated and the machine may be busy. Parity comes first at every size.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 from dataclasses import dataclass
 from functools import partial
 

@@ -11,6 +11,11 @@ measured in the same run.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal

@@ -14,6 +14,11 @@ Another machine's runs, in a folder of their own, become a page there, which is 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 import hashlib
 import inspect
 import json

@@ -10,6 +10,11 @@ and the run ends with an error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

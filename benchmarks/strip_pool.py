@@ -5,6 +5,11 @@ python -m benchmarks.strip_pool
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -19,6 +19,11 @@ in a process of its own, and what is measured is written as it goes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
 import time
 from dataclasses import dataclass
 from pathlib import Path

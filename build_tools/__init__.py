@@ -1,5 +1,6 @@
-"""How rru_fast/_C is built: what this machine offers (`toolchain`), and compiling, linking and recording it (`native`).
+"""Build rru_fast/_C.
 
-Neither imports setuptools or torch: setup.py wires them into an install, `python -m build_tools` builds in place.
-Beside them, what else a command of this folder needs installed (`extras`).
+`toolchain` finds what there is to build with, `native` compiles, links and records, `backend` is the build backend.
+None imports torch. setup.py puts the result into an install, `python -m build_tools` builds in place. `extras` checks
+the requirements of the commands in training and benchmarks.
 """

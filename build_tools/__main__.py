@@ -1,5 +1,5 @@
-"""Build rru_fast/_C in place: `python -m build_tools`, for a checkout installed with `pip install -e .`."""
+"""Build rru_fast/_C in place, for a checkout installed with `pip install -e .`: `python -m build_tools`."""
 
-from build_tools import native
+from build_tools import native, toolchain
 
-native.build(native.ROOT / "rru_fast")
+native.build(toolchain.ROOT / "rru_fast")

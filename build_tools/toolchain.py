@@ -1,4 +1,4 @@
-"""What there is to build with: PyTorch, a C++ compiler, a CUDA toolkit; and what the environment asks for."""
+"""Find PyTorch, ninja, a C++ compiler and a CUDA toolkit, and read the variables that control the build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Each csrc/cpu file is compiled once for each of these, with the flags ATen compiles its own kernels with.
+ROOT = Path(__file__).resolve().parent.parent
+# SIMD capabilities, the lowest first, and their flags, which are ATen's own.
 CAPABILITIES: dict[str, list[str]] = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -23,7 +24,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class MissingError(Exception):
-    """Something cannot be built here; the message says why in one line."""
+    """Something needed is missing; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,36 @@ class Cuda:
 
 
 def asked(variable: str) -> bool | None:
-    """What an environment variable demands: True for 1, False for 0, None where it is unset."""
+    """Read a switch: True for 1, False for 0, None if it is unset."""
     value = os.environ.get(variable) or None
     if value not in (None, "0", "1"):
         raise SystemExit(f"{variable}: got {value!r}, wanted 1, 0 or unset")
     return None if value is None else value == "1"
 
 
+def capabilities(in_place: bool) -> list[str]:
+    """SIMD capabilities to compile for, the lowest first.
+
+    RRU_FAST_CAPABILITIES decides; unset, a build in place is for this machine and a wheel for all.
+    """
+    value = os.environ.get("RRU_FAST_CAPABILITIES") or ("native" if in_place else "all")
+    if value not in ("native", "all"):
+        raise SystemExit(f"RRU_FAST_CAPABILITIES: got {value!r}, wanted native, all or unset")
+    return [native_capability()] if value == "native" else list(CAPABILITIES)
+
+
+def native_capability(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The capability that ATen chooses on this machine, by ATen's rule; ATEN_CPU_CAPABILITY does not count."""
+    text = cpuinfo.read_text() if "AVX2" in CAPABILITIES and cpuinfo.is_file() else ""
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    if {"avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"} <= flags:
+        return "AVX512"
+    return "AVX2" if {"avx2", "fma"} <= flags else "DEFAULT"
+
+
 def jobs() -> int:
-    """How many compilers run at once: MAX_JOBS, else the number of processors this process may use."""
+    """Number of concurrent compilations: MAX_JOBS, else the number of processors this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     value = os.environ.get("MAX_JOBS") or str(usable)
     if not value.isdecimal() or int(value) == 0:
@@ -69,20 +91,13 @@ def jobs() -> int:
     return int(value)
 
 
-def run(
-    command: list[str], cwd: str | Path | None = None, environment: Mapping[str, str] = os.environ
-) -> subprocess.CompletedProcess[str]:
-    """Run a command and keep what it prints; in English and ASCII, since errors are looked for in it and recorded."""
-    environment = {**environment, "LC_ALL": "C"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
-
-
 def _output(command: list[str], cwd: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
-    """What a command prints, both streams; empty where it fails or is not there."""
+    """Both output streams of a command, in English; empty if it fails or does not exist."""
+    environment = {**environment, "LC_ALL": "C"}
     try:
-        done = run(command, cwd, environment)
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except OSError:
         return ""
     return done.stdout + done.stderr if done.returncode == 0 else ""
@@ -91,10 +106,12 @@ def _output(command: list[str], cwd: str | None = None, environment: Mapping[str
 def find_torch() -> Torch:
     """The PyTorch of the environment that is being installed into, found without importing it.
 
-    pip builds in an isolated environment that has what build-system.requires names. torch is not named there: pip would
-    fetch gigabytes of it, and of a version that need not be the one the kernels will meet. So where this process has no
-    torch, the same interpreter is asked again without the variables with which pip isolates it.
+    pip builds in an isolated environment with the packages of build-system.requires. torch is not among them: pip would
+    download gigabytes, and a version that need not be the installed one. So if this process has no torch, its
+    interpreter is asked again without the variables by which pip isolates it. uv isolates with an interpreter of its
+    own, from which the environment cannot be found.
     """
+    wanted = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))[0]
     spec = importlib.util.find_spec("torch")
     origin = spec.origin if spec else None
     if origin is None:
@@ -104,11 +121,26 @@ def find_torch() -> Torch:
     folder = Path(origin).parent if origin else None
     if folder is None or not (folder / "include" / "ATen").is_dir():
         raise MissingError(
-            "no PyTorch to build for: install torch first, "
-            "then pip install --no-deps --force-reinstall . (or -e ., as before)"
+            f"no PyTorch to build for: install torch>={wanted} first, and for uv also setuptools and ninja, "
+            "as uv needs --no-build-isolation"
         )
     version = runpy.run_path(str(folder / "version.py"))
+    if _numbers(version["__version__"]) < _numbers(wanted):
+        raise MissingError(f"torch: got {version['__version__']}, wanted {wanted} or newer")
     return Torch(folder, version["__version__"], version["cuda"])
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.match(r"[\d.]*\d", version)[0].split(".")]  # type: ignore[index]
+
+
+def find_ninja() -> Path:
+    """The ninja program of PyPI's ninja package; its module ninja_syntax is used as well."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        raise MissingError("no ninja: pip install ninja") from None
+    return Path(BIN_DIR, "ninja")  # BIN_DIR is empty if the program is elsewhere on the PATH
 
 
 def find_compiler() -> Compiler:
@@ -121,11 +153,13 @@ def find_compiler() -> Compiler:
     for command in candidates:
         if version := _output([*command, "--version"]):
             return Compiler(command, version.splitlines()[0])
-    raise MissingError(f"no C++ compiler: {f'CXX={wanted}' if wanted else 'none of c++, g++ and clang++'} runs here")
+    if wanted:
+        raise MissingError(f"no C++ compiler: CXX={wanted} does not run")
+    raise MissingError("no C++ compiler: found none of c++, g++ and clang++; install one, such as Debian's package g++")
 
 
 def find_cuda() -> Cuda:
-    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the one behind the nvcc on the PATH."""
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of the nvcc on the PATH."""
     home = next((f"{v}={os.environ[v]}" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)), None)
     if home is not None:
         root = Path(home.split("=", 1)[1])
@@ -150,7 +184,7 @@ def find_cuda() -> Cuda:
 
 
 def cuda_architectures() -> list[str]:
-    """What to build CUDA for: TORCH_CUDA_ARCH_LIST, else the GPUs present, else 80 and 90; as "90" or "90+PTX"."""
+    """CUDA architectures, as "90" or "90+PTX": TORCH_CUDA_ARCH_LIST, else of the GPUs present, else 80 and 90."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     words = listed.replace(";", " ").replace(",", " ").split()
     if not words:

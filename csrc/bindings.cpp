@@ -19,17 +19,32 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The kernel of the set for this machine's SIMD capability; ATen's own choice, which ATEN_CPU_CAPABILITY lowers.
-#if defined(__x86_64__)
+// The best kernel set built that is not above ATen's SIMD capability, which ATEN_CPU_CAPABILITY lowers.
 template <typename F>
 F for_capability(F with_default, F with_avx2, F with_avx512) {
   static const std::string capability = at::get_cpu_capability();
-  return capability == "AVX512" ? with_avx512 : capability == "AVX2" ? with_avx2 : with_default;
+  const bool avx512 = capability == "AVX512", avx2 = avx512 || capability == "AVX2";
+  const F kernel = avx512 && with_avx512 ? with_avx512 : avx2 && with_avx2 ? with_avx2 : with_default;
+  TORCH_CHECK(kernel, "rru_fast: got kernels for " RRU_CAPABILITIES ", wanted a set for ", capability);
+  return kernel;
 }
-#define RRU_KERNEL(name) for_capability(&DEFAULT::name, &AVX2::name, &AVX512::name)
+
+#ifdef RRU_HAS_DEFAULT
+#define RRU_DEFAULT(name) &DEFAULT::name
 #else
-#define RRU_KERNEL(name) (&DEFAULT::name)
+#define RRU_DEFAULT(name) nullptr
 #endif
+#ifdef RRU_HAS_AVX2
+#define RRU_AVX2(name) &AVX2::name
+#else
+#define RRU_AVX2(name) nullptr
+#endif
+#ifdef RRU_HAS_AVX512
+#define RRU_AVX512(name) &AVX512::name
+#else
+#define RRU_AVX512(name) nullptr
+#endif
+#define RRU_KERNEL(name) for_capability<decltype(&DEFAULT::name)>(RRU_DEFAULT(name), RRU_AVX2(name), RRU_AVX512(name))
 
 void check(const char* name, const Tensor& tensor, at::IntArrayRef wanted) {
   TORCH_CHECK_VALUE(tensor.sizes() == wanted, name, ": got shape ", tensor.sizes(), ", wanted ", wanted);

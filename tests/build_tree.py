@@ -9,13 +9,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
+
+import torch
+
+from build_tools import toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
 # What decides about a build, beside what a test sets itself.
 VARIABLES = ("RRU_FAST_NATIVE", "RRU_FAST_CUDA", "RRU_FAST_SANITIZE", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
-VARIABLES += ("CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
+VARIABLES += ("RRU_FAST_CAPABILITIES", "ATEN_CPU_CAPABILITY", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
 
 STAND_INS = {
     "csrc/bindings.cpp": """
@@ -26,7 +31,7 @@ STAND_INS = {
         #else
         static int cuda_runtime() { return 0; }
         #endif
-        using namespace rru::DEFAULT;
+        using namespace rru::CHOSEN;
         static PyObject* sum(PyObject*, PyObject*) { return PyLong_FromLong(first() + second()); }
         static PyObject* runtime(PyObject*, PyObject*) { return PyLong_FromLong(cuda_runtime()); }
         static PyObject* flags(PyObject*, PyObject*) { return PyUnicode_FromString(RRU_FLAGS "; " RRU_TORCH_VERSION); }
@@ -38,7 +43,16 @@ STAND_INS = {
         static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
         PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
     """,
-    "csrc/cpu/kernels.h": "namespace rru { namespace DEFAULT { int first(); int second(); } }",
+    "csrc/cpu/kernels.h": """
+        #if defined(RRU_HAS_DEFAULT)
+        #define CHOSEN DEFAULT
+        #elif defined(RRU_HAS_AVX2)
+        #define CHOSEN AVX2
+        #else
+        #define CHOSEN AVX512
+        #endif
+        namespace rru { namespace CHOSEN { int first(); int second(); } }
+    """,
     "csrc/cpu/first.cpp": '#include "kernels.h"\nnamespace rru::CPU_CAPABILITY { int first() { return 40; } }',
     "csrc/cpu/second.cpp": "namespace rru::CPU_CAPABILITY { int second() { return 2; } }",
 }
@@ -48,6 +62,22 @@ STAND_IN_CUDA = """
     int cuda_runtime() { int version = 0; cudaRuntimeGetVersion(&version); return version; }
     void twice(float* x, cudaStream_t stream) { twice_kernel<<<1, 32, 0, stream>>>(x); }
 """
+STAND_IN_TORCH = """
+    from torch.version import __version__
+    class backends:
+        class cpu:
+            get_cpu_capability = staticmethod(lambda: "{capability}")
+"""
+
+
+def write_stand_in_torch(site: Path) -> None:
+    """Put a torch into a site-packages folder that is imported at once, and has the headers and libraries of torch."""
+    folder = site / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(dedent(STAND_IN_TORCH).format(capability=toolchain.native_capability()))
+    (folder / "version.py").write_text(f"__version__ = {str(torch.__version__)!r}\ncuda = None\n")
+    for name in ("include", "lib"):
+        (folder / name).symlink_to(Path(torch.__file__).parent / name)
 
 
 @dataclass(frozen=True)
@@ -72,8 +102,13 @@ class Tree:
         return list((self.root / "rru_fast").glob("_C*"))
 
     def leftovers(self) -> list[str]:
-        """What was being written beside its place and never moved there."""
-        return [p.name for folder in ("rru_fast", "build/native") for p in (self.root / folder).glob("*.tmp")]
+        """Temporary files that were never moved to their place."""
+        return [path.name for path in (self.root / "rru_fast").glob("*.tmp")]
+
+    def copy(self, root: Path) -> Tree:
+        """A copy with all that was built; what is up to date here is so there too."""
+        shutil.copytree(self.root, root)
+        return Tree(root)
 
     def call(self, function: str) -> str:
         """What a function of the built extension returns, in a process without torch."""

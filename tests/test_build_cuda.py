@@ -1,4 +1,4 @@
-"""The build's CUDA half, on one tiny kernel: when it is built, for what, and with which toolkit. Needs nvcc, no GPU."""
+"""Build a tiny CUDA kernel along with the others. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ MATCHES = (torch.version.cuda or "").split(".")[0] == CUDA.version.split(".")[0]
 matching = pytest.mark.skipif(not MATCHES, reason=f"nvcc is of CUDA {CUDA.version}, torch of {torch.version.cuda}")
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    tree = stand_in_tree(tmp_path / "a tree")
+@pytest.fixture(scope="module")
+def first_build(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = stand_in_tree(tmp_path_factory.mktemp("built") / "a tree")
+    assert tree.build(RRU_FAST_CUDA="0").returncode == 0
     tree.write("csrc/cuda/twice.cu", STAND_IN_CUDA)
     return tree
+
+
+@pytest.fixture
+def tree(first_build: Tree, tmp_path: Path) -> Tree:
+    return first_build.copy(tmp_path / "a tree")
 
 
 def script(path: Path, text: str) -> Path:
@@ -135,7 +141,7 @@ def test_the_toolkit_is_found_behind(how: str, tmp_path: Path, monkeypatch: pyte
     else:
         (tmp_path / "bin/nvcc").symlink_to(target)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    assert toolchain.find_cuda() == CUDA
+    assert toolchain.find_cuda().nvcc == CUDA.nvcc.resolve()
 
 
 def test_cuda_home_wins_over_the_nvcc_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
-"""What becomes of a binary that does not fit: one warning with the remedy, and the composite backend serves."""
+"""Binaries that do not fit are refused with one warning and the remedy, and the composite backend serves."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ import torch
 import rru_fast
 from build_tools import toolchain
 from rru_fast import native
+from rru_fast.remedy import remedy
 
-REMEDY = "run: pip install --no-deps -e ."
+ROOT = Path(__file__).resolve().parents[1]
+REMEDY = remedy(Path(native.__file__).parent)
+
+ELF = Path(torch.__file__).parent / "lib/libc10.so"
 
 
 @pytest.fixture
@@ -30,13 +34,12 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "_C.so"
 
 
-def record(binary: Path, content: bytes = b"", **changed: Any) -> None:
-    """Write the record of a good build of `content`, but for what is changed."""
+def record(binary: Path, **changed: Any) -> None:
+    """Write the record of a good build, with changes."""
     good = {
         "native": None,
         "python": sysconfig.get_config_var("SOABI"),
         "torch": torch.__version__,
-        "sha256": hashlib.sha256(content).hexdigest(),
         "compiler": "c++ 12",
         "flags": "-O3",
         "capabilities": ["DEFAULT"],
@@ -71,7 +74,7 @@ def test_a_binary_for_another_python_is_refused(binary: Path) -> None:
 
 def test_a_record_without_its_binary_is_named(binary: Path) -> None:
     record(binary)
-    assert "were built, but _C.so is not there" in unusable()
+    assert "were built, but _C.so does not exist" in unusable()
 
 
 def test_a_binary_without_its_record_is_refused(binary: Path) -> None:
@@ -97,10 +100,42 @@ def test_a_record_with_a_wrong_field_is_no_crash(name: str, value: Any, binary: 
     assert f"_build.json: got {name} {value!r}, wanted " in unusable()
 
 
-def test_a_binary_cut_short_is_refused_before_it_is_loaded(binary: Path) -> None:
-    binary.write_bytes(b"whole"[:3])
-    record(binary, b"whole")
-    assert "_C.so is not the file that was built" in unusable()
+@pytest.mark.skipif(not ELF.exists(), reason="no shared library of 64 bits")
+@pytest.mark.parametrize("end", [-5, 200_000, 100, 30])
+def test_a_binary_cut_short_is_refused_before_it_is_loaded(binary: Path, end: int) -> None:
+    record(binary)
+    whole = ELF.read_bytes()
+    binary.write_bytes(whole)
+    assert not native._cut_short(binary)
+    binary.write_bytes(whole[:end])
+    assert "_C.so is damaged: it is shorter than its headers say" in unusable()
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "used"),
+    [
+        (["AVX2"], "DEFAULT", None),
+        (["AVX512"], "AVX2", None),
+        (["AVX2"], "NO AVX", None),
+        (["AVX2"], "AVX2", "AVX2"),
+        (["AVX2"], "AVX512", "AVX2"),
+        (["DEFAULT"], "SVE256", "DEFAULT"),
+        (["DEFAULT", "AVX2", "AVX512"], "AVX2", "AVX2"),
+        (["DEFAULT", "AVX512"], "AVX2", "DEFAULT"),
+    ],
+)
+def test_kernels_for_a_better_processor_are_refused(
+    built: list[str], here: str, used: str | None, binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
+    assert native._usable(built)[-1:] == ([used] if used else [])
+    if used is None:
+        record(binary, capabilities=built)
+        binary.touch()
+        assert unusable().startswith(
+            f"the native kernels were built for {built[0]}, this processor (or ATEN_CPU_CAPABILITY) runs {here}; "
+            "RRU_FAST_CAPABILITIES=all builds for all processors; "
+        )
 
 
 def test_sanitized_kernels_are_refused_where_they_would_end_the_process(
@@ -112,15 +147,75 @@ def test_sanitized_kernels_are_refused_where_they_would_end_the_process(
     assert "the native kernels are sanitized, and LD_PRELOAD has no libasan" in unusable()
 
 
-def test_what_was_left_out_on_purpose_is_a_reason_and_no_warning(binary: Path) -> None:
-    record(binary, native="no C++ compiler: none runs here")
+def test_kernels_left_out_on_purpose_are_a_reason_and_no_warning(binary: Path) -> None:
+    record(binary, native="RRU_FAST_NATIVE=0 when it was installed", on_purpose=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native._load()[0] == "native kernels were not built: no C++ compiler: none runs here"
+        assert native._load()[0] == "native kernels were not built: RRU_FAST_NATIVE=0 when it was installed"
+
+
+def test_kernels_that_could_not_be_built_are_a_warning(binary: Path) -> None:
+    record(binary, native="c++ failed on csrc/bindings.cpp: error: no", on_purpose=False)
+    assert unusable().startswith("native kernels were not built: c++ failed on csrc/bindings.cpp: error: no; ")
 
 
 def test_a_checkout_that_was_never_built_says_so(binary: Path) -> None:
-    assert unusable() == f"native kernels have not been built; {native.REMEDY}"
+    assert unusable() == f"native kernels have not been built; {REMEDY}"
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | None], Path]:
+    """Write the metadata of an installation of rru_fast, and return its package folder."""
+
+    def write(installer: str, direct_url: str | None) -> Path:
+        metadata = tmp_path / "site/rru_fast-0.1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text("Name: rru_fast\nVersion: 0.1.0\n")
+        (metadata / "INSTALLER").write_text(f"{installer}\n")
+        if direct_url:
+            (metadata / "direct_url.json").write_text(direct_url)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+        return tmp_path / "site/rru_fast"
+
+    return write
+
+
+PIP = "pip install --no-deps --force-reinstall --no-cache-dir"
+UV = "uv pip install --no-build-isolation --no-deps --reinstall --no-cache"
+
+
+@pytest.mark.parametrize(
+    ("installer", "url", "wanted"),
+    [
+        ("pip", None, f"run: {PIP} --no-binary rru_fast rru_fast"),
+        ("pip", '{"url": "file:///a%20b", "dir_info": {}}', f"run: {PIP} '/a b'"),
+        (
+            "pip",
+            '{"url": "file:///a/rru_fast-0.1.0.tar.gz", "archive_info": {}}',
+            f"run: {PIP} /a/rru_fast-0.1.0.tar.gz",
+        ),
+        ("pip", '{"url": "file:///a/b.whl", "archive_info": {}}', f"in rru_fast's source folder, run: {PIP} ."),
+        (
+            "pip",
+            '{"url": "https://a/b", "vcs_info": {"vcs": "git", "commit_id": "c"}}',
+            f"run: {PIP} git+https://a/b@c",
+        ),
+        ("uv", None, f"run: {UV} --no-binary rru_fast rru_fast"),
+        ("uv", '{"url": "file:///a", "dir_info": {}}', f"run: {UV} /a"),
+    ],
+)
+def test_the_remedy_is_a_command_of_the_installer(
+    installer: str, url: str | None, wanted: str, install: Callable[[str, str | None], Path]
+) -> None:
+    assert remedy(install(installer, url)) == wanted
+
+
+@pytest.mark.parametrize(("installer", "wanted"), [("pip", "pip install --no-deps -e"), ("uv", f"{UV} -e")])
+def test_the_remedy_of_an_editable_installation_is_editable(
+    installer: str, wanted: str, install: Callable[[str, str | None], Path], tmp_path: Path
+) -> None:
+    install(installer, json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    assert remedy(tmp_path / "rru_fast") == f"run: {wanted} {tmp_path}"
 
 
 def test_a_package_with_a_binary_that_does_not_load_warns_once_and_serves_by_composite(tmp_path: Path) -> None:
@@ -128,7 +223,7 @@ def test_a_package_with_a_binary_that_does_not_load_warns_once_and_serves_by_com
     package = shutil.copytree(here, tmp_path / "rru_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     binary = package / native._BINARY.name
     binary.write_bytes(b"not a library")
-    record(binary, b"not a library")
+    record(binary)
     code = (
         "import rru_fast, torch; rru_fast.show_config();"
         "print(rru_fast.strip_pool(torch.ones(1, 2, 3, 4, 5)).sum().item());"
@@ -141,7 +236,7 @@ def test_a_package_with_a_binary_that_does_not_load_warns_once_and_serves_by_com
     assert done.stderr.count("NativeWarning: rru_fast runs without its native kernels") == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ValueError: backend: got 'cpu'")
-    assert last.endswith("in rru_fast's source folder, run: pip install --no-deps --force-reinstall .")
+    assert last.endswith("in rru_fast's source folder, run: pip install --no-deps --force-reinstall --no-cache-dir .")
 
 
 def test_this_checkout_has_native_kernels_wherever_there_is_a_compiler() -> None:
@@ -151,3 +246,18 @@ def test_this_checkout_has_native_kernels_wherever_there_is_a_compiler() -> None
         pytest.skip(str(error))
     assert native.missing() is None
     assert any(f"built for torch {torch.__version__}" in line for line in native.describe())
+    assert any("in use: " in line for line in native.describe())
+
+
+def test_the_library_imports_silently_without_numpy() -> None:
+    code = "import sys, warnings; sys.modules['numpy'] = None; import torch; "
+    code += "warnings.simplefilter('error'); import rru_fast"
+    command = [sys.executable, "-W", "ignore", "-c", code]  # torch itself warns
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    stated = f'version = "{rru_fast.__version__}"'
+    assert stated in (ROOT / "pyproject.toml").read_text().splitlines()
+    assert f"version: {rru_fast.__version__}" in (ROOT / "CITATION.cff").read_text().splitlines()

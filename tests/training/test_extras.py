@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from training.errors import UserError
 from training.extras import need
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_a_library_that_is_not_there_is_one_line_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert need("json", "search").dumps([]) == "[]"
@@ -19,19 +22,54 @@ def test_a_library_that_is_not_there_is_one_line_with_what_installs_it(monkeypat
     assert "\n" not in str(told.value)
 
 
+@pytest.fixture
+def without(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process in which tyro and rich are not installed."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules |= dict.fromkeys(('tyro', 'rich'))\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+COMMANDS = {
+    path: (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"), extra)
+    for folder, extra in (("training", "train"), ("benchmarks", "bench"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if '\nif __name__ == "__main__":\n' in path.read_text("utf-8")
+}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: COMMANDS[path][0])
+def test_every_command_requires_its_extra_before_its_own_imports(path: Path) -> None:
+    first = ast.parse(path.read_text("utf-8")).body[2]  # after the docstring and __future__
+    wanted = "if __name__ == '__main__':\n    from build_tools.extras import require\n    require('{}')"
+    assert ast.unparse(first) == wanted.format(COMMANDS[path][1])
+
+
 @pytest.mark.parametrize(
-    ("module", "told"),
+    ("module", "extra"),
     [
-        ("training.train", "rich, tyro; wanted: pip install -e '.[train]'"),
-        ("training.data.synthetic", "rich, tyro; wanted: pip install -e '.[train]'"),
-        ("benchmarks.refine", "rich, tyro; wanted: pip install -e '.[bench]'"),
+        ("training.train", "train"),
+        ("benchmarks.refine", "bench"),
+        *(pytest.param(*command, marks=pytest.mark.exhaustive) for command in COMMANDS.values()),
     ],
 )
-def test_a_command_where_the_extra_was_not_installed_says_so_in_one_line(
-    module: str, told: str, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules |= dict.fromkeys(('tyro', 'rich'))\n")
-    root, environment = Path(__file__).resolve().parents[2], {**os.environ, "PYTHONPATH": str(tmp_path)}
+def test_a_command_without_its_extra_exits_with_one_line(module: str, extra: str, without: dict[str, str]) -> None:
     command = [sys.executable, "-m", module, "--help"]
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (2, f"error: not installed: {told}\n")
+    ended = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    told = f"error: not installed: rich, tyro; wanted: pip install -e '.[{extra}]'\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
+
+
+def test_importing_them_never_ends_a_process(without: dict[str, str]) -> None:
+    code = """if True:
+        import importlib, sys
+        sys.argv = ["-m", "train"]
+        for name in sys.stdin.read().split():
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                print(name)
+    """
+    names = "training benchmarks training.show.__main__ training.export.__main__"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, env=without, input=names, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.split()) == (0, names.split()[2:]), ended.stderr
