@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Whose instructions for bfloat16 are used where the processor has them; None is no cap.
 MULTIPLY_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", None)
 MAX_CPU_ISA = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", *MULTIPLY_BFLOAT16)
-SIMD = native.usable_capabilities()
+BUILT: list[str] = native._BUILT.get("capabilities", [])
+SIMD = native._usable(BUILT)
 # What every run has of the grid, which takes minutes as a whole.
 FIRST = {("SSE41", SIMD[0]), ("AVX512_CORE", SIMD[-1])} if SIMD else set()
 
 
 def held_to_the_oracle(**environment: str) -> list[str]:
-    """Run tests/parity_here.py with these variables; return ATen's capability and if bfloat16 was multiplied as it is."""
+    """Run tests/parity_here.py with these variables; return ATen's capability and if bfloat16 is multiplied as such."""
     command = [sys.executable, "-W", "error::UserWarning:rru_fast", "-m", "tests.parity_here"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -66,4 +67,4 @@ def test_what_onednn_refuses_is_served_all_the_same(refused: str, tmp_path: Path
 def test_every_capability_is_built_where_that_is_asked_for() -> None:
     if os.environ.get("RRU_FAST_CAPABILITIES") != "all":
         pytest.skip("RRU_FAST_CAPABILITIES is not all: the kernels are for this processor alone")
-    assert native.built_capabilities() == list(toolchain.CAPABILITIES)
+    assert list(toolchain.CAPABILITIES) == BUILT
