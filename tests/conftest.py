@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rru_fast import triton
+
 # A pool of compiling processes costs more than the few small graphs of a test.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Inductor's cache on disk is not keyed by the instruction set that ATEN_CPU_CAPABILITY allows: vectorized code of one
@@ -34,6 +36,13 @@ def shared_dir() -> Path:
 def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels as they come: what tuning finds differs from machine to machine."""
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "0")
+
+
+@pytest.fixture(autouse=True)
+def _few_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch in Triton's interpreter, which runs its programs one by one, as for a small GPU: fewer programs."""
+    if triton.interpreted():
+        monkeypatch.setattr("rru_fast.triton._host.processors", lambda tensor: 16)
 
 
 @pytest.fixture(autouse=True)

@@ -69,9 +69,15 @@ def test_an_infinite_feature_leaves_no_loss_a_number(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("margin", "reduction"),
+    [  # the mean is taken of what any margin gives
+        pytest.param(margin, reduction, marks=pytest.mark.exhaustive if reduction == "mean" and margin != 0.3 else ())
+        for margin in MARGINS
+        for reduction in ("mean", "none")
+    ],
+)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64_equals_the_oracle(
     shape: tuple[int, ...], margin: Any, metric: str, reduction: str, backend: str
@@ -89,12 +95,19 @@ def test_float64_equals_the_oracle(
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("margin", [0.3, "soft"])
+@pytest.mark.parametrize(
+    ("margin", "metric"),
+    [
+        (0.3, "euclidean"),
+        ("soft", "cosine"),
+        pytest.param(0.3, "cosine", marks=pytest.mark.exhaustive),
+        pytest.param("soft", "euclidean", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: torch.dtype, backend: str) -> None:
     draws = []
     for seed in parity.draws(backend, 9):
-        features, labels = random_batch((4, 40, 24), seed)
+        features, labels = random_batch((4, 40, 24) if backend in parity.COMPILED else (2, 33, 24), seed)
         low = features.to(dtype)
         options = {"margin": margin, "metric": metric}
         runs = run(low, labels, backend, **options), run(low, labels, "reference", **options)

@@ -20,8 +20,18 @@ native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels are n
 ALL_WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
 
+LARGE = 4000  # elements of x that take Triton's interpreter half a minute
+
+
 @every_backend
-@pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=pytest.mark.exhaustive if case.mode != "train" and size > LARGE else ())
+        for case in [*VARIANTS, *GROUPS, *ODD_SHAPES]
+        for size in [case.x_numel]
+    ],
+)
 def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
     call = parity.make_call(case)
     with parity.poisoned():
@@ -34,7 +44,7 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
 def decides(case: Case, dtype: torch.dtype) -> bool:
     """Return True unless other calls repeat the rounding of this one; float64 has every case."""
     if case in ODD_SHAPES:
-        return case.mode == "train" and (dtype == torch.float32 or case.x_numel > 4000)
+        return case.mode == "train" and (dtype == torch.float32 or case.x_numel > LARGE)
     return case.attention == "both" and (case.mode == "train" or case.inputs == "appearance+motion")
 
 
