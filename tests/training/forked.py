@@ -73,7 +73,7 @@ def exit_code(target: Callable[..., None], *arguments: Any) -> int | None:
 
 def command(module: str, *arguments: Any) -> Forked:
     """What `python -m` makes of a module and its arguments."""
-    return Forked(_main_of, module, [str(argument) for argument in arguments])
+    return Forked(main_of, module, [str(argument) for argument in arguments])
 
 
 def ranks(count: int, target: Callable[..., None], *arguments: Any) -> list[Ended]:
@@ -102,7 +102,7 @@ def ranks(count: int, target: Callable[..., None], *arguments: Any) -> list[Ende
 
 def command_of_ranks(count: int, module: str, *arguments: Any) -> list[Ended]:
     """What torchrun makes of a module and its arguments."""
-    return ranks(count, _main_of, module, [str(argument) for argument in arguments])
+    return ranks(count, main_of, module, [str(argument) for argument in arguments])
 
 
 def _call(
@@ -115,7 +115,8 @@ def _call(
     target(*arguments)
 
 
-def _main_of(module: str, arguments: list[str]) -> None:
+def main_of(module: str, arguments: list[str]) -> None:
+    """Run a module as `python -m` does, in this process."""
     sys.argv[1:] = arguments
     warnings.filterwarnings("ignore", "'training.* found in sys.modules", RuntimeWarning)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
