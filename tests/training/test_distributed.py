@@ -207,7 +207,10 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: 
     assert len(lines(told, "error", "warning")) == 1
     assert "not a readable image" in lines(told, "error")[0]
     for command, why in (
-        (small(data, tmp_path / "odd", people="3"), "people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"),
+        (
+            small(data, tmp_path / "odd", people="3"),
+            "people in a batch (P): got 3 for 2 processes, wanted a multiple of 2",
+        ),
         (["training.reproduce", "--table", "1"], "torchrun: got 2 processes, wanted 1 for this command"),
     ):
         ended = command_of_ranks(2, *command)

@@ -20,6 +20,7 @@ from training.errors import UserError
 from training.experiment import RESULT, run
 from training.settings import Options
 
+
 def kill_at(step: int, folder: Path) -> None:
     """Have SIGKILL end this process right before so many-th time it opens, makes, renames, ... something in a folder.
 

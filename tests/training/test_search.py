@@ -49,7 +49,9 @@ def test_each_query_has_the_galleries_best_by_cosine(files: Path, capsys: pytest
     assert sum(hits[0].name in line and f"{hits[0].similarity:.4f}" in line for line in told.splitlines()) >= 1
     some = found("--gallery", gallery, "--query", query, "--top", 3, "--names", of.names[2], of.names[0])
     # Similarities of fewer queries come from a BLAS call of another size, which may round otherwise.
-    assert some == [replace(hit, similarity=pytest.approx(hit.similarity, abs=1e-12)) for hit in (*hits[6:9], *hits[:3])]
+    assert some == [
+        replace(hit, similarity=pytest.approx(hit.similarity, abs=1e-12)) for hit in (*hits[6:9], *hits[:3])
+    ]
     everything = found("--gallery", gallery, "--query", query, "--top", 99)
     assert len(everything) == of.rows * among.rows
 
