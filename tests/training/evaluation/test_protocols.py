@@ -88,9 +88,9 @@ def test_every_protocol_is_what_walking_down_the_sorted_gallery_gives(data: st.D
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("ties", ["stable", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in TIES[1:])])
 def test_on_mars_the_official_protocol_is_its_authors_rule(mars_with_junk: Search, ties: str) -> None:
-    search = some_of(mars_with_junk, step=18)
+    search = some_of(mars_with_junk, step=36)
     features = random_features(search)
     features[1::2] = features[::2]  # equal pairs, mostly of one person, now and then of two
     distance = torch.cat(list(cosine_distances(features[search.places], features))).numpy()
@@ -107,7 +107,7 @@ def test_on_mars_the_official_protocol_is_its_authors_rule(mars_with_junk: Searc
 @pytest.mark.shared
 @pytest.mark.parametrize("protocol", ["mars-standard-ap", "torchreid"])
 def test_on_mars_the_standard_average_precision_is_that_of_scikit_learn(mars: Search, protocol: str) -> None:
-    search = some_of(mars, step=4)
+    search = some_of(mars, step=20)
     features, trial = random_features(search), prepare(protocol, search)
     distance = torch.cat(list(cosine_distances(features[search.places], features[trial.kept]))).numpy()
     precision = [
@@ -150,10 +150,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.shared
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("protocol", ["mars-official", "mars-standard-ap", "torchreid"])
+@pytest.mark.parametrize(
+    "protocol",
+    ["mars-official", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("mars-standard-ap", "torchreid"))],
+)
 def test_one_core_ranks_mars_in_under_three_seconds(mars: Search, protocol: str) -> None:
-    features, seconds = random_features(mars), []
-    for _ in range(3):
+    features, seconds = random_features(mars), [3.0]
+    while min(seconds) >= 3 and len(seconds) < 4:  # of three tries, as many as it takes
         # The processor's time: on a busy machine the clock shows anything, and threads that wait spin.
         started = time.process_time()
         rank_features(protocol, mars, features)
