@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,20 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
     assert records(apart, "result")[-1]["changed"][-1] == "sync_bn True (False)"
 
 
-def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: Path, tmp_path: Path) -> None:
+def told_by_torchrun(*command: str | Path) -> str:
+    return run(2, *command).stderr
+
+
+def told_by_forks(*command: str | Path) -> str:
+    ended = command_of_ranks(2, *map(str, command))
+    assert 2 in {end.status for end in ended} <= {1, 2, -signal.SIGTERM}
+    return "".join(end.err for end in ended)
+
+
+@pytest.mark.parametrize("told_by", [told_by_forks, pytest.param(told_by_torchrun, marks=pytest.mark.exhaustive)])
+def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
+    small_data: Path, tmp_path: Path, told_by: Callable[..., str]
+) -> None:
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
     sampler = make_sampler(replace(RECIPES["quick"], people=4), split.train)
@@ -203,20 +217,14 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: 
         for frame in split.train[index].frames:
             assert isinstance(frame, Path)
             frame.write_bytes(b"not an image")
-    told = run(2, *small(data, tmp_path / "run", epochs="1")).stderr
+    told = told_by(*small(data, tmp_path / "run", epochs="1"))
     assert len(lines(told, "error", "warning")) == 1
     assert "not a readable image" in lines(told, "error")[0]
-    for command, why in (
-        (
-            small(data, tmp_path / "odd", people="3"),
-            "people in a batch (P): got 3 for 2 processes, wanted a multiple of 2",
-        ),
-        (["training.reproduce", "--table", "1"], "torchrun: got 2 processes, wanted 1 for this command"),
-    ):
-        ended = command_of_ranks(2, *command)
-        assert "".join(end.err for end in ended) == f"error: {why}\n"
-        assert 2 in {end.status for end in ended} <= {2, -signal.SIGTERM, 1}
+    told = told_by(*small(data, tmp_path / "odd", people="3"))
+    assert lines(told, "error") == ["error: people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"]
     assert not (tmp_path / "odd").exists()
+    told = told_by("training.reproduce", "--table", "1")
+    assert lines(told, "error") == ["error: torchrun: got 2 processes, wanted 1 for this command"]
 
 
 def test_without_torchrun_there_is_one_process() -> None:
