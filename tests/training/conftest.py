@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.synthetic import generate
+from tests.training.small_people import render
 from training.data.tracklets import Split, Tracklet
 from training.recipes import RECIPES, Recipe
 from training.settings import Options
@@ -48,9 +48,7 @@ def split() -> Split:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight rendered people in the iLIDS-VID layout, four of them to train on."""
-    root = tmp_path_factory.mktemp("data") / "people"
-    generate(root, people=8)
-    return root
+    return render(tmp_path_factory.mktemp("data") / "people", people=8)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,29 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.training import forked
+from tests.training.small_people import short_walks
 from training.ablation import PLOT, RESULTS, ROWS, Options, ablate, cells
 from training.ablation_table import BEGIN, END
 from training.errors import UserError
 from training.settings import resolve
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TWO = ("Baseline", "Baseline+RRU+STIM+Lv+Lp")
 
 
-def command(output: Path, *more: str | Path) -> list[str]:
+def options(*more: str | Path) -> list[str]:
     """Two rows at one rate, from one seed, one epoch of one batch."""
     small = ("--occlusion", 0.5, "--seeds", 1, "--epochs", 1, "--batches", 1, "--people", 8)
-    words = ("-m", "training.ablation", "--rows", *TWO, *small, "--output", output, *more)
-    return [sys.executable, *map(str, words)]
+    return ["--rows", *TWO, *map(str, (*small, *more))]
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+def start(output: Path, *more: str | Path) -> forked.Forked:
+    return forked.Forked(on_short_walks, options("--output", output, *more))
+
+
+def on_short_walks(arguments: list[str]) -> None:
+    short_walks(pytest.MonkeyPatch())
+    forked.main_of("training.ablation", arguments)
 
 
 def trained(output: Path) -> dict[Path, int]:
@@ -37,24 +41,24 @@ def trained(output: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, forked.Ended]:
     """An ablation, and how its process ended."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "page").mkdir()
     (folder / "page" / "README.md").write_text(f"# Page\n\n{BEGIN}\n{END}\n")
-    return folder / "output", run(folder / "output", "--readme", folder / "page" / "README.md")
+    return folder / "output", start(folder / "output", "--readme", folder / "page" / "README.md").end()
 
 
 def test_an_ablation_ends_with_a_table_results_and_a_plot(done: tuple[Path, Any]) -> None:
     output, ended = done
-    assert ended.returncode == 0, ended.stderr
+    assert ended.status == 0, ended.err
     ablation = json.loads((output / RESULTS).read_text())
     assert [(r["row"], r["occlusion"], r["seed"], r["epoch"], r["probes"]) for r in ablation["runs"]] == [
         (row, 0.5, 0, 1, 4) for row in TWO
     ]
     assert ablation["environments"][0]["threads"] == 1
     for record in ablation["runs"]:
-        assert f"| {record['row']} | {100 * record['rank-1']:.1f} | {100 * record['mAP']:.1f} |" in ended.stdout
+        assert f"| {record['row']} | {100 * record['rank-1']:.1f} | {100 * record['mAP']:.1f} |" in ended.out
     with Image.open(output / PLOT) as picture:
         picture.verify()
 
@@ -62,7 +66,7 @@ def test_an_ablation_ends_with_a_table_results_and_a_plot(done: tuple[Path, Any]
 def test_the_page_gets_the_table_and_what_it_is_made_of(done: tuple[Path, Any]) -> None:
     output, ended = done
     page = output.parent / "page"
-    table = ended.stdout[ended.stdout.index("*`python") : ended.stdout.index("plot: ")].strip()
+    table = ended.out[ended.out.index("*`python") : ended.out.index("plot: ")].strip()
     picture = f"![rank-1 and mAP by the rate of occlusion]({PLOT})"
     assert (page / "README.md").read_text() == f"# Page\n\n{BEGIN}\n{picture}\n\n{table}\n{END}\n"
     for name in (RESULTS, PLOT):
@@ -71,51 +75,48 @@ def test_the_page_gets_the_table_and_what_it_is_made_of(done: tuple[Path, Any]) 
 
 def test_the_command_in_the_table_makes_it(done: tuple[Path, Any]) -> None:
     told = json.loads((done[0] / RESULTS).read_text())["command"]
-    asked = [word for word in command(Path("out"))[3:-2] if word != "--output"]
-    assert sorted(told.split()[3:]) == sorted(asked)
+    assert sorted(told.split()[3:]) == sorted(options())
+
+
+@pytest.fixture
+def begun(done: tuple[Path, Any], tmp_path: Path) -> Path:
+    """An output that has its people, and no run."""
+    (tmp_path / "output" / "occlusion-0.5").mkdir(parents=True)
+    (tmp_path / "output" / "occlusion-0.5" / "data").symlink_to(done[0] / "occlusion-0.5" / "data")
+    return tmp_path / "output"
 
 
 def test_killed_it_leaves_no_worker_and_started_again_it_ends_with_the_same_figures(
-    done: tuple[Path, Any], tmp_path: Path
+    done: tuple[Path, Any], begun: Path
 ) -> None:
-    output = tmp_path / "output"
-    process = subprocess.Popen(
-        command(output, "--jobs", "1"), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert process.stdout is not None
-    assert any(line.startswith("1/2") for line in process.stdout)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.communicate(timeout=60)
+    running = start(begun, "--jobs", "1")
+    running.wait_for(lambda: "\n1/2" in running.out())
+    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.end().status == -signal.SIGKILL
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    before = trained(output)
-    assert not (output / RESULTS).exists()
-    assert run(output).returncode == 0
-    assert json.loads((output / RESULTS).read_text())["runs"] == json.loads((done[0] / RESULTS).read_text())["runs"]
+    before = trained(begun)
+    assert not (begun / RESULTS).exists()
+    assert start(begun, "--jobs", "1").end().status == 0
+    assert json.loads((begun / RESULTS).read_text())["runs"] == json.loads((done[0] / RESULTS).read_text())["runs"]
     first = next(path for path in before if TWO[0] in path.parts)
-    assert trained(output)[first] == before[first]
+    assert trained(begun)[first] == before[first]
 
 
-def test_interrupted_it_says_how_to_continue(tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    process = subprocess.Popen(
-        command(output, "--jobs", "1"), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not list(output.rglob("*.log")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1].splitlines()  # on the first, how far the people are rendered
-    assert told[-1] == f"interrupted; the same command continues in {output}"
-    assert process.returncode == 130
+def test_interrupted_it_says_how_to_continue(begun: Path) -> None:
+    running = start(begun, "--jobs", "1")
+    running.wait_for(lambda: list(begun.rglob("*.log")))
+    os.kill(running.pid, signal.SIGINT)
+    assert running.end()[::2] == (130, f"interrupted; the same command continues in {begun}\n")
 
 
+@pytest.mark.exhaustive  # so is the run that was done before the kill, in the test of one
 def test_what_is_done_is_not_trained_again(done: tuple[Path, Any]) -> None:
     before, results = trained(done[0]), (done[0] / RESULTS).read_bytes()
-    assert run(done[0]).returncode == 0
+    assert start(done[0], "--jobs", "1").end().status == 0
     assert trained(done[0]) == before
     assert (done[0] / RESULTS).read_bytes() == results
 
@@ -161,18 +162,15 @@ def test_bad_options_are_refused_before_anything_is_made(tmp_path: Path, change:
     [(("--occlusion", "2"), "occlusion: got 2.0, wanted"), (("--people", "9"), "holds a synthetic set of")],
 )
 def test_bad_input_ends_the_command_in_one_line(done: tuple[Path, Any], more: tuple[str, str], message: str) -> None:
-    ended = run(done[0], *more)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ") and message in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    ended = start(done[0], *more).end()
+    assert ended.status == 2
+    assert ended.err.startswith("error: ") and message in ended.err
+    assert ended.err.count("\n") == 1
 
 
-def test_what_a_worker_finds_wrong_ends_the_command_in_one_line(done: tuple[Path, Any], tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    (output / "occlusion-0.5").mkdir(parents=True)
-    (output / "occlusion-0.5" / "data").symlink_to(done[0] / "occlusion-0.5" / "data")
-    (output / "occlusion-0.5" / TWO[0]).touch()  # where its runs' folders should be
-    ended = run(output)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ")
-    assert ended.stderr.count("\n") == 1
+def test_what_a_worker_finds_wrong_ends_the_command_in_one_line(begun: Path) -> None:
+    (begun / "occlusion-0.5" / TWO[0]).touch()  # where its runs' folders should be
+    ended = start(begun, "--jobs", "1").end()
+    assert ended.status == 2
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1

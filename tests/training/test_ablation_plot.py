@@ -16,8 +16,8 @@ def test_every_row_has_a_colour_and_a_marker_of_its_own() -> None:
         assert len(set(kind)) == len(ROWS)
 
 
-@pytest.mark.parametrize("rates", [(0.4,), (0.0, 0.8)])
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("rates", [pytest.param((0.4,), marks=pytest.mark.exhaustive), (0.0, 0.8)])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_the_same_runs_give_the_same_picture(tmp_path: Path, rates: tuple[float, ...], seeds: int) -> None:
     scores = {"rank-1": 0.5, "mAP": 0.6, "chance": 0.1}
     runs = [{"occlusion": o, "row": row, "seed": s, **scores} for o in rates for row in ROWS for s in range(seeds)]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.three_steps import CASES, Steps, three_steps
+from tests.training.forked import command_of_ranks, ranks
+from tests.training.three_steps import CASES, Steps, three_steps, three_steps_of_each
 from training import checkpoint, distributed
 from training.data import load_split
 from training.data.sampler import make_sampler
@@ -107,13 +109,12 @@ def alone() -> dict[str, Steps]:
     return {case: three_steps(case) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
     """What several processes make of it."""
     out = tmp_path_factory.mktemp("steps") / "steps.pt"
-    done = run(request.param, "tests.training.three_steps", out)
-    assert done.returncode == 0, done.stderr
-    assert len(lines(done.stdout, "process")) == request.param
+    for rank, ended in enumerate(ranks(request.param, three_steps_of_each, out)):
+        assert ended == (0, f"process {rank} is done\n", "")
     return {case: Steps(**kept) for case, kept in torch.load(out, weights_only=False).items()}
 
 
@@ -157,8 +158,9 @@ def test_features_extracted_in_shares_are_those_of_one_process(
         assert together[case].ranking == alone[case].ranking
 
 
-def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
-    small_data: Path, tmp_path: Path
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_several(
+    small_data: Path, tmp_path: Path, processes: int
 ) -> None:
     begun = tmp_path / "run"
     two = Running(2, *small(small_data, begun), "--sync-bn")
@@ -173,10 +175,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
 
     train(Options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
     apart = Path(shutil.copytree(begun, tmp_path / "apart"))
-    four = Running(4, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
-    four.wait_for(lambda: epoch_of(begun) >= epoch + 2)
-    four.interrupt()
-    status, told = four.end()
+    several = Running(processes, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
+    several.wait_for(lambda: epoch_of(begun) >= epoch + 2)
+    several.interrupt()
+    status, told = several.end()
     assert status != 0
     assert lines(told, "interrupted", "error") == [
         f"interrupted; last good epoch: {epoch_of(begun)}; continue with --resume {begun}"
@@ -193,7 +195,20 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_four(
     assert records(apart, "result")[-1]["changed"][-1] == "sync_bn True (False)"
 
 
-def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: Path, tmp_path: Path) -> None:
+def told_by_torchrun(*command: str | Path) -> str:
+    return run(2, *command).stderr
+
+
+def told_by_forks(*command: str | Path) -> str:
+    ended = command_of_ranks(2, *map(str, command))
+    assert 2 in {end.status for end in ended} <= {1, 2, -signal.SIGTERM}
+    return "".join(end.err for end in ended)
+
+
+@pytest.mark.parametrize("told_by", [told_by_forks, pytest.param(told_by_torchrun, marks=pytest.mark.exhaustive)])
+def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
+    small_data: Path, tmp_path: Path, told_by: Callable[..., str]
+) -> None:
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
     sampler = make_sampler(replace(RECIPES["quick"], people=4), split.train)
@@ -202,13 +217,13 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(small_data: 
         for frame in split.train[index].frames:
             assert isinstance(frame, Path)
             frame.write_bytes(b"not an image")
-    told = run(2, *small(data, tmp_path / "run", epochs="1")).stderr
+    told = told_by(*small(data, tmp_path / "run", epochs="1"))
     assert len(lines(told, "error", "warning")) == 1
     assert "not a readable image" in lines(told, "error")[0]
-    told = run(2, *small(data, tmp_path / "odd", people="3")).stderr
+    told = told_by(*small(data, tmp_path / "odd", people="3"))
     assert lines(told, "error") == ["error: people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"]
     assert not (tmp_path / "odd").exists()
-    told = run(2, "training.reproduce", "--table", "1").stderr
+    told = told_by("training.reproduce", "--table", "1")
     assert lines(told, "error") == ["error: torchrun: got 2 processes, wanted 1 for this command"]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,11 @@ import pytest
 from torch import nn
 
 from tests.training.file_size import file_size_limit
+from tests.training.forked import exit_code
 from training import checkpoint
 from training.errors import UserError
 from training.experiment import RESULT, run
 from training.settings import Options
-
-# A child is forked from a process that holds no threads and has torch imported: it costs no start.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["training.experiment"])
-
-
-def exit_code(target: Callable[..., None], *arguments: Any) -> int | None:
-    """How a process of its own ended; minus the signal that ended it."""
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 def kill_at(step: int, folder: Path) -> None:
@@ -142,6 +129,7 @@ def test_a_run_killed_again_and_again_loses_no_checkpoint_and_ends_with_the_same
 ) -> None:
     def options(name: str) -> Options:
         small: dict[str, Any] = {"people": 4, "batches": 1, "epochs": 3, "compare_ops": False, "device": "cpu"}
+        small["pictures"] = False
         places: dict[str, Any] = {"dataset": "ilids-vid", "data_root": small_data, "output": tmp_path / name}
         return Options(check_counts=False, **small, **places)
 

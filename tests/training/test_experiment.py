@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.training.small_people import render
 from training import checkpoint
-from training.data.synthetic import generate
 from training.errors import UserError
 from training.experiment import RESULT, run
 from training.files import aside
@@ -93,7 +93,7 @@ def test_a_folder_of_other_settings_is_refused_finished_or_not(
 def test_a_folder_of_other_data_or_of_something_else_is_refused(
     straight: tuple[Path, list[dict[str, Any]]], small_data: Path, tmp_path: Path
 ) -> None:
-    generate(tmp_path / "others", people=8, seed=1)
+    render(tmp_path / "others", people=8, seed=1)
     with pytest.raises(UserError, match="is of a run with other data"):
         run(options(tmp_path / "others", straight[0]))
     (tmp_path / "notes").mkdir()

@@ -29,7 +29,7 @@ def test_only_layers_out_of_a_weights_file_train_at_their_own_rate(
     assert sorted(held) == sorted(id(parameter) for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["paper", "official"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("official", marks=pytest.mark.exhaustive)])
 def test_inceptions_new_auxiliary_layer_trains_at_the_base_rate(name: str, tmp_path: Path) -> None:
     torch.save(inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth")
     recipe = replace(RECIPES[name], weights=str(tmp_path / "inception.pth"))

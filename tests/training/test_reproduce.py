@@ -4,30 +4,25 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.training import forked
 from tests.training.data.small_sets import write_mars
-from training.data import synthetic
+from tests.training.small_people import render
 from training.errors import UserError
 from training.reproduce import Options, reproduce
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = ("Baseline+RRU+STIM+Lv+Lp", "Baseline")
 
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty rendered people in the iLIDS-VID layout: the ten to train on that a batch of the paper's needs."""
-    root = tmp_path_factory.mktemp("data") / "people"
-    synthetic.generate(root, people=20)
-    return root
+    return render(tmp_path_factory.mktemp("data") / "people", people=20)
 
 
 def options(data: Path, output: Path, **changes: Any) -> Options:
@@ -38,11 +33,11 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
-    """The same as a command."""
+    """The same on the command line."""
     fixed = ["--table", "1", "--dataset", "ilids-vid", "--splits", "2", "--epochs", "2", "--backbone", "tiny"]
     places = ["--data-root", str(data), "--output", str(output)]
     choice = ["--device", "cpu", "--no-check-counts", "--rows", *ROWS, *more]
-    return [sys.executable, "-m", "training.reproduce", *fixed, *places, *choice]
+    return [*fixed, *places, *choice]
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +75,6 @@ def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: 
     assert "| Baseline | rank-1 | 2 | " in (output / "table.md").read_text()
 
 
-def until(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Wait for a moment to kill a process at, while it runs."""
-    deadline = time.monotonic() + 120
-    while not there():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_killed_at_two_moments_it_ends_with_the_same_figures(
     people: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -99,11 +85,11 @@ def test_killed_at_two_moments_it_ends_with_the_same_figures(
         (second / "checkpoint-0002").exists,  # while the last checkpoint is written
     ]
     for moment in moments:
-        process = subprocess.Popen(command(people, output), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        until(moment, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command(people, output), cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+        running = forked.command("training.reproduce", *command(people, output))
+        running.wait_for(moment)
+        os.kill(running.pid, signal.SIGKILL)
+        assert running.end().status == -signal.SIGKILL
+    assert forked.command("training.reproduce", *command(people, output)).end().status == 0
     assert json.loads((output / "table.json").read_text()) == straight[1]
     assert (output / "table.md").read_text() == (straight[0] / "table.md").read_text()
 
@@ -157,13 +143,11 @@ def test_a_checkpoint_of_another_recipe_ends_the_command_in_one_line(
 ) -> None:
     output = Path(shutil.copytree(straight[0], tmp_path / "mixed"))
     (output / "Baseline" / "split-0" / "result.json").unlink()
-    ended = subprocess.run(
-        command(people, output, "--seed", "4"), cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: Baseline, split 1: output: ")
-    assert ended.stderr.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
-    assert ended.stderr.count("\n") == 1
+    status, _, told = forked.command("training.reproduce", *command(people, output, "--seed", "4")).end()
+    assert status == 2
+    assert told.startswith("error: Baseline, split 1: output: ")
+    assert told.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
+    assert told.count("\n") == 1
 
 
 def test_mars_has_a_table_of_four_rows_led_by_map(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Three steps of training and an evaluation, in one process or, by `torchrun -m`, in several."""
+"""Three steps of training and an evaluation, in one process or in several."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ def _noise() -> Split:
     return Split(train, train[::2], train[1::2], "single-shot", "noise")
 
 
-if __name__ == "__main__":
+def three_steps_of_each(out: Path) -> None:
+    """Take them by every case in all processes of torchrun, and leave what came of them in a file."""
     with distributed.processes():
         done = {case: three_steps(case)._asdict() for case in CASES}
-        sys.stdout.write(f"process {distributed.rank()} is done\n")  # at once, as the others write there too
+        sys.stdout.write(f"process {distributed.rank()} is done\n")
         if distributed.is_main():
-            torch.save(done, Path(sys.argv[1]))
+            torch.save(done, out)

@@ -154,6 +154,7 @@ def names_of(tracks: Tracks) -> list[str]:
 
 
 @pytest.mark.shared
+@pytest.mark.exhaustive  # ten seconds; test_mars_tables has every one of these counts of the tables themselves
 def test_the_real_tables_read_to_the_whole_dataset(shared_dir: Path, tmp_path: Path) -> None:
     info = tmp_path / "info"
     info.mkdir()

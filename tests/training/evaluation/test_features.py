@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +57,20 @@ def in_one_go(network: Network, tracklet: Tracklet) -> np.ndarray:
     return network.embed(maps[None])[0][0].double().numpy()
 
 
-@pytest.mark.parametrize("rru", RRUS)
-@pytest.mark.parametrize("head", HEADS)
+def by_default(*pairs: tuple[str, str], rrus: Iterable[str] = RRUS) -> pytest.MarkDecorator:
+    """Draw every head with every RRU, all but these pairs where all is asked for alone."""
+    return pytest.mark.parametrize(
+        ("head", "rru"),
+        [
+            pytest.param(head, rru, marks=() if (head, rru) in pairs else pytest.mark.exhaustive)
+            for head in HEADS
+            for rru in rrus
+        ],
+    )
+
+
+# Each head, and each kind of what an RRU carries from chunk to chunk.
+@by_default(("baseline", "none"), ("lstm", "both"), ("stim", "both"), ("stim", "raw"), ("stim", "appearance"))
 def test_chunks_and_ragged_batches_give_the_features_of_one_go(recipe: Recipe, head: str, rru: str) -> None:
     tracklets = [tracklet_of(frames) for frames in LENGTHS]
     for ops, dtype, tolerance in (("reference", torch.float64, 1e-12), ("fast", torch.float32, 1e-5)):
@@ -81,12 +94,11 @@ def test_no_more_than_a_chunk_of_frames_goes_through_at_once(network: Network, c
     assert (chunk, through) in [(1, [1] * sum(LENGTHS)), (5, [3, 2, 3, 4, 5, 2]), (8, [5, 7, 7])]
 
 
-@pytest.mark.parametrize("rru", ["none", "both"])
-@pytest.mark.parametrize("head", HEADS)
+@by_default(("lstm", "none"), ("stim", "both"), rrus=("none", "both"))
 def test_a_tracklet_ten_times_as_long_needs_no_more_memory(recipe: Recipe, head: str, rru: str) -> None:
     device = choose_device("auto")
     network = make_network(recipe, head, rru, "fast").to(device)
-    frames = tracklet_of(40).frames
+    frames = tracklet_of(16).frames
     short, long = (replace(tracklet_of(1), frames=frames * times) for times in (1, 10))
     extract(network, [short], chunk=8)  # the first call keeps what a library sets up
     peak, allowed = (peak_bytes(lambda t=t: extract(network, [t], chunk=8), device) for t in (long, short))

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 from tests.training.evaluation import literal
 from training.errors import UserError
 from training.evaluation.protocols import PROTOCOLS, Search, prepare, rank
-from training.evaluation.ranking import DEEPEST, Ranking, cosine_distances
+from training.evaluation.ranking import BLOCK, DEEPEST, Ranking, cosine_distances
 
 TIES = ("stable", "optimistic", "pessimistic")
 
@@ -88,9 +88,9 @@ def test_every_protocol_is_what_walking_down_the_sorted_gallery_gives(data: st.D
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("ties", ["stable", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in TIES[1:])])
 def test_on_mars_the_official_protocol_is_its_authors_rule(mars_with_junk: Search, ties: str) -> None:
-    search = some_of(mars_with_junk, step=18)
+    search = some_of(mars_with_junk, step=36)
     features = random_features(search)
     features[1::2] = features[::2]  # equal pairs, mostly of one person, now and then of two
     distance = torch.cat(list(cosine_distances(features[search.places], features))).numpy()
@@ -107,7 +107,7 @@ def test_on_mars_the_official_protocol_is_its_authors_rule(mars_with_junk: Searc
 @pytest.mark.shared
 @pytest.mark.parametrize("protocol", ["mars-standard-ap", "torchreid"])
 def test_on_mars_the_standard_average_precision_is_that_of_scikit_learn(mars: Search, protocol: str) -> None:
-    search = some_of(mars, step=4)
+    search = some_of(mars, step=20)
     features, trial = random_features(search), prepare(protocol, search)
     distance = torch.cat(list(cosine_distances(features[search.places], features[trial.kept]))).numpy()
     precision = [
@@ -122,19 +122,22 @@ def test_on_mars_the_standard_average_precision_is_that_of_scikit_learn(mars: Se
 
 @pytest.mark.shared
 def test_the_protocols_count_mars_as_it_is_published(mars: Search, mars_with_junk: Search) -> None:
-    features = random_features(mars)
-    rankings = {
-        name: rank_features(name, mars, features) for name in ("mars-official", "mars-standard-ap", "torchreid")
-    }
+    # Of one matrix of distances: two of other sizes would differ by roundings, and so perhaps in who is nearer.
+    features = random_features(mars_with_junk)[:, :32]
+    distance = torch.cat(list(cosine_distances(features[mars_with_junk.places], features)))
+    kept = np.flatnonzero(mars_with_junk.gallery_people != -1)
+    rankings = {}
+    for name in ("mars-official", "mars-standard-ap", "torchreid"):
+        trial = prepare(name, mars)
+        rankings[name] = rank(trial, distance[:, kept[trial.kept]].split(BLOCK))
     assert {name: (r.probes, r.valid, r.gallery, round(r.junk * r.probes)) for name, r in rankings.items()} == {
         "mars-official": (1980, 1980, 11310, 8046),
         "mars-standard-ap": (1980, 1980, 11310, 8046),
         "torchreid": (1980, 1840, 9330, 6066),  # the other 140 match queries only
     }
     # Tracklets of person -1 change nothing but the counts of gallery and junk.
-    everything = np.random.default_rng(1).normal(size=(12180, 256))
-    everything[mars_with_junk.gallery_people != -1] = features
-    whole = rank_features("mars-official", mars_with_junk, everything)
+    trial = prepare("mars-official", mars_with_junk)
+    whole = rank(trial, distance[:, trial.kept].split(BLOCK))
     assert (whole.gallery, whole.junk) == (12180, pytest.approx(870 + 8046 / 1980))
     without = rankings["mars-official"]
     assert replace(whole, gallery=without.gallery, junk=without.junk) == without
@@ -150,10 +153,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.shared
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("protocol", ["mars-official", "mars-standard-ap", "torchreid"])
+@pytest.mark.parametrize(
+    "protocol",
+    ["mars-official", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("mars-standard-ap", "torchreid"))],
+)
 def test_one_core_ranks_mars_in_under_three_seconds(mars: Search, protocol: str) -> None:
-    features, seconds = random_features(mars), []
-    for _ in range(3):
+    features, seconds = random_features(mars), [3.0]
+    while min(seconds) >= 3 and len(seconds) < 4:  # of three tries, as many as it takes
         # The processor's time: on a busy machine the clock shows anything, and threads that wait spin.
         started = time.process_time()
         rank_features(protocol, mars, features)

@@ -52,6 +52,18 @@ def test_a_network_is_four_replicas_of_itself_in_training(recipe: Recipe, head: 
     check_replicas(ghost, plain, CLIPS, GROUPS)
 
 
+def test_inception_s_norms_are_all_replaced_and_its_blocks_are_two_replicas_in_training() -> None:
+    plain = Inception(3, "random").double()
+    ghost = deepcopy(plain)
+    norms = [name for name, module in ghost.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    use_ghost_norm(ghost, 2)
+    assert [name for name, module in ghost.named_modules() if isinstance(module, GhostBatchNorm)] == norms
+    for block, shape in (("Mixed_7c", (2048, 3, 3)), ("AuxLogits", (768, 17, 17))):
+        maps = torch.rand(4, *shape, dtype=torch.float64)
+        check_replicas(getattr(ghost.net, block), getattr(plain.net, block), maps, 2)
+
+
+@pytest.mark.exhaustive  # the test before takes the same of two of its blocks, in a tenth of the time
 def test_inception_is_two_replicas_of_itself_in_training() -> None:
     ghost, plain = (Inception(3, "random").double() for _ in range(2))
     use_ghost_norm(ghost, 2)
