@@ -21,8 +21,8 @@ MULTIPLY_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", None)
 MAX_CPU_ISA = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", *MULTIPLY_BFLOAT16)
 BUILT: list[str] = native._BUILT.get("capabilities", [])
 SIMD = native._usable(BUILT)
-# What every run has of the grid, which takes minutes as a whole.
-FIRST = {("SSE41", SIMD[0]), ("AVX512_CORE", SIMD[-1])} if SIMD else set()
+# What every run has of the grid, which takes minutes as a whole: the kind of processor that most clouds have.
+FIRST = ("AVX512_CORE", SIMD[-1] if SIMD else "")
 
 
 def held_to_the_oracle(**environment: str) -> list[str]:
@@ -39,7 +39,7 @@ def held_to_the_oracle(**environment: str) -> list[str]:
 @pytest.mark.parametrize(
     ("isa", "simd"),
     [
-        pytest.param(isa, simd, marks=() if (isa, simd) in FIRST else pytest.mark.exhaustive)
+        pytest.param(isa, simd, marks=() if (isa, simd) == FIRST else pytest.mark.exhaustive)
         for isa in MAX_CPU_ISA
         for simd in SIMD
     ],

@@ -75,6 +75,7 @@ def test_a_table_holds_ours_beside_the_paper_s_and_says_what_it_is_of(straight: 
     assert "| Baseline | rank-1 | 2 | " in (output / "table.md").read_text()
 
 
+@pytest.mark.exhaustive  # starts four times; ablation's has the claim too
 def test_killed_at_two_moments_it_ends_with_the_same_figures(
     people: Path, straight: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -76,7 +76,8 @@ def test_a_program_computes_what_the_network_does(
     assert (told["ops"], told["epoch"], told["checkpoint"]) == (ops, "1", str(checkpoint.last(run)))
 
 
-@pytest.mark.parametrize(("row", "frames"), [("Baseline", 1), pytest.param(WHOLE, 2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # a large network, exported and run
+@pytest.mark.parametrize(("row", "frames"), [("Baseline", 1), (WHOLE, 2)])
 def test_inception_is_exported_without_its_auxiliary_classifier(
     saved: Callable[..., tuple[Path, Network]], tmp_path: Path, row: str, frames: int
 ) -> None:
