@@ -75,22 +75,29 @@ def skipped() -> str | None:
     return None
 
 
-def build(package: Path) -> None:
+def build(package: Path, keep: bool = False) -> None:
     """Put _C and _build.json into the folder `package`.
 
     If the kernels cannot be built, they are left out with one line, unless RRU_FAST_NATIVE=1 or RRU_FAST_CUDA=1
     requires them: then SystemExit gives the reason. An interrupt also ends in SystemExit, and keeps the last build.
+
+    Args:
+        package: the folder of the package.
+        keep: raise SystemExit, and leave the kernels of the last build, if a tool to build them again is missing.
     """
     required = [v for v in ("RRU_FAST_NATIVE", "RRU_FAST_CUDA") if toolchain.asked(v)]
     record: dict[str, Any] = {"python": sysconfig.get_config_var("SOABI"), "native": None, "cuda": None}
     try:
         if (why := skipped()) is not None:
+            if keep and (package / BINARY).is_file() and left_out() is None:
+                raise SystemExit(f"rru_fast: the last build is kept, the kernels cannot be built again: {why}")
             raise MissingError(why)
         record |= _extension(package / BINARY, toolchain.capabilities(package == ROOT / "rru_fast"))
     except (MissingError, OSError) as error:
         if required:
             raise SystemExit(f"rru_fast: {required[0]}=1, but the kernels cannot be built: {error}") from None
-        (package / BINARY).unlink(missing_ok=True)
+        if os.access(package, os.W_OK):
+            (package / BINARY).unlink(missing_ok=True)
         record |= {"native": str(error), "cuda": str(error), "on_purpose": left_out() is not None}
         print(f"rru_fast: built without native kernels: {error}")
     except KeyboardInterrupt:
@@ -99,7 +106,10 @@ def build(package: Path) -> None:
     else:
         cuda = "CUDA" if record["cuda"] is None else f"no CUDA: {record['cuda']}"
         print(f"rru_fast: native kernels are built ({', '.join(record['capabilities'])}; {cuda})")
-    _put(package / "_build.json", (json.dumps(record, indent=1) + "\n").encode())
+    try:
+        _put(package / "_build.json", (json.dumps(record, indent=1) + "\n").encode())
+    except OSError as error:
+        raise SystemExit(f"rru_fast: {package}: cannot be written to: {error}") from None
     for old in package.glob("_*.tmp"):  # of builds that were killed
         with suppress(FileNotFoundError):
             if old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
@@ -294,6 +304,7 @@ def _run_ninja(file: Path, failures: dict[str, str], lock: int) -> None:
             raise MissingError(f"ninja failed: {lines[-1] if lines else f'exit status {status}'}")
         first = min(failed, key=lambda i: lines[i].endswith("-CUDA.o"))
         said = list(takewhile(lambda line: not line.startswith(("rru_fast: [", "ninja: ")), lines[first + 2 :]))
-        message = next((line for line in said if "error" in line), said[-1] if said else "no message")
+        errors = [line for line in said if "error:" in line] or [line for line in said if "error" in line] or said[-1:]
+        message = errors[0] if errors else "no message"
         output = lines[first].split()[-1]
         raise (CudaError if output.endswith("-CUDA.o") else MissingError)(f"{failures[output]}: {message}")

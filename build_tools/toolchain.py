@@ -64,16 +64,22 @@ def asked(variable: str) -> bool | None:
 def capabilities(in_place: bool) -> list[str]:
     """SIMD capabilities to compile for, the lowest first.
 
-    RRU_FAST_CAPABILITIES decides; unset, a build in place is for this machine and a wheel for all.
+    RRU_FAST_CAPABILITIES decides; unset, a build in place is for this machine and a wheel for all. To "native" belongs
+    what ATEN_CPU_CAPABILITY lowers ATen to.
     """
     value = os.environ.get("RRU_FAST_CAPABILITIES") or ("native" if in_place else "all")
     if value not in ("native", "all"):
         raise SystemExit(f"RRU_FAST_CAPABILITIES: got {value!r}, wanted native, all or unset")
-    return [native_capability()] if value == "native" else list(CAPABILITIES)
+    names = list(CAPABILITIES)
+    if value == "all":
+        return names
+    usable = names[: names.index(native_capability()) + 1]
+    lowered = os.environ.get("ATEN_CPU_CAPABILITY", "").upper()
+    return [name for name in usable if name in (lowered, usable[-1])]
 
 
 def native_capability(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The capability that ATen chooses on this machine, by ATen's rule; ATEN_CPU_CAPABILITY does not count."""
+    """The capability that ATen chooses on this machine, by ATen's rule, if ATEN_CPU_CAPABILITY does not lower it."""
     text = cpuinfo.read_text() if "AVX2" in CAPABILITIES and cpuinfo.is_file() else ""
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     flags = set(found[1].split()) if found else set()
@@ -126,7 +132,7 @@ def find_torch() -> Torch:
         )
     version = runpy.run_path(str(folder / "version.py"))
     if _numbers(version["__version__"]) < _numbers(wanted):
-        raise MissingError(f"torch: got {version['__version__']}, wanted {wanted} or newer")
+        raise MissingError(f"torch: got {version['__version__']}, wanted {wanted} or newer: install it first")
     return Torch(folder, version["__version__"], version["cuda"])
 
 
@@ -139,7 +145,7 @@ def find_ninja() -> Path:
     try:
         from ninja import BIN_DIR
     except ImportError:
-        raise MissingError("no ninja: pip install ninja") from None
+        raise MissingError("no ninja: install ninja first") from None
     return Path(BIN_DIR, "ninja")  # BIN_DIR is empty if the program is elsewhere on the PATH
 
 

@@ -311,5 +311,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &rru::build_info,
       "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, whether "
-      "bfloat16 is multiplied as it is, and the CUDA architectures built for.");
+      "bfloat16 is multiplied in bfloat16, and the CUDA architectures built for.");
 }

@@ -36,6 +36,8 @@ class NativeWarning(UserWarning):
 class _UnusableError(Exception):
     """There are no kernels, or they do not fit here, or are damaged."""
 
+    variables = ""  # of the command that mends it
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -57,7 +59,7 @@ def missing() -> str | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return True if `refine` multiplies bfloat16 as it is on this processor; else it does in float32."""
+    """Return True if `refine` multiplies bfloat16 in bfloat16 on this processor, False if in float32."""
     return bool(importlib.import_module("rru_fast._C").build_info()["bfloat16_here"])
 
 
@@ -70,7 +72,7 @@ def describe() -> list[str]:
         f"built for torch {_BUILT['torch']}, {_BUILT['python']}, by {_BUILT['compiler']}",
         f"  flags {_BUILT['flags']}",
         f"  SIMD {', '.join(_BUILT['capabilities'])}; in use: {_usable(_BUILT['capabilities'])[-1]}",
-        f"  bfloat16 is multiplied {'as it is' if multiplies_bfloat16() else 'in float32'}",
+        f"  bfloat16 is multiplied in {'bfloat16' if multiplies_bfloat16() else 'float32'}",
         f"  CUDA sources {cuda if _BUILT['cuda'] is None else 'not built: ' + _BUILT['cuda']}",
     ]
 
@@ -106,7 +108,8 @@ def _load() -> tuple[str | None, dict[str, Any]]:
         from rru_fast.remedy import remedy
 
         what = str(error) if isinstance(error, _UnusableError) else f"the native kernels do not load: {error!r}"
-        reason = f"{what}; {remedy(_FOLDER)}"
+        mend = remedy(_FOLDER).replace("run: ", f"run: {getattr(error, 'variables', '')}", 1)
+        reason = f"{what}; {mend}"
         warnings.warn(f"rru_fast runs without its native kernels: {reason}", NativeWarning, stacklevel=2)
         return reason, {}
     return None, built
@@ -127,8 +130,9 @@ def _check(built: dict[str, Any]) -> None:
             raise _UnusableError(f"the native kernels were built for {name} {wanted}, this is {name} {here}")
     if not _usable(built["capabilities"]):
         runs = f"this processor (or ATEN_CPU_CAPABILITY) runs {torch.backends.cpu.get_cpu_capability()}"
-        why = f"the native kernels were built for {', '.join(built['capabilities'])}, {runs}"
-        raise _UnusableError(f"{why}; RRU_FAST_CAPABILITIES=all builds for all processors")
+        other = _UnusableError(f"the native kernels were built for {', '.join(built['capabilities'])}, {runs}")
+        other.variables = "RRU_FAST_CAPABILITIES=all "
+        raise other
     if not _BINARY.exists():
         raise _UnusableError(f"the native kernels were built, but {_BINARY.name} does not exist")
     if _cut_short(_BINARY):

@@ -49,7 +49,10 @@ def _installer(distribution: Distribution) -> str:
 
 
 def _origin(distribution: Distribution) -> dict[str, Any]:
-    return dict(json.loads(distribution.read_text("direct_url.json") or "{}"))
+    try:
+        return dict(json.loads(distribution.read_text("direct_url.json") or "{}"))
+    except ValueError:  # damaged: as if installed by name
+        return {}
 
 
 def _path(url: str) -> Path:

@@ -1,6 +1,6 @@
 """Hold the C++ kernels to the oracle in this process, as the environment caps it: `python -m tests.parity_here`.
 
-Prints the SIMD capability and whether bfloat16 is multiplied as it is; raises where a result is off.
+Prints the SIMD capability and whether bfloat16 is multiplied in bfloat16; raises where a result is off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-// Stands in front of ATen's products: those of the sizes in $REFUSE ("odd", "all") throw, as where oneDNN has no kernel.
+// Interposes ATen's products: those of the sizes in $REFUSE ("odd", "all") throw, as if oneDNN had no kernel for them.
+// The file $REFUSED is created by the first of them.
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -18,6 +20,8 @@ void pass_on(
     const E* b, float* c, bool is_vnni) {
   const char* refuse = std::getenv("REFUSE");
   if (std::strcmp(refuse, "all") == 0 || (m + n + k) % 2 != 0) {
+    static FILE* const refused = std::fopen(std::getenv("REFUSED"), "w");
+    std::fputs("refused\n", refused);
     throw std::runtime_error("could not generate a kernel");
   }
   using F = void(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const E*, const E*, float*, bool);

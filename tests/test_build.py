@@ -135,13 +135,22 @@ def test_a_damaged_binary_is_replaced(built: Tree) -> None:
 
 @pytest.mark.parametrize("variables", [{"PATH": ""}, {"CXX": "false"}, {"CXX": "no such compiler"}], ids=str)
 def test_without_a_compiler_the_build_says_so_and_succeeds(tree: Tree, variables: dict[str, str]) -> None:
-    (tree.root / "rru_fast" / native.BINARY).write_bytes(b"of an earlier build")
     done = tree.build(**variables)
     assert done.returncode == 0
     assert done.stdout.startswith("rru_fast: built without native kernels: no C++ compiler: ")
     assert len(done.stdout.splitlines()) == 1
     assert tree.record()["native"].startswith("no C++ compiler: ")
     assert not tree.binaries()
+
+
+@needs_compiler
+def test_a_missing_tool_costs_no_kernels_that_were_built_before(tree: Tree) -> None:
+    compiled(tree.build())
+    before = tree.record()
+    done = tree.build(CXX="false")
+    assert (done.returncode, tree.record(), tree.call("sum")) == (1, before, "42")
+    why = "no C++ compiler: CXX=false does not run"
+    assert done.stderr == f"rru_fast: the last build is kept, the kernels cannot be built again: {why}\n"
 
 
 @needs_compiler
@@ -183,7 +192,7 @@ def test_native_0_builds_nothing_and_takes_away_what_was_built(built: Tree) -> N
 
 def test_without_ninja_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(toolchain.MissingError, match=r"^no ninja: pip install ninja$"):
+    with pytest.raises(toolchain.MissingError, match=r"^no ninja: install ninja first$"):
         toolchain.find_ninja()
 
 

@@ -338,7 +338,11 @@ ELSEWHERE = {
     "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
     "_UnusableError(": "tests/test_native.py: a reason that show_config gives",
-} | ({"with tensors on {device}": "needs the C++ kernels"} if native.missing() else {})
+} | (
+    dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
+    if native.missing()
+    else {}
+)
 
 
 @pytest.mark.parametrize(("said", "call"), ERRORS, ids=[said.partition(": ")[2][:60] for said, _ in ERRORS])

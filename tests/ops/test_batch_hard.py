@@ -252,7 +252,9 @@ def test_threads_change_no_bit(dtype: torch.dtype, metric: str, shape: tuple[int
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.bfloat16], ids=str
+)
 def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
     features, labels = random_batch((4, 20, 6))
     features = features.to(dtype)
