@@ -120,7 +120,7 @@ def test_interrupted_it_says_how_to_continue(begun: Path) -> None:
 @pytest.mark.exhaustive  # so is the run that was done before the kill, in the test of one
 def test_what_is_done_is_not_trained_again(done: tuple[Path, Any]) -> None:
     before, results = trained(done[0]), (done[0] / RESULTS).read_bytes()
-    assert start(done[0], "--jobs", "1").end().status == 0
+    assert start(done[0], workers="spawn").end().status == 0
     assert trained(done[0]) == before
     assert (done[0] / RESULTS).read_bytes() == results
 
