@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from tests.training.small_people import render
 from training.data.tracklets import Split, Tracklet
 from training.recipes import RECIPES, Recipe
 from training.settings import Options
 from training.train import train
+
+# A busy machine takes as long as it takes over an example.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -76,33 +76,43 @@ def command(module: str, *arguments: Any) -> Forked:
     return Forked(main_of, module, [str(argument) for argument in arguments])
 
 
-def ranks(count: int, target: Callable[..., None], *arguments: Any) -> list[Ended]:
-    """Call a function in so many processes that find around them what torchrun gives its own, and wait for their ends.
+class Ranks:
+    """A function called in so many processes that find around them what torchrun gives its own.
 
     As torchrun does, this process keeps the store that they meet in, and ends the others once one has failed.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
-    started = [
-        Forked(target, *arguments, environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
-    ]
-    running = [one.process for one in started]
-    while running:
-        connection.wait([process.sentinel for process in running], timeout=300)
-        ended = [process for process in running if process.exitcode is not None]
-        running = [process for process in running if process.exitcode is None]
-        if not ended or any(process.exitcode for process in ended):
-            for process in running:
-                process.terminate()
-        assert ended, "they hang"
-    return [one.end() for one in started]
+
+    def __init__(self, count: int, target: Callable[..., None], *arguments: Any):
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(count)}
+        self.each = [
+            Forked(target, *arguments, environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)
+        ]
+
+    def end(self) -> list[Ended]:
+        """Wait for their ends."""
+        running = [one.process for one in self.each]
+        while running:
+            connection.wait([process.sentinel for process in running], timeout=300)
+            ended = [process for process in running if process.exitcode is not None]
+            running = [process for process in running if process.exitcode is None]
+            if not ended or any(process.exitcode for process in ended):
+                for process in running:
+                    process.terminate()
+            assert ended, "they hang"
+        return [one.end() for one in self.each]
 
 
-def command_of_ranks(count: int, module: str, *arguments: Any) -> list[Ended]:
+def ranks(count: int, target: Callable[..., None], *arguments: Any) -> list[Ended]:
+    """Call a function in so many processes as torchrun would, and wait for their ends."""
+    return Ranks(count, target, *arguments).end()
+
+
+def command_of_ranks(count: int, module: str, *arguments: Any) -> Ranks:
     """What torchrun makes of a module and its arguments."""
-    return ranks(count, main_of, module, [str(argument) for argument in arguments])
+    return Ranks(count, main_of, module, [str(argument) for argument in arguments])
 
 
 def _call(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -26,12 +27,15 @@ def options(*more: str | Path) -> list[str]:
     return ["--rows", *TWO, *map(str, (*small, *more))]
 
 
-def start(output: Path, *more: str | Path) -> forked.Forked:
-    return forked.Forked(on_short_walks, options("--output", output, *more))
+def start(output: Path, *more: str | Path, workers: str = "fork") -> forked.Forked:
+    """The command on short walks; its workers are forked where the claim is not about them, as spawning takes long."""
+    return forked.Forked(begin, workers, options("--output", output, *more))
 
 
-def on_short_walks(arguments: list[str]) -> None:
-    short_walks(pytest.MonkeyPatch())
+def begin(workers: str, arguments: list[str]) -> None:
+    patch, of_workers = pytest.MonkeyPatch(), multiprocessing.get_context(workers)
+    short_walks(patch)
+    patch.setattr(multiprocessing, "get_context", lambda kind: of_workers)
     forked.main_of("training.ablation", arguments)
 
 
@@ -89,7 +93,7 @@ def begun(done: tuple[Path, Any], tmp_path: Path) -> Path:
 def test_killed_it_leaves_no_worker_and_started_again_it_ends_with_the_same_figures(
     done: tuple[Path, Any], begun: Path
 ) -> None:
-    running = start(begun, "--jobs", "1")
+    running = start(begun, "--jobs", "1", workers="spawn")
     running.wait_for(lambda: "\n1/2" in running.out())
     workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     os.kill(running.pid, signal.SIGKILL)
@@ -107,7 +111,7 @@ def test_killed_it_leaves_no_worker_and_started_again_it_ends_with_the_same_figu
 
 
 def test_interrupted_it_says_how_to_continue(begun: Path) -> None:
-    running = start(begun, "--jobs", "1")
+    running = start(begun, "--jobs", "1", workers="spawn")
     running.wait_for(lambda: list(begun.rglob("*.log")))
     os.kill(running.pid, signal.SIGINT)
     assert running.end()[::2] == (130, f"interrupted; the same command continues in {begun}\n")
@@ -116,7 +120,7 @@ def test_interrupted_it_says_how_to_continue(begun: Path) -> None:
 @pytest.mark.exhaustive  # so is the run that was done before the kill, in the test of one
 def test_what_is_done_is_not_trained_again(done: tuple[Path, Any]) -> None:
     before, results = trained(done[0]), (done[0] / RESULTS).read_bytes()
-    assert start(done[0], "--jobs", "1").end().status == 0
+    assert start(done[0], workers="spawn").end().status == 0
     assert trained(done[0]) == before
     assert (done[0] / RESULTS).read_bytes() == results
 

@@ -89,6 +89,24 @@ class Running:
         return self._process.returncode, told
 
 
+class RunningForks:
+    """The same, forked."""
+
+    def __init__(self, processes: int, *arguments: str | Path) -> None:
+        self._ranks = command_of_ranks(processes, *map(str, arguments))
+
+    def wait_for(self, there: Any) -> None:
+        self._ranks.each[0].wait_for(there)
+
+    def interrupt(self) -> None:
+        for one in self._ranks.each:
+            os.kill(one.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, str]:
+        ended = self._ranks.end()
+        return max(abs(end.status or 0) for end in ended), "".join(end.err for end in ended)
+
+
 def lines(told: str, *starts: str) -> list[str]:
     return [line for line in told.splitlines() if line.startswith(starts)]
 
@@ -158,9 +176,11 @@ def test_features_extracted_in_shares_are_those_of_one_process(
         assert together[case].ranking == alone[case].ranking
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("processes", "running"), [(2, RunningForks), pytest.param(4, Running, marks=pytest.mark.exhaustive)]
+)
 def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_several(
-    small_data: Path, tmp_path: Path, processes: int
+    small_data: Path, tmp_path: Path, processes: int, running: type[Running] | type[RunningForks]
 ) -> None:
     begun = tmp_path / "run"
     two = Running(2, *small(small_data, begun), "--sync-bn")
@@ -175,7 +195,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
 
     train(Options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
     apart = Path(shutil.copytree(begun, tmp_path / "apart"))
-    several = Running(processes, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
+    several = running(processes, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
     several.wait_for(lambda: epoch_of(begun) >= epoch + 2)
     several.interrupt()
     status, told = several.end()
@@ -200,7 +220,7 @@ def told_by_torchrun(*command: str | Path) -> str:
 
 
 def told_by_forks(*command: str | Path) -> str:
-    ended = command_of_ranks(2, *map(str, command))
+    ended = command_of_ranks(2, *map(str, command)).end()
     assert 2 in {end.status for end in ended} <= {1, 2, -signal.SIGTERM}
     return "".join(end.err for end in ended)
 
