@@ -34,9 +34,11 @@ class NativeWarning(UserWarning):
 
 
 class _UnusableError(Exception):
-    """There are no kernels, or they do not fit here, or are damaged."""
+    """There are no kernels, or they do not fit here, or are damaged; `variables` begin the command that mends it."""
 
-    variables = ""  # of the command that mends it
+    def __init__(self, reason: str, variables: str = "") -> None:
+        super().__init__(reason)
+        self.variables = variables
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,8 @@ def _check(built: dict[str, Any]) -> None:
             raise _UnusableError(f"the native kernels were built for {name} {wanted}, this is {name} {here}")
     if not _usable(built["capabilities"]):
         runs = f"this processor (or ATEN_CPU_CAPABILITY) runs {torch.backends.cpu.get_cpu_capability()}"
-        other = _UnusableError(f"the native kernels were built for {', '.join(built['capabilities'])}, {runs}")
-        other.variables = "RRU_FAST_CAPABILITIES=all "
-        raise other
+        why = f"the native kernels were built for {', '.join(built['capabilities'])}, {runs}"
+        raise _UnusableError(why, variables="RRU_FAST_CAPABILITIES=all ")
     if not _BINARY.exists():
         raise _UnusableError(f"the native kernels were built, but {_BINARY.name} does not exist")
     if _cut_short(_BINARY):

@@ -209,7 +209,9 @@ def test_a_torch_that_is_too_old_is_refused_at_once(
     if serves:
         assert toolchain.find_torch().version == version
     else:
-        with pytest.raises(toolchain.MissingError, match=rf"^torch: got {version}, wanted 2\.11 or newer$"):
+        with pytest.raises(
+            toolchain.MissingError, match=rf"^torch: got {version}, wanted 2\.11 or newer: install it first$"
+        ):
             toolchain.find_torch()
 
 
