@@ -118,10 +118,14 @@ class Tree:
         return done.stdout.strip()
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """The environment with none of the variables that decide about a build but those given."""
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+
+
 def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with none of the variables that decide about a build but those given."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    """Run a command in `environment(**variables)`."""
+    return subprocess.run(command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, check=False)
 
 
 def _copy_repository(root: Path, *folders: str) -> None:

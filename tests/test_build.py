@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from build_tools import native, toolchain
-from tests.build_tree import ROOT, VARIABLES, Tree, real_tree, run, stand_in_tree
+from tests.build_tree import ROOT, VARIABLES, Tree, environment, real_tree, run, stand_in_tree
 
 try:
     COMPILER = toolchain.find_compiler().command
@@ -255,7 +255,7 @@ def test_max_jobs_is_how_many_compilers_run(tree: Tree, jobs: int) -> None:
 @needs_compiler
 def test_builds_that_run_at_once_do_not_harm_each_other(tree: Tree) -> None:
     command = [sys.executable, "-m", "build_tools"]
-    builds = [subprocess.Popen(command, cwd=tree.root, stdout=subprocess.DEVNULL) for _ in range(3)]
+    builds = [subprocess.Popen(command, cwd=tree.root, env=environment(), stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [build.wait() for build in builds] == [0, 0, 0]
     assert tree.call("sum") == "42"
     assert compiled(tree.build()) == set()
@@ -279,7 +279,7 @@ def stopped(tree: Tree, how: signal.Signals, **variables: str) -> subprocess.Com
     build = subprocess.Popen(
         [sys.executable, "-m", "build_tools"],
         cwd=tree.root,
-        env=os.environ | variables,
+        env=environment(**variables),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -327,7 +327,7 @@ def test_a_build_waits_for_the_compilers_of_one_that_was_killed(built: Tree, sto
     build = subprocess.Popen(
         [sys.executable, "-m", "build_tools"],
         cwd=built.root,
-        env=os.environ | stoppable | {"AT": "-c", "MAX_JOBS": "1"},
+        env=environment(**stoppable, AT="-c", MAX_JOBS="1"),
     )
     started = built.root / "started"
     while not started.exists():
@@ -335,7 +335,7 @@ def test_a_build_waits_for_the_compilers_of_one_that_was_killed(built: Tree, sto
     build.kill()
     build.wait()
     following = subprocess.Popen(
-        [sys.executable, "-m", "build_tools"], cwd=built.root, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "build_tools"], cwd=built.root, env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert following.stdout is not None
     assert following.stdout.readline() == "rru_fast: waiting for another build in this folder\n"
