@@ -58,7 +58,7 @@ using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 #define RRU_DECLARE_KERNELS(capability)                                                                             \
   namespace capability {                                                                                            \
-  /* true if refine multiplies bfloat16 in bfloat16, false if in float32 */                                           \
+  /* true if refine multiplies bfloat16 in bfloat16, false if in float32 */                                         \
   bool multiplies_bfloat16();                                                                                       \
   /* features, strips, mean, var, u, z_s, z_c, h */                                                                 \
   Tensors8 refine(const RefineArguments& arguments, bool save);                                                     \
