@@ -61,9 +61,10 @@ test-latest:
 	ln -sfn ../../shared build/shared
 	$(MAKE) -C "$(LATEST)" test VENV=../../.venv-latest VERSIONS="--upgrade --upgrade-strategy eager" ARGS="$(ARGS)"
 
-# The interpreter replaces the kernels of a whole process. A test takes seconds there: two processes at least.
+# The interpreter replaces the kernels of a whole process. A test takes seconds there, the longest of them first.
 test-triton: setup
-	TRITON_INTERPRET=1 "$(BIN)/python" -m pytest -q -n auto -k triton tests/ops tests/test_triton.py tests/benchmarks $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto -k triton \
+		tests/benchmarks tests/ops tests/test_triton.py $(ARGS)
 
 # Compiling takes most of the time, and every process compiles for itself.
 test-gpu: setup

@@ -21,9 +21,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -60,10 +61,10 @@ class Variant:
 
 
 # The paper's, and between them every flag that a kernel has and every way its arguments are specialised.
-PAPERS = Variant()
+PAPERS, EVAL = Variant(), Variant(mode="eval")
 VARIANTS = (
     PAPERS,
-    Variant(mode="eval"),
+    EVAL,
     Variant(mode="continued"),
     Variant(inputs="raw"),
     Variant("spatial", "appearance", "ragged"),
@@ -103,6 +104,8 @@ class Options:
     """Compute capabilities, times ten."""
     dtype: tuple[str, ...] = tuple(DTYPES)
     """Of the maps and features, and how float32 is multiplied."""
+    launched: Literal["all", "default"] = "all"
+    """By every variant of the unit and by tuning, or by the paper's unit, in training and eval, as it comes."""
     jobs: int = os.cpu_count() or 1
     """Compilers at once."""
 
@@ -118,8 +121,8 @@ class Launch:
     meta: dict[str, Any]
 
 
-def launches(dtype: torch.dtype) -> list[Launch]:
-    """What the operators launch at the paper's shape, training and eval, forward and backward; tuning's choices too."""
+def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
+    """What the operators launch at the paper's shape, forward and backward; of "all", every variant's and tuning's."""
     found: list[Launch] = []
     op, tuning = "", False
 
@@ -130,7 +133,7 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         kind: str, sizes: Any, tensor: Any, default: Plan, choices: dict[str, list[Meta]], run: Callable[[Plan], object]
     ) -> Plan:
         nonlocal tuning
-        if op in (f"refine, {PAPERS}", "batch_hard"):
+        if launched == "all" and op in (f"refine, {PAPERS}", "batch_hard"):
             tuning = True
             for kernel, metas in choices.items():
                 for meta in metas:
@@ -146,7 +149,7 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         patch.object(batch_hard, "tuned", every_plan),
         torch.device("meta"),
     ):
-        for variant in VARIANTS:
+        for variant in VARIANTS if launched == "all" else (PAPERS, EVAL):
             op = f"refine, {variant}"
             x = _maps(variant.layout, dtype)
             call = _refine_arguments(x, variant)
@@ -205,14 +208,14 @@ def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
     ]
 
 
-def compile_all(arch: int, name: str) -> list[dict[str, Any]]:
+def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, Any]]:
     """A row for each different kernel of a dtype, compiled for an architecture."""
     dtype, precision = DTYPES[name]
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     rows: dict[str, dict[str, Any]] = {}
     with patch.dict(os.environ, {"RRU_FAST_FLOAT32": precision}):
-        recorded = launches(dtype)
+        recorded = launches(dtype, launched)
     for launch in recorded:
         kernel = launch.kernel
         # As JITFunction.run binds and specialises a launch's arguments.
@@ -292,7 +295,8 @@ def main(options: Options) -> None:
     work = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for (arch, dtype), found in zip(work, pool.map(compile_all, *zip(*work, strict=True)), strict=True):
+        done = pool.map(compile_all, *zip(*work, strict=True), repeat(options.launched))
+        for (arch, dtype), found in zip(work, done, strict=True):
             table.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
             rows += found
     told = [sentence for row in rows for sentence in over_budget(row)]

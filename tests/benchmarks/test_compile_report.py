@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rru_fast import triton
 
@@ -56,6 +57,13 @@ def test_every_kernel_is_compiled_and_within_budget(monkeypatch: pytest.MonkeyPa
     assert {"strip_pool", "strip_pool_backward", "batch_hard", "batch_hard_backward"} < kernels
     assert [sentence for row in rows for sentence in over_budget(row)] == []
     assert any("wgmma" in (row["matrix instructions"] or "") for row in rows)
+
+
+def test_by_default_every_kernel_is_launched_by_the_papers_unit_and_untuned() -> None:
+    found = compile_report.launches(torch.bfloat16, "default")
+    assert {launch.op for launch in found} == {"refine, the paper's", "refine, eval", "strip_pool", "batch_hard"}
+    assert not any(launch.tuning for launch in found)
+    assert {launch.kernel for launch in found} == {launch.kernel for launch in compile_report.launches(torch.bfloat16)}
 
 
 @pytest.mark.parametrize(
