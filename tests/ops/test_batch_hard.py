@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rru_fast
+from benchmarks.measure import peak_bytes
 from rru_fast import ops, triton
 from tests import parity
 from tests.parity import BACKENDS
@@ -211,14 +212,7 @@ def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> No
 def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
     n, d = 1024 if backend == "triton" and triton.interpreted() else 8192, 16
     features, labels = torch.randn(n, d), torch.arange(n) // 4
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        rru_fast.batch_hard_triplet(features, labels, backend=backend)
-    # The profiler's "[memory]" events carry each allocation and release; their running sum is what is held.
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_bytes(lambda: rru_fast.batch_hard_triplet(features, labels, backend=backend), features.device)
     partners, matrix = 2 * labels.nbytes, 4 * n * n
     assert partners < peak < matrix / 6
 
