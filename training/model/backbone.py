@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from training.errors import UserError
-from training.model.weights import download_inception, load_weights, read_weights
+from training.model.weights import download_inception, load_pretrained, read_weights
 from training.recipes.recipe import Recipe
 
 # Inception-v3's blocks in order, as torchvision names them; the auxiliary classifier branches off between the two.
@@ -48,13 +48,13 @@ class Inception(nn.Module):
         elif self.pretrained:
             state = read_weights(Path(weights))
         net = inception_v3(weights=None, transform_input=False, init_weights=state is None)
-        # What lies beyond Mixed_7c is not called; without these its weights are not kept either.
+        # Layers after Mixed_7c are not called; without them their weights are not kept either.
         net.avgpool = net.dropout = net.fc = nn.Identity()
-        if state is not None:
-            kept = {key: value for key, value in state.items() if not key.startswith("fc.")}
-            load_weights(net, kept, weights)
         classifier = net.AuxLogits
         assert isinstance(classifier, nn.Module)
+        classifier.fc = nn.Identity()  # replaced below, so a file may have it of any size, or not at all
+        if state is not None:
+            load_pretrained(net, state, weights, unused=("fc.", "AuxLogits.fc."))
         classifier.fc = nn.Linear(768, identities)
         nn.init.normal_(classifier.fc.weight, std=0.001)
         nn.init.zeros_(classifier.fc.bias)
@@ -117,7 +117,7 @@ class Tiny(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.pretrained = weights != "random"
         if self.pretrained:
-            load_weights(self.net, read_weights(Path(weights)), weights)
+            load_pretrained(self.net, read_weights(Path(weights)), weights)
 
     def loadable_parameters(self) -> list[nn.Parameter]:
         """The parameters that a weights file fills."""

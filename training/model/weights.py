@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.errors import UserError
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
 
 
 def download_inception() -> dict[str, Tensor] | None:
@@ -31,7 +34,10 @@ def download_inception() -> dict[str, Tensor] | None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pth file that holds a state_dict, by name.
+    """Read the tensors of a .safetensors or .pth file by name.
+
+    A .pth file holds a state_dict, or a training checkpoint with one under a name of `_STATE_KEYS`, in any of
+    PyTorch's serialization formats that load without running code.
 
     Raises:
         UserError: there is no such file, or it is not of that form.
@@ -43,10 +49,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable state_dict ({first_line(error)})") from error
-    state = load_pickle(path, "not a readable state_dict")
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UserError(f"weights: {path} holds a {type(state).__name__}, wanted a state_dict (names to tensors)")
-    return state
+    content = load_pickle(path, "not a readable state_dict")
+    nested = [content[key] for key in _STATE_KEYS if key in content] if isinstance(content, dict) else []
+    for state in (content, *nested):
+        if _is_state_dict(state):
+            return dict(state)
+    raise UserError(f"weights: {path} holds a {type(content).__name__}, wanted a state_dict (names to tensors)")
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
 
 
 def load_pickle(path: Path, otherwise: str) -> Any:
@@ -69,6 +85,30 @@ def first_line(error: Exception) -> str:
     """The reason in an error's message: its first sentence, without colours or PyTorch's advice to trust the file."""
     reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     return re.split(r"(?<=\.)\s|\n", reason.strip())[0] or type(error).__name__
+
+
+def load_pretrained(module: nn.Module, state: Mapping[str, Tensor], source: str, unused: tuple[str, ...] = ()) -> None:
+    """Load weights that were published for a network, in the forms in which they are published.
+
+    As `load_weights`, but a prefix "module." (of DataParallel) or "_orig_mod." (of torch.compile) that all names have
+    is dropped, and a batch norm's num_batches_tracked that is missing, as in files from before PyTorch 0.4.1, is 0.
+
+    Args:
+        module: without the layers that are replaced anyway.
+        state: tensors by name.
+        source: where they come from, for messages.
+        unused: prefixes of names of layers that are left out, e.g. "fc.".
+
+    Raises:
+        UserError: a name is unknown or missing, or a shape differs.
+    """
+    names = list(state)
+    for prefix in ("module.", "_orig_mod.") * 2:  # in either order
+        if all(name.startswith(prefix) for name in names):
+            names = [name.removeprefix(prefix) for name in names]
+    counters = {name: torch.tensor(0) for name in module.state_dict() if name.endswith(".num_batches_tracked")}
+    given = {name: value for name, value in zip(names, state.values(), strict=True) if not name.startswith(unused)}
+    load_weights(module, counters | given, source)
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights, inception_v3
 
 from training.errors import UserError
@@ -28,13 +30,69 @@ def test_pth_and_safetensors_load_the_same_network(weights: dict[str, Tensor], t
         assert all(torch.equal(tensor, weights[key]) for key, tensor in tiny.net.state_dict().items())
 
 
-def test_torchvisions_file_fills_all_of_inception_but_the_new_auxiliary_layer(tmp_path: Path) -> None:
-    published = inception_v3(weights=None, init_weights=False).state_dict()
-    torch.save(published, tmp_path / "inception.pth")
-    own = Inception(5, str(tmp_path / "inception.pth")).net.state_dict()
+def published_inception(aux_classes: int = 1000) -> dict[str, Tensor]:
+    """Inception-v3's state_dict as torchvision publishes it: from before batch norms counted their batches."""
+    net = inception_v3(weights=None, init_weights=False)
+    net.AuxLogits.fc = nn.Linear(768, aux_classes)
+    return {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def assert_filled(inception: Inception, published: dict[str, Tensor]) -> None:
+    own = inception.net.state_dict()
     assert own["AuxLogits.fc.weight"].shape == (5, 768)
-    differing = [key for key, tensor in own.items() if not torch.equal(tensor, published[key])]
-    assert differing == ["AuxLogits.fc.weight", "AuxLogits.fc.bias"]
+    counters = [name for name in own if name.endswith("num_batches_tracked")]
+    assert len(counters) == 96
+    assert not any(own[name] for name in counters)
+    kept = own.keys() - {"AuxLogits.fc.weight", "AuxLogits.fc.bias", *counters}
+    assert kept == {name for name in published if not name.startswith(("fc.", "AuxLogits.fc."))}
+    assert all(torch.equal(own[name], published[name]) for name in kept)
+
+
+@pytest.mark.parametrize("aux_classes", [1000, 7])
+def test_torchvisions_file_fills_all_of_inception_but_the_new_auxiliary_layer(tmp_path: Path, aux_classes: int) -> None:
+    published = published_inception(aux_classes)
+    torch.save(published, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)
+    assert_filled(Inception(5, str(tmp_path / "inception.pth")), published)
+
+
+def test_torchvisions_download_fills_inception(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    published = published_inception()
+    torch.save(published, tmp_path / "hub/checkpoints" / Inception_V3_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+    inception = Inception(5, "imagenet")
+    assert inception.pretrained
+    assert_filled(inception, published)
+
+
+@pytest.mark.parametrize(
+    "publish",
+    [
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": state, "epoch": 7},
+        lambda state: {"epoch": 7, "model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {
+            name: nn.Parameter(value, requires_grad=value.is_floating_point()) for name, value in state.items()
+        },
+        lambda state: {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
+    ],
+    ids=["DataParallel", "compiled", "checkpoint", "model", "parameters", "without counters"],
+)
+def test_a_file_in_any_form_people_publish_loads_the_same_network(
+    publish: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(publish(weights), tmp_path / "tiny.pth")
+    loaded = Tiny(str(tmp_path / "tiny.pth")).net.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict": {"0.weight": 1}}], ids=str)
+def test_a_file_without_tensors_is_no_state_dict(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match=r"weights: .*empty\.pth holds a dict, wanted a state_dict"):
+        Tiny(str(tmp_path / "empty.pth"))
 
 
 def test_names_and_shapes_that_do_not_fit_are_told_on_one_line(weights: dict[str, Tensor], tmp_path: Path) -> None:
