@@ -98,8 +98,8 @@ def refine(
     )
     # The operator takes Python's own numbers; in eval mode there are no groups.
     eps, bn_groups = float(eps), int(bn_groups) if training else 1
-    chosen = config.choose(backend, x.device)
-    if chosen == "reference":
+    # The operator is given "auto" as it is: whichever backend serves where a traced or exported program runs.
+    if config.choose(backend, x.device) == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
         if running_mean is not None:  # F.batch_norm takes one dtype for these beside x's
             gamma, beta = gamma.to(running_mean.dtype), beta.to(running_mean.dtype)
@@ -154,7 +154,7 @@ def refine(
         group_name,
         counts,
         save,
-        chosen,
+        backend,
     )
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
@@ -201,11 +201,10 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_strip_pool(s)
-    chosen = config.choose(backend, s.device)
-    if chosen == "reference":
+    if config.choose(backend, s.device) == "reference":
         return reference.strip_pool(s)
     checks.check_derivatives("rru_fast.strip_pool", s)
-    return cast(Tensor, ops.strip_pool.strip_pool(s, chosen))
+    return cast(Tensor, ops.strip_pool.strip_pool(s, backend))
 
 
 def batch_hard_triplet(
@@ -241,8 +240,7 @@ def batch_hard_triplet(
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_batch_hard_triplet(features, labels, margin, metric, reduction, return_indices)
-    chosen = config.choose(backend, features.device)
-    if chosen == "reference":
+    if config.choose(backend, features.device) == "reference":
         return reference.batch_hard_triplet(
             features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices
         )
@@ -251,7 +249,7 @@ def batch_hard_triplet(
     if metric == "cosine":
         grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
-    loss, _, _, positive, negative = ops.batch_hard.batch_hard(grouped, labels, number, soft, metric, chosen)
+    loss, _, _, positive, negative = ops.batch_hard.batch_hard(grouped, labels, number, soft, metric, backend)
     per_anchor = features.shape[:-1]
     loss = (loss.mean() if reduction == "mean" else loss.view(per_anchor)).to(features.dtype)
     return (loss, positive.view(per_anchor), negative.view(per_anchor)) if return_indices else loss

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +94,82 @@ def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> Non
         chunk = torch.export.export(unit, (maps(2),), {"state": state}, dynamic_shapes={"x": sizes, "state": of_state})
         rest = chunk.module()(x[:, 3:], state=unit(x[:, :3]).state)
         assert torch.allclose(rest.features, unit(x).features[:, 3:], atol=1e-6)
+
+
+class EveryOperator(nn.Module):
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unit = rru_fast.RRU(6, (4, 4), hidden=8, backend=backend)
+        self.loss = rru_fast.BatchHardTripletLoss(0.5, backend=backend)
+
+    def forward(self, x: Tensor, people: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        refined = self.unit(x)
+        strips = rru_fast.strip_pool(x, backend=self.unit.backend)
+        return refined.features, strips, self.loss(strips.permute(2, 0, 1), people)
+
+
+def without_kernels(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script where the library is installed without its compiled kernels."""
+    library, tests_ = Path(rru_fast.__file__).parent, Path(__file__).parent
+    for package in (library, tests_):
+        shutil.copytree(
+            package, folder / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "training")
+        )
+    shutil.copytree(tests_.parent / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(tests_.parent / "build_tools", folder / "build_tools")
+    code = f"import torch; from tests.test_works_with_graphs import *; {script}"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def operators_run(work: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile() as profile:
+        work()
+    return {event.key for event in profile.key_averages() if event.key.startswith("rru_fast::")}
+
+
+needs_kernels = pytest.mark.skipif(rru_fast.config.BACKENDS["cpu"] is not None, reason="no compiled kernels")
+COMPILED = {"rru_fast::refine_cpu", "rru_fast::strip_pool_cpu", "rru_fast::batch_hard_cpu"}
+
+
+@needs_kernels
+def test_a_program_exported_with_kernels_runs_where_there_are_none(tmp_path: Path) -> None:
+    module, x, people = EveryOperator().eval(), maps(4), torch.tensor([0, 0, 1, 1])
+    with torch.no_grad():
+        torch.export.save(torch.export.export(module, (x, people)), tmp_path / "model.pt2")
+        wanted = module(x, people)
+    torch.save((x, people), tmp_path / "inputs.pt")
+    run = "torch.set_grad_enabled(False); program = torch.export.load('model.pt2').module(); "
+    run += "results = program(*torch.load('inputs.pt')); "
+    done = without_kernels(tmp_path, f"{run} torch.save(results, 'results.pt')")
+    assert done.returncode == 0, done.stderr
+    for got, right in zip(torch.load(tmp_path / "results.pt"), wanted, strict=True):
+        assert parity.error(got, right) <= 1e-6
+
+
+@needs_kernels
+def test_a_program_exported_without_kernels_runs_by_them_where_there_are_any(tmp_path: Path) -> None:
+    write = "x = maps(4), torch.tensor([0, 0, 1, 1]); program = torch.export.export(EveryOperator().eval(), x); "
+    done = without_kernels(tmp_path, f"{write} torch.export.save(program, 'model.pt2')")
+    assert done.returncode == 0, done.stderr
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    x, people = maps(4).requires_grad_(), torch.tensor([0, 0, 1, 1])
+    assert operators_run(lambda: program(x, people)) >= COMPILED
+    wanted = EveryOperator().eval()(x, people)
+    for got, right in zip(program(x, people), wanted, strict=True):
+        assert parity.error(got, right) <= 1e-6
+    gradients = [torch.autograd.grad(sum(v.square().sum() for v in out), x)[0] for out in (program(x, people), wanted)]
+    assert parity.error(*gradients) <= 1e-6
+
+
+@needs_kernels
+def test_a_program_exported_for_one_backend_names_it_where_it_cannot_serve(tmp_path: Path) -> None:
+    with torch.no_grad():
+        program = torch.export.export(EveryOperator("cpu").eval(), (maps(4), torch.tensor([0, 0, 1, 1])))
+    torch.export.save(program, tmp_path / "model.pt2")
+    run = "torch.set_grad_enabled(False); torch.export.load('model.pt2').module()(maps(4), torch.tensor([0, 0, 1, 1]))"
+    done = without_kernels(tmp_path, run)
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: backend: got 'cpu', wanted 'auto' or one of 'reference'"
+    )

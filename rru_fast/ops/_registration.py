@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-from rru_fast import native, triton
+from rru_fast import config, native, triton
 
 
 def kernels(op: str, composite: Any) -> dict[str, Any]:
@@ -21,6 +21,15 @@ def kernels(op: str, composite: Any) -> dict[str, Any]:
     if triton.missing() is None:
         found["triton"] = _Lazy(f"rru_fast.triton.{op}")
     return found
+
+
+def choose(kernels: dict[str, Any], backend: str, device: torch.device) -> Any:
+    """The kernels that serve a call, chosen when it runs: a program may have been exported where others could serve.
+
+    Raises:
+        ValueError: `backend` is not "auto", and cannot serve here.
+    """
+    return kernels[config.choose(backend, device)]
 
 
 class _Lazy:

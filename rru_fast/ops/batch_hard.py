@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import batch_hard as composite
-from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
+from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
 
 KERNELS = kernels("batch_hard", composite)
 
@@ -19,7 +19,8 @@ def batch_hard(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """features (G, N, D) to loss, d_pos, d_neg (float32 at least), positive and negative (int64), each (G, N)."""
     with without_autocast(features):
-        loss, d_pos, d_neg, positive, negative = KERNELS[backend].forward(features, labels, margin, soft, metric)
+        serving = choose(KERNELS, backend, features.device)
+        loss, d_pos, d_neg, positive, negative = serving.forward(features, labels, margin, soft, metric)
     return loss, d_pos, d_neg, positive, negative
 
 
@@ -48,7 +49,7 @@ def batch_hard_backward(
 ) -> Tensor:
     """Gradient of the features, (G, N, D)."""
     with without_autocast(features):
-        d_features: Tensor = KERNELS[backend].backward(
+        d_features: Tensor = choose(KERNELS, backend, features.device).backward(
             d_loss, features, d_pos, d_neg, positive, negative, margin, soft, metric
         )
     return d_features

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import refine as composite
-from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
+from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
 
 KERNELS = kernels("refine", composite)
 
@@ -62,8 +62,9 @@ def refine(*arguments: Any) -> tuple[Tensor, ...]:
     z_c (N, B, C), h (N, B, A): kept for the backward, u in an order of the backend's own; N = 0 unless `save`, and
     where the variant has none.
     """
+    *before, backend = arguments
     with without_autocast(arguments[0]):
-        outputs: tuple[Tensor, ...] = KERNELS[arguments[-1]].forward(*arguments[:-1])
+        outputs: tuple[Tensor, ...] = choose(KERNELS, backend, arguments[0].device).forward(*before)
     return outputs
 
 
@@ -101,7 +102,7 @@ def refine_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *before, _save, backend = arguments
     x = Arguments(*arguments[-len(Arguments._fields) :]).x
     with without_autocast(x):
-        gradients = KERNELS[backend].backward(*before)
+        gradients = choose(KERNELS, backend, x.device).backward(*before)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

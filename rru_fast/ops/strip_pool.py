@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import strip_pool as composite
-from rru_fast.ops._registration import forbid_second_order, kernels, without_autocast
+from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
 
 KERNELS = kernels("strip_pool", composite)
 
@@ -17,7 +17,7 @@ KERNELS = kernels("strip_pool", composite)
 def strip_pool(s: Tensor, backend: str) -> Tensor:
     """s (B, T, C, H, W) to its mean over time and width, (B, C, H)."""
     with without_autocast(s):
-        strips: Tensor = KERNELS[backend].forward(s)
+        strips: Tensor = choose(KERNELS, backend, s.device).forward(s)
     return strips
 
 
@@ -31,7 +31,7 @@ def _(s: Tensor, backend: str) -> Tensor:
 def strip_pool_backward(d_strips: Tensor, frames: int, width: int, backend: str) -> Tensor:
     """Gradient of s, (B, T, C, H, W)."""
     with without_autocast(d_strips):
-        d_s: Tensor = KERNELS[backend].backward(d_strips, frames, width)
+        d_s: Tensor = choose(KERNELS, backend, d_strips.device).backward(d_strips, frames, width)
     return d_s
 
 
