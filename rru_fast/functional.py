@@ -127,7 +127,7 @@ def refine(
     state_x, state_s = (None, None) if state is None else map(_usable, state)
     differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
-    save = torch.is_grad_enabled() and any(v is not None and checks.beneath(v).requires_grad for v in differentiable)
+    save = _may_need_gradients(differentiable)
     group_name = ""
     counts: list[int] = []
     if training and process_group is not None and spans_ranks(process_group):
@@ -164,6 +164,17 @@ def refine(
         _update(running_mean, mean[:, 0], by_frame)
         _update(running_var, var[:, 0] * (count / (count - 1)), by_frame)
     return Refined(features, strips, None)
+
+
+def _may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    """Return True if a backward may come.
+
+    One of a traced program may: torch.jit.trace runs what it has traced with gradients once more without, and wants
+    the same program of both.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return True
+    return torch.is_grad_enabled() and any(v is not None and checks.beneath(v).requires_grad for v in tensors)
 
 
 def _usable(tensor: Tensor) -> Tensor:

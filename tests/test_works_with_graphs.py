@@ -96,6 +96,26 @@ def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> Non
         assert torch.allclose(rest.features, unit(x).features[:, 3:], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_a_traced_model_takes_any_batch_with_and_without_gradients(differentiated: bool) -> None:
+    module, people = EveryOperator().eval(), torch.tensor([0, 0, 1, 1])
+    with torch.set_grad_enabled(differentiated):
+        traced = torch.jit.trace(module, (maps(4), people))
+    x = maps(6, 5)
+    arguments = (x, torch.arange(6) // 2)
+    with torch.no_grad():
+        for got, wanted in zip(traced(*arguments), module(*arguments), strict=True):
+            assert parity.error(got, wanted) <= 1e-6
+    if differentiated:
+        leaf = x.clone().requires_grad_()
+        got, wanted = (
+            torch.autograd.grad(sum(v.square().sum() for v in run(leaf, arguments[1])), leaf)[0]
+            for run in (traced, module)
+        )
+        assert parity.error(got, wanted) <= 1e-6
+
+
 class EveryOperator(nn.Module):
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
