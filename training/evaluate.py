@@ -17,7 +17,7 @@ from rich.console import Console
 from training import distributed
 from training.command import run_command
 from training.evaluation.protocols import ProtocolName
-from training.evaluation.ranking import Ties
+from training.evaluation.ranking import Rerank, Ties
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import score
 from training.output import check_output, write_output
@@ -34,8 +34,8 @@ class Options(UseOptions):
     """The rules to rank by; those the dataset is made for unless given."""
     ties: Ties = "stable"
     """Of two equally far, the first is: the earlier in the gallery, the right one, or the wrong one."""
-    rerank: bool = False
-    """Re-rank by k-reciprocal neighbours."""
+    rerank: Rerank | None = None
+    """Re-rank by k-reciprocal neighbors, by the paper's equations or as the authors' published code computes it."""
     output: Path | None = None
     """File to write the result to (.json), with the checkpoint's config and the environment."""
 

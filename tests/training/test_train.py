@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.data.small_sets import write_mars, write_prid
@@ -151,19 +152,24 @@ def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
         assert {**result, "kind": "result", "ops": "fast"} == metrics(trained)[-1]
 
 
-def test_a_checkpoint_is_evaluated_by_the_protocol_asked_for(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rerank", ["equations", "published"])
+def test_a_checkpoint_is_evaluated_by_the_protocol_and_reranking_asked_for(
+    trained: Path, capsys: pytest.CaptureFixture[str], rerank: str
+) -> None:
     as_it_was = metrics(trained)[-1]
-    asked = EvaluateOptions(trained, protocol="torchreid", ties="pessimistic", rerank=True, device="cpu")
-    result = evaluate(asked).record()
+    asked = f"--checkpoint {trained} --protocol torchreid --ties pessimistic --rerank {rerank} --device cpu"
+    result = evaluate(tyro.cli(EvaluateOptions, args=asked.split())).record()
     assert (as_it_was["protocol"], as_it_was["ties"], as_it_was["reranked"]) == ("single-shot", "stable", False)
-    assert (result["protocol"], result["ties"], result["reranked"]) == ("torchreid", "pessimistic", True)
+    assert (result["protocol"], result["ties"], result["reranked"]) == ("torchreid", "pessimistic", rerank)
     assert {name: result[name] for name in ("probes", "valid", "gallery", "junk")} == {
         "probes": 4,
         "valid": 4,
         "gallery": 4,
         "junk": 0.0,
     }
-    assert "torchreid, 4 probes (4 valid) in a gallery of 4" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "torchreid, 4 probes (4 valid) in a gallery of 4" in shown
+    assert f"re-ranked ({rerank})" in shown
 
 
 def test_an_evaluation_is_written_with_all_that_it_came_from(trained: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from training.evaluation.ranking import (
     DEEPEST,
     Ints,
     Ranking,
+    Rerank,
     Ties,
     average_precision,
     positive_ranks,
@@ -119,14 +120,16 @@ def prepare(name: str, search: Search) -> Trial:
     return Trial(name, protocol, kept, positive, counts)
 
 
-def rank(trial: Trial, distances: Iterable[Tensor], ties: Ties = "stable", *, reranked: bool = False) -> Ranking:
+def rank(
+    trial: Trial, distances: Iterable[Tensor], ties: Ties = "stable", *, reranked: Rerank | None = None
+) -> Ranking:
     """CMC and mAP of a trial.
 
     Args:
         trial: of Q probes in a gallery of G'.
         distances: (q, G') float64 each, on one device, together the Q probes' in order.
         ties: how equal distances are counted.
-        reranked: whether the distances are re-ranked ones; noted in the result.
+        reranked: by which version the distances are re-ranked, None if they are not; noted in the result.
     """
     first, precision = [], []
     start = 0

@@ -18,6 +18,9 @@ Ints = NDArray[np.int64]
 Ties = Literal["stable", "optimistic", "pessimistic"]
 """Who of two equally far comes first: the earlier in the gallery, the positive, the other."""
 
+Rerank = Literal["equations", "published"]
+"""Versions of k-reciprocal re-ranking: by the paper's equations, or as the authors' code computes it."""
+
 TOP = (1, 5, 10, 20)  # what tables show of a CMC
 DEEPEST = 20  # where a CMC ends
 BLOCK = 128  # probes ranked at once: about 0.1 GB of temporaries in a gallery of MARS's size
@@ -37,7 +40,7 @@ class Ranking:
     gallery: how many tracklets it holds, junk included.
     junk: how many of these are passed over, on average over the probes.
     ties: how equal distances were counted.
-    reranked: whether the distances were re-ranked.
+    reranked: by which version the distances were re-ranked; None if they were not.
     """
 
     protocol: str
@@ -49,7 +52,7 @@ class Ranking:
     gallery: int
     junk: float
     ties: Ties
-    reranked: bool
+    reranked: Rerank | None
 
 
 def cosine_distances(probe: Floats, gallery: Floats, device: torch.device | str = "cpu") -> Iterator[Tensor]:

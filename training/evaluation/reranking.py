@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from training.evaluation.ranking import BLOCK, Floats, Ints, cosine_distances
+from training.evaluation.ranking import BLOCK, Floats, Ints, Rerank, cosine_distances
 
 
 def reranked_distances(
@@ -18,42 +18,65 @@ def reranked_distances(
     gallery: Ints,
     device: torch.device | str = "cpu",
     *,
+    by: Rerank = "equations",
     k1: int = 20,
     k2: int = 6,
     weight: float = 0.3,
 ) -> Iterator[Tensor]:
-    """Distances by whom two tracklets have for neighbours, mixed with those of their features.
+    """Mix each probe's cosine distances with Jaccard distances between sets of k-reciprocal neighbors.
 
-    N(i, k) are i and its k nearest others, d(i, j) is the cosine distance over i's largest. Then, in the paper's terms,
-    R(i, k) = {j in N(i, k): i in N(j, k)}; R*(i) = R(i, k1) and all R(q, k1/2) of q in R(i, k1) of which at least 2/3
-    lie in R(i, k1); V(i, j) = exp(-d(i, j)) for j in R*(i), else 0; each V(i) becomes the mean over N(i, k2 - 1);
-    d_J(i, j) = 1 - sum min(V(i), V(j)) / sum max(V(i), V(j)); and the result is (1 - weight) d_J + weight d. That a
-    tracklet is its own neighbour, and how d is scaled, is as in the paper's published code, which departs from the
-    equations in two points that are not followed: it scales each V(i) to sum 1, and asks for more than 2/3.
-    Of equally far neighbours the earlier row comes first. V is sparse, and N x N distances pass by in blocks of rows:
-    time grows with N^2, memory with N.
+    N(i, k) are i and its k nearest others; d(i, j) is the cosine distance divided by the largest in row i. Then, in the
+    paper's terms:
+
+        R(i, k) = {j in N(i, k): i in N(j, k)}
+        R*(i) = R(i, k1), joined with R(q, k1/2) for each q in R(i, k1) with
+            |R(i, k1) & R(q, k1/2)| >= 2/3 |R(q, k1/2)|
+        V(i, j) = exp(-d(i, j)) for j in R*(i), else 0; after which each V(i) becomes the mean over N(i, k2 - 1)
+        d_J(i, j) = 1 - sum min(V(i), V(j)) / sum max(V(i), V(j))
+        result = (1 - weight) d_J + weight d
+
+    These are the "equations". The "published" version is the authors' code (github.com/zhunzhong07/person-re-ranking),
+    the usual one in results of the field. It differs in three points: R(q, k1/2) joins only if more than 2/3 of it is
+    in R(i, k1); each V(i) is divided by its sum before means are taken; and the tracklets are all probes, then the
+    whole gallery, so that one that is both, as MARS has them, is two that are neighbors of each other. Points that the
+    equations leave open follow that code in both versions: i is in N(i, k), d is scaled by row, and k1/2 is rounded
+    half to even, as in its Python files (its MATLAB file rounds differently, to the same for even k1).
+
+    Published distances, of the squared Euclidean distance between unit features, are those of that code but for:
+        ties: here i itself is its nearest, and of equally near others the earlier row comes first; there the order is
+            that of argsort, unspecified.
+        rounding: float64 here, float32 there, which may order near ties differently.
+
+    V is sparse, and N x N distances are computed in blocks of rows: time grows with N^2, memory with N.
 
     Args:
         features: (N, D) of probes and gallery together, a tracklet that is both only once.
         probes, gallery: (Q,) and (G,), their rows.
         device: where distances are computed.
-        k1, k2: sizes of neighbourhoods.
+        by: the version.
+        k1, k2: sizes of neighborhoods.
         weight: of the original distance, lambda in the paper.
 
     Yields:
         (q, G) float64 on the device: the next q <= BLOCK probes' distances.
     """
+    if by == "published":
+        features = features[np.concatenate((probes, gallery))]
+        probes, gallery = np.arange(len(probes)), len(probes) + np.arange(len(gallery))
     nearest, largest = _nearest(features, min(k1 + 1, len(features)), device)
     mutual, close = _reciprocal(nearest), _reciprocal(nearest[:, : round(k1 / 2) + 1])
     inside = (mutual @ close.T).multiply(mutual).tocoo()  # |R(i, k1) & R(q, k1/2)| for q in R(i, k1)
-    enough = 3 * inside.data >= 2 * close.sum(1)[inside.col]
+    above = 3 * inside.data - 2 * close.sum(1)[inside.col]  # in integers: 2/3 exactly is a common case
+    enough = above > 0 if by == "published" else above >= 0
     joining = sparse.csr_array((enough[enough], (inside.row[enough], inside.col[enough])), shape=mutual.shape)
     expanded = (mutual + joining.astype(np.int64) @ close).tocsr()
 
     blocks = zip(_blocks(len(features)), cosine_distances(features, features, device), strict=True)
     encoded = sparse.vstack([_encode(block, expanded[rows], largest[rows]) for rows, block in blocks]).tocsr()
-    neighbours = nearest[:, :k2]
-    encoded = (_indicator(neighbours) @ encoded) / neighbours.shape[1]
+    if by == "published":
+        encoded = encoded.multiply(1 / encoded.sum(1)[:, None]).tocsr()
+    neighbors = nearest[:, :k2]
+    encoded = (_indicator(neighbors) @ encoded) / neighbors.shape[1]
 
     by_column, total = encoded[gallery].tocsc(), encoded.sum(1)
     distances = cosine_distances(features[probes], features[gallery], device)

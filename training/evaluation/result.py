@@ -1,4 +1,4 @@
-"""An evaluation, told: what was evaluated, how, and what came out."""
+"""An evaluation: what was evaluated, how, and what came out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Result:
             "epoch": self.epoch,
             "protocol": r.protocol,
             "ties": r.ties,
-            "reranked": r.reranked,
+            "reranked": r.reranked or False,  # as in records from before versions had names
             **{f"rank-{k}": r.cmc[k] for k in TOP},
             "mAP": r.mean_ap,
             "chance": r.chance,
@@ -72,7 +72,7 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
     of = records[-1]
     scores = [*(f"rank-{k}" for k in TOP), "mAP"]
     junk = f" ({of['junk']:.1f} junk a probe)" if of["junk"] else ""
-    reranked = ", re-ranked" if of["reranked"] else ""
+    reranked = f", re-ranked ({of['reranked']})" if of["reranked"] else ""
     resized = ", resized by Pillow" if of["resize"] == "pillow" else ""
     made_by = [f"recipe {of['recipe']}", *([of["row"]] if of["row"] else []), f"preset {of['preset']}", *of["changed"]]
     table = Table(

@@ -14,7 +14,7 @@ from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
 from training.evaluation.protocols import Search, Trial, prepare, rank
-from training.evaluation.ranking import Floats, Ints, Ranking, Ties, cosine_distances
+from training.evaluation.ranking import Floats, Ints, Ranking, Rerank, Ties, cosine_distances
 from training.evaluation.reranking import reranked_distances
 from training.model.network import Network
 
@@ -38,12 +38,12 @@ class Compared:
         """Cosine distances (q, G') of all probes or of some, block by block."""
         return cosine_distances(self.features[self.probes[probes]], self.features[self.trial.kept], self.device)
 
-    def ranking(self, ties: Ties = "stable", *, rerank: bool = False) -> Ranking:
+    def ranking(self, ties: Ties = "stable", *, rerank: Rerank | None = None) -> Ranking:
         """How well the features find people; arguments as `score` takes them."""
-        if not rerank:
+        if rerank is None:
             return rank(self.trial, self.distances(), ties)
-        distances = reranked_distances(self.features, self.probes, self.trial.kept, self.device)
-        return rank(self.trial, distances, ties, reranked=True)
+        distances = reranked_distances(self.features, self.probes, self.trial.kept, self.device, by=rerank)
+        return rank(self.trial, distances, ties, reranked=rerank)
 
 
 def score(
@@ -52,7 +52,7 @@ def score(
     *,
     protocol: str | None = None,
     ties: Ties = "stable",
-    rerank: bool = False,
+    rerank: Rerank | None = None,
     chunk: int = CHUNK,
     resize: Resize = "device",
 ) -> Ranking:
@@ -65,7 +65,7 @@ def score(
         split: probes and gallery.
         protocol: one of `PROTOCOLS`; None for the split's own.
         ties: how equal distances are counted.
-        rerank: by k-reciprocal encoding, before ranking.
+        rerank: the version of k-reciprocal re-ranking to apply before ranking; None for no re-ranking.
         chunk: frames that go through the backbone at once.
         resize: who resizes frames.
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from training.evaluation import ranking, reranking
 from training.evaluation.protocols import Search, prepare, rank
-from training.evaluation.ranking import Ranking, cosine_distances
+from training.evaluation.ranking import Ranking, Rerank, cosine_distances
 from training.evaluation.reranking import reranked_distances
 
+both_versions = pytest.mark.parametrize("by", ["equations", "published"])
 
-def reranked(features: np.ndarray, probes: np.ndarray, gallery: np.ndarray, **options: float) -> np.ndarray:
+
+def reranked(features: np.ndarray, probes: np.ndarray, gallery: np.ndarray, **options: Any) -> np.ndarray:
     return torch.cat(list(reranked_distances(features, probes, gallery, **options))).numpy()
 
 
@@ -50,26 +54,113 @@ def literal(features: np.ndarray, probe: int, item: int, k1: int, k2: int, weigh
     return (1 - weight) * (1 - shared / total) + weight * d[probe][item]
 
 
+def literal_published(probes: np.ndarray, gallery: np.ndarray, k1: int, k2: int, weight: float) -> np.ndarray:
+    """Distances (Q, G) of features (Q, D) and (G, D) as the authors' code computes them, one tracklet after another."""
+    features = np.concatenate([probes, gallery])
+    everyone = range(len(features))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    d = np.array([[((unit[i] - unit[j]) ** 2).sum() for j in everyone] for i in everyone])
+    d = np.array([row / row.max() for row in d])
+    initial = d.argsort(axis=1, kind="stable")  # each tracklet is at distance 0 of itself, as is its copy
+
+    def reciprocal(i: int, count: int) -> set[int]:
+        return {int(j) for j in initial[i, :count] if i in initial[j, :count]}
+
+    encoded = np.zeros_like(d)
+    for i in everyone:
+        own = reciprocal(i, k1 + 1)
+        members = set(own)
+        for candidate in own:
+            theirs = reciprocal(candidate, round(k1 / 2) + 1)
+            if len(theirs & own) > 2 / 3 * len(theirs):
+                members.update(theirs)
+        weights = {j: math.exp(-d[i, j]) for j in members}
+        for j in members:
+            encoded[i, j] = weights[j] / sum(weights.values())
+    if k2 != 1:
+        encoded = np.array([encoded[initial[i, :k2]].mean(axis=0) for i in everyone])
+
+    final = np.empty((len(probes), len(gallery)))
+    for i in range(len(probes)):
+        for item in range(len(gallery)):
+            j = len(probes) + item
+            shared = np.minimum(encoded[i], encoded[j]).sum()
+            final[i, item] = (1 - weight) * (1 - shared / (2 - shared)) + weight * d[i, j]
+    return final
+
+
+def loose_clusters(seed: int) -> np.ndarray:
+    """Features (18, 6) whose neighborhoods overlap: some are joined to others and some not."""
+    rng = np.random.default_rng(seed)
+    features: np.ndarray = rng.normal(size=(4, 6))[np.arange(18) % 4] + 0.7 * rng.normal(size=(18, 6))
+    return features
+
+
 @pytest.mark.parametrize(("k1", "k2"), [(6, 3), (5, 1), (4, 4), (20, 6)])
 def test_reranked_distances_are_those_of_the_paper_s_sets(k1: int, k2: int) -> None:
-    rng = np.random.default_rng(k1)
-    # Loose clusters: neighbourhoods overlap, and some are joined to others and some not.
-    features = rng.normal(size=(4, 6))[np.arange(18) % 4] + 0.7 * rng.normal(size=(18, 6))
+    features = loose_clusters(seed=k1)
     probes, gallery = np.array([3, 17, 4]), np.array([0, 17, 5, 9, 2])
     found = reranked(features, probes, gallery, k1=k1, k2=k2, weight=0.3)
     wanted = [[literal(features, p, g, k1, k2, 0.3) for g in gallery] for p in probes]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_blocks_of_probes_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = np.random.default_rng(0).normal(size=(300, 8))  # more than two blocks
-    everyone = np.arange(300)
-    whole = reranked(features, everyone, everyone)
-    assert whole.shape == (300, 300)
-    np.testing.assert_allclose(reranked(features, everyone[140:], everyone[::7]), whole[140:, ::7], rtol=0, atol=1e-12)
+@pytest.mark.parametrize(("k1", "k2"), [(6, 3), (5, 1), (4, 4), (7, 2), (20, 6), (30, 1)])
+@pytest.mark.parametrize("shared", [True, False], ids=["probes in the gallery", "probes apart"])
+def test_published_distances_are_those_of_the_authors_loops(k1: int, k2: int, shared: bool) -> None:
+    probes = np.array([3, 17, 4, 0])
+    gallery = np.arange(18) if shared else np.setdiff1d(np.arange(18), probes)
+    for seed in range(5):
+        features = loose_clusters(seed)
+        found = reranked(features, probes, gallery, by="published", k1=k1, k2=k2, weight=0.3)
+        wanted = literal_published(features[probes], features[gallery], k1, k2, 0.3)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_reranking_finds_people_that_features_alone_do_not() -> None:
+def test_a_probe_in_the_gallery_is_two_neighbors_for_the_published_code() -> None:
+    features, probes = loose_clusters(0), np.array([3, 17, 4, 0])
+    doubled, first = np.concatenate([features[probes], features]), np.arange(4)
+    found = reranked(features, probes, np.arange(18), by="published", k1=6, k2=3)
+    as_two = reranked(doubled, first, 4 + np.arange(18), by="published", k1=6, k2=3)
+    np.testing.assert_allclose(found, as_two, rtol=0, atol=1e-12)
+    assert np.abs(found - reranked(features, probes, np.arange(18), by="equations", k1=6, k2=3)).max() > 0.01
+
+
+def test_a_neighborhood_shared_by_exactly_two_thirds_joins_by_the_equations_only() -> None:
+    # Six on an arc: {1, 2, 3} shares 1 and 2 with R(0, 4) = {0, 1, 2}, and {2, 3, 4} shares 3 and 4 with R(5, 4).
+    angle = np.radians([18, 28, 40, 47, 55, 71])
+    arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    first, others = np.array([0]), np.arange(1, 6)
+    by_equations = reranked(arc, first, others, by="equations", k1=4, k2=1, weight=0.0)
+    by_published = reranked(arc, first, others, by="published", k1=4, k2=1, weight=0.0)
+    assert by_equations[0, -1] < 0.9
+    assert by_published[0, -1] == 1  # {0, 1, 2} and {3, 4, 5}
+
+
+def test_encodings_are_scaled_to_sum_one_by_the_published_code_only() -> None:
+    near, far = 1 - math.cos(math.radians(30)), 1 - math.cos(math.radians(60))
+    arc = np.array([[1, 0], [1 - near, 0.5], [0, 1]])  # at 0, 30 and 90 degrees
+    encoded = np.exp(-np.array([[0, near, 1], [near / far, 0, 1]]))  # all are neighbors of all
+    scaled = encoded / encoded.sum(axis=1, keepdims=True)
+    for by, (one, two) in {"equations": encoded, "published": scaled}.items():
+        found = reranked(arc, np.array([0]), np.array([1, 2]), by=by, k1=4, k2=1, weight=0.0)
+        wanted = 1 - np.minimum(one, two).sum() / np.maximum(one, two).sum()
+        np.testing.assert_allclose(found[0, 0], wanted, rtol=0, atol=1e-12)
+
+
+@both_versions
+def test_blocks_of_probes_are_as_one(by: Rerank, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, probes, gallery = np.random.default_rng(0).normal(size=(300, 8)), np.arange(140), np.arange(140, 300)
+    in_blocks = reranked(features, probes, gallery, by=by)
+    assert in_blocks.shape == (140, 160)
+    for module in (ranking, reranking):
+        assert module.BLOCK < 140
+        monkeypatch.setattr(module, "BLOCK", 300)
+    np.testing.assert_allclose(in_blocks, reranked(features, probes, gallery, by=by), rtol=0, atol=1e-12)
+
+
+@both_versions
+def test_reranking_finds_people_that_features_alone_do_not(by: Rerank) -> None:
     rng = np.random.default_rng(0)
     people = np.repeat(np.arange(12), 10)
     features = rng.normal(size=(12, 32))[people] + 1.7 * rng.normal(size=(120, 32))
@@ -78,14 +169,15 @@ def test_reranking_finds_people_that_features_alone_do_not() -> None:
     search = Search(people[probes], cameras[probes], people, cameras, probes)
     trial = prepare("mars-standard-ap", search)
     plain: Ranking = rank(trial, cosine_distances(features[probes], features))
-    better = rank(trial, reranked_distances(features, probes, trial.kept), reranked=True)
+    better = rank(trial, reranked_distances(features, probes, trial.kept, by=by), reranked=by)
     assert 0.3 < plain.mean_ap < better.mean_ap - 0.05
-    assert (plain.reranked, better.reranked) == (False, True)
+    assert (plain.reranked, better.reranked) == (None, by)
 
 
-def test_equally_far_neighbours_and_fewer_than_k1_are_taken_in_order() -> None:
-    same = reranked(np.ones((40, 3)), np.array([0, 39]), np.arange(40))
+@both_versions
+def test_equally_far_neighbors_and_fewer_than_k1_are_taken_in_order(by: Rerank) -> None:
+    same = reranked(np.ones((40, 3)), np.array([0, 39]), np.arange(40), by=by)
     assert np.isfinite(same).all()
-    assert np.array_equal(same, reranked(np.ones((40, 3)), np.array([0, 39]), np.arange(40)))
-    two = reranked(np.eye(2), np.array([0]), np.array([1]))
+    assert np.array_equal(same, reranked(np.ones((40, 3)), np.array([0, 39]), np.arange(40), by=by))
+    two = reranked(np.eye(2), np.array([0]), np.array([1]), by=by)
     assert two.tolist() == [[pytest.approx(0.7 * (1 - 1) + 0.3)]]

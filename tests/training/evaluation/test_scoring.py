@@ -9,9 +9,12 @@ import torch
 from training.data.tracklets import Split
 from training.errors import UserError
 from training.evaluation.features import extract
+from training.evaluation.ranking import Rerank
 from training.evaluation.scoring import score
 from training.model.network import Network
 from training.recipes import Recipe
+
+VERSIONS: tuple[Rerank | None, ...] = (None, "equations", "published")
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def count_frames(network: Network) -> list[int]:
 
 
 def test_a_gallery_of_the_probes_look_alikes_is_found_without_fail(network: Network, clones: Split) -> None:
-    for rerank in (False, True):
+    for rerank in VERSIONS:
         ranking = score(network, clones, rerank=rerank)
         assert (ranking.cmc[1], ranking.mean_ap, ranking.chance) == (1.0, 1.0, 0.25)
         assert (ranking.protocol, ranking.ties, ranking.reranked) == ("single-shot", "stable", rerank)
@@ -52,13 +55,15 @@ def test_the_split_s_protocol_gives_way_to_a_named_one(network: Network, within:
     assert (ranking.probes, ranking.valid, ranking.gallery, ranking.junk) == (2, 2, len(within.gallery) - 2, 0.0)
 
 
-@pytest.mark.parametrize("rerank", [False, True])
-def test_a_probe_in_the_gallery_goes_through_the_network_once(network: Network, within: Split, rerank: bool) -> None:
+@pytest.mark.parametrize("rerank", VERSIONS)
+def test_a_probe_in_the_gallery_goes_through_the_network_once(
+    network: Network, within: Split, rerank: Rerank | None
+) -> None:
     frames = count_frames(network)
     inside = score(network, within, rerank=rerank)
     assert sum(frames) == sum(len(tracklet.frames) for tracklet in within.gallery)
     assert inside.junk == 1.0  # itself
-    if not rerank:  # a second node beside its own would be one neighbour more
+    if rerank is None:  # a second node beside its own would be one neighbor more
         again = score(network, replace(within, probe=tuple(replace(probe) for probe in within.probe)))
         assert again == inside
         assert sum(frames) > 2 * sum(len(tracklet.frames) for tracklet in within.gallery)

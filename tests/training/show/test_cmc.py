@@ -36,7 +36,7 @@ def test_chance_is_the_mean_over_all_orders_of_the_gallery(protocol: str, taken:
 
 def curve(name: str, first: float, gallery: int = 30) -> Curve:
     cmc = {k: min(1.0, first + 0.02 * (k - 1)) for k in range(1, DEEPEST + 1)}
-    ranking = Ranking("single-shot", cmc, first / 2, 1 / gallery, 30, 30, gallery, 0.0, "stable", reranked=False)
+    ranking = Ranking("single-shot", cmc, first / 2, 1 / gallery, 30, 30, gallery, 0.0, "stable", reranked=None)
     return Curve(name, ranking, np.arange(1, DEEPEST + 1) / gallery)
 
 
