@@ -68,6 +68,8 @@ def backward(
 def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rank and index of each anchor's farthest positive and nearest negative, (G, N); -1 without a negative."""
     groups, n, _ = f.shape
+    if metric == "euclidean":
+        f = f - _common_part(f)
     rows = max(1, TILE_BYTES // (groups * n * f.element_size()))
     largest = torch.finfo(f.dtype).max
     square = f.square().sum(-1)[:, None] if metric == "euclidean" else None  # (G, 1, N)
@@ -84,6 +86,17 @@ def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
         mined.append((*farthest, nearest.values, nearest.indices.masked_fill_(same.all(-1), -1)))
     farthest_rank, positive, nearest_rank, negative = (torch.cat(blocks, 1) for blocks in zip(*mined, strict=True))
     return farthest_rank, positive, nearest_rank, negative
+
+
+def _common_part(f: Tensor) -> Tensor:
+    """A vector (G, 1, D) that a group's features have in common: without it |b|^2 - 2 ab loses no digits.
+
+    In each coordinate the median of five features where the middle three differ by less than it, else 0.
+    """
+    n = f.shape[1]
+    ordered = torch.stack([f[:, i * n // 5] for i in range(5)]).sort(0).values  # (5, G, D)
+    low, middle, high = ordered[1:4]
+    return torch.where(high - low < middle.abs(), middle, 0)[:, None]
 
 
 def _rows(f: Tensor, index: Tensor) -> Tensor:

@@ -189,8 +189,9 @@ def batch_hard_triplet(
         f = F.normalize(features, dim=-1)
         d = 1 - f @ f.mT
     else:
-        square = features.square().sum(-1)
-        d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * features @ features.mT
+        f = features - common_part(features.detach())
+        square = f.square().sum(-1)
+        d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * f @ f.mT
         d = d2.clamp(min=1e-12).sqrt()
     same = labels[:, None] == labels
     d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
@@ -202,6 +203,17 @@ def batch_hard_triplet(
     if not return_indices:
         return loss
     return loss, positive, negative.masked_fill(same.all(-1), -1)
+
+
+def common_part(features: Tensor) -> Tensor:
+    """A vector (..., 1, D) that features (..., N, D) have in common, or 0 where they have none.
+
+    Distances do not change when it is subtracted, but |a|^2 + |b|^2 - 2 ab no longer cancels. In each coordinate it is
+    the median of five of the features where the middle three differ by less than it: outliers cannot shift it.
+    """
+    n = features.shape[-2]
+    _, low, middle, high, _ = features[..., [i * n // 5 for i in range(5)], :].sort(-2).values.unbind(-2)
+    return torch.where(high - low < middle.abs(), middle, 0).unsqueeze(-2)
 
 
 def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,68 @@ def _distance(square, inner, COSINE: tl.constexpr):
 
 
 @triton.jit
+def _ordered(a, b):
+    return tl.minimum(a, b), tl.maximum(a, b)
+
+
+@triton.jit
+def _median_of_five(a, b, c, d, e):
+    """The second, third and fourth of five in order."""
+    a, b = _ordered(a, b)
+    d, e = _ordered(d, e)
+    c, e = _ordered(c, e)
+    c, d = _ordered(c, d)
+    a, d = _ordered(a, d)
+    a, c = _ordered(a, c)
+    b, e = _ordered(b, e)
+    b, d = _ordered(b, d)
+    b, c = _ordered(b, c)
+    return b, c, d
+
+
+@triton.jit
+def subtract_common_kernel(
+    ranked,  # (G, N, D), out, contiguous
+    features,  # (G, N, D)
+    group_stride,
+    row_stride,
+    column_stride,
+    n,
+    D: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N features of a group, and BLOCK_K of their columns, a program: less a vector that the group has in common.
+
+    Distances do not change, but |b|^2 - 2 ab no longer cancels. In each column it is the median of five features where
+    the middle three differ by less than it, else 0: outliers cannot shift it. Of 16 bits they must differ by less than
+    a quarter of it: then nearly all differences are exact, as the products of the features themselves are.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    features += group * group_stride
+    b = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = k < D
+    column = features + k * column_stride
+    fifth = tl.zeros([1], tl.int64) + n
+    low, middle, high = _median_of_five(
+        tl.load(column, m_k, 0.0).to(SUM),
+        tl.load(column + fifth // 5 * row_stride, m_k, 0.0).to(SUM),
+        tl.load(column + 2 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
+        tl.load(column + 3 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
+        tl.load(column + 4 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
+    )
+    spread = high - low
+    if features.dtype.element_ty.primitive_bitwidth == 16:
+        spread *= 4
+    common = tl.where(spread < tl.abs(middle), middle, 0.0)
+    v = _load(features, b, k, row_stride, column_stride, b < n, D).to(SUM) - common[None, :]
+    at = ranked + (group * n + b[:, None]) * D + k[None, :]
+    tl.store(at, narrowed(v, ranked.dtype.element_ty), (b < n)[:, None] & m_k[None, :])
+
+
+@triton.jit
 def batch_hard_kernel(
     loss,  # (G, N), out, as the next four
     d_pos,
@@ -64,6 +126,10 @@ def batch_hard_kernel(
     group_stride,
     row_stride,
     column_stride,
+    ranked,  # (G, N, D), features less a vector in common, by which partners are chosen
+    ranked_group,
+    ranked_row,
+    ranked_column,
     labels,  # (N,)
     label_stride,
     n,
@@ -80,6 +146,7 @@ def batch_hard_kernel(
     SUM: tl.constexpr = loss.dtype.element_ty
     group = tl.program_id(1).to(tl.int64)
     features += group * group_stride
+    ranked += group * ranked_group
     a = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     anchor = a < n
     label = tl.load(labels + a.to(tl.int64) * label_stride, anchor, 0)
@@ -94,8 +161,8 @@ def batch_hard_kernel(
         square = tl.zeros([BLOCK_N], SUM)
         for k0 in range(0, D, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            v = _load(features, a, k, row_stride, column_stride, anchor, D)
-            w = _load(features, b, k, row_stride, column_stride, other, D)
+            v = _load(ranked, a, k, ranked_row, ranked_column, anchor, D)
+            w = _load(ranked, b, k, ranked_row, ranked_column, other, D)
             inner = product(v, tl.trans(w), inner, PRECISION)
             if not COSINE:
                 w = w.to(SUM)

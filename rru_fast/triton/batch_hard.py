@@ -1,8 +1,9 @@
 """`batch_hard_triplet`: tiles of the distance matrix on the tensor cores, the two hardest of each anchor kept.
 
-All groups (strips) in one launch, O(N) memory. A tile's distances only choose the partners; the two distances that
-enter the loss are taken from the difference of the vectors, so that near points do not lose their digits. Backward,
-every feature gathers what it is to get, itself as anchor and those that chose it in their order: no atomics.
+All groups (strips) in one launch, after one that subtracts what their features have in common; no N x N matrix. A
+tile's distances only choose the partners; the two distances that enter the loss are taken from the difference of the
+vectors, so that near points do not lose their digits. Backward, every feature gathers what it is to get, itself as
+anchor and those that chose it in their order: no atomics.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
             negative,
             features,
             *features.stride(),
+            ranked,
+            *ranked.stride(),
             labels,
             labels.stride(0),
             n,
@@ -58,7 +61,8 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     rows = 16
     while rows < 64 and groups * -(-n // (2 * rows)) >= processors:
         rows *= 2
-    even = host.even(features, 2)
+    ranked = features if metric == "cosine" else _without_common_part(features)
+    even = host.even(ranked, 2)
     k = host.depth(features.dtype, precision, even)
     warps = 8 if rows == 64 and (precision == "ieee" or not even) else 4
     default = blocks(rows, 64 if n > 32 else 32, k, warps, 3)
@@ -75,6 +79,28 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
             lambda plan: run(plan["batch_hard"]),
         )  # fmt: skip
         return run(plan["batch_hard"])
+
+
+def _without_common_part(features: Tensor) -> Tensor:
+    """features (G, N, D) less a vector that each group's have in common: products of them keep their digits."""
+    groups, n, d = features.shape
+    ranked = features.new_empty(groups, n, d)
+    block_k = min(128, power_of_2(d))
+    with host.on_device(features):
+        host.launch(
+            kernels.subtract_common_kernel,
+            (-(-n // 16), groups, -(-d // block_k)),
+            ranked,
+            features,
+            *features.stride(),
+            n,
+            D=d,
+            SUM=host.TYPES[torch.promote_types(features.dtype, torch.float32)],
+            BLOCK_N=16,
+            BLOCK_K=block_k,
+            num_warps=4,
+        )
+    return ranked
 
 
 def backward(

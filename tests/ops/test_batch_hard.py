@@ -119,6 +119,47 @@ def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: 
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("outlier", [0.0, 100.0])
+@pytest.mark.parametrize("own", [1.0, 0.03, 0.001])
+def test_partners_are_right_under_a_large_common_vector(
+    own: float, outlier: float, dtype: torch.dtype, backend: str
+) -> None:
+    if dtype == torch.float16 and (backend == "reference" or own == 0.001):
+        pytest.skip("computes in float16; or float16 holds nothing but the common vector")
+    n = 128 if backend in parity.COMPILED else 64
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        common = torch.randn(48, generator=g, dtype=torch.float64)
+        features = (common + own * torch.randn(n, 48, generator=g, dtype=torch.float64)).to(dtype)
+        features[0] += outlier
+        labels = torch.arange(n) // 4
+        _, positive, negative = rru_fast.batch_hard_triplet(features, labels, return_indices=True, backend=backend)
+        d2 = (features.double()[:, None] - features.double()).square().sum(-1)
+        same = labels[:, None] == labels
+        hardest = d2.masked_fill(~same, 0).amax(1), d2.masked_fill(same, float("inf")).amin(1)
+        for partner, wanted in zip((positive, negative), hardest, strict=True):
+            torch.testing.assert_close(d2.gather(1, partner[:, None])[:, 0], wanted, rtol=1e-6, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_common_vector_has_no_share_in_the_gradient(metric: str, backend: str) -> None:
+    features, labels = random_batch((2, 33, 24))
+    features = (10 + 0.1 * features).float()
+    got, oracle = (
+        run(features, labels, backend, metric=metric),
+        run(features.double(), labels, "reference", metric=metric),
+    )
+    in_dtype = run(features, labels, "reference", metric=metric)
+    for name in ("loss", "d_features"):
+        allowed = 2 * parity.error(in_dtype[name], oracle[name]) + torch.finfo(torch.float32).eps
+        assert parity.error(got[name], oracle[name]) <= allowed, name
+    if metric == "euclidean":
+        assert parity.error(got["d_features"], oracle["d_features"]) <= 1e-5
+
+
+@every_backend
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9),
