@@ -19,7 +19,7 @@ from rru_fast.reference.checks import (
     check_process_group,
     check_sizes,
 )
-from rru_fast.reference.equations import spans_ranks
+from rru_fast.reference.distributed import spans_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

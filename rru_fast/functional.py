@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from rru_fast import checks, config, ops, reference
 from rru_fast.reference import Inputs, Metric, Reduction, Refined, State
-from rru_fast.reference.equations import OUTSIDE_GRAPHS, count_values, last_state, momenta, spans_ranks
+from rru_fast.reference.distributed import count_values, spans_ranks
+from rru_fast.reference.equations import OUTSIDE_GRAPHS, last_state, momenta
 
 
 def refine(
@@ -133,7 +134,7 @@ def refine(
     if training and process_group is not None and spans_ranks(process_group):
         if torch.compiler.is_compiling():
             raise RuntimeError(OUTSIDE_GRAPHS)
-        group_name, counts = process_group.group_name, count_values(x, process_group)
+        group_name, counts = process_group.group_name, count_values(x, w.shape[0], process_group)
     features, strips, mean, var, *_ = ops.refine.refine(
         x,
         w,

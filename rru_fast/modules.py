@@ -92,13 +92,15 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
         margin: a number, or "soft" for softplus.
         metric: "euclidean" on features as they come, or "cosine".
         gather: form the batch from all ranks of torch.distributed, with gradient: under DistributedDataParallel, P
-            processes then give the loss and the gradients of one. Every rank brings the same number of features.
+            processes then give the loss and the gradients of one. Ranks may bring different numbers of features, also
+            none. Costs two small collectives beside that of the features, and the host waits for the first.
         backend: "auto", or a backend `rru_fast.show_config` lists as available.
 
     Called with features (N, D) or (G, N, D) and integer labels (N,), it returns the scalar mean over anchors.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
+        ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted. With
+            `gather` on every rank, where groups, columns or dtypes are not the same on all.
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
 
     >>> import torch, rru_fast

@@ -294,6 +294,11 @@ def with_strips(loss: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
 
 def gathered_losses(rank: int) -> None:
     """That a rank's loss and its model's gradients are those of one process with the clips of all."""
+    for ends in ([4, 8, 12], [1, 10, 12], [0, 5, 12]):  # even numbers of clips, uneven ones, and none on the first rank
+        _gathered_loss(rank, ends)
+
+
+def _gathered_loss(rank: int, ends: list[int]) -> None:
     world = dist.get_world_size()
     for cls in (rru_fast.BatchHardTripletLoss, reference.BatchHardTripletLoss):
         torch.manual_seed(0)
@@ -302,7 +307,8 @@ def gathered_losses(rank: int) -> None:
         alone = with_strips(cls(margin=2.0), embed(data), labels)
         wanted = torch.autograd.grad(alone, list(embed.parameters()))
         model = DistributedDataParallel(embed)
-        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        ends = [*ends[: world - 1], 12]
+        mine = slice(0 if rank == 0 else ends[rank - 1], ends[rank])
         loss = with_strips(cls(margin=2.0, gather=True), model(data[mine]), labels[mine])
         loss.backward()
         assert abs(loss - alone) < 1e-12, (loss, alone)
@@ -314,6 +320,41 @@ def gathered_losses(rank: int) -> None:
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
     in_ranks(processes, tmp_path, gathered_losses)
+
+
+def misfits(rank: int) -> dict[str, str]:
+    """Errors by what does not fit the other rank, where each is followed by a call that fits."""
+    f, labels = torch.randn(4, 6), torch.arange(4) // 2
+    calls = {
+        "columns": (f[:, : 5 + rank], labels),
+        "groups": (f.expand(2 + rank, 4, 6), labels),
+        "dimensions": (f if rank else f[None], labels),
+        "dtypes": (f.double() if rank else f, labels),
+        "labels": (f, labels.int() if rank else labels),
+        "nothing": (f[:0], labels[:0]),
+    }
+    found = {}
+    loss = rru_fast.BatchHardTripletLoss(gather=True)
+    for name, arguments in calls.items():
+        try:
+            loss(*arguments)
+        except ValueError as error:
+            found[name] = str(error)
+        loss(f[rank:], labels[rank:])
+    return found
+
+
+def test_ranks_that_do_not_fit_together_raise_on_every_one(tmp_path: Path) -> None:
+    told = in_ranks(2, tmp_path, misfits)
+    assert told[0] == told[1]
+    assert told[0] == {
+        "columns": "features: got [5, 6] columns on the ranks, wanted as many on every rank",
+        "groups": "features: got [2, 3] groups on the ranks, wanted as many on every rank",
+        "dimensions": "features: got [3, 2] dimensions on the ranks, wanted as many on every rank",
+        "dtypes": "features: got [float32, float64] dtypes on the ranks, wanted one on every rank",
+        "labels": "labels: got [int64, int32] dtypes on the ranks, wanted one on every rank",
+        "nothing": "features: got none on any rank, wanted at least 1 on one of them",
+    }
 
 
 def test_gather_without_a_process_group_is_a_group_of_one() -> None:

@@ -1,5 +1,6 @@
 """The paper in plain PyTorch: its equations, and the modules that `rru_fast.accelerate` swaps."""
 
+from rru_fast.reference.distributed import gather_batch
 from rru_fast.reference.equations import (
     Inputs,
     Metric,
@@ -7,7 +8,6 @@ from rru_fast.reference.equations import (
     Refined,
     State,
     batch_hard_triplet,
-    gather_batch,
     refine,
     strip_pool,
 )

@@ -11,8 +11,6 @@ from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -20,6 +18,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils._pytree import _register_namedtuple
 
 from rru_fast.reference.checks import check_process_group
+from rru_fast.reference.distributed import count_values, spans_ranks
 
 Inputs = Literal["appearance+motion", "appearance", "raw"]
 Metric = Literal["euclidean", "cosine"]
@@ -80,7 +79,7 @@ def refine(
     ranks = process_group if training and spans_ranks(process_group) else None
     if ranks is not None and torch.compiler.is_compiling():
         raise RuntimeError(OUTSIDE_GRAPHS)
-    elements = sum(count_values(x, ranks)) if ranks is not None else 0
+    elements = sum(count_values(x, w.shape[0], ranks)) if ranks is not None else 0
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
 
@@ -214,40 +213,6 @@ def common_part(features: Tensor) -> Tensor:
     n = features.shape[-2]
     _, low, middle, high, _ = features[..., [i * n // 5 for i in range(5)], :].sort(-2).values.unbind(-2)
     return torch.where(high - low < middle.abs(), middle, 0).unsqueeze(-2)
-
-
-def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch of all ranks in rank order, with gradient: features (..., N, D), labels (N,), N equal everywhere."""
-    if not torch.distributed.is_initialized():
-        return features, labels
-    all_labels = [torch.empty_like(labels) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(all_labels, labels.contiguous())
-    all_features = torch.distributed.nn.functional.all_gather(features.contiguous())  # type: ignore[no-untyped-call]
-    for part in all_features:
-        if part.requires_grad:  # what is sent back takes the gradient's strides for those of a plain tensor
-            part.register_hook(Tensor.contiguous)
-    return torch.cat(all_features, -2), torch.cat(all_labels)
-
-
-def spans_ranks(process_group: ProcessGroup | None) -> bool:
-    """Whether there is anybody else in the group to share statistics with."""
-    return process_group is not None and process_group.size() > 1
-
-
-def count_values(x: Tensor, process_group: ProcessGroup) -> list[int]:
-    """How many values of a gate channel a frame has on every rank, B H W; all wait for each other here.
-
-    Raises:
-        ValueError: on every rank, where not all bring as many frames: their statistics would not belong together.
-    """
-    clips, frames, _, height, width = x.shape
-    own = torch.tensor([clips * height * width, frames], device=x.device)
-    everyone = [torch.empty_like(own) for _ in range(process_group.size())]
-    torch.distributed.all_gather(everyone, own, group=process_group)
-    counts, all_frames = torch.stack(everyone).t().tolist()
-    if len(set(all_frames)) > 1:
-        raise ValueError(f"x: got {all_frames} frames on the ranks of process_group, wanted as many on every rank")
-    return cast("list[int]", counts)
 
 
 def momenta(momentum: float | Sequence[float], frames: int) -> list[float]:

@@ -22,7 +22,8 @@ from rru_fast.reference.checks import (
     check_number,
     check_sizes,
 )
-from rru_fast.reference.equations import Inputs, Metric, Refined, State, batch_hard_triplet, gather_batch, refine
+from rru_fast.reference.distributed import gather_batch
+from rru_fast.reference.equations import Inputs, Metric, Refined, State, batch_hard_triplet, refine
 
 Attention = Literal["both", "spatial", "channel"]
 
@@ -211,13 +212,15 @@ class BatchHardTripletLoss(nn.Module):
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
         check_dense("features", features, "(N, D) or (G, N, D)")
         check_dense("labels", labels, "(N,)")
-        if features.dim() not in (2, 3) or 0 in features.shape:
+        gather = self.gather and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        sizes = [*features.shape[:-2], *features.shape[-1:]] if gather else features.shape  # a rank may bring nothing
+        if features.dim() not in (2, 3) or 0 in sizes:
             got = tuple(features.shape)
             raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
         if labels.shape != features.shape[-2:-1]:
             got, n = tuple(labels.shape), tuple(features.shape[-2:-1])
             raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one a feature")
-        if self.gather:
+        if gather:
             features, labels = gather_batch(features, labels)
         return self._loss(features, labels)
 

@@ -157,6 +157,12 @@ def of_two(rank: int) -> dict[str, Any]:
             wrong = {**settings, "w_c": call.weights["w_c"].t()}
             found[f"wrong {backend}"] = refusal(lambda s=wrong: refine(**s))
         found[f"frames {backend}"] = refusal(lambda s=settings: refine(call.x[:, : 4 - rank], **s))
+        low = call.map(torch.Tensor.float) if rank else call
+        of_low = {"running_mean": low.buffers[0], "running_var": low.buffers[1], **low.weights, **settings}
+        found[f"dtype {backend}"] = refusal(lambda x=low.x, s=of_low: refine(x, **s))
+        fewer = {"w": 0, "gamma": 0, "beta": 0, "running_mean": 0, "running_var": 0, "w_c": 1}
+        of_fewer = {name: good[name].narrow(axis, 0, 5 - rank) for name, axis in fewer.items()} | settings
+        found[f"hidden {backend}"] = refusal(lambda s=of_fewer: refine(**s))
         found[f"train {backend}"] = collectives(lambda s=settings: refine(**s))
         out = refine(call.x.clone().requires_grad_(), **settings)
         found[f"backward {backend}"] = collectives(out.strips.sum().backward)
@@ -279,9 +285,18 @@ def test_a_bad_argument_on_one_rank_raises_there_and_waits_for_nobody(backend: s
 
 
 @every_backend
-def test_other_numbers_of_frames_raise_on_every_rank(backend: str, two: list[dict[str, Any]]) -> None:
-    wanted = "ValueError: x: got [4, 3] frames on the ranks of process_group, wanted as many on every rank"
-    assert [found[f"frames {backend}"] for found in two] == [wanted, wanted]
+@pytest.mark.parametrize(
+    ("what", "wanted"),
+    [
+        ("frames", "x: got [4, 3] frames on the ranks of process_group, wanted as many on every rank"),
+        ("dtype", "x: got [float64, float32] dtypes on the ranks of process_group, wanted one on every rank"),
+        ("hidden", "w: got [5, 4] gate channels on the ranks of process_group, wanted as many on every rank"),
+    ],
+)
+def test_maps_that_do_not_fit_together_raise_on_every_rank(
+    what: str, wanted: str, backend: str, two: list[dict[str, Any]]
+) -> None:
+    assert [found[f"{what} {backend}"] for found in two] == [f"ValueError: {wanted}"] * 2
 
 
 def test_groups_of_clips_and_ranks_exclude_each_other(two: list[dict[str, Any]]) -> None:

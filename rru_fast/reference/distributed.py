@@ -1,0 +1,97 @@
+"""Collectives of the reference: the batch of all ranks, and the checks that ranks fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather the batch of all ranks in rank order, with gradient: features (..., N, D), labels (N,); N may differ.
+
+    Raises:
+        ValueError: on every rank, where not all have the same number of groups and columns, and the same dtypes, or
+            none has a feature.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features, labels
+    *groups, n, d = features.shape
+    dtypes = [_number(tensor.dtype) for tensor in (features, labels)]
+    table = _gather([n, d, len(groups), *(groups or [1]), *dtypes], features.device, None)
+    counts, columns, dims, all_groups, *all_dtypes = table
+    _check_same("features", "columns", columns)
+    _check_same("features", "dimensions", [2 + dim for dim in dims])
+    _check_same("features", "groups", all_groups)
+    for name, numbers in zip(("features", "labels"), all_dtypes, strict=True):
+        _check_same(name, "dtypes", [_dtype_of(number) for number in numbers])
+    if not any(counts):
+        raise ValueError("features: got none on any rank, wanted at least 1 on one of them")
+    missing = max(counts) - n
+    padded, padded_labels = F.pad(features, (0, 0, 0, missing)).contiguous(), F.pad(labels, (0, missing)).contiguous()
+    all_labels = [torch.empty_like(padded_labels) for _ in counts]
+    dist.all_gather(all_labels, padded_labels)
+    all_features = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
+    for part in all_features:
+        if part.requires_grad:  # what is sent back takes the gradient's strides for those of a plain tensor
+            part.register_hook(Tensor.contiguous)
+    return (
+        torch.cat([part[..., :count, :] for part, count in zip(all_features, counts, strict=True)], -2),
+        torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)]),
+    )
+
+
+def spans_ranks(process_group: ProcessGroup | None) -> bool:
+    """Return True if there are other ranks in the group to share statistics with."""
+    return process_group is not None and process_group.size() > 1
+
+
+def count_values(x: Tensor, hidden: int, process_group: ProcessGroup) -> list[int]:
+    """Count the values that a gate channel has per frame on every rank, B H W; all ranks wait for each other here.
+
+    Args:
+        x: maps (B, T, C, H, W).
+        hidden: D, the gate channels.
+        process_group: of several ranks.
+
+    Raises:
+        ValueError: on every rank, where not all have as many frames and gate channels, and maps of one dtype.
+    """
+    clips, frames, _, height, width = x.shape
+    own = [clips * height * width, frames, hidden, _number(x.dtype)]
+    counts, all_frames, channels, numbers = _gather(own, x.device, process_group)
+    where = " of process_group"
+    _check_same("x", "frames", all_frames, where)
+    _check_same("w", "gate channels", channels, where)
+    _check_same("x", "dtypes", [_dtype_of(number) for number in numbers], where)
+    return counts
+
+
+def _gather(own: list[int], device: torch.device, process_group: ProcessGroup | None) -> list[list[int]]:
+    """Gather a few numbers of every rank: per number, a list over the ranks."""
+    row = torch.tensor(own, device=device)
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(rows, row, group=process_group)
+    table: list[list[int]] = torch.stack(rows).t().tolist()
+    return table
+
+
+def _check_same(name: str, what: str, values: Sequence[int | str], where: str = "") -> None:
+    if len(set(values)) > 1:
+        got = ", ".join(map(str, values))
+        wanted = "one" if what == "dtypes" else "as many"
+        raise ValueError(f"{name}: got [{got}] {what} on the ranks{where}, wanted {wanted} on every rank")
+
+
+def _number(dtype: torch.dtype) -> int:
+    """Encode a dtype's name, which ranks can exchange, as an integer of 63 bits."""
+    return int.from_bytes(str(dtype).removeprefix("torch.")[:8].encode(), "big")
+
+
+def _dtype_of(number: int) -> str:
+    return number.to_bytes(8, "big").lstrip(b"\0").decode()
