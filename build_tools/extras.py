@@ -13,7 +13,13 @@ MODULES = {
 
 
 def require(extra: str) -> None:
-    """Exit with one line if modules of an extra are missing; call it before a command's own imports."""
+    """Exit with one line if the system or modules of an extra are missing; call it before a command's own imports."""
+    if find_spec("fcntl") is None:
+        wanted = (
+            "Linux or macOS, whose Python has fcntl; the library alone, without compiled kernels, runs elsewhere too"
+        )
+        sys.stderr.write(f"error: system: got {sys.platform}, wanted {wanted}\n")
+        sys.exit(2)
     if absent := [name for name in MODULES[extra] if find_spec(name) is None]:
         sys.stderr.write(f"error: not installed: {', '.join(absent)}; wanted: pip install -e '.[{extra}]'\n")
         sys.exit(2)

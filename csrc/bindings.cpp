@@ -306,7 +306,8 @@ pybind11::dict build_info() {
 }  // namespace
 }  // namespace rru
 
-PYBIND11_MODULE(_C, m) {
+// Free-threaded Python need not turn its lock on for this module: nothing in it changes after its first use.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "C++ kernels of rru_fast; importing it registers them as torch.ops.rru_fast.*_cpu.";
   m.def(
       "build_info", &rru::build_info,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +129,9 @@ def test_build_info_says_what_was_built() -> None:
     assert "-std=c++20" in info["flags"]
     assert info["compiler"]
     assert info["cuda_architectures"] == []
+
+
+def test_the_module_leaves_a_free_threaded_pythons_lock_off() -> None:
+    # Only such a Python's headers compile the declaration; `tests/test_endurance.py` calls the kernels in four threads.
+    source = (Path(__file__).parents[1] / "csrc/bindings.cpp").read_text()
+    assert "PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used())" in source

@@ -59,6 +59,22 @@ def test_a_command_without_its_extra_exits_with_one_line(module: str, extra: str
     assert (ended.returncode, ended.stderr) == (2, told)
 
 
+@pytest.mark.parametrize("module", ["training.train", "benchmarks.train_step"])
+def test_a_command_on_a_system_that_cannot_run_it_exits_with_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['fcntl'] = None; sys.platform = 'win32'\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: system: got win32, wanted Linux or macOS")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_importing_them_never_ends_a_process(without: dict[str, str]) -> None:
     code = """if True:
         import importlib, sys
