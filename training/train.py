@@ -25,9 +25,10 @@ from training import checkpoint, distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
 from training.data import load_split
-from training.data.loading import make_loader, told_of_workers
+from training.data.loading import make_loader
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
+from training.data.workers import told_of_workers
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import compare

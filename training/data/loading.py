@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from training import distributed
 from training.data.resizing import resize
 from training.data.sampler import Clip, PeopleSampler
 from training.data.tracklets import Tracklet, people_of, read_pixels
+from training.data.workers import AHEAD, Sent, check_limits, send
 from training.errors import UserError
-
-AHEAD = 3  # batches that each worker has read, or is reading, beyond the one in use
 
 
 @dataclass
@@ -53,14 +52,14 @@ class Batch:
         return replace(self, pixels=pixels, labels=labels)
 
 
-class _Clips(Dataset["Batch | UserError"]):
+class _Clips(Dataset["Batch | Sent[Batch] | UserError"]):
     """Batches of clips, looked up by what the sampler yields; an error is returned, for the loader to raise."""
 
     def __init__(self, tracklets: Sequence[Tracklet], frames: int, size: tuple[int, int] | None) -> None:
         self._tracklets, self._frames, self._size = tracklets, frames, size
         self._label = {person: label for label, person in enumerate(people_of(tracklets))}
 
-    def __getitem__(self, clips: list[Clip]) -> Batch | UserError:
+    def __getitem__(self, clips: list[Clip]) -> Batch | Sent[Batch] | UserError:
         frames: list[np.ndarray] = []
         names = []
         try:
@@ -74,10 +73,11 @@ class _Clips(Dataset["Batch | UserError"]):
             return error
         labels = torch.tensor([self._label[self._tracklets[index].person] for index, _ in clips])
         pixels = torch.from_numpy(np.concatenate([frame.reshape(-1) for frame in frames]))
-        return Batch(pixels, [(frame.shape[0], frame.shape[1]) for frame in frames], labels, names)
+        batch = Batch(pixels, [(frame.shape[0], frame.shape[1]) for frame in frames], labels, names)
+        return batch if get_worker_info() is None else send(batch, pixels.nbytes)
 
 
-class _Loader(DataLoader["Batch | UserError"]):
+class _Loader(DataLoader["Batch | Sent[Batch] | UserError"]):
     """A DataLoader that raises the errors its workers return.
 
     An exception raised in a worker reaches the caller with the worker's traceback pasted into its message; one that is
@@ -90,19 +90,7 @@ class _Loader(DataLoader["Batch | UserError"]):
                 # Raising `batch` itself would tie it, this frame and the workers into a cycle, and garbage collection
                 # closes the workers' pipes before it stops the workers.
                 raise UserError(str(batch))
-            yield batch
-
-
-@contextmanager
-def told_of_workers() -> Iterator[None]:
-    """Say in one line that a worker was killed, wherever the loader's signal handler says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        told = str(error).partition(". ")[0]
-        raise UserError(f"workers: {told}; where memory ran out, fewer --workers need less") from error
+            yield batch.receive() if isinstance(batch, Sent) else batch
 
 
 def _as_is(batch: Any) -> Any:
@@ -128,8 +116,14 @@ def make_loader(
         pin: whether to put batches where a GPU copies from while the CPU goes on.
 
     Returns:
-        A DataLoader of `Batch`; iterating it raises a UserError that names a frame which cannot be read.
+        A DataLoader of `Batch`; iterating it raises a UserError that names a frame which cannot be read, or what the
+        workers lack.
+
+    Raises:
+        UserError: the system has too little shared memory, or allows too few open files, for so many workers.
     """
+    if workers:
+        check_limits(tracklets, frames * sampler.clips_per_batch, resize, workers, distributed.local_world())
     return _Loader(
         _Clips(tracklets, frames, resize),
         batch_size=None,  # the sampler yields whole batches

@@ -83,6 +83,11 @@ class PeopleSampler(Sampler[list[Clip]], ABC):
         share = self._people // processes * self._clips
         self._mine = slice(rank * share, (rank + 1) * share)
 
+    @property
+    def clips_per_batch(self) -> int:
+        """Clips of a batch, or of this process's share of it."""
+        return len(range(self._people * self._clips)[self._mine])
+
     def __iter__(self) -> Iterator[list[Clip]]:
         """The epoch's batches, or this process's share of each."""
         return (batch[self._mine] for batch in self._batches_of_all())

@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from training.data import load_split
 from training.data.ilids_vid import load
-from training.data.loading import Batch, frames_to_input, make_loader, told_of_workers
+from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import resize
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet, read_frame
+from training.data.workers import told_of_workers
 from training.errors import UserError
 from training.pack import Options, pack
 
