@@ -9,6 +9,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from tests.training.data.small_sets import write_ilids, write_mars, write_prid
 from tests.training.file_size import file_size_limit
 from training.data import load_split
 from training.data.pack_file import Pack
+from training.data.tracklets import read_pixels
 from training.errors import UserError
 from training.files import aside
 from training.pack import Options, pack
@@ -129,6 +131,41 @@ def test_a_file_of_other_options_is_made_again_and_which_is_told(
         capsys.readouterr()
         pack(other)
         assert re.fullmatch(f"{asked.output}: {why}; made again", capsys.readouterr().out.splitlines()[0])
+
+
+def test_a_packed_frame_is_upright_with_its_pixels_or_its_file(asked: Options) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    assert asked.data_root is not None
+    for path in asked.data_root.rglob("*.png"):
+        Image.fromarray(stored).save(path, exif=exif)
+    for pixels in (False, True):
+        pack(replace(asked, pixels=pixels))
+        frame = load_split("ilids-vid", asked.output, 0, check_counts=False).train[0].frames[0]
+        assert np.array_equal(read_pixels(frame), np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_the_largest_track_numbers_are_packed_exactly_and_beyond_them_is_one_line(tmp_path: Path, pixels: bool) -> None:
+    largest = 2**63 - 1
+    asked = Options("mot", tmp_path / "mot.pack", tmp_path, pixels=pixels)
+    (tmp_path / "seqinfo.ini").write_text("[Sequence]\nseqLength=18\n")
+    (tmp_path / "img1").mkdir()
+    for frame in range(1, 19):
+        Image.new("RGB", (9, 9), (frame, 0, 0)).save(tmp_path / f"img1/{frame}.png")
+
+    def track(*numbers: int) -> None:
+        lines = (f"{frame},{number},1,1,9,9,1" for number in numbers for frame in range(1, 19))
+        (tmp_path / "gt.txt").write_text("\n".join(lines))
+
+    for people in ((2**53, 2**53 + 1), (largest - 1, largest)):
+        track(*people)
+        pack(asked)
+        assert load_split("mot", asked.output, 0).train_people == people
+    track(1, largest + 1)
+    with pytest.raises(UserError, match=r"\A.*gt\.txt, line 19: got '.*', wanted .* within int64\Z"):
+        pack(asked)
 
 
 def test_nothing_else_is_written_over(asked: Options, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import tyro
+from PIL import Image
 
 from training.command import run_command
 from training.export.features import Options as ExportOptions
@@ -69,6 +70,18 @@ def test_frames_find_the_tracklet_they_are_of(run: Path, files: Path, small_data
     assert (hits[0].query, hits[0].name) == ("someone", probe)
     assert len(frames) > 10 and hits[0].similarity == pytest.approx(1, abs=1e-9)
     assert hits[1].similarity < 1 - 1e-9
+
+
+def test_frames_stored_sideways_are_searched_upright(run: Path, files: Path, small_data: Path, tmp_path: Path) -> None:
+    probe = open_features(files / "probe.safetensors").names[1]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    for path in (small_data / "i-LIDS-VID" / "sequences" / probe).glob("*.png"):
+        with Image.open(path) as upright:
+            upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / path.name, exif=exif)
+    hits = found("--gallery", files / "probe.safetensors", "--frames", tmp_path, "--checkpoint", run, "--top", 1)
+    assert hits[0].name == probe
+    assert hits[0].similarity == pytest.approx(1, abs=1e-9)
 
 
 def test_an_index_finds_the_same_and_tells_its_recall(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

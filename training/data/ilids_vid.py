@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from training.data.layout import check_count, first_file, first_folder, halves, incomplete, numbered_frames, read_table
+from training.data.layout import (
+    check_count,
+    first_file,
+    first_folder,
+    halves,
+    incomplete,
+    numbered_frames,
+    person_folders,
+    read_table,
+)
 from training.data.tracklets import Split, Tracklet
 from training.errors import NoSuchSplit, UserError
 
@@ -72,7 +80,7 @@ def _people(sequences: Path) -> list[str]:
     found = []
     for camera in CAMERAS:
         folder = first_folder(sequences / f"cam{camera}", wanted=f"a folder like {EXAMPLE.parent}")
-        found.append({path.name for path in folder.iterdir() if re.fullmatch(r"person\d+", path.name)})
+        found.append(set(person_folders(folder, "person")))
     lone = sorted(found[0] ^ found[1])
     if lone:
         missing = sequences / ("cam2" if lone[0] in found[0] else "cam1") / lone[0]

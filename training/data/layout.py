@@ -82,9 +82,20 @@ def read_table(path: Path, key: str, layout: str) -> Ints:
     table = np.asarray(content[key])
     if table.ndim != 2 or table.size == 0 or table.dtype.kind not in "iuf":
         raise UserError(f"{path}: {key} has shape {table.shape} of {table.dtype}; wanted numbers, {layout}")
-    if not np.all((np.abs(table) < 2**53) & (table == np.floor(table))):  # which NaN and infinity are not either
+    if table.dtype.kind == "f" and not np.all(table == np.floor(table)):  # which NaN is not either
         raise UserError(f"{path}: {key} has numbers that are not whole; wanted {layout}, all whole")
+    inexact = ~_exact_in_int64(table)
+    if inexact.any():
+        got = table[inexact][0]
+        raise UserError(f"{path}: {key} has the number {got} of {table.dtype}; wanted {layout}, exact and within int64")
     return table.astype(np.int64)
+
+
+def _exact_in_int64(table: np.ndarray) -> NDArray[np.bool_]:
+    """Return a mask of the numbers that int64 can hold and that cannot have been rounded."""
+    if table.dtype.kind == "f":
+        return np.asarray(np.abs(table) < 2.0 ** (np.finfo(table.dtype).nmant + 1))
+    return np.asarray(table <= np.iinfo(np.int64).max)
 
 
 def numbered_frames(folder: Path, example: str) -> tuple[Path, ...]:
@@ -99,13 +110,29 @@ def numbered_frames(folder: Path, example: str) -> tuple[Path, ...]:
     """
     numbered = []
     for path in folder.glob("[!.]*.png"):
-        number = re.search(r"\d+$", path.stem)
+        number = re.search(r"[0-9]+\Z", path.stem)
         if number is None:
             raise UserError(f"{path}: no frame number; wanted a name like {example}")
         numbered.append((int(number[0]), path))
     if not numbered:
         raise UserError(f"{folder}: no frames; wanted images like {example}")
     return tuple(path for _, path in sorted(numbered))
+
+
+def person_folders(folder: Path, prefix: str) -> dict[str, int]:
+    """Return the names of the person folders, each with the number after its prefix.
+
+    Raises:
+        UserError: two have the same number.
+    """
+    names = sorted(path.name for path in folder.iterdir() if re.fullmatch(f"{prefix}[0-9]+", path.name))
+    by_number: dict[int, str] = {}
+    for name in names:
+        number = int(name.removeprefix(prefix))
+        first = by_number.setdefault(number, name)
+        if first != name:
+            raise UserError(f"{folder}: {first} and {name} are both person {number}, wanted one")
+    return {name: number for number, name in by_number.items()}
 
 
 def halves(people: list[str], ordinals: Iterable[int], source: str) -> tuple[list[str], list[str]]:

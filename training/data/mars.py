@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.layout import first_folder
 from training.data.mars_tables import MIN_FRAMES, TEST, TRAIN, Tracks, read_tables
 from training.data.tracklets import Split, Tracklet, people_of
 from training.errors import NoSuchSplit, UserError
 
 EXAMPLE = "bbox_train/0001/0001C1T0001F001.jpg"
-FOLDER = re.compile(r"00-1|\d{4}")  # the first is the junk
-NAME = re.compile(r"(?:00-1|\d{4})C\dT\d{4}F\d{3}\.jpg")  # person, camera, tracklet, frame: of one width, so it sorts
+FOLDER = re.compile("00-1|[0-9]{4}")  # the first is the junk
+# Person, camera, tracklet, frame: of one width, so it sorts.
+NAME = re.compile(r"(?:00-1|[0-9]{4})C[0-9]T[0-9]{4}F[0-9]{3}\.jpg")
+# The last two are the folder of the repository's archive, and of a clone.
+INFO = ("info", "info/info", "MARS-evaluation-master/info", "MARS-evaluation/info")
 
 
 def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
@@ -25,8 +27,9 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     and distractors, who are person 0. The probes are the very objects that stand in the gallery.
 
     Args:
-        root: the folder that holds `bbox_train/`, `bbox_test/` and `info/`; a name list missing from `info/` is rebuilt
-            from the folders.
+        root: the folder that holds `bbox_train/`, `bbox_test/` and `info/`, each of which may be nested in a folder of
+            its own name; `info/` may also be in the MARS-evaluation repository's folder. A name list missing from
+            `info/` is rebuilt from the folders.
         split: 0.
         check_counts: whether people, tracklets, frames and queries must be as many as published.
 
@@ -36,9 +39,8 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     """
     if split != 0:
         raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of MARS")
-    layout = f"a folder with {EXAMPLE}, bbox_test/ beside bbox_train/, and info/{TRAIN}"
-    images = [first_folder(root / f"bbox_{part}", wanted=layout) for part in ("train", "test")]
-    info = first_folder(root / "info", wanted=layout)
+    images = [_images(root, "bbox_train"), _images(root, "bbox_test")]
+    info = _info(root)
     tables = read_tables(info, check_counts=check_counts)
     lists = [info / "train_name.txt", info / "test_name.txt"]
     rebuilt = [path.name for path in lists if not path.is_file()]
@@ -65,6 +67,53 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     )
 
 
+def _images(root: Path, name: str) -> Path:
+    """Return the folder that holds the person folders."""
+    outer = root / name
+    if not outer.is_dir():
+        raise _not_found(root, name)
+    inner = outer / name
+    if _has_people(outer):
+        if inner.is_dir() and _has_people(inner):
+            raise UserError(f"{outer}: got folders like 0001/ both in it and in {inner}, wanted them in one")
+        return outer
+    holders = [folder for folder in sorted(outer.iterdir()) if folder.is_dir() and _has_people(folder)]
+    if holders and holders != [inner]:
+        found = " and ".join(map(str, holders[:2]))
+        raise UserError(f"{outer}: got folders like 0001/ in {found}, wanted {EXAMPLE}; move them to {outer}")
+    return holders[0] if holders else outer  # with a name list, images may be absent until they are read
+
+
+def _has_people(folder: Path) -> bool:
+    return any(FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
+
+
+def _info(root: Path) -> Path:
+    """Return the folder of the tables, or one that should have them."""
+    folders = [root / name for name in INFO if (root / name).is_dir()]
+    for folder in folders:
+        if (folder / TRAIN).is_file():
+            return folder
+    if not folders:
+        raise _not_found(root, "info")
+    return folders[0]
+
+
+def _not_found(root: Path, name: str) -> UserError:
+    """Make the error for a folder missing from `root`; it names a folder above or below `root` that has it."""
+    place = root / name
+    candidates = (root.parent / name, *sorted(root.glob(f"*/{name}")), *sorted(root.glob(f"*/*/{name}")))
+    for found in filter(Path.is_dir, candidates):
+        if "__MACOSX" in found.parts:  # left by an archive: it has the folders but no images
+            continue
+        whole = (found.parent / "bbox_train").is_dir() and (found.parent / "bbox_test").is_dir()
+        remedy = f"pass --data-root {found.parent}" if whole else f"move it to {place}"
+        return UserError(f"{place}: not found, but {found} is; {remedy}")
+    return UserError(
+        f"{place}: not found; wanted a folder with {EXAMPLE}, bbox_test/ next to bbox_train/, and info/{TRAIN}"
+    )
+
+
 def _names(path: Path, images: Path, rows: int, table: str) -> list[str]:
     """Read a name list, or rebuild it; its rows are what the table's `rows` rows count."""
     if path.is_file():
@@ -73,6 +122,8 @@ def _names(path: Path, images: Path, rows: int, table: str) -> list[str]:
             raise UserError(f"{path}: got {len(names)} names, wanted {rows}, as {table} says; copy it again")
         return names
     folders = sorted(folder for folder in images.iterdir() if FOLDER.fullmatch(folder.name))
+    if not folders:
+        raise UserError(f"{images}: got no folder like 0001/, wanted {rows} images like {EXAMPLE}, as {table} says")
     names = []
     for folder in folders:
         names += sorted(image.name for image in folder.iterdir() if NAME.fullmatch(image.name))

@@ -92,10 +92,11 @@ def read_tables(info: Path, *, check_counts: bool = True) -> Tables:
     """
     train = _read_tracks(info / TRAIN, "track_train_info", least_person=1)
     test = _read_tracks(info / TEST, "track_test_info", least_person=JUNK)
-    query = read_table(_existing(info / QUERY), "query_IDX", "1 by queries").ravel() - 1
-    wrong = query[(query < 0) | (query >= len(test.person))]
+    rows = read_table(_existing(info / QUERY), "query_IDX", "1 by queries").ravel()
+    wrong = rows[(rows < 1) | (rows > len(test.person))]
     if len(wrong):
-        raise UserError(f"{info / QUERY}: got row {wrong[0] + 1}, wanted 1 to {len(test.person)}, the rows of {TEST}")
+        raise UserError(f"{info / QUERY}: got row {wrong[0]}, wanted 1 to {len(test.person)}, the rows of {TEST}")
+    query = rows - 1
     nobody = query[test.person[query] <= DISTRACTOR]
     if len(nobody):
         raise UserError(

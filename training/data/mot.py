@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import defaultdict
 from pathlib import Path
 
-from training.data.mot_sequence import Sequence, Track, read_sequence
+from training.data.mot_boxes import whole_number
+from training.data.mot_sequence import Sequence, Track, read_sequence, read_sequence_info
 from training.data.tracklets import Split, Tracklet
 from training.errors import NoSuchSplit, UserError
 
@@ -21,29 +21,46 @@ def load(root: Path, split: int) -> Split:
 
     With `identities.csv` (track,person) the earliest visit of each person is trained on and, if the person returns, is
     the probe; the later visits are the gallery. Without, each track is a person: its first part is trained on and is
-    the probe, its last part is the gallery.
+    the probe, its last part is the gallery. The description counts the boxes left out because they have no identity
+    (-1) or are not pedestrians, as `training.data.mot_boxes` says.
 
     Args:
         root: the sequence's folder.
         split: 0.
 
     Raises:
-        UserError: a file is missing or malformed, one person is at two places, or nobody comes back.
+        UserError: a file is missing or malformed, one person is at two places, or nobody comes back; or there is
+            `identities.csv` and no frameRate.
     """
     if split != 0:
         raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of a MOT sequence")
-    sequence = read_sequence(root)
     identities = root / "identities.csv"
     if identities.is_file():
-        train, probe, gallery, how = _split_by_visit(sequence, identities)
+        overlap = OVERLAP_SECONDS * _frame_rate(root)  # before any frame is decoded
+        sequence = read_sequence(root)
+        train, probe, gallery, how = _split_by_visit(sequence, identities, overlap)
     else:
+        sequence = read_sequence(root)
         train, probe, gallery, how = _split_by_part(sequence)
+    how = "; ".join((how, *sequence.left_out))
     if not probe:
         raise UserError(f"{root}: nobody comes back, so there is nothing to search for; {how}")
     return Split(tuple(train), tuple(probe), tuple(gallery), "single-shot", f"MOT sequence {root}: {how}")
 
 
-def _split_by_visit(sequence: Sequence, identities: Path) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
+def _frame_rate(root: Path) -> float:
+    rate = read_sequence_info(root).frame_rate
+    if rate is None:
+        raise UserError(
+            f"{root / 'seqinfo.ini'}: no frameRate, wanted the frames per second, as visits of a person in "
+            f"identities.csv may overlap by {OVERLAP_SECONDS:g} s"
+        )
+    return rate
+
+
+def _split_by_visit(
+    sequence: Sequence, identities: Path, overlap: float
+) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
     names = _read_identities(identities, {track.number for track in sequence.tracks})
     long = [track for track in sequence.tracks if len(track.crops) >= MIN_FRAMES]
     visits: dict[str | int, list[Track]] = defaultdict(list)
@@ -51,7 +68,7 @@ def _split_by_visit(sequence: Sequence, identities: Path) -> tuple[list[Tracklet
         visits[names.get(track.number, track.number)].append(track)
     train, probe, gallery = [], [], []
     for person, (name, (earliest, *later)) in enumerate(visits.items(), start=1):
-        _check_apart(f"{identities}, person {name}", [earliest, *later], OVERLAP_SECONDS * sequence.frame_rate)
+        _check_apart(f"{identities}, person {name}", [earliest, *later], overlap)
         train.append(Tracklet(person, 1, earliest.crops, f"track{earliest.number}"))
         probe += train[-1:] if later else []
         gallery += [Tracklet(person, 2, track.crops, f"track{track.number}") for track in later]
@@ -105,10 +122,11 @@ def _read_identities(path: Path, tracks: set[int]) -> dict[int, str]:
     for line, row in listed:
         where = f"{path}, line {line}"
         track, person = (row["track"] or "").strip(), (row["person"] or "").strip()
-        if not re.fullmatch(r"\d{1,18}", track) or not person:
+        number = whole_number(track)
+        if number is None or not person:
             raise UserError(f"{where}: got {track[:40]!r},{person[:40]!r}, wanted a track number and a person")
-        if int(track) not in tracks:
-            raise UserError(f"{where}: no track {track} with a box inside the image")
-        if names.setdefault(int(track), person) != person:
-            raise UserError(f"{where}: track {track} is person {names[int(track)]} already")
+        if number not in tracks:
+            raise UserError(f"{where}: no track {number} with a box inside the image")
+        if names.setdefault(number, person) != person:
+            raise UserError(f"{where}: track {number} is person {names[number]} already")
     return names

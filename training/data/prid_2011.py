@@ -7,14 +7,21 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
 from training.data import PridPeople
-from training.data.layout import check_count, first_file, first_folder, halves, numbered_frames, read_table
+from training.data.layout import (
+    check_count,
+    first_file,
+    first_folder,
+    halves,
+    numbered_frames,
+    person_folders,
+    read_table,
+)
 from training.data.tracklets import Split, Tracklet
 from training.errors import NoSuchSplit, UserError
 
@@ -82,8 +89,7 @@ def _read_people(root: Path, check_counts: bool) -> People:
     found = []
     for camera in CAMERAS:
         folder = first_folder(root / MULTI_SHOT / camera, wanted=f"a folder with {EXAMPLE}, and cam_b beside cam_a")
-        numbered = (re.fullmatch(r"person_(\d+)", path.name) for path in folder.iterdir())
-        names = {match[0] for match in numbered if match and int(match[1]) <= COMMON}
+        names = {name for name, number in person_folders(folder, "person_").items() if number <= COMMON}
         if check_counts:
             check_count(folder, f"person folders with numbers up to {COMMON}", len(names), COMMON)
         found.append(names)
@@ -113,7 +119,7 @@ def _official_split(root: Path, split: int, people: list[str], check_counts: boo
 def _torchreid_split(path: Path, split: int, people: People) -> tuple[list[str], list[str], str]:
     try:
         splits = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error}); copy it again, or remove it for random halves") from None
     if not isinstance(splits, list) or not splits:
         raise UserError(f"{path}: got no list of splits, wanted [{{'train': [folder, ...], 'test': [...]}}, ...]")

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training.data.pack_file import PackedFrame
 from training.errors import UserError
@@ -22,6 +22,7 @@ Frame: TypeAlias = Path | np.ndarray | PackedFrame
 """An image file, an (h, w, 3) uint8 RGB array, or an image in a packed dataset."""
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8 bits or fewer: converting a deeper one to RGB clips it
+_ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # keys of an image's info
 # Everything Pillow lets out of a damaged file; it names no common base for them.
 _CORRUPT = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -37,7 +38,7 @@ class Tracklet:
         name: what to call it in messages, e.g. "cam1/person001".
 
     Raises:
-        UserError: there is no frame.
+        UserError: there is no frame, or the person's number is beyond int64.
     """
 
     person: int
@@ -48,6 +49,8 @@ class Tracklet:
     def __post_init__(self) -> None:
         if not self.frames:
             raise UserError(f"tracklet {self.name}: got no frames, wanted at least one")
+        if not -(2**63) <= self.person < 2**63:
+            raise UserError(f"tracklet {self.name}: got person {self.person}, wanted a number within int64")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def people_of(tracklets: Iterable[Tracklet]) -> tuple[int, ...]:
 
 
 def read_frame(frame: Frame, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Read one frame as RGB; an alpha channel is dropped.
+    """Read one frame as RGB, upright; an alpha channel is dropped.
 
     Args:
         frame: where its pixels are.
@@ -120,7 +123,9 @@ def encoded(frame: Path | PackedFrame) -> bytes:
 
 
 def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
-    """Decode an image to (h, w, 3) uint8 RGB.
+    """Decode an image to (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
+
+    An orientation that cannot be read is ignored, as image viewers ignore it.
 
     Args:
         image_file: the bytes of the file.
@@ -132,6 +137,8 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
     try:
         with Image.open(BytesIO(image_file)) as image:
             mode = image.mode
+            image.load()
+            _set_upright(image)
             pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     except _CORRUPT as error:
         reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # Pillow tells of a file that is none here
@@ -140,3 +147,15 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
     if mode not in _MODES:
         raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
     return pixels
+
+
+def _set_upright(image: Image.Image) -> None:
+    """Turn and mirror an image in place by its EXIF orientation, at no cost where it has no metadata."""
+    if not _ORIENTED & image.info.keys():  # a TIFF file's is applied by load()
+        return
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged metadata has Pillow raise anything
+        pass

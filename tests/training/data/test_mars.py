@@ -128,6 +128,90 @@ def test_a_missing_folder_is_named_with_the_layout_wanted(mars: Path, gone: str)
         load(mars)
 
 
+def nest(folder: Path) -> Path:
+    """Put a folder into a new one of its own name."""
+    inner = folder.rename(folder.with_name("moved"))
+    folder.mkdir()
+    return inner.rename(folder / folder.name)
+
+
+@pytest.mark.parametrize("name_lists", [True, False])
+def test_a_folder_inside_one_of_its_own_name_reads_the_same(tmp_path: Path, name_lists: bool) -> None:
+    root = write_mars(tmp_path, name_lists)
+    before = load(root)
+    for name in ("bbox_train", "bbox_test", "info"):
+        nest(root / name)
+        (root / name / "__MACOSX").mkdir()
+    after = load(root)
+    assert facts(after.train + after.gallery) == facts(before.train + before.gallery)
+    assert [t.name for t in after.gallery] == [t.name for t in before.gallery]
+    assert after.description == before.description
+    for tracklet in after.train + after.probe:
+        read_frame(tracklet.frames[0])
+
+
+@pytest.mark.parametrize("repository", ["MARS-evaluation-master", "MARS-evaluation"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_the_tables_are_found_in_the_repository(mars: Path, repository: str, empty: bool) -> None:
+    before = load(mars)
+    (mars / repository).mkdir()
+    (mars / "info").rename(mars / repository / "info")
+    if empty:
+        (mars / "info").mkdir()
+    assert load(mars) == before
+
+
+def message_of(root: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("given", ["data", "data/a", "data/a/mars/bbox_train", "data/a/mars/info"])
+def test_a_data_root_too_high_or_too_low_is_corrected(tmp_path: Path, given: str) -> None:
+    whole, root = write_mars(tmp_path / "data/a/mars"), tmp_path / given
+    (tmp_path / "data/a/__MACOSX/bbox_train").mkdir(parents=True)
+    place = root / "bbox_train"
+    assert message_of(root) == f"{place}: not found, but {whole}/bbox_train is; pass --data-root {whole}"
+
+
+def test_a_folder_elsewhere_is_named_with_what_to_do(mars: Path) -> None:
+    (mars / "evaluation/code").mkdir(parents=True)
+    (mars / "info").rename(mars / "evaluation/code/info")
+    assert message_of(mars) == (f"{mars}/info: not found, but {mars}/evaluation/code/info is; move it to {mars}/info")
+
+
+@pytest.mark.parametrize("name_lists", [True, False])
+def test_person_folders_in_a_folder_of_another_name_are_named(tmp_path: Path, name_lists: bool) -> None:
+    root = write_mars(tmp_path, name_lists)
+    outer = root / "bbox_test"
+    nest(outer).rename(outer / "images")
+    assert message_of(root) == (
+        f"{outer}: got folders like 0001/ in {outer}/images, wanted bbox_train/0001/0001C1T0001F001.jpg; "
+        f"move them to {outer}"
+    )
+
+
+def test_person_folders_at_two_depths_are_refused(mars: Path) -> None:
+    (mars / "bbox_train/bbox_train/0003").mkdir(parents=True)
+    assert message_of(mars) == (
+        f"{mars}/bbox_train: got folders like 0001/ both in it and in {mars}/bbox_train/bbox_train, wanted them in one"
+    )
+
+
+def test_images_outside_person_folders_are_refused_without_a_list(tmp_path: Path) -> None:
+    root = write_mars(tmp_path, name_lists=False)
+    for image in list((root / "bbox_train").glob("*/*")):
+        image.rename(root / "bbox_train" / image.name)
+    for folder in (root / "bbox_train").glob("????"):
+        folder.rmdir()
+    assert message_of(root) == (
+        f"{root}/bbox_train: got no folder like 0001/, wanted 65 images like bbox_train/0001/0001C1T0001F001.jpg, "
+        "as tracks_train_info.mat says"
+    )
+
+
 @pytest.mark.parametrize("split", [-1, 1])
 def test_there_is_one_split(mars: Path, split: int) -> None:
     with pytest.raises(UserError, match=f"split: got {split}, wanted 0, the only split of MARS"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
+from tests.training.data.small_sets import write_mars
 from training.data.mars_tables import PUBLISHED, QUERY, TEST, TRAIN, Tables, count, read_tables
 from training.errors import UserError
 
@@ -156,6 +157,41 @@ def test_numbers_that_make_no_sense_are_named(mars: Path, file: str, table: Any,
     savemat(path, {KEYS[file]: np.array(table)})
     with pytest.raises(UserError, match=rf"\A{re.escape(str(path))}.*{message}.*\Z"):
         read(mars)
+
+
+@pytest.mark.parametrize(
+    ("table", "number"),
+    [
+        (np.array([[1, 8, 2**63, 1]], np.uint64), "9223372036854775808 of uint64"),
+        (np.array([[1, 8, 2**53, 1]], np.float64), "9007199254740992.0 of float64"),
+        (np.array([[1, 8, 2**24, 1]], np.float32), "16777216.0 of float32"),
+        (np.array([[1, 8, np.inf, 1]]), "inf of float64"),
+    ],
+)
+def test_a_number_that_may_have_been_rounded_or_is_beyond_int64_is_named(
+    mars: Path, table: np.ndarray, number: str
+) -> None:
+    path = mars / "info" / TRAIN
+    savemat(path, {KEYS[TRAIN]: table})
+    with pytest.raises(UserError, match=rf"\A{path}: .* has the number {number}; wanted .*, exact and within int64\Z"):
+        read(mars)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_whole_numbers_are_read_exactly(mars: Path, dtype: type) -> None:
+    people = [2**53, 2**53 + 1, 2**63 - 1]
+    savemat(mars / "info" / TRAIN, {KEYS[TRAIN]: np.array([[1, 8, person, 1] for person in people], dtype)})
+    assert read(mars).train.person.tolist() == people
+
+
+def test_the_least_number_is_out_of_range_like_any_other(mars: Path) -> None:
+    savemat(mars / "info" / TRAIN, {KEYS[TRAIN]: np.array([[1, 8, -(2**63), 1]], np.int64)})
+    with pytest.raises(UserError, match=r"row 1: got \[1, 8, -9223372036854775808, 1\], wanted"):
+        read(mars)
+    write_mars(mars / "other")
+    savemat(mars / "other/info" / QUERY, {KEYS[QUERY]: np.array([[4, -(2**63)]], np.int64)})
+    with pytest.raises(UserError, match="got row -9223372036854775808, wanted 1 to 8"):
+        read(mars / "other")
 
 
 def test_a_table_under_another_key_is_refused(mars: Path) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from training.data.tracklets import Split, Tracklet, read_frame
+from training.data.tracklets import Split, Tracklet, read_frame, read_pixels
 from training.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
@@ -73,6 +74,84 @@ def test_a_damaged_image_reads_or_is_named_in_one_line(tmp_path: Path, suffix: s
             refused.append(str(error))
     assert len(refused) > 100
     assert all(str(path) in message and "\n" not in message for message in refused)
+
+
+CORNERS = np.zeros((16, 24, 3), np.uint8)  # red and green above blue and black
+CORNERS[:8, :12, 0] = CORNERS[:8, 12:, 1] = CORNERS[8:, :12, 2] = 255
+
+STORED = {  # as an image of each orientation is stored that is to be shown as CORNERS
+    1: CORNERS,
+    2: CORNERS[:, ::-1],
+    3: np.rot90(CORNERS, 2),
+    4: CORNERS[::-1],
+    5: CORNERS.swapaxes(0, 1),
+    6: np.rot90(CORNERS),
+    7: np.rot90(CORNERS, 2).swapaxes(0, 1),
+    8: np.rot90(CORNERS, -1),
+}
+
+
+def save_oriented(path: Path, orientation: int, **options: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(STORED[orientation])).save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_upright_by_its_exif(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = tmp_path / f"frame.{suffix}"
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}.get(suffix, {})
+    save_oriented(path, orientation, **options)
+    frame = read_frame(path).permute(1, 2, 0).numpy().astype(int)
+    assert frame.shape == CORNERS.shape
+    assert np.abs(frame - CORNERS).max() <= (60 if suffix == "jpg" else 0)
+
+
+def test_an_image_of_few_colors_is_upright_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.ascontiguousarray(STORED[6])).convert("P", palette=Image.Palette.ADAPTIVE)
+    image.save(tmp_path / "frame.png", exif=exif)
+    assert np.array_equal(read_pixels(tmp_path / "frame.png"), CORNERS)
+
+
+def test_an_orientation_in_xmp_counts_too(tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+    Image.fromarray(np.ascontiguousarray(STORED[6])).save(tmp_path / "frame.webp", lossless=True, xmp=xmp)
+    assert np.array_equal(read_pixels(tmp_path / "frame.webp"), CORNERS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_leaves_a_readable_image_upright_or_as_it_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "frame.png"
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "a description", {0x9003: "2001:01:01 00:00:00"}
+    whole = exif.tobytes()
+    image = Image.fromarray(np.ascontiguousarray(STORED[6]))
+    rng = np.random.default_rng(2)
+    shapes = set()
+    for cut in range(400):
+        damaged = bytearray(whole[: int(rng.integers(6, len(whole)))] if cut % 2 else whole)
+        for at in rng.integers(6, len(damaged), 3) if len(damaged) > 6 else ():
+            damaged[at] = rng.integers(256)
+        image.save(path, exif=bytes(damaged))
+        shapes.add(read_pixels(path).shape)
+    assert shapes == {CORNERS.shape, STORED[6].shape}
+
+
+def test_an_orientation_that_is_none_is_ignored(tmp_path: Path) -> None:
+    for value in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        Image.fromarray(CORNERS).save(tmp_path / "frame.png", exif=exif)
+        assert np.array_equal(read_pixels(tmp_path / "frame.png"), CORNERS)
+
+
+@pytest.mark.parametrize("person", [2**63, -(2**63) - 1])
+def test_a_person_beyond_int64_is_refused_by_name(person: int) -> None:
+    with pytest.raises(UserError, match=f"\\Atracklet cam1/x: got person {person}, wanted a number within int64\\Z"):
+        Tracklet(person, 1, (PIXELS,), "cam1/x")
 
 
 def test_an_empty_tracklet_is_refused_by_name() -> None:

@@ -1,0 +1,96 @@
+"""Frames of a video file, upright, as players show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import av.filter
+import numpy as np
+from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
+
+from training.errors import UserError
+
+_ONE_DEGREE = 0.0175  # writers round sines and cosines
+
+
+def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
+    """Decode the first frames of a video, each turned and mirrored as its display matrix says.
+
+    A cover picture is not the video. Of several video streams, the one marked as default is read.
+
+    Args:
+        path: the file.
+        count: how many frames.
+
+    Yields:
+        (h, w, 3) uint8 RGB each.
+
+    Raises:
+        UserError: the file cannot be decoded, has no video stream or several, fewer frames, or a frame turned by other
+            than a multiple of 90 degrees.
+    """
+    number = 0
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no reason to stop
+            for number, frame in enumerate(container.decode(_video_stream(path, container)), start=1):
+                pixels, matrix = frame.to_ndarray(format="rgb24"), _display_matrix(frame)
+                yield pixels if matrix is None else _upright(pixels, matrix, f"{path}, frame {number}")
+                if number == count:
+                    return
+    except FFmpegError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be decoded after frame {number} ({reason})") from None
+    raise UserError(f"{path}: got {number} frames, wanted {count}, the seqLength of seqinfo.ini")
+
+
+def _video_stream(path: Path, container: Any) -> Any:
+    """Return the one video stream that is not a cover picture, or of several the default one."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    default = [stream for stream in streams if stream.disposition & Disposition.default]
+    for candidates in (streams, default):
+        if len(candidates) == 1:
+            return candidates[0]
+    marked = f", {len(default)} of them marked as default" if streams else ""
+    raise UserError(f"{path}: got {len(streams)} video streams{marked}, wanted one, or one marked as default")
+
+
+def _display_matrix(frame: av.VideoFrame) -> bytes | None:
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV cannot list kinds that it has no name for, such as the EXIF of motion JPEG
+        matrix = _without_unnamed(frame).side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else bytes(matrix)
+
+
+def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return a frame of the same data without the kinds of side data that PyAV has no name for."""
+    graph = av.filter.Graph()
+    size = {"width": frame.width, "height": frame.height}
+    filters = [graph.add_buffer(**size, format=frame.format.name, time_base=Fraction(1))]
+    unnamed = set(range(48)) - {kind.value for kind in SideDataType}
+    filters += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in sorted(unnamed)]
+    filters.append(graph.add("buffersink"))
+    for one, other in pairwise(filters):
+        one.link_to(other)
+    graph.configure()
+    graph.push(frame)
+    return graph.pull()
+
+
+def _upright(pixels: np.ndarray, matrix: bytes, where: str) -> np.ndarray:
+    """Turn and mirror an image by a display matrix, which shows pixel (x, y) at (a x + c y, b x + d y)."""
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    shown = ", ".join(f"{value / 2**16:.3g}" for value in (a, b, c, d))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels = pixels.swapaxes(0, 1)
+        a, b, c, d = c, d, a, b
+    if max(abs(b), abs(c)) >= _ONE_DEGREE * min(abs(a), abs(d)):
+        raise UserError(f"{where}: got the display matrix {shown}, wanted a rotation by a multiple of 90 degrees")
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
