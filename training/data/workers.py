@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,8 +36,15 @@ class Sent(Generic[T]):
     content: bytes
 
     def receive(self) -> T:
-        """Unpickle it, once: its tensors are handed over by then."""
-        value: T = pickle.loads(self.content)
+        """Unpickle it, once: its tensors are handed over by then.
+
+        Raises:
+            RuntimeError: the worker has ended, and its tensors with it.
+        """
+        try:
+            value: T = pickle.loads(self.content)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise RuntimeError("DataLoader worker has exited before its batch was received") from error
         return value
 
     def pin_memory(self) -> T:
@@ -99,9 +107,10 @@ def told_of_workers() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         if _too_many_files(error):
             raise _files_error() from error
-        if "DataLoader worker" not in str(error):
+        found = re.findall(r"DataLoader worker[^\n]*", str(error))
+        if not found:
             raise
-        told = str(error).partition(". ")[0]
+        told = found[-1].partition(". ")[0]
         if "Bus error" in told:
             raise _memory_error(f"{told}, as where a batch does not fit in {SHARED}") from error
         raise UserError(f"workers: {told}; where memory ran out, fewer --workers need less") from error

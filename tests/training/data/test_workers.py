@@ -4,14 +4,18 @@ import os
 import resource
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from training.data.loading import make_loader
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet
+from training.data.workers import Sent, send, told_of_workers
+from training.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 TRAIN = "-m training.train --recipe quick --epochs 1 --batches 3 --compare-ops False --no-pictures --device cpu"
@@ -79,6 +83,23 @@ def test_too_few_open_files_are_one_line_before_training_begins(small_data: Path
     (line,) = [line for line in ended.stderr.splitlines() if not line.startswith("warning: ")]
     wanted = f"{limit} open files (ulimit -n) are not enough; wanted fewer --workers, or a higher limit"
     assert line == f"error: workers: {wanted}"
+
+
+def test_a_batch_of_a_worker_that_has_ended_is_one_line() -> None:
+    context = get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def worker() -> None:
+        theirs.send(send(torch.zeros(9), 36))
+
+    process = context.Process(target=worker)
+    process.start()
+    sent = ours.recv()
+    process.join()
+    assert isinstance(sent, Sent)
+    told = r"\Aworkers: DataLoader worker has exited before .*; where memory ran out"
+    with pytest.raises(UserError, match=told), told_of_workers():
+        sent.receive()
 
 
 def test_workers_leave_no_shared_memory_behind(tmp_path: Path) -> None:
