@@ -211,7 +211,7 @@ def common_part(features: Tensor) -> Tensor:
     the median of five of the features where the middle three differ by less than it: outliers cannot shift it.
     """
     n = features.shape[-2]
-    _, low, middle, high, _ = features[..., [i * n // 5 for i in range(5)], :].sort(-2).values.unbind(-2)
+    _, low, middle, high, _ = torch.stack([features[..., i * n // 5, :] for i in range(5)]).sort(0).values
     return torch.where(high - low < middle.abs(), middle, 0).unsqueeze(-2)
 
 
