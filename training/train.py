@@ -24,11 +24,10 @@ from rich.console import Console
 from training import checkpoint, distributed
 from training.checkpoint import CONFIG, Checkpoint
 from training.command import run_command
-from training.data import load_split
+from training.data import load_split, workers
 from training.data.loading import make_loader
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
-from training.data.workers import told_of_workers
 from training.errors import UserError
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import compare
@@ -126,7 +125,7 @@ def train_run(
     pin = device.type == "cuda" and not settings.speed.cuda_graph
     loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
     logged = _logged(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext()
-    with told_of_workers(), logged as log:
+    with workers.explained(), logged as log:
         if log:
             size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
             by = f"{distributed.world()} processes, " * (distributed.world() > 1)
@@ -146,7 +145,8 @@ def train_run(
         return []
     if recipe.compare_ops:
         sampler.set_epoch(0)
-        clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
+        with workers.explained():
+            clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
         console.print(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
     return [record for record in log.records if record["kind"] == "result"]
 

@@ -15,7 +15,7 @@ from training import distributed
 from training.data.resizing import resize
 from training.data.sampler import Clip, PeopleSampler
 from training.data.tracklets import Tracklet, people_of, read_pixels
-from training.data.workers import AHEAD, Sent, check_limits, send
+from training.data.workers import AHEAD, check_limits, end_where_sending_fails, share
 from training.errors import UserError
 
 
@@ -52,14 +52,14 @@ class Batch:
         return replace(self, pixels=pixels, labels=labels)
 
 
-class _Clips(Dataset["Batch | Sent[Batch] | UserError"]):
+class _Clips(Dataset["Batch | UserError"]):
     """Batches of clips, looked up by what the sampler yields; an error is returned, for the loader to raise."""
 
     def __init__(self, tracklets: Sequence[Tracklet], frames: int, size: tuple[int, int] | None) -> None:
         self._tracklets, self._frames, self._size = tracklets, frames, size
         self._label = {person: label for label, person in enumerate(people_of(tracklets))}
 
-    def __getitem__(self, clips: list[Clip]) -> Batch | Sent[Batch] | UserError:
+    def __getitem__(self, clips: list[Clip]) -> Batch | UserError:
         frames: list[np.ndarray] = []
         names = []
         try:
@@ -73,11 +73,12 @@ class _Clips(Dataset["Batch | Sent[Batch] | UserError"]):
             return error
         labels = torch.tensor([self._label[self._tracklets[index].person] for index, _ in clips])
         pixels = torch.from_numpy(np.concatenate([frame.reshape(-1) for frame in frames]))
-        batch = Batch(pixels, [(frame.shape[0], frame.shape[1]) for frame in frames], labels, names)
-        return batch if get_worker_info() is None else send(batch, pixels.nbytes)
+        if get_worker_info() is not None and (lacking := share(pixels, labels)):
+            return lacking
+        return Batch(pixels, [(frame.shape[0], frame.shape[1]) for frame in frames], labels, names)
 
 
-class _Loader(DataLoader["Batch | Sent[Batch] | UserError"]):
+class _Loader(DataLoader["Batch | UserError"]):
     """A DataLoader that raises the errors its workers return.
 
     An exception raised in a worker reaches the caller with the worker's traceback pasted into its message; one that is
@@ -90,7 +91,7 @@ class _Loader(DataLoader["Batch | Sent[Batch] | UserError"]):
                 # Raising `batch` itself would tie it, this frame and the workers into a cycle, and garbage collection
                 # closes the workers' pipes before it stops the workers.
                 raise UserError(str(batch))
-            yield batch.receive() if isinstance(batch, Sent) else batch
+            yield batch
 
 
 def _as_is(batch: Any) -> Any:
@@ -123,7 +124,8 @@ def make_loader(
         UserError: the system has too little shared memory, or allows too few open files, for so many workers.
     """
     if workers:
-        check_limits(tracklets, frames * sampler.clips_per_batch, resize, workers, distributed.local_world())
+        of_batch, processes = frames * sampler.clips_per_batch, distributed.local_world()
+        check_limits(tracklets, of_batch, resize, workers, len(sampler), processes)
     return _Loader(
         _Clips(tracklets, frames, resize),
         batch_size=None,  # the sampler yields whole batches
@@ -133,6 +135,7 @@ def make_loader(
         pin_memory=pin,
         persistent_workers=workers > 0,
         prefetch_factor=AHEAD if workers else None,
+        worker_init_fn=end_where_sending_fails,
         generator=torch.Generator(),  # keeps the loader from drawing on the global generator
     )
 

@@ -15,6 +15,8 @@ from training.errors import UserError
 
 PEDESTRIAN = 1  # the class, in MOT16 and later
 NO_IDENTITY = -1  # the track of a detection
+NO_CLASS = -1
+_WIDE, _MOST_CLASSES = 10, 99
 COLUMNS = "frame,track,left,top,width,height,confidence"
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _INT64 = 2**63
@@ -39,12 +41,21 @@ class Box:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of gt.txt; `kind` is the class, None where there is none."""
+    """A line of gt.txt.
+
+    Args:
+        where: for messages.
+        frame: from 1.
+        box: the track's place.
+        kind: column 8 if it is a whole number.
+        wide: True if there are ten columns or more, of which the eighth may be a world coordinate.
+    """
 
     where: str
     frame: int
     box: Box
     kind: int | None
+    wide: bool
 
 
 def whole_number(text: str) -> int | None:
@@ -70,9 +81,10 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
 
     - boxes of confidence 0, which MOTChallenge does not evaluate;
     - boxes of track -1, which have no identity;
-    - boxes of classes other than 1, pedestrians. Column 8 is the class where every box has nine columns, as in MOT16,
-      MOT17 and MOT20, and all its values are whole. A file of one class is read entirely, whatever the class. MOT15
-      has ten columns, with world coordinates from the eighth on, and no classes.
+    - boxes of classes other than 1, pedestrians, in a file of several classes. Column 8 is the class, in MOT16, MOT17
+      and MOT20, which have nine columns, and in VisDrone, which has ten. MOT15 has world coordinates from the eighth of
+      ten columns on: it has no classes if one of them is not a whole number up to 99. A class of -1 is none. A file of
+      one class is read entirely, whatever the class.
 
     Visibility, column 9, is ignored.
 
@@ -90,19 +102,20 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
     if not path.is_file():
         path = root / "gt.txt"
     if not path.is_file():
-        raise UserError(f"{path}: not found, nor gt/gt.txt beside it")
+        raise UserError(f"{path}: not found, nor gt/gt.txt in the same folder")
     lines = _read_lines(path, length)
     identified = [line for line in lines if line.box.track != NO_IDENTITY]
     notes = []
     if len(identified) < len(lines):
         notes.append(f"{len(lines) - len(identified)} boxes without an identity ({NO_IDENTITY}) left out")
     people = identified
-    classes = _classes(lines)
+    kinds = _kinds(identified)
+    classes = sorted({kind for kind in kinds if kind is not None})
     if len(classes) > 1:
         listed = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
         if PEDESTRIAN not in classes:
             raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
-        people = [line for line in identified if line.kind == PEDESTRIAN]
+        people = [line for line, kind in zip(identified, kinds, strict=True) if kind in (PEDESTRIAN, None)]
         others = len(identified) - len(people)
         notes.append(f"class {PEDESTRIAN} of {listed} read: {others} boxes of other classes left out")
     if notes and not people:
@@ -141,14 +154,17 @@ def _parse(where: str, text: str, length: int) -> _Line | None:
         raise UserError(f"{where}: got track {track}, wanted one from 0, or {NO_IDENTITY} for no identity")
     if width <= 0 or height <= 0:
         raise UserError(f"{where}: got a box of {width:g} x {height:g}, wanted a positive size")
-    kind = whole_number(columns[7]) if len(columns) == 9 else None
-    return _Line(where, frame, Box(track, left, top, width, height), kind)
+    kind = whole_number(columns[7]) if len(columns) > 7 else None
+    wide = len(columns) >= _WIDE
+    if kind is None and len(columns) > 7 and not wide:
+        raise UserError(f"{where}: got {columns[7][:40]!r} in column 8, wanted a class, a whole number")
+    return _Line(where, frame, Box(track, left, top, width, height), kind, wide)
 
 
-def _classes(lines: list[_Line]) -> list[int]:
-    """Return the distinct classes, sorted; none if a box has no class."""
-    kinds = {line.kind for line in lines}
-    return [] if None in kinds else sorted(kind for kind in kinds if kind is not None)
+def _kinds(lines: list[_Line]) -> list[int | None]:
+    """Return the class of each box, None where it has none."""
+    in_world = any(line.wide and (line.kind is None or not NO_CLASS <= line.kind <= _MOST_CLASSES) for line in lines)
+    return [None if line.kind == NO_CLASS or (line.wide and in_world) else line.kind for line in lines]
 
 
 def _by_frame(lines: list[_Line]) -> dict[int, list[Box]]:

@@ -93,6 +93,10 @@ class PeopleSampler(Sampler[list[Clip]], ABC):
         return (batch[self._mine] for batch in self._batches_of_all())
 
     @abstractmethod
+    def __len__(self) -> int:
+        """Batches of the epoch."""
+
+    @abstractmethod
     def _batches_of_all(self) -> Iterator[list[Clip]]:
         """The epoch's batches."""
 

@@ -87,6 +87,8 @@ def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
 def _upright(pixels: np.ndarray, matrix: bytes, where: str) -> np.ndarray:
     """Turn and mirror an image by a display matrix, which shows pixel (x, y) at (a x + c y, b x + d y)."""
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if a == b == c == d == 0:  # some writers leave it empty
+        return pixels
     shown = ", ".join(f"{value / 2**16:.3g}" for value in (a, b, c, d))
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels = pixels.swapaxes(0, 1)

@@ -1,23 +1,22 @@
-"""Worker processes of a loader: limits of the system that they can meet, each told in one line."""
+"""Worker processes of a loader: check the limits of the system that they can meet, and explain errors in one line."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
-import pickle
-import re
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
+
+from torch import Tensor
 
 from training.data.tracklets import Tracklet, read_pixels
 from training.errors import UserError
-
-T = TypeVar("T")
 
 AHEAD = 3  # batches that each worker has read, or is reading, beyond the one in use
 SHARED = Path("/dev/shm")  # tensors pass from process to process in it
@@ -26,55 +25,43 @@ _SAMPLED = 8  # tracklets that a frame's size is estimated from
 _FILES, _FILES_PER_WORKER = 16, 5
 
 
-@dataclass(frozen=True)
-class Sent(Generic[T]):
-    """A value as a worker sends it: pickled by the worker itself, which can return an error.
+def share(*tensors: Tensor) -> UserError | None:
+    """Move tensors of a worker into shared memory, where they are sent from, in place.
 
-    The thread of a queue that pickles it otherwise prints the error and goes on, and the receiver waits for ever.
-    """
-
-    content: bytes
-
-    def receive(self) -> T:
-        """Unpickle it, once: its tensors are handed over by then.
-
-        Raises:
-            RuntimeError: the worker has ended, and its tensors with it.
-        """
-        try:
-            value: T = pickle.loads(self.content)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            raise RuntimeError("DataLoader worker has exited before its batch was received") from error
-        return value
-
-    def pin_memory(self) -> T:
-        """Unpickle it into memory that a GPU copies from; a DataLoader that pins asks for it."""
-        pinned: T = self.receive().pin_memory()  # type: ignore[attr-defined]
-        return pinned
-
-
-def send(value: T, size: int) -> Sent[T] | UserError:
-    """Pickle a value, its tensors into shared memory.
-
-    Args:
-        value: what to send.
-        size: the bytes of its tensors, for messages.
+    The thread that sends a batch would do so itself, but print an error and go on, and the receiver wait for ever.
 
     Returns:
         An error where shared memory or open files are not enough.
     """
     try:
-        return Sent(bytes(ForkingPickler.dumps(value)))
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError) as error:
         if _too_many_files(error):
             return _files_error()
         if "shared memory" in str(error):
-            return _memory_error(f"a batch of {_mib(size)} does not fit in {SHARED}")
+            size = sum(tensor.nbytes for tensor in tensors)
+            return _memory_error(
+                f"{_mib(_size(SHARED))} of {SHARED} are too few for a batch of {_mib(size)} and others"
+            )
         raise
+    return None
+
+
+def end_where_sending_fails(worker: int) -> None:
+    """Have a worker end, and so the loader raise, where the thread that sends its batches fails; for worker_init_fn."""
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: Exception, item: Any) -> None:
+    reason = _files_error() if _too_many_files(error) else f"workers: a batch cannot be sent ({error})"
+    sys.stderr.write(f"{' '.join(str(reason).split())}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def check_limits(
-    tracklets: Sequence[Tracklet], frames: int, size: tuple[int, int] | None, workers: int, processes: int
+    tracklets: Sequence[Tracklet], frames: int, size: tuple[int, int] | None, workers: int, batches: int, processes: int
 ) -> None:
     """Raise a UserError where so many workers would soon need more shared memory or open files than there are.
 
@@ -83,37 +70,39 @@ def check_limits(
         frames: of a batch.
         size: height and width to which each is resized, if it is.
         workers: of each process.
+        batches: of an epoch.
         processes: on this machine.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = len(os.listdir("/dev/fd")) + _FILES + _FILES_PER_WORKER * workers
-    if limit != resource.RLIM_INFINITY and limit < needed:
+    if limit != resource.RLIM_INFINITY and limit < _open_files(limit) + _FILES + _FILES_PER_WORKER * workers:
         raise _files_error()
     if not SHARED.is_dir():
         return
-    batch = frames * _frame_bytes(tracklets, size)
-    count = (AHEAD * workers + 1) * processes
-    if count * batch > _free():
+    pages = 2 * mmap.PAGESIZE  # of pixels and labels, each rounded up
+    batch = frames * _frame_bytes(tracklets, size) + pages
+    # Beside those ahead the one in use, and the one before it until its successor has its name.
+    count = min(AHEAD * workers + 2, batches) * processes
+    if count * batch > _size(SHARED, free=True):
+        free = _mib(_size(SHARED, free=True))
         raise _memory_error(
-            f"{count} batches of {_mib(batch)}, {AHEAD} for each worker and one in use, do not fit in {SHARED}"
+            f"{free} free in {SHARED} are too few for {count} batches of {_mib(batch)}, {AHEAD} ahead for each worker"
         )
 
 
 @contextmanager
-def told_of_workers() -> Iterator[None]:
-    """Say in one line that a worker was killed, or what it lacked, wherever the loader says so."""
+def explained() -> Iterator[None]:
+    """Raise one line where the loader finds that a worker was killed, or lacks open files."""
     try:
         yield
     except (RuntimeError, OSError) as error:
         if _too_many_files(error):
             raise _files_error() from error
-        found = re.findall(r"DataLoader worker[^\n]*", str(error))
-        if not found:
+        if "DataLoader worker" not in str(error):
             raise
-        told = found[-1].partition(". ")[0]
-        if "Bus error" in told:
-            raise _memory_error(f"{told}, as where a batch does not fit in {SHARED}") from error
-        raise UserError(f"workers: {told}; where memory ran out, fewer --workers need less") from error
+        reason = str(error).partition(". ")[0]
+        if "Bus error" in reason:
+            raise _memory_error(f"{reason}; {_mib(_size(SHARED))} of {SHARED} may be too few") from error
+        raise UserError(f"workers: {reason}; where memory ran out, fewer --workers need less") from error
 
 
 def _frame_bytes(tracklets: Sequence[Tracklet], size: tuple[int, int] | None) -> int:
@@ -128,9 +117,16 @@ def _frame_bytes(tracklets: Sequence[Tracklet], size: tuple[int, int] | None) ->
     return sum(read) // max(1, len(read))
 
 
-def _free() -> int:
-    of_shared = os.statvfs(SHARED)
-    return of_shared.f_bavail * of_shared.f_frsize
+def _size(path: Path, free: bool = False) -> int:
+    system = os.statvfs(path)
+    return (system.f_bavail if free else system.f_blocks) * system.f_frsize
+
+
+def _open_files(limit: int) -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:  # not even one more
+        return limit
 
 
 def _too_many_files(error: Exception) -> bool:
@@ -145,8 +141,7 @@ def _files_error() -> UserError:
 
 
 def _memory_error(what: str) -> UserError:
-    remedy = "wanted fewer --workers, or a larger one (in Docker, --shm-size=1g)"
-    return UserError(f"workers: {what}, which has {_mib(_free())} free; {remedy}")
+    return UserError(f"workers: {what}; wanted fewer --workers, or more of it (in Docker, --shm-size=1g)")
 
 
 def _mib(size: int) -> str:

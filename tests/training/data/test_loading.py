@@ -19,7 +19,7 @@ from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import resize
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet, read_frame
-from training.data.workers import told_of_workers
+from training.data.workers import explained
 from training.errors import UserError
 from training.pack import Options, pack
 
@@ -156,6 +156,6 @@ def test_a_killed_worker_is_told_in_one_line() -> None:
         read(loader)
 
 
-@told_of_workers()
+@explained()
 def read(loader: DataLoader[Any]) -> None:
     list(loader)

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
 import sys
-from multiprocessing import get_context
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from torch.utils.data import DataLoader
 
 from training.data.loading import make_loader
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet
-from training.data.workers import Sent, send, told_of_workers
+from training.data.workers import end_where_sending_fails, explained
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -44,9 +46,8 @@ def test_too_little_shared_memory_is_one_line_before_training_begins(small_data:
     ended = in_shared_memory_of(1, command, tmp_path)
     assert ended.returncode == 2, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if not line.startswith("warning: ")]
-    assert line.startswith("error: workers: 7 batches of 0.")
-    assert "3 for each worker and one in use, do not fit in /dev/shm, which has 1.0 MiB free; wanted fewer" in line
-    assert "--shm-size" in line
+    assert line.startswith("error: workers: 1.0 MiB free in /dev/shm are too few for 3 batches of 0."), line
+    assert line.endswith("3 ahead for each worker; wanted fewer --workers, or more of it (in Docker, --shm-size=1g)")
 
 
 def load_what_grows() -> None:
@@ -61,8 +62,8 @@ def test_a_batch_that_does_not_fit_ends_the_loader_and_is_one_line(tmp_path: Pat
     code = "from tests.training.data.test_workers import load_what_grows; load_what_grows()"
     ended = in_shared_memory_of(2, [sys.executable, "-c", code], tmp_path)
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("training.errors.UserError: workers: a batch of 3."), ended.stderr
-    assert "MiB does not fit in /dev/shm, which has 2.0 MiB free" in last
+    wanted = "training.errors.UserError: workers: 2.0 MiB of /dev/shm are too few for a batch of 3."
+    assert last.startswith(wanted), ended.stderr
     assert "multiprocessing" not in ended.stderr
 
 
@@ -85,21 +86,57 @@ def test_too_few_open_files_are_one_line_before_training_begins(small_data: Path
     assert line == f"error: workers: {wanted}"
 
 
-def test_a_batch_of_a_worker_that_has_ended_is_one_line() -> None:
-    context = get_context("fork")
-    ours, theirs = context.Pipe()
+def load_slowly(mib: int) -> None:
+    """Use batches of so many MiB more slowly than the one worker reads them."""
+    side = int((mib * 2**20 / 8 / 3) ** 0.5)
+    people = [Tracklet(n, 1, [np.zeros((side, side, 3), np.uint8)] * 2, f"person{n}") for n in range(2)]
+    for _ in make_loader(people, PKSampler(people, 2, 2, 2, seed=0, batches=12), 2, workers=1):
+        time.sleep(0.1)
 
-    def worker() -> None:
-        theirs.send(send(torch.zeros(9), 36))
 
-    process = context.Process(target=worker)
-    process.start()
-    sent = ours.recv()
-    process.join()
-    assert isinstance(sent, Sent)
-    told = r"\Aworkers: DataLoader worker has exited before .*; where memory ran out"
-    with pytest.raises(UserError, match=told), told_of_workers():
-        sent.receive()
+@pytest.mark.parametrize(("shared", "fits"), [(19, False), (21, True)])
+def test_what_is_said_to_fit_does_until_the_end(shared: int, fits: bool, tmp_path: Path) -> None:
+    code = "from tests.training.data.test_workers import load_slowly; load_slowly(4)"
+    ended = in_shared_memory_of(shared, [sys.executable, "-c", code], tmp_path)
+    assert (ended.returncode == 0) is fits, ended.stderr
+    assert fits or "are too few for 5 batches of 4.0 MiB, 3 ahead" in ended.stderr.splitlines()[-1]
+
+
+def test_an_epoch_of_fewer_batches_needs_less(tmp_path: Path) -> None:
+    code = "from tests.training.data.test_workers import load_one; load_one()"
+    assert in_shared_memory_of(5, [sys.executable, "-c", code], tmp_path).returncode == 0
+
+
+def load_one() -> None:
+    people = [Tracklet(n, 1, [np.zeros((400, 400, 3), np.uint8)] * 2, f"person{n}") for n in range(2)]
+    (_,) = make_loader(people, PKSampler(people, 2, 2, 2, seed=0, batches=1), 2, workers=2)
+
+
+def test_epochs_that_are_left_early_keep_nothing_in_shared_memory(tmp_path: Path) -> None:
+    code = "from tests.training.data.test_workers import leave_early; leave_early()"
+    ended = in_shared_memory_of(32, [sys.executable, "-c", code], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def leave_early() -> None:
+    """Begin 12 epochs of batches of 2 MiB."""
+    people = [Tracklet(n, 1, [np.zeros((296, 296, 3), np.uint8)] * 2, f"person{n}") for n in range(2)]
+    loader = make_loader(people, PKSampler(people, 2, 2, 2, seed=0, batches=9), 2, workers=1)
+    for _ in range(12):
+        next(iter(loader))
+        time.sleep(0.2)  # the worker reads ahead
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_worker_whose_batches_cannot_be_sent_ends_the_loader(capfd: pytest.CaptureFixture[str]) -> None:
+    loader = DataLoader([Unsendable()], batch_size=None, num_workers=1, worker_init_fn=end_where_sending_fails)
+    with pytest.raises(UserError, match=r"\Aworkers: DataLoader worker .* exited unexpectedly"), explained():
+        next(iter(loader))
+    assert "open files (ulimit -n) are not enough; wanted fewer --workers" in capfd.readouterr().err
 
 
 def test_workers_leave_no_shared_memory_behind(tmp_path: Path) -> None:
