@@ -232,8 +232,9 @@ def batch_hard_triplet(
     """Batch-hard triplet loss, eq. 8, or eq. 10 for G groups (strips) at once: mean of hinge(margin + D_pos - D_neg).
 
     D_pos is an anchor's distance to its farthest positive, itself included; D_neg to its nearest negative. Ties go to
-    the lowest index; an anchor without a negative has loss 0; coincident points have gradient 0. A large vector that
-    Euclidean features have in common costs no digits: it is subtracted first.
+    the lowest index; an anchor without a negative has loss 0; coincident points have gradient 0. Partners are
+    chosen by matrix products, for Euclidean distances after a large vector that most features share is subtracted, so
+    that they do not lose its digits; the two distances in the loss are of the features' difference.
 
     Args:
         features: (N, D) or (G, N, D); float64, float32, float16 or bfloat16, used as they come, not normalised.

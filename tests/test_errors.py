@@ -330,7 +330,8 @@ ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
 # Raised where one process without a GPU does not come.
 ELSEWHERE = {
     "RuntimeError(OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: of several ranks",
-    "frames on the ranks of process_group": "tests/ops/test_refine_sync.py: of several ranks",
+    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_modules.py: of several ranks",
+    "got none on any rank": "tests/test_modules.py: of several ranks",
     "over several ranks": "tests/ops/test_refine_sync.py: of several ranks",
     "got the same for every call of vmap": "tests/test_works_with_func.py: of a transform",
     "runs no CUDA graphs": "tests/test_foreign.py: of other people's modules",

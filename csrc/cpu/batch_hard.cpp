@@ -87,6 +87,7 @@ class Mining {
     d_pos_ = at::empty({G_, N_}, options_);
     d_neg_ = at::empty({G_, N_}, options_);
     loss_ = at::empty({G_, N_}, options_);
+    common_ = at::empty({G_, D_}, options_);
     positive_ = at::empty({G_, N_}, labels.options());
     negative_ = at::empty({G_, N_}, labels.options());
   }
@@ -98,6 +99,7 @@ class Mining {
       at::parallel_for(0, G_, 1, [&](int64_t begin, int64_t end) {
         const Packed packed(*this, 1);
         for (int64_t group = begin; group < end; group++) {
+          find_common_part(group);
           for (int64_t index = 0; index < panels_; index++) {
             pack(group, index, packed.panel(0, index), packed.offset(0, index));
           }
@@ -106,6 +108,7 @@ class Mining {
       });
     } else {
       const Packed packed(*this, G_);
+      parallel(G_, [&](int64_t group) { find_common_part(group); });
       parallel(G_ * panels_, [&](int64_t i) {
         const int64_t group = i / panels_, index = i % panels_;
         pack(group, index, packed.panel(group, index), packed.offset(group, index));
@@ -135,18 +138,44 @@ class Mining {
     return codes_.template const_data_ptr<Index>();
   }
 
+  A* common_part(int64_t group) const {
+    return common_.template mutable_data_ptr<A>() + group * D_;
+  }
+
+  // A vector that most of a group's features share, or 0. Distances do not change when it is subtracted, but the rank no
+  // longer cancels. It is the median of three medians of three features, where its square is 16 times that of their
+  // range: outliers neither shift nor hide it, and NaN compares false.
+  void find_common_part(int64_t group) const {
+    A* common = common_part(group);
+    const A* rows[9];
+    for (int64_t i = 0; i < 9; i++) {
+      rows[i] = f_.row(group, i * N_ / 9);
+    }
+    const auto median = [](A a, A b, A c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); };
+    A range2 = 0, shared2 = 0;
+    for (int64_t d = 0; !cosine_ && d < D_; d++) {
+      A m[3];
+      c10::ForcedUnroll<3>{}([&](auto i) { m[i] = median(rows[i][d], rows[i + 3][d], rows[i + 6][d]); });
+      const A range = std::max(std::max(m[0], m[1]), m[2]) - std::min(std::min(m[0], m[1]), m[2]);
+      common[d] = median(m[0], m[1], m[2]);
+      range2 += range * range;
+      shared2 += common[d] * common[d];
+    }
+    if (cosine_ || !(16 * range2 < shared2)) {
+      std::fill_n(common, D_, A(0));
+    }
+  }
+
   // One panel, zeros past the end, and what its features add to the rank: |b|^2, summed as the inner products are.
   void pack(int64_t group, int64_t index, A* panel, A* offset) const {
     const int64_t n0 = index * kWidth, n = std::min(kWidth, N_ - n0);
     constexpr int64_t kDepth = 64;  // transposed within the first-level cache
-    A common[kDepth];
+    const A* common = common_part(group);
     for (int64_t d0 = 0; d0 < D_; d0 += kDepth) {
-      const int64_t depth = std::min(kDepth, D_ - d0);
-      common_part(group, d0, depth, common);
       for (int64_t lane = 0; lane < n; lane++) {
-        const A* row = f_.row(group, n0 + lane) + d0;
-        for (int64_t d = 0; d < depth; d++) {
-          panel[(d0 + d) * kWidth + lane] = row[d] - common[d];
+        const A* row = f_.row(group, n0 + lane);
+        for (int64_t d = d0; d < std::min(D_, d0 + kDepth); d++) {
+          panel[d * kWidth + lane] = row[d] - common[d] + 0 * row[d];  // an infinite one is NaN
         }
       }
     }
@@ -162,26 +191,6 @@ class Mining {
     }
     for (int64_t v = 0; v < kVectors; v++) {
       sums[v].store(offset + v * V::size());
-    }
-  }
-
-  // A vector that a group's features have in common, in the coordinates from d0 on. Distances do not change when it is
-  // subtracted, but the rank no longer cancels. The median of five features where the middle three differ by less than
-  // it, else 0: outliers cannot shift it, and NaN compares false.
-  void common_part(int64_t group, int64_t d0, int64_t depth, A* common) const {
-    const A* rows[5];
-    for (int64_t i = 0; i < 5; i++) {
-      rows[i] = f_.row(group, i * N_ / 5) + d0;
-    }
-    for (int64_t d = 0; d < depth; d++) {
-      A v[] = {rows[0][d], rows[1][d], rows[2][d], rows[3][d], rows[4][d]};
-      constexpr int kNetwork[][2] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {0, 3}, {0, 2}, {1, 4}, {1, 3}, {1, 2}};
-      for (const auto& [i, j] : kNetwork) {
-        const A least = std::min(v[i], v[j]);
-        v[j] = std::max(v[i], v[j]);
-        v[i] = least;
-      }
-      common[d] = !cosine_ && v[3] - v[1] < std::abs(v[2]) ? v[2] : A(0);
     }
   }
 
@@ -322,6 +331,7 @@ class Mining {
   const Tensor codes_;   // (panels * kWidth)
   int64_t second_ = -1;  // the first feature with a label other than the first's
   Tensor d_pos_, d_neg_, loss_, positive_, negative_;  // (G, N)
+  Tensor common_;                                     // (G, D)
 };
 
 }  // namespace

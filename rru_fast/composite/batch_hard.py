@@ -69,7 +69,7 @@ def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
     """Rank and index of each anchor's farthest positive and nearest negative, (G, N); -1 without a negative."""
     groups, n, _ = f.shape
     if metric == "euclidean":
-        f = f - _common_part(f)
+        f = (f - _common_part(f)).add_(f, alpha=0)  # an infinite feature is NaN, and its distances
     rows = max(1, TILE_BYTES // (groups * n * f.element_size()))
     largest = torch.finfo(f.dtype).max
     square = f.square().sum(-1)[:, None] if metric == "euclidean" else None  # (G, 1, N)
@@ -89,14 +89,15 @@ def _mine(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def _common_part(f: Tensor) -> Tensor:
-    """A vector (G, 1, D) that a group's features have in common: without it |b|^2 - 2 ab loses no digits.
+    """A vector (G, 1, D) that most of a group's features share, or 0: without it |b|^2 - 2 ab loses no digits.
 
-    In each coordinate the median of five features where the middle three differ by less than it, else 0.
+    It is the median of three medians of three features, where its square is 16 times that of their range.
     """
     n = f.shape[1]
-    ordered = torch.stack([f[:, i * n // 5] for i in range(5)]).sort(0).values  # (5, G, D)
-    low, middle, high = ordered[1:4]
-    return torch.where(high - low < middle.abs(), middle, 0)[:, None]
+    threes = torch.stack([f[:, i * n // 9] for i in range(9)]).unflatten(0, (3, 3))  # (3, 3, G, D)
+    low, middle, high = threes.sort(0).values[1].sort(0).values
+    shared = 16 * (high - low).square().sum(1, keepdim=True) < middle.square().sum(1, keepdim=True)
+    return torch.where(shared, middle, 0)[:, None]
 
 
 def _rows(f: Tensor, index: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def batch_hard_triplet(
         f = F.normalize(features, dim=-1)
         d = 1 - f @ f.mT
     else:
-        f = features - common_part(features.detach())
+        f = features - common_part(features.detach()) + 0 * features  # an infinite one is NaN, and its distances
         square = f.square().sum(-1)
         d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * f @ f.mT
         d = d2.clamp(min=1e-12).sqrt()
@@ -205,14 +205,17 @@ def batch_hard_triplet(
 
 
 def common_part(features: Tensor) -> Tensor:
-    """A vector (..., 1, D) that features (..., N, D) have in common, or 0 where they have none.
+    """A vector (..., 1, D) that most of features (..., N, D) share, or 0 where it is not most of them.
 
-    Distances do not change when it is subtracted, but |a|^2 + |b|^2 - 2 ab no longer cancels. In each coordinate it is
-    the median of five of the features where the middle three differ by less than it: outliers cannot shift it.
+    Distances do not change when it is subtracted, but |a|^2 + |b|^2 - 2 ab no longer cancels. It is the median of three
+    medians of three features each, where its square is 16 times that of their range: outliers neither shift nor hide
+    it.
     """
     n = features.shape[-2]
-    _, low, middle, high, _ = torch.stack([features[..., i * n // 5, :] for i in range(5)]).sort(0).values
-    return torch.where(high - low < middle.abs(), middle, 0).unsqueeze(-2)
+    threes = torch.stack([features[..., i * n // 9, :] for i in range(9)]).unflatten(0, (3, 3))
+    low, middle, high = threes.sort(0).values[1].sort(0).values  # (..., D) each
+    shared = 16 * (high - low).square().sum(-1, keepdim=True) < middle.square().sum(-1, keepdim=True)
+    return torch.where(shared, middle, 0).unsqueeze(-2)
 
 
 def momenta(momentum: float | Sequence[float], frames: int) -> list[float]:

@@ -54,23 +54,30 @@ def _distance(square, inner, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _ordered(a, b):
-    return tl.minimum(a, b), tl.maximum(a, b)
+def _median(a, b, c):
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
 
 
 @triton.jit
-def _median_of_five(a, b, c, d, e):
-    """The second, third and fourth of five in order."""
-    a, b = _ordered(a, b)
-    d, e = _ordered(d, e)
-    c, e = _ordered(c, e)
-    c, d = _ordered(c, d)
-    a, d = _ordered(a, d)
-    a, c = _ordered(a, c)
-    b, e = _ordered(b, e)
-    b, d = _ordered(b, d)
-    b, c = _ordered(b, c)
-    return b, c, d
+def _median_feature(features, i: tl.constexpr, n, row_stride, k, column_stride, D: tl.constexpr, SUM: tl.constexpr):
+    """In each of the columns k, the median of features i, i + 3 and i + 6 of nine that are evenly spaced."""
+    column = features + k * column_stride
+    m_k = k < D
+    ninth = tl.zeros([1], tl.int64) + n
+    return _median(
+        tl.load(column + i * ninth // 9 * row_stride, m_k, 0.0).to(SUM),
+        tl.load(column + (i + 3) * ninth // 9 * row_stride, m_k, 0.0).to(SUM),
+        tl.load(column + (i + 6) * ninth // 9 * row_stride, m_k, 0.0).to(SUM),
+    )
+
+
+@triton.jit
+def _median_and_range(features, n, row_stride, k, column_stride, D: tl.constexpr, SUM: tl.constexpr):
+    """Of three medians of three features, in each of the columns k."""
+    m0 = _median_feature(features, 0, n, row_stride, k, column_stride, D, SUM)
+    m1 = _median_feature(features, 1, n, row_stride, k, column_stride, D, SUM)
+    m2 = _median_feature(features, 2, n, row_stride, k, column_stride, D, SUM)
+    return _median(m0, m1, m2), tl.maximum(tl.maximum(m0, m1), m2) - tl.minimum(tl.minimum(m0, m1), m2)
 
 
 @triton.jit
@@ -85,34 +92,30 @@ def subtract_common_kernel(
     SUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_N features of a group, and BLOCK_K of their columns, a program: less a vector that the group has in common.
+    """BLOCK_N features of a group, and BLOCK_K of their columns, a program: less a vector that most of the group share.
 
-    Distances do not change, but |b|^2 - 2 ab no longer cancels. In each column it is the median of five features where
-    the middle three differ by less than it, else 0: outliers cannot shift it. Of 16 bits they must differ by less than
-    a quarter of it: then nearly all differences are exact, as the products of the features themselves are.
+    Distances do not change, but |b|^2 - 2 ab no longer cancels. It is the median of three medians of three features,
+    where its square is 16 times that of their range, else 0: outliers neither shift nor hide it.
     """
     group = tl.program_id(1).to(tl.int64)
     features += group * group_stride
+    shared2 = tl.zeros([BLOCK_D], SUM)
+    range2 = tl.zeros([BLOCK_D], SUM)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        middle, extent = _median_and_range(features, n, row_stride, d, column_stride, D, SUM)
+        shared2 += middle * middle
+        range2 += extent * extent
     b = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_k = k < D
-    column = features + k * column_stride
-    fifth = tl.zeros([1], tl.int64) + n
-    low, middle, high = _median_of_five(
-        tl.load(column, m_k, 0.0).to(SUM),
-        tl.load(column + fifth // 5 * row_stride, m_k, 0.0).to(SUM),
-        tl.load(column + 2 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
-        tl.load(column + 3 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
-        tl.load(column + 4 * fifth // 5 * row_stride, m_k, 0.0).to(SUM),
-    )
-    spread = high - low
-    if features.dtype.element_ty.primitive_bitwidth == 16:
-        spread *= 4
-    common = tl.where(spread < tl.abs(middle), middle, 0.0)
-    v = _load(features, b, k, row_stride, column_stride, b < n, D).to(SUM) - common[None, :]
+    middle, extent = _median_and_range(features, n, row_stride, k, column_stride, D, SUM)
+    common = tl.where(16 * tl.sum(range2) < tl.sum(shared2), middle, 0.0)
+    v = _load(features, b, k, row_stride, column_stride, b < n, D).to(SUM)
+    v = v - common[None, :] + 0.0 * v  # an infinite one is NaN, and its distances
     at = ranked + (group * n + b[:, None]) * D + k[None, :]
-    tl.store(at, narrowed(v, ranked.dtype.element_ty), (b < n)[:, None] & m_k[None, :])
+    tl.store(at, narrowed(v, ranked.dtype.element_ty), (b < n)[:, None] & (k < D)[None, :])
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def batch_hard_kernel(
     group_stride,
     row_stride,
     column_stride,
-    ranked,  # (G, N, D), features less a vector in common, by which partners are chosen
+    ranked,  # (G, N, D), features less what most share, by which partners are chosen
     ranked_group,
     ranked_row,
     ranked_column,

@@ -1,6 +1,6 @@
 """`batch_hard_triplet`: tiles of the distance matrix on the tensor cores, the two hardest of each anchor kept.
 
-All groups (strips) in one launch, after one that subtracts what their features have in common; no N x N matrix. A
+All groups (strips) in one launch, after one that subtracts what their features share; no N x N matrix. A
 tile's distances only choose the partners; the two distances that enter the loss are taken from the difference of the
 vectors, so that near points do not lose their digits. Backward, every feature gathers what it is to get, itself as
 anchor and those that chose it in their order: no atomics.
@@ -82,7 +82,7 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
 
 
 def _without_common_part(features: Tensor) -> Tensor:
-    """features (G, N, D) less a vector that each group's have in common: products of them keep their digits."""
+    """Subtract from features (G, N, D) a vector that most of each group share: products of them keep their digits."""
     groups, n, d = features.shape
     ranked = features.new_empty(groups, n, d)
     block_k = min(128, power_of_2(d))
@@ -98,6 +98,7 @@ def _without_common_part(features: Tensor) -> Tensor:
             SUM=host.TYPES[torch.promote_types(features.dtype, torch.float32)],
             BLOCK_N=16,
             BLOCK_K=block_k,
+            BLOCK_D=min(1024, power_of_2(d)),
             num_warps=4,
         )
     return ranked

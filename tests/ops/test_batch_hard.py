@@ -64,8 +64,9 @@ def test_where_distances_overflow_partners_are_still_of_the_right_people(backend
 
 
 @every_backend
-def test_an_infinite_feature_leaves_no_loss_a_number(backend: str) -> None:
-    features = torch.tensor([[0.0], [1.0], [float("inf")]])
+@pytest.mark.parametrize("others", [(0.0, 1.0), (-1.0, 1.0), (-2.0, -1.0)], ids=str)
+def test_an_infinite_feature_leaves_no_loss_a_number(others: tuple[float, float], backend: str) -> None:
+    features = torch.tensor([*others, float("inf")])[:, None]
     assert run(features, torch.tensor([0, 0, 1]), backend, reduction="none")["loss"].isnan().all()
 
 
@@ -118,6 +119,17 @@ def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: 
     parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
 
 
+def assert_hardest(features: Tensor, labels: Tensor, backend: str, first: int = 0) -> None:
+    """The anchors' partners, from the first on, are as far and as near as any, by the differences in float64."""
+    _, positive, negative = rru_fast.batch_hard_triplet(features, labels, return_indices=True, backend=backend)
+    d2 = (features.double()[:, None] - features.double()).square().sum(-1)
+    same = labels[:, None] == labels
+    hardest = d2.masked_fill(~same, 0).amax(1), d2.masked_fill(same, float("inf")).amin(1)
+    for partner, wanted in zip((positive, negative), hardest, strict=True):
+        found = d2.gather(1, partner[:, None])[:, 0]
+        torch.testing.assert_close(found[first:], wanted[first:], rtol=1e-6, atol=0)
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("outlier", [0.0, 100.0])
@@ -134,12 +146,27 @@ def test_partners_are_right_under_a_large_common_vector(
         features = (common + own * torch.randn(n, 48, generator=g, dtype=torch.float64)).to(dtype)
         features[0] += outlier
         labels = torch.arange(n) // 4
-        _, positive, negative = rru_fast.batch_hard_triplet(features, labels, return_indices=True, backend=backend)
-        d2 = (features.double()[:, None] - features.double()).square().sum(-1)
-        same = labels[:, None] == labels
-        hardest = d2.masked_fill(~same, 0).amax(1), d2.masked_fill(same, float("inf")).amin(1)
-        for partner, wanted in zip((positive, negative), hardest, strict=True):
-            torch.testing.assert_close(d2.gather(1, partner[:, None])[:, 0], wanted, rtol=1e-6, atol=0)
+        assert_hardest(features, labels, backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dark", [0.03, 0.001])
+def test_partners_among_dark_clips_are_right_beside_those_of_others(dark: float, backend: str) -> None:
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        features = torch.randn(32, 256, generator=g).relu()
+        features[4:12] = dark * torch.rand(8, 256, generator=g)
+        assert_hardest(features, torch.arange(32) // 4, backend)
+
+
+@every_backend
+@pytest.mark.parametrize("own", [0.03, 0.001])
+def test_a_blank_clip_does_not_hide_the_common_vector(own: float, backend: str) -> None:
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        features = torch.randn(48, generator=g) + own * torch.randn(64, 48, generator=g)
+        features[:2] = 0
+        assert_hardest(features, torch.arange(64) // 4, backend, first=2)
 
 
 @every_backend
