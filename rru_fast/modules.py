@@ -93,7 +93,7 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
         metric: "euclidean" on features as they come, or "cosine".
         gather: form the batch from all ranks of torch.distributed, with gradient: under DistributedDataParallel, P
             processes then give the loss and the gradients of one. Ranks may bring different numbers of features, also
-            none. Costs two small collectives beside that of the features, and the host waits for the first.
+            none. Costs two small collectives more than that of the features, and the host waits for the first.
         backend: "auto", or a backend `rru_fast.show_config` lists as available.
 
     Called with features (N, D) or (G, N, D) and integer labels (N,), it returns the scalar mean over anchors.

@@ -94,8 +94,8 @@ def _common_part(f: Tensor) -> Tensor:
     It is the median of three medians of three features, where its square is 16 times that of their range.
     """
     n = f.shape[1]
-    threes = torch.stack([f[:, i * n // 9] for i in range(9)]).unflatten(0, (3, 3))  # (3, 3, G, D)
-    low, middle, high = threes.sort(0).values[1].sort(0).values
+    nine = torch.stack([f[:, i * n // 9] for i in range(9)])
+    low, middle, high = nine.view(3, 3, *nine.shape[1:]).sort(0).values[1].sort(0).values
     shared = 16 * (high - low).square().sum(1, keepdim=True) < middle.square().sum(1, keepdim=True)
     return torch.where(shared, middle, 0)[:, None]
 

@@ -212,8 +212,8 @@ def common_part(features: Tensor) -> Tensor:
     it.
     """
     n = features.shape[-2]
-    threes = torch.stack([features[..., i * n // 9, :] for i in range(9)]).unflatten(0, (3, 3))
-    low, middle, high = threes.sort(0).values[1].sort(0).values  # (..., D) each
+    nine = torch.stack([features[..., i * n // 9, :] for i in range(9)])
+    low, middle, high = nine.view(3, 3, *nine.shape[1:]).sort(0).values[1].sort(0).values  # (..., D) each
     shared = 16 * (high - low).square().sum(-1, keepdim=True) < middle.square().sum(-1, keepdim=True)
     return torch.where(shared, middle, 0).unsqueeze(-2)
 

@@ -104,19 +104,18 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
     if not path.is_file():
         raise UserError(f"{path}: not found, nor gt/gt.txt in the same folder")
     lines = _read_lines(path, length)
-    identified = [line for line in lines if line.box.track != NO_IDENTITY]
-    notes = []
-    if len(identified) < len(lines):
-        notes.append(f"{len(lines) - len(identified)} boxes without an identity ({NO_IDENTITY}) left out")
-    people = identified
-    kinds = _kinds(identified)
+    kinds = _kinds(lines)
     classes = sorted({kind for kind in kinds if kind is not None})
-    if len(classes) > 1:
-        listed = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
-        if PEDESTRIAN not in classes:
-            raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
-        people = [line for line, kind in zip(identified, kinds, strict=True) if kind in (PEDESTRIAN, None)]
-        others = len(identified) - len(people)
+    listed = ", ".join(map(str, classes[:10])) + ", ..." * (len(classes) > 10)
+    if len(classes) > 1 and PEDESTRIAN not in classes:
+        raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
+    read = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
+    identified = [(line, kind) for line, kind in zip(lines, kinds, strict=True) if line.box.track != NO_IDENTITY]
+    people = [line for line, kind in identified if kind in read]
+    notes = []
+    if nobody := len(lines) - len(identified):
+        notes.append(f"{nobody} boxes without an identity ({NO_IDENTITY}) left out")
+    if others := len(identified) - len(people):
         notes.append(f"class {PEDESTRIAN} of {listed} read: {others} boxes of other classes left out")
     if notes and not people:
         raise UserError(f"{path}: no box is left to read, wanted boxes of people with a track: {'; '.join(notes)}")

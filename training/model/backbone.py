@@ -48,7 +48,7 @@ class Inception(nn.Module):
         elif self.pretrained:
             state = read_weights(Path(weights))
         net = inception_v3(weights=None, transform_input=False, init_weights=state is None)
-        # Layers after Mixed_7c are not called; without them their weights are not kept either.
+        # Layers after Mixed_7c are not called; their weights are dropped with them.
         net.avgpool = net.dropout = net.fc = nn.Identity()
         classifier = net.AuxLogits
         assert isinstance(classifier, nn.Module)

@@ -54,15 +54,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for state in (content, *nested):
         if _is_state_dict(state):
             return dict(state)
-    raise UserError(f"weights: {path} holds a {type(content).__name__}, wanted a state_dict (names to tensors)")
+    wanted = f"a state_dict (names to dense tensors), or one under {', '.join(map(repr, _STATE_KEYS))}"
+    raise UserError(f"weights: {path} holds a {_described(content)}, wanted {wanted}")
+
+
+def _described(content: Any) -> str:
+    """Name a type, and of a dict the first entry that a state_dict does not have."""
+    kind = type(content).__name__
+    if not isinstance(content, dict) or not content:
+        return kind
+    name, value = next((name, value) for name, value in content.items() if not _is_entry(name, value))
+    return f"{kind} with {str(name)[:60]!r}: {type(value).__name__}"
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
 
 
 def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and len(content) > 0
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
+    return isinstance(content, dict) and bool(content) and all(_is_entry(*entry) for entry in content.items())
 
 
 def load_pickle(path: Path, otherwise: str) -> Any:

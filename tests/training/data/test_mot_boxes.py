@@ -163,15 +163,32 @@ def test_a_file_of_one_class_is_read_entirely(tmp_path: Path, kind: int) -> None
 @pytest.mark.parametrize(
     "rest",
     [
-        ("1,2,0", "3,2,0"),  # ten columns: MOT15's world coordinates
-        ("1,2", "3.5,2"),  # not whole
-        ("1", "3"),  # eight columns
-        ("1,2", "3,2,0"),  # not nine throughout
+        ("1,0,0", "4,0,0"),  # VisDrone's ten columns
+        ("1", "3"),  # no visibility
+        ("1,2", "3,2,0"),  # of several widths
     ],
 )
+def test_classes_are_read_from_any_number_of_columns(tmp_path: Path, rest: tuple[str, str]) -> None:
+    lines = (f"1,{track},1,1,9,9,1,{columns}" for track, columns in enumerate(rest, start=1))
+    tracks, (note,) = tracks_of(tmp_path, *lines)
+    assert tracks == [1]
+    assert note.endswith("read: 1 boxes of other classes left out")
+
+
+@pytest.mark.parametrize("rest", [("1,2.5,0", "3.5,2,0"), ("1,2,0", "100,2,0"), ("-1,-1,-1", "-2,3,0")])
 def test_world_coordinates_are_not_classes(tmp_path: Path, rest: tuple[str, str]) -> None:
     lines = (f"1,{track},1,1,9,9,1,{columns}" for track, columns in enumerate(rest, start=1))
     assert tracks_of(tmp_path, *lines) == ([1, 2], ())
+
+
+def test_a_class_that_is_not_a_whole_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 2: got '1.5' in column 8, wanted a class, a whole number"):
+        tracks_of(tmp_path, *MOT16[:1], "1,2,1,1,9,9,1,1.5,1")
+
+
+def test_classes_of_boxes_without_an_identity_are_not_counted_twice(tmp_path: Path) -> None:
+    note = "1 boxes without an identity (-1) left out"
+    assert tracks_of(tmp_path, "1,-1,1,1,9,9,1,3,1", "1,2,1,1,9,9,1,1,1") == ([2], (note,))
 
 
 def test_classes_without_pedestrians_are_one_line(tmp_path: Path) -> None:

@@ -88,10 +88,22 @@ def test_a_file_in_any_form_people_publish_loads_the_same_network(
     assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.items())
 
 
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict": {"0.weight": 1}}], ids=str)
-def test_a_file_without_tensors_is_no_state_dict(content: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "holds"),
+    [
+        ({}, "a dict, wanted"),
+        ({"state_dict": {}}, "a dict with 'state_dict': dict, wanted"),
+        ({"0.weight": torch.zeros(1), "epoch": 3}, "a dict with 'epoch': int, wanted"),
+        ({"0.weight": torch.eye(2).to_sparse()}, "a dict with '0.weight': Tensor, wanted"),
+        ({"0.weight": torch.zeros(1, device="meta")}, "a dict with '0.weight': Tensor, wanted"),
+        ({"0.weight": torch.zeros(1, dtype=torch.complex64)}, "a dict with '0.weight': Tensor, wanted"),
+    ],
+    ids=["empty", "empty inside", "a number", "sparse", "meta", "complex"],
+)
+def test_a_file_without_tensors_is_no_state_dict(content: Any, holds: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match=r"weights: .*empty\.pth holds a dict, wanted a state_dict"):
+    message = rf"weights: .*empty\.pth holds {holds} a state_dict \(names to dense tensors\), or one under 'state_dict'"
+    with pytest.raises(UserError, match=message):
         Tiny(str(tmp_path / "empty.pth"))
 
 
