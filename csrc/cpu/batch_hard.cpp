@@ -151,17 +151,25 @@ class Mining {
     for (int64_t i = 0; i < 9; i++) {
       rows[i] = f_.row(group, i * N_ / 9);
     }
-    const auto median = [](A a, A b, A c) { return std::max(std::min(a, b), std::min(std::max(a, b), c)); };
-    A range2 = 0, shared2 = 0;
-    for (int64_t d = 0; !cosine_ && d < D_; d++) {
-      A m[3];
-      c10::ForcedUnroll<3>{}([&](auto i) { m[i] = median(rows[i][d], rows[i + 3][d], rows[i + 6][d]); });
-      const A range = std::max(std::max(m[0], m[1]), m[2]) - std::min(std::min(m[0], m[1]), m[2]);
-      common[d] = median(m[0], m[1], m[2]);
-      range2 += range * range;
-      shared2 += common[d] * common[d];
+    const auto median = [](V a, V b, V c) {
+      return at::vec::maximum(at::vec::minimum(a, b), at::vec::minimum(at::vec::maximum(a, b), c));
+    };
+    V range2(0), shared2(0);
+    for (int64_t d = 0; !cosine_ && d < D_; d += V::size()) {
+      const int64_t count = std::min<int64_t>(V::size(), D_ - d);
+      V m[3];
+      c10::ForcedUnroll<3>{}([&](auto i) {
+        m[i] = median(
+            V::loadu(rows[i] + d, count), V::loadu(rows[i + 3] + d, count), V::loadu(rows[i + 6] + d, count));
+      });
+      const V range = at::vec::maximum(at::vec::maximum(m[0], m[1]), m[2]) -
+          at::vec::minimum(at::vec::minimum(m[0], m[1]), m[2]);
+      const V middle = median(m[0], m[1], m[2]);
+      middle.store(common + d, count);
+      range2 = at::vec::fmadd(range, range, range2);
+      shared2 = at::vec::fmadd(middle, middle, shared2);
     }
-    if (cosine_ || !(16 * range2 < shared2)) {
+    if (cosine_ || !(16 * total<A>(range2) < total<A>(shared2))) {
       std::fill_n(common, D_, A(0));
     }
   }
