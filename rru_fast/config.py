@@ -22,13 +22,12 @@ BACKENDS: dict[str, str | None] = {
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or a backend that can serve here."""
-    if isinstance(backend, str) and backend == "auto":
+    if isinstance(backend, str) and (backend == "auto" or BACKENDS.get(backend, "unknown") is None):
         return
     usable = ", ".join(repr(name) for name, reason in BACKENDS.items() if reason is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}")
-    if BACKENDS[backend] is not None:
-        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}: {BACKENDS[backend]}")
+    raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {usable}: {BACKENDS[backend]}")
 
 
 def choose(backend: str, device: torch.device) -> str:
