@@ -24,7 +24,7 @@ def kernels(op: str, composite: Any) -> dict[str, Any]:
 
 
 def choose(kernels: dict[str, Any], backend: str, device: torch.device) -> Any:
-    """The kernels that serve a call, chosen when it runs: a program may have been exported where others could serve.
+    """Choose the kernels that serve a call, when it runs: a program may have been exported where others could serve.
 
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.

@@ -19,7 +19,7 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: on every rank, where not all have the same number of groups and columns, and the same dtypes, or
             none has a feature.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_other_ranks():
         return features, labels
     *groups, n, d = features.shape
     dtypes = [_number(tensor.dtype) for tensor in (features, labels)]
@@ -44,6 +44,11 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         torch.cat([part[..., :count, :] for part, count in zip(all_features, counts, strict=True)], -2),
         torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)]),
     )
+
+
+def has_other_ranks() -> bool:
+    """Return True if torch.distributed has other ranks to gather a batch from."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def spans_ranks(process_group: ProcessGroup | None) -> bool:

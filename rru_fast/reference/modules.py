@@ -22,7 +22,7 @@ from rru_fast.reference.checks import (
     check_number,
     check_sizes,
 )
-from rru_fast.reference.distributed import gather_batch
+from rru_fast.reference.distributed import gather_batch, has_other_ranks
 from rru_fast.reference.equations import Inputs, Metric, Refined, State, batch_hard_triplet, refine
 
 Attention = Literal["both", "spatial", "channel"]
@@ -212,7 +212,7 @@ class BatchHardTripletLoss(nn.Module):
         """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
         check_dense("features", features, "(N, D) or (G, N, D)")
         check_dense("labels", labels, "(N,)")
-        gather = self.gather and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        gather = self.gather and has_other_ranks()
         sizes = [*features.shape[:-2], *features.shape[-1:]] if gather else features.shape  # a rank may bring nothing
         if features.dim() not in (2, 3) or 0 in sizes:
             got = tuple(features.shape)
