@@ -28,7 +28,7 @@ _FILES, _FILES_PER_WORKER = 16, 5
 def share(*tensors: Tensor) -> UserError | None:
     """Move tensors of a worker into shared memory, where they are sent from, in place.
 
-    The thread that sends a batch would do so itself, but print an error and go on, and the receiver wait for ever.
+    The thread that sends a batch does so otherwise, but only prints its errors, and the receiver waits forever.
 
     Returns:
         An error where shared memory or open files are not enough.
@@ -80,7 +80,7 @@ def check_limits(
         return
     pages = 2 * mmap.PAGESIZE  # of pixels and labels, each rounded up
     batch = frames * _frame_bytes(tracklets, size) + pages
-    # Beside those ahead the one in use, and the one before it until its successor has its name.
+    # Besides those ahead: the batch in use, and the previous one until its variable is rebound.
     count = min(AHEAD * workers + 2, batches) * processes
     if count * batch > _size(SHARED, free=True):
         free = _mib(_size(SHARED, free=True))
