@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
@@ -63,11 +64,24 @@ def report() -> str:
         f"threads: {torch.get_num_threads()}, CPU: {torch.backends.cpu.get_cpu_capability()}, GPU: {gpu}",
         *native.describe(),
         f"auto runs: {choose('auto', torch.device('cpu'))} on a CPU, {choose('auto', torch.device('cuda'))} on a GPU",
+        f"fp32 products on a GPU: {_fp32_precision()}",
     ]
     lines += [
         f"  {name:<10} {'available' if why is None else 'not available: ' + why}" for name, why in BACKENDS.items()
     ]
     return "\n".join(lines)
+
+
+def _fp32_precision() -> str:
+    """Precision of the operators' fp32 products on a GPU, and the settings that it follows."""
+    conv, matmul = (
+        "TF32" if setting.fp32_precision == "tf32" else "fp32"
+        for setting in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    )
+    asked = os.environ.get("RRU_FAST_FLOAT32")
+    return f"{conv} in refine (torch.backends.cudnn.conv), {matmul} in batch_hard (torch.backends.cuda.matmul)" + (
+        f", {asked} in both by triton (RRU_FAST_FLOAT32)" if asked else ""
+    )
 
 
 def show_config() -> None:

@@ -69,14 +69,17 @@ def refine(
             torch.compile a graph break.
         backend: "auto", or a backend `show_config` lists as available.
 
-    Weights are of x's dtype, or float32 beside a 16-bit x. Whatever x's dtype, the arithmetic is float32 at least.
+    Weights are of x's dtype, or float32 beside a 16-bit x. Whatever x's dtype, the arithmetic is float32 at least. On a
+    GPU float32 products of the transition have the precision of the convolution they replace: TF32 by default, float32
+    with `torch.backends.cudnn.allow_tf32 = False`.
 
     Returns:
         `Refined(features, strips, state)`: S (B, T, C, H, W), (B, C, H), and in eval mode the last frames.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
-        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
+        RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them); a
+            kernel that Triton cannot compile or launch.
     """
     checks.check_refine(
         x,

@@ -338,6 +338,8 @@ ELSEWHERE = {
     "that accelerate made": "tests/test_swap.py: of a model that was sharded",
     "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
+    "_failure(": "tests/test_launch.py: of a kernel that Triton refuses",
+    "failures[0][0]": "tests/test_autotune.py: of a kernel that Triton refuses with each config",
     "_UnusableError(": "tests/test_native.py: a reason that show_config gives",
 } | (
     dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")

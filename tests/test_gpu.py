@@ -224,7 +224,7 @@ def test_a_graphed_module_follows_the_precision_it_is_given(backend: str) -> Non
 def test_tuned_calls_are_right_plain_and_graphed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("rru_fast.triton._plans._found", {})
+    monkeypatch.setattr("rru_fast.triton._autotune._known", {})
     wanted = rru_fast.RRU(128, (4, 4), hidden=32, backend="composite").cuda()
     x = torch.randn(4, 3, 128, 4, 4, device="cuda")
     results = []
@@ -239,10 +239,8 @@ def test_tuned_calls_are_right_plain_and_graphed(tmp_path: Path, monkeypatch: py
         results.append([leaf.grad, *(parameter.grad for parameter in module.parameters())])
     for ours in results[1:]:
         assert max(parity.error(got, best) for got, best in zip(ours, results[0], strict=True)) <= 1e-5
-    assert {key.partition(" ")[0] for key in json.loads((tmp_path / "rru_fast/plans.json").read_text())} == {
-        "refine",
-        "refine_backward",
-    }
+    files = (tmp_path / "rru_fast/autotune").iterdir()
+    assert {json.loads(file.read_text())["kind"].partition(" ")[0] for file in files} == {"refine", "refine_backward"}
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the Triton kernels")

@@ -51,21 +51,36 @@ def test_on_a_cpu_auto_does_not_choose_the_interpreter() -> None:
     assert config.choose("triton", torch.device("cpu")) == "triton"
 
 
-def test_float32_is_multiplied_as_pytorch_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_are_multiplied_as_matmuls_and_transitions_as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     host = pytest.importorskip("rru_fast.triton._host")
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for asked, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-            torch.set_float32_matmul_precision(asked)
-            assert host.precision(torch.float32) == wanted
-            assert host.precision(torch.float64) == host.precision(torch.bfloat16) == "ieee"
+            for allowed in (True, False):
+                torch.set_float32_matmul_precision(asked)
+                torch.backends.cudnn.allow_tf32 = allowed
+                assert host.matmul_precision(torch.float32) == wanted
+                assert host.conv_precision(torch.float32) == ("tf32" if allowed else "ieee")
+                for precision in (host.matmul_precision, host.conv_precision):
+                    assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"
     finally:
-        torch.set_float32_matmul_precision(before)
-    monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
-    assert host.precision(torch.float32) == "tf32x3"
-    monkeypatch.setenv("RRU_FAST_FLOAT32", "fast")
-    with pytest.raises(ValueError, match="RRU_FAST_FLOAT32: got 'fast', wanted one of ieee, tf32, tf32x3"):
-        host.precision(torch.float32)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    for precision in (host.matmul_precision, host.conv_precision):
+        monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
+        assert precision(torch.float32) == "tf32x3"
+        monkeypatch.setenv("RRU_FAST_FLOAT32", "fast")
+        with pytest.raises(ValueError, match="RRU_FAST_FLOAT32: got 'fast', wanted one of ieee, tf32, tf32x3"):
+            precision(torch.float32)
+
+
+def test_by_default_transitions_are_multiplied_in_tf32_and_distances_in_float32() -> None:
+    code = (
+        "import torch; from rru_fast.triton import _host; "
+        "print(_host.conv_precision(torch.float32), _host.matmul_precision(torch.float32))"
+    )
+    pytest.importorskip("triton")
+    assert in_another_process(code, RRU_FAST_FLOAT32="").stdout.split() == ["tf32", "ieee"]
 
 
 def test_maps_are_addressed_where_they_lie_and_copied_only_where_positions_are_uneven() -> None:
@@ -143,39 +158,35 @@ def test_offsets_in_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted
-def test_a_tuned_plan_is_kept_on_disk_and_changes_no_more_than_rounding(
+def test_a_tuned_config_is_on_disk_and_changes_no_more_than_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rru_fast.triton import _plans
+    from rru_fast.triton import _autotune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     case = Case((2, 2, 5, 2, 1), hidden=3, spatial_hidden=2)
     call = parity.make_call(case)
     oracle = parity.run(case, call, "reference")
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "1")
-    monkeypatch.setattr(_plans, "_found", {})
+    monkeypatch.setattr(_autotune, "_known", {})
     for name, value in parity.run(case, call, "triton").items():
         assert parity.error(value, oracle[name]) <= parity.EXACT, name
-    kept = json.loads((tmp_path / "rru_fast" / "plans.json").read_text())
-    assert [key.split()[0] for key in kept] == ["refine", "refine_backward"]
-    monkeypatch.setattr(_plans, "_found", {})
-    monkeypatch.setattr(_plans, "_best", None)  # what is on disk is not measured again
-    parity.run(case, call, "triton")
-    (tmp_path / "rru_fast" / "plans.json").write_text('{"half')
-    monkeypatch.setattr(_plans, "_found", {})
-    monkeypatch.undo()
+    files = sorted((tmp_path / "rru_fast" / "autotune").iterdir())
+    assert [json.loads(file.read_text())["kind"].split()[0] for file in files] == ["refine", "refine_backward"]
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_best", None)  # nothing that is on disk is measured again
     parity.run(case, call, "triton")
 
 
 def test_autotuning_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = pytest.importorskip("rru_fast.triton._plans")
+    autotune = pytest.importorskip("rru_fast.triton._autotune")
     cpu = torch.zeros(1)
     for asked, wanted in (("", False), ("0", False), ("1", True)):
         monkeypatch.setenv("RRU_FAST_AUTOTUNE", asked)
-        assert plans.enabled(cpu) is wanted
+        assert autotune.enabled(cpu) is wanted
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match="RRU_FAST_AUTOTUNE: got 'yes', wanted 0 or 1"):
-        plans.enabled(cpu)
+        autotune.enabled(cpu)
 
 
 def test_a_cuda_graph_needs_a_gpu_and_a_backend_of_a_gpus() -> None:
@@ -237,11 +248,11 @@ def test_a_graphs_output_changed_in_place_has_no_backward() -> None:
 
 
 def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rru_fast.triton._host")
-    from rru_fast.triton import _host, refine, strip_pool
+    pytest.importorskip("rru_fast.triton._launch")
+    from rru_fast.triton import _launch, refine, strip_pool
 
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(_host, "launch", lambda kernel, grid, *arguments, **meta: grids.append(grid))
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *arguments, **meta: grids.append(grid))
     shape, d = (70_000, 2, 16, 2, 2), 8
     with torch.device("meta"):
         x, w = torch.empty(shape), torch.empty(d, 32)

@@ -1,4 +1,4 @@
-"""What the operators' host code shares: how maps are addressed, in which arithmetic, and how a kernel is launched."""
+"""Shared host code of the operators: addresses of maps, and the precision of products."""
 
 from __future__ import annotations
 
@@ -21,31 +21,38 @@ TYPES = {
 }
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """Run `kernel` on `grid` programs; what there can be most of is the grid's first: the others end at 65535."""
-    kernel[grid](*arguments, **meta)
-
-
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels are launched where the tensor is, not on whichever device is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are computed: as torch.matmul would, or by RRU_FAST_FLOAT32."""
+def matmul_precision(dtype: torch.dtype) -> str:
+    """Precision of fp32 products that stand for a torch.matmul: PyTorch's setting, or RRU_FAST_FLOAT32."""
+    return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+
+
+def conv_precision(dtype: torch.dtype) -> str:
+    """Precision of fp32 products that replace an nn.Conv2d's: cuDNN's setting, TF32 by default, or RRU_FAST_FLOAT32."""
+    return _precision(dtype, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+
+
+def _precision(dtype: torch.dtype, setting: str) -> str:
     if dtype != torch.float32:
-        return "ieee"  # one kind of product in the others
+        return "ieee"  # the others have one precision
     asked = os.environ.get("RRU_FAST_FLOAT32", "")
     if asked and asked not in PRECISIONS:
         raise ValueError(f"RRU_FAST_FLOAT32: got {asked!r}, wanted one of {', '.join(PRECISIONS)}")
-    return asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+    return asked or ("tf32" if setting == "tf32" else "ieee")
 
 
-def factors(dtype: torch.dtype) -> tuple[Any, str]:
-    """In which type gradients are multiplied, and how: float16 would overflow, TF32 has its digits in a wide range."""
+def grad_operand_dtype(dtype: torch.dtype) -> tuple[Any, str]:
+    """Operand dtype and precision of gradient GEMMs.
+
+    fp16 gradients can overflow, so they are multiplied in TF32: the same mantissa, the range of fp32.
+    """
     if dtype == torch.float16:
         return tl.float32, "tf32"
-    return TYPES[dtype], precision(dtype)
+    return TYPES[dtype], conv_precision(dtype)
 
 
 def even(tensor: Tensor, dims: int) -> bool:
@@ -88,9 +95,17 @@ class Maps(NamedTuple):
         _, _, channels, height, width = self.tensor.shape
         return (channels - 1) * self.channel + (height * width - 1) * self.position >= 2**31
 
-    def at(self, frame: int) -> tuple[Tensor, int, int, int]:
-        """One frame of all clips: pointer and the strides of clip, channel and position."""
-        return self.tensor[:, frame], self.clip, self.channel, self.position
+
+def frame_strides(name: str, maps: Maps | None) -> dict[str, int]:
+    """Strides of the kernel argument `name`, one frame of `maps`; zeros without one."""
+    clip, channel, position = (0, 0, 0) if maps is None else (maps.clip, maps.channel, maps.position)
+    return {f"{name}_clip": clip, f"{name}_channel": channel, f"{name}_position": position}
+
+
+def all_frames(name: str, maps: Maps | None) -> dict[str, Any]:
+    """The kernel argument `name`, all frames of `maps`, with its strides; None and zeros without maps."""
+    tensor, frame = (None, 0) if maps is None else (maps.tensor, maps.frame)
+    return {name: tensor, f"{name}_frame": frame, **frame_strides(name, maps)}
 
 
 def maps(tensor: Tensor) -> Maps:

@@ -10,16 +10,18 @@ from torch import Tensor
 from rru_fast.ranks import Ranks
 from rru_fast.triton import _host as host
 from rru_fast.triton import _refine_backward_kernels as kernels
-from rru_fast.triton._host import Maps, power_of_2
-from rru_fast.triton._plans import Meta, Plan
-from rru_fast.triton._refine_call import NO_FRAME, Call
-from rru_fast.triton._refine_weights import outer, w_gradient
+from rru_fast.triton._autotune import Candidates, KernelConfig, LaunchConfig
+from rru_fast.triton._host import Maps, frame_strides, power_of_2
+from rru_fast.triton._launch import Launches, Slice, Slices
+from rru_fast.triton._refine_call import Call, Saved
+from rru_fast.triton._refine_gate_backward import GateBackward
+from rru_fast.triton._refine_weights import w_gradient
 
 
-def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
-    """A plan for the backward, and what else might be faster."""
+def candidates(call: Call) -> Candidates:
+    """Configs of the backward's kernels."""
     processors, dtype = host.processors(call.x.tensor), call.x.tensor.dtype
-    _, how = host.factors(dtype)
+    _, how = host.grad_operand_dtype(dtype)
     exact = how == "ieee" and dtype.itemsize >= 4
     factor = torch.float32 if dtype == torch.float16 else dtype
     even = host.even(call.x.tensor, 3)
@@ -27,21 +29,27 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
     all_positions = power_of_2(call.positions)
     block_p = min(64, max(16, all_positions))
 
-    def maps(block_c: int, block_k: int, warps: int, stages: int = 2) -> Meta:
+    def maps(block_c: int, block_k: int, warps: int, stages: int = 2) -> KernelConfig:
         block_c = min(block_c, max(16, power_of_2(call.channels)))
         blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
         return blocks if even else {**blocks, **host.ALL_REGISTERS}
 
-    def gate(block_d: int, warps: int) -> Meta:
+    def gate(block_d: int, warps: int) -> KernelConfig:
         block_d = max(1, min(block_d, power_of_2(call.d), 4096 // all_positions))
         block_a = max(1, min(32, power_of_2(max(1, call.a)), 4096 // all_positions))
         blocks = {"BLOCK_P": all_positions, "BLOCK_D": block_d, "BLOCK_A": block_a}
         return {**blocks, "num_warps": warps, **host.ALL_REGISTERS}
 
-    def norm(block_d: int, warps: int) -> Meta:
+    def norm(block_d: int, warps: int) -> KernelConfig:
         return {"BLOCK_D": min(block_d, power_of_2(call.d)), "BLOCK_P": block_p, "num_warps": warps}
 
-    def weights(block_d: int, block_c: int, block_k: int, waves: int, warps: int, stages: int) -> Meta:
+    def pooled() -> KernelConfig:
+        block_b, block_d = (min(32, max(16, power_of_2(n))) for n in (call.clips, call.d))
+        tiles = -(-call.clips // block_b) * -(-call.d // block_d)
+        split = max(1, min(processors // tiles, -(-call.channels // 32), 32))
+        return {"BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_K": 32, "SPLIT": split, "num_warps": 4}
+
+    def weights(block_d: int, block_c: int, block_k: int, waves: int, warps: int, stages: int) -> KernelConfig:
         block_d, block_c = (min(b, max(16, power_of_2(n))) for b, n in ((block_d, call.d), (block_c, call.channels)))
         tiles = -(-call.d // block_d) * -(-call.channels // block_c) * (1 if call.w_x is None else 2)
         pieces = max(1, call.steps) * call.clips * -(-call.positions // block_k)
@@ -51,35 +59,25 @@ def plans(call: Call) -> tuple[Plan, dict[str, list[Meta]]]:
 
     # A thread that takes an address for each element has fewer registers left for the tile.
     warps, most = 8 if exact or dtype == torch.float16 or not even else 4, 64 if exact else 128
-    plan = {
+    default = {
         "maps": maps(64, min(block_k, 32), warps),
         "gate": gate(32, 4),
         "norm": norm(32, 4),
+        "pooled": pooled(),
         "weights": weights(most, most, depth, 1, 8, 3),
         "outer": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4},
     }
     gates = [gate(16, 4), gate(32, 8), gate(64, 8)]
     if exact:
-        return plan, {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, depth, 2, 8, 3)]}
-    return plan, {
-        # Of float32 a tile of 128 channels does not fit the registers.
-        "maps": [maps(block_c, block_k, 8) for block_c in ((64, 128) if dtype.itemsize == 2 else (64,))]
-        + [maps(32, block_k, 4)],
+        others = {"maps": [maps(32, block_k, 8)], "gate": gates, "weights": [weights(64, 64, depth, 2, 8, 3)]}
+        return Candidates(default, others)
+    others = {
+        # 128 channels read dU half as often.
+        "maps": [maps(64, block_k, 8), maps(128, min(block_k, 32), 8), maps(128, block_k, 8), maps(32, block_k, 4)],
         "gate": gates,
         "weights": [weights(128, 128, depth, 2, 8, 3), weights(64, 128, min(depth, 32), 1, 4, 3)],
     }
-
-
-class Saved(NamedTuple):
-    """What the forward left; shapes as in rru_fast::refine."""
-
-    refined: Maps
-    mean: Tensor
-    var: Tensor
-    u: Tensor
-    z_s: Tensor
-    z_c: Tensor
-    h: Tensor
+    return Candidates(default, others)
 
 
 class Upstream(NamedTuple):
@@ -87,12 +85,6 @@ class Upstream(NamedTuple):
 
     features: Maps | None
     strips: Tensor | None
-
-    def at(self, t: int) -> tuple[Any, ...]:
-        """What reaches frame t; nothing at t = -1, the frame of a state."""
-        if t < 0:
-            return *NO_FRAME, None
-        return *(NO_FRAME if self.features is None else self.features.at(t)), self.strips
 
 
 def upstream_of(call: Call, d_features: Tensor | None, d_strips: Tensor | None) -> Upstream:
@@ -106,7 +98,7 @@ def upstream_of(call: Call, d_features: Tensor | None, d_strips: Tensor | None) 
 
 def run(
     call: Call,
-    plan: Plan,
+    config: LaunchConfig,
     saved: Saved,
     upstream: Upstream,
     need_x: bool,
@@ -118,189 +110,171 @@ def run(
     clips, channels, start, steps = call.clips, call.channels, call.start, call.steps
     d_x = x.new_empty(x.shape) if need_x else None
     du = call.empty(steps, clips, call.d, call.positions)
-    maps = _Maps(call, plan, saved, upstream)
-    gate = _GateBackward(call, plan, saved, maps.blocks, need_weights, ranks)
+    maps = _Maps(call, config, saved, upstream, du, d_x)
+    gate = GateBackward(call, config, saved, maps.d_z_s, maps.blocks, du, need_weights, ranks)
     for n in range(steps - 1, -1, -1):
-        maps.step(n, du, d_x, gate.d_z_c)
-        gate.step(n, maps.d_z_s, maps.d_pooled, du[n])
-    maps.step(-1, du, d_x, None)
+        maps.step(n, gate.d_z_c)
+        gate.step(n)
     d_state: tuple[Tensor | None, Tensor | None] = (None, None)
-    if start == 1:
-        if d_x is not None:
-            maps.end(0, du, d_x[:, 0], call.frames * channels * call.positions)
-    else:
+    if start == 0:
+        maps.before_first()
         d_state_s = maps.g.to(x.dtype, copy=True)
-        d_state_x = torch.empty_like(d_state_s)
         maps.g.zero_()
-        maps.end(-1, du, d_state_x, channels * call.positions)
         shape = (clips, channels, call.height, call.width)
-        d_state = d_state_x.view(shape), d_state_s.view(shape)
+        d_state = maps.of_state_x().view(shape), d_state_s.view(shape)
+    elif d_x is not None:
+        maps.first_frame()
     if not need_weights:
         return d_x, [None] * 6, d_state
-    return d_x, [w_gradient(call, plan["weights"], saved.refined, du), *gate.weight_gradients(plan["outer"])], d_state
+    return (
+        d_x,
+        [w_gradient(call, config["weights"], saved.refined, du), *gate.weight_gradients(config["outer"])],
+        d_state,
+    )
 
 
 class _Maps:
     """Launches of `maps`, and the gradient that they pass from frame to frame."""
 
-    def __init__(self, call: Call, plan: Plan, saved: Saved, upstream: Upstream) -> None:
-        self.call, self.meta, self.saved, self.upstream = call, plan["maps"], saved, upstream
-        self.blocks = -(-call.channels // self.meta["BLOCK_C"])
+    def __init__(
+        self, call: Call, config: LaunchConfig, saved: Saved, upstream: Upstream, du: Tensor, d_x: Tensor | None
+    ) -> None:
+        self.call, self.saved, self.upstream = call, saved, upstream
+        own = config["maps"]
+        self.blocks = -(-call.channels // own["BLOCK_C"])
         self.g = call.empty(call.clips, call.channels, call.positions)
         self.d_z_s = call.empty(call.clips, self.blocks, call.positions) if call.w_s1 is not None else None
-        self.d_pooled = call.empty(call.clips, self.blocks, call.d) if call.w_c is not None else None
+        self.x, self.refined, self.du = Slices(call.x.tensor, 1), Slices(saved.refined.tensor, 1), Slices(du)
+        self.d_x = None if d_x is None else Slices(d_x, 1)
+        self.d_features = None if upstream.features is None else Slices(upstream.features.tensor, 1)
+        self.vectors = [Slices(v) if len(v) else None for v in (saved.z_s, saved.z_c)]
+        factor, how = host.grad_operand_dtype(call.x.tensor.dtype)
+        self.shared: dict[str, Any] = {
+            "g": self.g,
+            "lengths": call.lengths,
+            "channels": call.channels,
+            "D": call.d,
+            "P": call.positions,
+            "W": call.width,
+            "RAW": call.inputs == "raw",
+            "DOT": factor,
+            "WIDE": call.wide,
+            "PRECISION": how,
+            **own,
+        }
+        self.launches: dict[tuple[Any, ...], Launches] = {}
 
-    def step(self, n: int, du: Tensor, d_x: Tensor | None, d_z_c: Tensor | None) -> None:
-        """End step n + 1 with its dX, begin step n; step -1 is the frame before the first gate."""
-        call, t = self.call, self.call.start + n
-        begun = (*self.upstream.at(t), *[None] * 14)
-        if n >= 0:
-            s = call.state_s.at(0) if t == 0 and call.state_s is not None else self.saved.refined.at(t - 1)
-            sums = (self.d_z_s, None if d_z_c is None else d_z_c[n], self.d_pooled)
-            begun = (*self.upstream.at(t), *call.x.at(t), *s, *self._vectors(n), call.w_c, *sums)
-        ends = n + 1 < call.steps
-        ended = d_x[:, t + 1] if d_x is not None and ends else None
-        self._launch(n + 1, du, ended, call.frames * call.channels * call.positions, begun, t)
+    def step(self, n: int, d_z_c: Slices | None) -> None:
+        """dX of step n + 1, and of step n the gradient that reaches its S, dz_s and dz_c."""
+        t = self.call.start + n
+        if t == 0 and self.call.state_s is not None:
+            s, s_maps = Slices(self.call.state_s.tensor, 1)[0], self.call.state_s
+        else:
+            s, s_maps = self.refined[t - 1], self.saved.refined
+        z_s, z_c = (None if v is None else v[n] for v in self.vectors)
+        own = (self.x[t], s, z_s, z_c, None if d_z_c is None else d_z_c[n])
+        self._launch(n + 1, t, own, s_maps)
 
-    def end(self, t: int, du: Tensor, d_x: Tensor, d_x_clip: int) -> None:
-        """dX_t of the frame before the first gate: G_t, and what the motion from it brings."""
-        self._launch(-1, du, d_x, d_x_clip, None, t)
+    def first_frame(self) -> None:
+        """dX of the first step, and of the frame before it, the first of the video."""
+        assert self.d_x is not None
+        self._launch(0, 0, NO_GATE, first=self.d_x[0])
 
-    def _vectors(self, n: int) -> tuple[Tensor | None, Tensor | None]:
-        """z_s and z_c of a step."""
-        if not 0 <= n < self.call.steps:
-            return None, None
-        z_s, z_c = self.saved.z_s, self.saved.z_c
-        return z_s[n] if len(z_s) else None, z_c[n] if len(z_c) else None
+    def before_first(self) -> None:
+        """dX of the first step, and G of the state before it."""
+        self._launch(0, -1, NO_GATE)
+
+    def of_state_x(self) -> Tensor:
+        """The gradient of the state's frame, which only the first step's motion reads; g is zero."""
+        d_state_x = self.g.new_empty(self.g.shape, dtype=self.call.x.tensor.dtype)
+        self._launch(-1, -1, NO_GATE, d_state_x=Slices(d_state_x[None])[0])
+        return d_state_x
 
     def _launch(
-        self, ended: int, du: Tensor, d_x: Tensor | None, d_x_clip: int, begun: tuple[Any, ...] | None, t: int
+        self,
+        ended: int,
+        t: int,
+        own: tuple[Slice | None, ...],
+        s_maps: Maps | None = None,
+        first: Slice | None = None,
+        d_state_x: Slice | None = None,
     ) -> None:
-        """End step `ended`, if there is one, and begin frame t with what is `begun`, if anything."""
+        """End step `ended`, if there is one, and begin frame t with its `own` slices.
+
+        first: dX of frame t in place of G; d_state_x: dX of the state, which ends and begins nothing.
+        """
         call = self.call
+        ends, gated = ended < call.steps, 0 <= ended < call.steps
+        shared = ended == 0 and gated and call.shares_first
         motion = call.inputs == "appearance+motion" and ended + 1 < call.steps
-        factor, how = host.factors(call.x.tensor.dtype)
-        host.launch(
+        d_x = self.d_x[call.start + ended] if gated and self.d_x is not None else d_state_x
+        done = (v[ended] if gated and v is not None else None for v in self.vectors)
+        d_features = self.d_features[t] if t >= 0 and self.d_features is not None else None
+        kind = ends, gated, motion, shared, t < 0, t == 0, own is NO_GATE, d_state_x is None
+        if kind not in self.launches:
+            self.launches[kind] = self._launches(ends, motion, shared, t, own, s_maps, d_state_x is None)
+        self.launches[kind](
+            d_x,
+            first,
+            self.du[ended] if gated else None,
+            self.du[ended + 1] if motion else None,
+            *done,
+            d_features,
+            *own,
+            integer=t,
+        )
+
+    def _launches(
+        self,
+        ends: bool,
+        motion: bool,
+        shared: bool,
+        t: int,
+        own: tuple[Slice | None, ...],
+        s_maps: Maps | None,
+        begins: bool,
+    ) -> Launches:
+        call = self.call
+        w_s = call.w_first if shared else call.w_s
+        # With the sum of both halves only the motion that ends at the next frame is left to the second.
+        w_x = None if shared and not motion else call.w_x
+        assert w_s is not None
+        gated = own is not NO_GATE
+        return Launches(
             kernels.maps_kernel,
             (call.clips, self.blocks),
-            self.g,
-            d_x,
-            d_x_clip,
-            du[ended] if 0 <= ended < call.steps else None,
-            du[ended + 1] if motion else None,
-            call.w_s,
-            call.w_s.stride(0),
-            call.w_x,
-            0 if call.w_x is None else call.w_x.stride(0),
-            *self._vectors(ended),
-            *([None] * 19 if begun is None else begun),
-            call.lengths,
-            t,
-            call.channels,
-            D=call.d,
-            P=call.positions,
-            W=call.width,
-            END=ended < call.steps,
-            BEGIN=begun is not None,
-            RAW=call.inputs == "raw",
-            DOT=factor,
-            WIDE=call.wide,
-            PRECISION=how,
-            **self.meta,
+            (
+                "d_x",
+                "d_x_first",
+                "du",
+                "du_next",
+                "done_z_s",
+                "done_z_c",
+                "d_features",
+                "x",
+                "s",
+                "z_s",
+                "z_c",
+                "d_z_c",
+            ),
+            "t",
+            d_x_clip=call.channels * call.positions * (call.frames if begins else 1),
+            w_s=w_s,
+            w_s_gate=w_s.stride(0),
+            w_x=w_x,
+            w_x_gate=0 if w_x is None else w_x.stride(0),
+            **frame_strides("d_features", self.upstream.features if t >= 0 else None),
+            d_strips=self.upstream.strips if t >= 0 else None,
+            **frame_strides("x", call.x if gated else None),
+            **frame_strides("s", s_maps),
+            d_z_s=self.d_z_s if gated else None,
+            END=ends,
+            BEGIN=begins,
+            SHARED=shared,
+            **self.shared,
         )
 
 
-class _GateBackward:
-    """Launches of `gate_backward` and `norm_backward`, and what they leave for the weights' gradients."""
-
-    def __init__(
-        self, call: Call, plan: Plan, saved: Saved, blocks: int, need_weights: bool, ranks: Ranks | None
-    ) -> None:
-        self.call, self.saved, self.blocks, self.ranks = call, saved, blocks, ranks
-        self.elements = call.clips_per_group * call.positions if ranks is None else ranks.elements
-        self.gate, self.norm = plan["gate"], plan["norm"]
-        steps, clips, d = call.steps, call.clips, call.d
-        self.tiles = -(-d // self.gate["BLOCK_D"])
-        spatial = call.w_s1 is not None
-        self.a = call.empty(clips, call.positions) if spatial else None
-        self.b = call.empty(clips, d)
-        self.d_z_s = call.empty(steps, clips, call.positions) if spatial else None
-        self.d_h = call.empty(steps, clips, call.a) if spatial else None
-        self.d_z_c = call.empty(steps, clips, call.channels) if call.w_c is not None else None
-        self.y_positions = call.empty(steps, clips, self.tiles, call.positions) if need_weights else None
-        self.y_channels = call.empty(steps, clips, d) if need_weights else None
-        self.dy, self.dy_uhat = call.empty(steps, clips, d), call.empty(steps, clips, d)
-        self.group_dy, self.group_dy_uhat = (call.empty(call.groups, d) if call.training else None for _ in range(2))
-        self.arrivals = call.counters(call.groups * self.tiles)
-
-    def step(self, n: int, d_z_s: Tensor | None, d_pooled: Tensor | None, du: Tensor) -> None:
-        """du (B, D, P) of step n from the blocks' sums of dz_s and of W_c^T dz_c."""
-        call, saved = self.call, self.saved
-        mean, var = (v[call.start + n] if call.training else v for v in (saved.mean, saved.var))
-        norm = (call.gamma, call.beta, mean, var)
-
-        def at_step(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[n]
-
-        host.launch(
-            kernels.gate_backward_kernel,
-            (call.clips, self.tiles),
-            d_z_s,
-            d_pooled,
-            self.blocks,
-            saved.u[n],
-            *norm,
-            call.w_s1,
-            call.w_s2,
-            saved.h[n] if len(saved.h) else None,
-            self.a,
-            self.b,
-            at_step(self.d_z_s),
-            at_step(self.d_h),
-            at_step(self.y_positions),
-            at_step(self.y_channels),
-            self.dy[n],
-            self.dy_uhat[n],
-            self.group_dy,
-            self.group_dy_uhat,
-            None if call.training else du,
-            self.arrivals,
-            call.clips_per_group,
-            D=call.d,
-            A=call.a,
-            P=call.positions,
-            EPS=call.eps,
-            **self.gate,
-        )
-        if call.training:
-            assert self.group_dy is not None and self.group_dy_uhat is not None
-            sums: tuple[Tensor, ...] = (self.group_dy, self.group_dy_uhat)
-            if self.ranks is not None:
-                sums = self.ranks.total(*sums)
-            host.launch(
-                kernels.norm_backward_kernel,
-                (call.clips, -(-call.d // self.norm["BLOCK_D"])),
-                du,
-                saved.u[n],
-                *norm,
-                self.a,
-                self.b,
-                *sums,
-                self.elements,
-                call.clips_per_group,
-                D=call.d,
-                P=call.positions,
-                EPS=call.eps,
-                **self.norm,
-            )
-
-    def weight_gradients(self, meta: Meta) -> list[Tensor | None]:
-        """Of gamma, beta, w_s1, w_s2, w_c."""
-        call = self.call
-        d_s1 = d_s2 = d_c = None
-        if self.d_h is not None and self.d_z_s is not None and self.y_positions is not None:
-            d_s1 = outer(self.d_h, self.y_positions.sum(2) / call.d, meta)
-            d_s2 = outer(self.d_z_s, self.saved.h, meta)
-        if self.d_z_c is not None and self.y_channels is not None:
-            d_c = outer(self.d_z_c, self.y_channels, meta)
-        return [self.dy_uhat.sum((0, 1)), self.dy.sum((0, 1)), d_s1, d_s2, d_c]
+OF_GATE = ("x", "s", "z_s", "z_c", "d_z_c")
+"""Slices of a frame with a gate."""
+NO_GATE: tuple[Slice | None, ...] = (None,) * len(OF_GATE)

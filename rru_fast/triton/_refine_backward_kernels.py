@@ -1,9 +1,10 @@
-"""The backward kernels of `refine`. A frame takes three launches, from the last frame to the first:
+"""The backward kernels of `refine`. Four launches per frame, from the last frame to the first:
 
 - `maps` ends frame t + 1, whose dU is known by then, and begins frame t: the gradient G_t that reaches S_t, and from
   dL = G A Z (1 - Z), the gradient of the logits z_c z_s^T, the sums dz_s and dz_c;
-- `gate` takes them to dY = (a[p] + b[d]) [Y > 0], a = W_s1^T dh / D, b = W_c^T dz_c / P, and sums what the norm needs;
-- `norm` takes dY to dU.
+- `pooled_backward` computes W_c^T dz_c for all clips at once, so that w_c is read once and not once per clip;
+- `gate_backward` computes dY = (a[p] + b[d]) [Y > 0], a = W_s1^T dh / D, b = W_c^T dz_c / P, and the norm's sums;
+- `norm_backward` computes dU from dY.
 
 What the motion brings to dX, W_m^T (dU_t - dU_{t+1}), is computed where dX is: deferred to a product of its own it
 would cost reading and writing dX once more. The weights' gradients are deferred: `weight_gradient` and `outer`.
@@ -34,12 +35,13 @@ def _z(z_s, z_c, clip, channels, c, p, here, P: tl.constexpr):
 def maps_kernel(
     g,  # G_{t+1} in, G_t out (B, C, P)
     d_x,  # dX_{t+1}, out (B, C, P), P contiguous; or None: nothing to end, or not needed
+    d_x_first,  # dX_t, out, in place of G_t where frame t is the first of all; or None
     d_x_clip,
     du,  # dU_{t+1} (B, D, P); or None: t + 1 has no gate, nothing reaches it but G
     du_next,  # dU_{t+2}, or None
-    w_s,  # the weights (D, C) of what holds S, W_a or W_p
+    w_s,  # (D, C): W_a or W_p; their sum with W_m where SHARED
     w_s_gate,
-    w_x,  # those of what does not, W_m or W_x; or None
+    w_x,  # (D, C): W_m or W_x; or None
     w_x_gate,
     done_z_s,  # of frame t + 1 (B, P), or None
     done_z_c,  # of frame t + 1 (B, C), or None
@@ -58,10 +60,8 @@ def maps_kernel(
     s_position,
     z_s,  # (B, P), or None
     z_c,  # (B, C), or None
-    w_c,  # (C, D), or None
     d_z_s,  # (B, blocks, P), out: a sum over each block of channels; or None
     d_z_c,  # (B, C), out; or None
-    d_pooled,  # (B, blocks, D), out: W_c^T dz_c over each block of channels; or None
     lengths,  # (B,), or None
     t,
     channels,
@@ -71,6 +71,7 @@ def maps_kernel(
     END: tl.constexpr,  # whether there is a frame t + 1
     BEGIN: tl.constexpr,  # whether there is a frame t
     RAW: tl.constexpr,
+    SHARED: tl.constexpr,  # A = M at frame t + 1, the first with a gate
     DOT: tl.constexpr,  # type of the products' factors
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,8 +79,10 @@ def maps_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A clip and BLOCK_C channels a program."""
+    """BLOCK_C channels of a clip per program."""
     SUM: tl.constexpr = g.dtype.element_ty
+    # Rows of d_strips are read once and repeated, not read once per position.
+    ROWS: tl.constexpr = BLOCK_P // W if BLOCK_P % W == 0 else 0
     SPATIAL: tl.constexpr = z_s is not None
     CHANNEL: tl.constexpr = z_c is not None
     clip = tl.program_id(0).to(tl.int64)
@@ -90,6 +93,8 @@ def maps_kernel(
     g += clip * channels * P
     if d_x is not None:
         d_x += clip * d_x_clip
+    if d_x_first is not None:
+        d_x_first += clip * d_x_clip
     if du is not None:
         du += clip * (D * P)
     if du_next is not None:
@@ -125,6 +130,8 @@ def maps_kernel(
                         weights = tl.load(w_s + narrow[:, None] + d[None, :] * w_s_gate, left, 0.0).to(DOT)
                         through_s = product(weights, narrowed(v, DOT), through_s, PRECISION)
                     if w_x is not None:
+                        if SHARED:
+                            v = tl.zeros([BLOCK_K, BLOCK_P], SUM)
                         if du_next is not None:
                             v -= tl.load(du_next + d[:, None] * P + p[None, :], below, 0.0)
                         weights = tl.load(w_x + narrow[:, None] + d[None, :] * w_x_gate, left, 0.0).to(DOT)
@@ -143,8 +150,18 @@ def maps_kernel(
                 from_features = d_features + c[:, None] * d_features_channel + p[None, :] * d_features_position
                 g_t += tl.load(from_features, inside & alive, 0.0).to(SUM)
             if d_strips is not None:
-                g_t += tl.load(d_strips + (c[:, None] * (P // W) + p[None, :] // W), inside & alive, 0.0).to(SUM)
-            tl.store(g + at, g_t, inside)
+                if ROWS > 0:
+                    row = p0 // W + tl.arange(0, ROWS)
+                    m_row = here[:, None] & (row < P // W)[None, :] & alive
+                    of_row = tl.load(d_strips + (c[:, None] * (P // W) + row[None, :]), m_row, 0.0).to(SUM)
+                    of_row = tl.broadcast_to(of_row[:, :, None], BLOCK_C, ROWS, W)
+                    g_t += tl.reshape(of_row, (BLOCK_C, BLOCK_P))
+                else:
+                    g_t += tl.load(d_strips + (c[:, None] * (P // W) + p[None, :] // W), inside & alive, 0.0).to(SUM)
+            if d_x_first is not None:
+                tl.store(d_x_first + at, narrowed(g_t, d_x_first.dtype.element_ty), inside)
+            else:
+                tl.store(g + at, g_t, inside)
             if x is not None:
                 a = tl.load(x + c[:, None] * x_channel + p[None, :] * x_position, inside & alive, 0.0).to(SUM)
                 a -= tl.load(s + c[:, None] * s_channel + p[None, :] * s_position, inside, 0.0).to(SUM)
@@ -161,18 +178,45 @@ def maps_kernel(
                     sum_c += tl.sum(dl, 1)
     if BEGIN and x is not None and CHANNEL:
         tl.store(d_z_c + clip * channels + c, sum_c, here)
-        for d0 in range(0, D, BLOCK_K):
-            d = d0 + tl.arange(0, BLOCK_K)
-            weights = tl.load(w_c + c[:, None] * D + d[None, :], here[:, None] & (d < D)[None, :], 0.0).to(SUM)
-            pooled = tl.sum(weights * sum_c[:, None], 0)
-            tl.store(d_pooled + (clip * tl.num_programs(1) + block) * D + d, pooled, d < D)
+
+
+@triton.jit
+def pooled_backward_kernel(
+    d_pooled,  # (B, SPLIT, D), out: W_c^T dz_c over a part of the channels each
+    d_z_c,  # (B, C)
+    w_c,  # (C, D)
+    clips,
+    channels,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_D gate channels of BLOCK_B clips, over a part of the channels, per program."""
+    D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    d = tile % D_TILES * BLOCK_D + tl.arange(0, BLOCK_D)
+    clip = (tile // D_TILES * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    m_clip = (clip < clips)[:, None]
+    acc = tl.zeros([BLOCK_B, BLOCK_D], d_pooled.dtype.element_ty)
+    share = tl.cdiv(tl.cdiv(channels, BLOCK_K), SPLIT) * BLOCK_K
+    for c0 in range(part * share, tl.minimum((part + 1) * share, channels), BLOCK_K):
+        c = c0 + tl.arange(0, BLOCK_K)
+        v = tl.load(d_z_c + clip[:, None] * channels + c[None, :], m_clip & (c < channels)[None, :], 0.0)
+        m_w = (c < channels)[:, None] & (d < D)[None, :]
+        weights = tl.load(w_c + c.to(tl.int64)[:, None] * D + d[None, :], m_w, 0.0).to(acc.dtype)
+        acc = product(v, weights, acc, "ieee")
+    tl.store(d_pooled + (clip[:, None] * SPLIT + part) * D + d[None, :], acc, m_clip & (d < D)[None, :])
 
 
 @triton.jit
 def gate_backward_kernel(
     d_z_s_blocks,  # (B, blocks, P), or None
-    d_pooled_blocks,  # (B, blocks, D), or None
     blocks,
+    d_pooled_parts,  # (B, parts, D), or None
+    parts,
     u,  # U_t (B, D, P)
     gamma,  # (D,)
     beta,  # (D,)
@@ -237,11 +281,11 @@ def gate_backward_kernel(
         if d_tile == 0:
             tl.store(a + clip * P + p, v_a, live)
     v_b = tl.zeros([BLOCK_D], SUM)
-    if d_pooled_blocks is not None:
-        for i0 in range(0, blocks, BLOCK):
+    if d_pooled_parts is not None:
+        for i0 in range(0, parts, BLOCK):
             i = i0 + tl.arange(0, BLOCK)
-            inside = (i < blocks)[:, None] & here[None, :]
-            v_b += tl.sum(tl.load(d_pooled_blocks + (clip * blocks + i)[:, None] * D + d[None, :], inside, 0.0), 0)
+            inside = (i < parts)[:, None] & here[None, :]
+            v_b += tl.sum(tl.load(d_pooled_parts + (clip * parts + i)[:, None] * D + d[None, :], inside, 0.0), 0)
         v_b = v_b / P
     tl.store(b + clip * D + d, v_b, here)
 
@@ -311,95 +355,3 @@ def norm_backward_kernel(
         dy = tl.where(y > 0, v_a[None, :] + v_b[:, None], 0.0)
         dy = (dy - mean_dy[:, None] - uhat * mean_dy_uhat[:, None]) * scale[:, None]
         tl.store(du + d[:, None] * P + p[None, :], dy, inside)
-
-
-@triton.jit(do_not_specialize=["first"])
-def weight_gradient_kernel(
-    out,  # (SPLIT, D, C), sums over a part of the frames each
-    du,  # (F, B, D, P)
-    x,  # (B, F, C, P)
-    x_clip,
-    x_frame,
-    x_channel,
-    x_position,
-    y,  # like x, subtracted from it; or None
-    y_clip,
-    y_frame,
-    y_channel,
-    y_position,
-    lengths,  # (B,), or None
-    first,  # the first of the F frames is the video's frame `first`
-    frames,
-    clips,
-    channels,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    DOT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dW = sum over frames and clips of dU V^T, V = X - Y formed in full precision on load."""
-    SUM: tl.constexpr = du.dtype.element_ty
-    D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    P_TILES: tl.constexpr = (P + BLOCK_K - 1) // BLOCK_K
-    tile = tl.program_id(0)
-    part = tl.program_id(1)
-    d = tile % D_TILES * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = tile // D_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
-    here = c < channels
-    inside = (d < D)[:, None] & here[None, :]
-    out += (part.to(tl.int64) * D + d[:, None]) * channels + c[None, :]
-    if WIDE:
-        c = c.to(tl.int64)
-    acc = tl.zeros([BLOCK_D, BLOCK_C], SUM)
-    pieces = frames * clips * P_TILES
-    share = tl.cdiv(pieces, SPLIT)
-    for i in range(part * share, tl.minimum((part + 1) * share, pieces)):
-        frame_clip = i // P_TILES
-        p = i % P_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-        clip = (frame_clip % clips).to(tl.int64)
-        frame = (frame_clip // clips).to(tl.int64)
-        alive = p < P
-        left = du + frame_clip.to(tl.int64) * (D * P)
-        left = tl.load(left + d[:, None] * P + p[None, :], (d < D)[:, None] & alive[None, :], 0.0)
-        if lengths is not None:
-            alive = alive & (first + frame < tl.load(lengths + clip))
-        at = x + clip * x_clip + frame * x_frame + c[:, None] * x_channel + p[None, :] * x_position
-        v = tl.load(at, here[:, None] & alive[None, :], 0.0).to(SUM)
-        if y is not None:
-            at = y + clip * y_clip + frame * y_frame + c[:, None] * y_channel + p[None, :] * y_position
-            v -= tl.load(at, here[:, None] & alive[None, :], 0.0).to(SUM)
-        acc = product(narrowed(left, DOT), tl.trans(narrowed(v, DOT)), acc, PRECISION)
-    tl.store(out, acc, inside)
-
-
-@triton.jit
-def outer_kernel(
-    out,  # (M, N)
-    left,  # (K, M)
-    right,  # (K, N)
-    k_total,
-    m_total,
-    n_total,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out = left^T right: the small weights' gradients, K clips and steps in a row."""
-    SUM: tl.constexpr = left.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], SUM)
-    for k0 in range(0, k_total, BLOCK_K):
-        k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
-        of_left = (m < m_total)[:, None] & (k < k_total)[None, :]
-        of_right = (k < k_total)[:, None] & (n < n_total)[None, :]
-        v = tl.load(left + k[None, :] * m_total + m[:, None], of_left, 0.0)
-        w = tl.load(right + k[:, None] * n_total + n[None, :], of_right, 0.0)
-        acc = product(v, w, acc, "ieee")
-    at = m.to(tl.int64)[:, None] * n_total + n[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), (m < m_total)[:, None] & (n < n_total)[None, :])

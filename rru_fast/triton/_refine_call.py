@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rru_fast.triton import _host as host
 from rru_fast.triton._host import Maps
-
-# What stands for maps, of many frames and of one, that there are not.
-NOTHING = (None, 0, 0, 0, 0)
-NO_FRAME = (None, 0, 0, 0)
 
 
 @dataclass
@@ -48,9 +44,12 @@ class Call:
         read = [maps for maps in (self.x, self.state_x, self.state_s) if maps is not None]
         self.wide = self.channels * self.positions >= 2**31 or any(maps.wide for maps in read)
         self.w_s, self.w_x = self.halves(self.w)
+        # S_1 = X_1, so A = M at the first step, and one product with the sum of both halves is enough.
+        self.shares_first = self.inputs == "appearance+motion" and self.start == 1 and self.steps > 0
+        self.w_first = self.w_s + self.w_x if self.shares_first and self.w_x is not None else None
 
     def halves(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The columns of w that multiply what holds S, and those that multiply what does not."""
+        """Columns of w that multiply the operand with S, and those that multiply the other one."""
         if self.inputs == "appearance":
             return w, None
         first, second = w.chunk(2, 1)
@@ -65,26 +64,59 @@ class Call:
         return self.x.tensor.new_zeros(count, dtype=torch.int32)
 
     def kind(self) -> tuple[Any, ...]:
-        """What a plan depends on, beside the dtype."""
+        """All that configs depend on, the dtype apart."""
         sizes = (self.clips, self.channels, self.height, self.width, self.d, self.a, self.groups)
         channels_last = self.x.channel == 1 and self.channels > 1
         layout = "channels-last" if channels_last else "even" if host.even(self.x.tensor, 3) else "odd"
-        return *sizes, self.inputs, self.training, layout, host.precision(self.x.tensor.dtype)
+        return *sizes, self.inputs, self.training, layout, host.conv_precision(self.x.tensor.dtype)
 
-    def unlike_s(self) -> list[tuple[int, int, Maps, Maps | None]]:
-        """What the weights w_x see at all steps, as runs of (first step, one past the last, maps, subtracted maps)."""
+    def input_segments(self, first_step: int = 0) -> list[Segment]:
+        """Operands of w_x at the steps from `first_step`."""
+        return self._segments(first_step, None if self.inputs == "raw" else (self.state_x, self.x))
+
+    def recurrent_segments(self, refined: Maps) -> list[Segment]:
+        """Operands of w_s at all steps; refined: S."""
+        segments = self._segments(0, (self.state_s, refined))
         if self.inputs == "raw":
-            return [(0, self.steps, frames_from(self.x, self.start), None)]
-        runs: list[tuple[int, int, Maps, Maps | None]] = []
-        if self.start == 0:
-            runs.append((0, 1, self.x, self.state_x))
-        if self.frames > 1:
-            runs.append((1 - self.start, self.steps, frames_from(self.x, 1), self.x))
-        return runs
+            return [s._replace(maps=s.subtracted, subtracted=None) for s in segments if s.subtracted is not None]
+        return segments
+
+    def _segments(self, first_step: int, past: tuple[Maps | None, Maps] | None) -> list[Segment]:
+        """X_t of each step, less the frame before it in `past`: in a state at t = 0, else at t - 1."""
+        segments = []
+        if self.start == 0 and first_step == 0:
+            segments.append(Segment(0, 1, self.x, None if past is None else past[0]))
+        first = max(first_step, 1 - self.start)
+        if first < self.steps:
+            t = self.start + first
+            less = None if past is None else frames_from(past[1], t - 1)
+            segments.append(Segment(first, self.steps, frames_from(self.x, t), less))
+        return segments
+
+
+class Saved(NamedTuple):
+    """Outputs that the forward saved; shapes as in rru_fast::refine."""
+
+    refined: Maps
+    mean: Tensor
+    var: Tensor
+    u: Tensor
+    z_s: Tensor
+    z_c: Tensor
+    h: Tensor
+
+
+class Segment(NamedTuple):
+    """Consecutive steps whose operand is `maps` less `subtracted`, frame by frame."""
+
+    first: int
+    end: int
+    maps: Maps
+    subtracted: Maps | None
 
 
 def frames_from(maps: Maps, first: int) -> Maps:
-    """The frames from `first` on."""
+    """The frames starting with `first`."""
     return maps._replace(tensor=maps.tensor[:, first:])
 
 
@@ -104,7 +136,7 @@ def make_call(
     eps: float,
     bn_groups: int,
 ) -> Call:
-    """Copies of what does not lie as the kernels need it."""
+    """Copies tensors whose layout the kernels cannot take."""
     return Call(
         host.maps(x),
         w.to(x.dtype).contiguous(),

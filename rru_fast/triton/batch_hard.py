@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rru_fast.triton import _batch_hard_kernels as kernels
 from rru_fast.triton import _host as host
+from rru_fast.triton import _launch
+from rru_fast.triton._autotune import Candidates, KernelConfig, autotune
 from rru_fast.triton._host import power_of_2
-from rru_fast.triton._plans import Meta, tuned
 
 
 def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric: str) -> tuple[Tensor, ...]:
@@ -25,18 +26,18 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
     groups, n, d = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
     processors = host.processors(features)
-    precision = host.precision(features.dtype)
+    precision = host.matmul_precision(features.dtype)
 
-    def blocks(m: int, other: int, k: int, warps: int, stages: int) -> Meta:
+    def blocks(m: int, other: int, k: int, warps: int, stages: int) -> KernelConfig:
         sizes = {"BLOCK_M": m, "BLOCK_N": other, "BLOCK_K": k}
         return {**sizes, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
 
-    def run(meta: Meta) -> tuple[Tensor, ...]:
+    def run(config: KernelConfig) -> tuple[Tensor, ...]:
         loss, d_pos, d_neg = (features.new_empty((groups, n), dtype=dtype) for _ in range(3))
         positive, negative = (features.new_empty((groups, n), dtype=torch.int64) for _ in range(2))
-        host.launch(
+        _launch.launch(
             kernels.batch_hard_kernel,
-            (-(-n // meta["BLOCK_M"]), groups),
+            (-(-n // config["BLOCK_M"]), groups),
             loss,
             d_pos,
             d_neg,
@@ -54,31 +55,32 @@ def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric:
             SOFT=soft,
             COSINE=metric == "cosine",
             PRECISION=precision,
-            **meta,
+            **config,
         )
         return loss, d_pos, d_neg, positive, negative
 
-    rows = 16
-    while rows < 64 and groups * -(-n // (2 * rows)) >= processors:
-        rows *= 2
     ranked = features if metric == "cosine" else _without_common_part(features)
     even = host.even(ranked, 2)
-    k = host.depth(features.dtype, precision, even)
-    warps = 8 if rows == 64 and (precision == "ieee" or not even) else 4
-    default = blocks(rows, 64 if n > 32 else 32, k, warps, 3)
-    if precision == "ieee" and features.dtype.itemsize >= 4:
-        tiles = [(16, 64, 4), (64, 64, 8), *([(32, 64, 4)] if even else [])]
-    else:
-        tiles = [(16, 64, 4), (64, 64, 8)]
-        tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)] if even else []
-    others = [blocks(m, other, k, warps, 3) for m, other, warps in tiles]
+
+    def candidates() -> Candidates:
+        rows = 16
+        while rows < 64 and groups * -(-n // (2 * rows)) >= processors:
+            rows *= 2
+        k = host.depth(features.dtype, precision, even)
+        warps = 8 if rows == 64 and (precision == "ieee" or not even) else 4
+        if precision == "ieee" and features.dtype.itemsize >= 4:
+            tiles = [(16, 64, 4), (64, 64, 8), *([(32, 64, 4)] if even else [])]
+        else:
+            tiles = [(16, 64, 4), (64, 64, 8)]
+            tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)] if even else []
+        default = blocks(rows, 64 if n > 32 else 32, k, warps, 3)
+        others = [blocks(m, other, k, warps, 3) for m, other, warps in tiles]
+        return Candidates({"batch_hard": default}, {"batch_hard": others})
+
     with host.on_device(features):
         sizes = (groups, n, d, soft, metric, precision, even)
-        plan = tuned(
-            "batch_hard", sizes, features, {"batch_hard": default}, {"batch_hard": others},
-            lambda plan: run(plan["batch_hard"]),
-        )  # fmt: skip
-        return run(plan["batch_hard"])
+        config = autotune("batch_hard", sizes, features, candidates, lambda config: run(config["batch_hard"]))
+        return run(config["batch_hard"])
 
 
 def _without_common_part(features: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def _without_common_part(features: Tensor) -> Tensor:
     ranked = features.new_empty(groups, n, d)
     block_k = min(128, power_of_2(d))
     with host.on_device(features):
-        host.launch(
+        _launch.launch(
             kernels.subtract_common_kernel,
             (-(-n // 16), groups, -(-d // block_k)),
             ranked,
@@ -124,7 +126,7 @@ def backward(
     begins = torch.searchsorted(chosen, everybody)
     block_k = min(1024, power_of_2(d))
     with host.on_device(features):
-        host.launch(
+        _launch.launch(
             kernels.batch_hard_backward_kernel,
             (n, groups, -(-d // block_k)),
             d_features,

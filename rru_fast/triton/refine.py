@@ -1,4 +1,4 @@
-"""`refine` in two launches a frame forward and three backward; everything that need not wait its turn in one each.
+"""`refine` in two launches per frame forward and four backward, and one for each sum over all frames.
 
 Forward: the part of U that does not hold S in one launch over all frames, then a frame at a time `transition`, which
 adds the rest and takes the batch statistics, and `gate`, which blends and pools the strips. Backward: the mirror, in
@@ -15,9 +15,8 @@ from torch import Tensor
 from rru_fast.ranks import ranks_of
 from rru_fast.triton import _host as host
 from rru_fast.triton import _refine_backward, _refine_forward
-from rru_fast.triton._plans import tuned
-from rru_fast.triton._refine_backward import Saved
-from rru_fast.triton._refine_call import make_call
+from rru_fast.triton._autotune import autotune
+from rru_fast.triton._refine_call import Saved, make_call
 
 
 def forward(
@@ -51,15 +50,15 @@ def forward(
         else:
             assert running_mean is not None and running_var is not None
             mean, var = running_mean.contiguous(), running_var.contiguous()
-        plan = tuned(
+        config = autotune(
             "refine",
             call.kind(),
             x,
-            *_refine_forward.plans(call),
-            lambda plan: _refine_forward.run(call, plan, mean, var, save, None),
+            lambda: _refine_forward.candidates(call),
+            lambda config: _refine_forward.run(call, config, mean, var, save, None),
         )
         ranks = ranks_of(process_group, counts, x.device)
-        outputs = _refine_forward.run(call, plan, mean, var, save, ranks)
+        outputs = _refine_forward.run(call, config, mean, var, save, ranks)
         if not training:
             mean, var = call.empty(0, bn_groups, call.d), call.empty(0, bn_groups, call.d)
         return *outputs[:2], mean, var, *outputs[2:]
@@ -106,15 +105,15 @@ def backward(
             mean, var = running_mean.contiguous(), running_var.contiguous()
         saved = Saved(host.maps(features), mean, var, u, z_s, z_c, h)
         upstream = _refine_backward.upstream_of(call, d_features, d_strips)
-        plan = tuned(
+        config = autotune(
             "refine_backward",
             (*call.kind(), need_x, need_weights),
             x,
-            *_refine_backward.plans(call),
-            lambda plan: _refine_backward.run(call, plan, saved, upstream, need_x, need_weights, None),
+            lambda: _refine_backward.candidates(call),
+            lambda config: _refine_backward.run(call, config, saved, upstream, need_x, need_weights, None),
         )
         ranks = ranks_of(process_group, counts, x.device)
-        d_x, d_weights, d_state = _refine_backward.run(call, plan, saved, upstream, need_x, need_weights, ranks)
+        d_x, d_weights, d_state = _refine_backward.run(call, config, saved, upstream, need_x, need_weights, ranks)
         like = (w, gamma, beta, w_s1, w_s2, w_c)
         cast = [None if d is None or v is None else d.to(v.dtype) for d, v in zip(d_weights, like, strict=True)]
         return d_x, *cast, *d_state

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rru_fast.triton import _host as host
+from rru_fast.triton import _launch
 from rru_fast.triton import _strip_pool_kernels as kernels
 from rru_fast.triton._host import power_of_2
 
@@ -20,7 +21,7 @@ def forward(s: Tensor) -> Tensor:
     block_h = min(64 // block_w, power_of_2(height))
     maps = host.maps(s)
     with host.on_device(s):
-        host.launch(
+        _launch.launch(
             kernels.strip_pool_kernel,
             (clips, -(-channels // 32), -(-height // block_h)),
             strips,
@@ -47,7 +48,7 @@ def backward(d_strips: Tensor, frames: int, width: int) -> Tensor:
         return d_s
     block_p = min(64, power_of_2(height * width))
     with host.on_device(d_strips):
-        host.launch(
+        _launch.launch(
             kernels.strip_pool_backward_kernel,
             (clips * frames, -(-channels // 32), -(-height * width // block_p)),
             d_s,

@@ -1,0 +1,90 @@
+"""Host time of a forward and a backward of `refine` by the Triton backend, without a GPU.
+
+python -m benchmarks.host_time
+
+Binds and specializes each launch as on a GPU, and stops before the driver's call. Tensors are small and on the CPU: the
+host's work depends on the number of frames, not on sizes. Prints the least thread time of many calls, in microseconds,
+and the launches that went through Triton's binding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.launch_stub import Stub, launched_by
+from rru_fast.reference import RRU
+from rru_fast.triton import refine
+
+SHAPE = (2, 8, 32, 8, 8)
+CALLS = 300
+
+
+def main() -> None:
+    """Print a line per dtype."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        launches: list[bool] = []
+
+        def count(stub: Stub, grid: tuple[int, ...], *arguments: Any, launches: list[bool] = launches) -> None:
+            launches.append(any(isinstance(value, Tensor) for value in arguments))
+
+        with launched_by(count):
+            forward, backward = _calls(dtype)
+            backward()
+            launches.clear()
+            forward()
+            backward()
+            bound, total = sum(launches), len(launches)
+            times = [_least_us(call) for call in (forward, backward)]
+        print(
+            f"{str(dtype).removeprefix('torch.')}: forward {times[0]:.0f} us, backward {times[1]:.0f} us; "
+            f"{total} launches, {bound} of them bound by Triton"
+        )
+
+
+def _calls(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    clips, _, channels, height, width = SHAPE
+    rru = RRU(channels, (height, width)).to(dtype)
+    w = {name: weight.detach() for name, weight in rru.named_parameters()}
+    x = torch.randn(SHAPE).to(dtype)
+    arguments: list[Any] = [
+        x,
+        w["transition.weight"].flatten(1),
+        w["transition_norm.weight"],
+        w["transition_norm.bias"],
+        w["spatial_attention.0.weight"],
+        w["spatial_attention.2.weight"],
+        w["channel_attention.weight"],
+        *[None] * 5,
+        "appearance+motion",
+        True,
+        1e-3,
+        1,
+        "",
+        [],
+    ]
+    run_forward, run_backward = cast(Any, refine.forward), cast(Any, refine.backward)
+    features, _, *saved = run_forward(*arguments, True)
+    upstream = torch.randn_like(x), torch.randn(clips, channels, height).to(dtype)
+    return (
+        lambda: run_forward(*arguments, True),
+        lambda: run_backward(*upstream, True, True, features, *saved, *arguments),
+    )
+
+
+def _least_us(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(CALLS):
+        begin = time.thread_time()
+        call()
+        times.append(time.thread_time() - begin)
+    return 1e6 * min(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Autotuning of block sizes, with a heuristic default and an on-disk cache.
+
+Autotuning times whole calls on the caller's tensors, which change nothing but their outputs: the candidates of one
+kernel after another, each in alternation with the best so far. It runs at the first call of a kind on a GPU, not while
+a CUDA graph is captured; RRU_FAST_AUTOTUNE=0 turns it off. It captures no graph, empties no cache and waits for its own
+stream alone, so that other threads, a DataLoader's among them, go on. Results are cached in
+$XDG_CACHE_HOME/rru_fast/autotune, one file per kind of call, so that processes can write in parallel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from rru_fast.triton import _host as host
+
+KernelConfig = dict[str, int]
+"""Block sizes, warps and stages of one kernel."""
+LaunchConfig = dict[str, KernelConfig]
+"""By kernel, its config."""
+
+
+class Candidates(NamedTuple):
+    """Configs of an operator's kernels."""
+
+    default: LaunchConfig
+    others: Mapping[str, list[KernelConfig]]
+    """By kernel, alternatives to its default."""
+
+
+# Changing a config can change the order of sums, and with it the last bits: not for a difference within noise.
+MARGIN = 1.03
+ROUNDS = 7
+# Tuned on known GPUs: lists of what the cache holds, one file per GPU.
+SHIPPED = Path(__file__).parent / "tuned"
+
+_known: dict[tuple[Any, ...], LaunchConfig] = {}
+_defaults: dict[tuple[Any, ...], LaunchConfig] = {}
+_tuning = threading.Lock()
+
+
+def enabled(tensor: Tensor) -> bool:
+    """Return True if a call on this tensor may be tuned now."""
+    asked = os.environ.get("RRU_FAST_AUTOTUNE", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"RRU_FAST_AUTOTUNE: got {asked!r}, wanted 0 or 1")
+    if asked == "0" or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return tensor.is_cuda or asked == "1"
+
+
+def autotune(
+    op: str,
+    sizes: tuple[Any, ...],
+    tensor: Tensor,
+    candidates: Callable[[], Candidates],
+    run: Callable[[LaunchConfig], object],
+) -> LaunchConfig:
+    """The fastest config for calls of this operator and these sizes, or the default where tuning is off.
+
+    Args:
+        op, sizes: the kind of call, with the dtype and the device of `tensor`.
+        tensor: the call's main input.
+        candidates: makes the configs to choose from.
+        run: performs the call with a config.
+    """
+    key = op, sizes, tensor.dtype, tensor.device, host.processors(tensor)
+    if key in _known:
+        return _known[key]
+    if not enabled(tensor) or not _tuning.acquire(blocking=False):
+        if key not in _defaults:
+            _defaults[key] = candidates().default
+        return _defaults[key]
+    try:
+        own = candidates()
+        kind = _kind(op, sizes, tensor)
+        config = _cached(kind, own.default)
+        if config is None:
+            config = _best(own, run, tensor.is_cuda)
+            _write(op, kind, config)
+    finally:
+        _tuning.release()
+    _known[key] = config
+    return config
+
+
+def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu: bool) -> LaunchConfig:
+    """The fastest config of those that run here.
+
+    Raises:
+        RuntimeError: none runs; that of the default.
+    """
+    best: LaunchConfig | None = None
+    failures: list[tuple[Exception, str]] = []
+    for change in _changes(candidates):
+        trial = (best or candidates.default) | change
+        try:
+            run(trial)  # compiles
+            if best is None or _faster(run, trial, best, on_gpu):
+                best = trial
+        except Exception as error:  # the compiler's passes raise anything
+            if on_gpu:
+                torch.cuda.synchronize()  # raises where the GPU itself is lost: then the call is, too
+            if best is None and isinstance(error, torch.OutOfMemoryError):
+                raise
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+            # Less shared memory than a candidate needs is no fault, and a fault of all candidates is one.
+            if not isinstance(cause, OutOfResources) and (
+                best is not None or reason not in {known for _, known in failures}
+            ):
+                failing = change or "the default"
+                warnings.warn(f"rru_fast: got a config that fails here, {failing}: {reason}", stacklevel=2)
+            failures.append((error, reason))
+    if best is None:
+        raise failures[0][0]
+    return best
+
+
+def _changes(candidates: Candidates) -> Iterator[LaunchConfig]:
+    """Changes to try, one after another: none first, then each kernel's distinct alternatives."""
+    yield {}
+    for kernel, configs in candidates.others.items():
+        seen = [candidates.default[kernel]]
+        for config in configs:
+            if config not in seen:
+                seen.append(config)
+                yield {kernel: config}
+
+
+def _faster(run: Callable[[LaunchConfig], object], trial: LaunchConfig, best: LaunchConfig, on_gpu: bool) -> bool:
+    """Return True if `trial`, which has been compiled, is faster by MARGIN, in the median of paired rounds."""
+    ratios = []
+    host_seconds = _wall_seconds(run, trial)
+    for _ in range(ROUNDS if on_gpu else 1):
+        if on_gpu:
+            # The GPU waits until both calls are in its queue, or the host's time would be measured.
+            torch.cuda._sleep(int(4 * host_seconds * 2e9))  # type: ignore[no-untyped-call]
+            times = [_events(run, config) for config in (best, trial)]
+            times[-1][1].synchronize()
+            seconds = [begin.elapsed_time(end) for begin, end in times]
+        else:
+            seconds = [_wall_seconds(run, config) for config in (best, trial)]
+        ratios.append(seconds[0] / seconds[1])
+    return bool(median(ratios) >= MARGIN)
+
+
+def _events(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events on the current stream before and after a call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    run(config)
+    end.record()
+    return begin, end
+
+
+def _wall_seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> float:
+    begin = time.perf_counter()
+    run(config)
+    return time.perf_counter() - begin
+
+
+def folder() -> Path:
+    """The folder of cached configs."""
+    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent) / "rru_fast" / "autotune"
+
+
+def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
+    """All that a config depends on, as text."""
+    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{op} {' '.join(map(str, sizes))} {dtype}, {device}, triton {triton.__version__}, kernels {_sources()}"
+
+
+@cache
+def _sources() -> str:
+    """A hash of the kernels' code."""
+    files = [*Path(__file__).parent.glob("*_kernels.py"), Path(__file__).with_name("_device.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
+def _path(op: str, kind: str) -> Path:
+    return folder() / f"{op}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
+
+
+def _cached(kind: str, default: LaunchConfig) -> LaunchConfig | None:
+    """The config of an earlier run, or one that is shipped, if it has the kernels and options of the default."""
+    op = kind.partition(" ")[0]
+    for entry in (_read(_path(op, kind)), _shipped().get(kind)):
+        config = entry.get("config") if isinstance(entry, dict) and entry.get("kind") == kind else None
+        if isinstance(config, dict) and {k: set(v) for k, v in config.items()} == {
+            k: set(v) for k, v in default.items()
+        }:
+            return config
+    return None
+
+
+@cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    entries = (entry for path in sorted(SHIPPED.glob("*.json")) for entry in json.loads(path.read_text()))
+    return {entry["kind"]: entry for entry in entries}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # none yet, or damaged: tuned again
+
+
+def _write(op: str, kind: str, config: LaunchConfig) -> None:
+    path = _path(op, kind)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump({"kind": kind, "config": config}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a home that cannot be written: tuned again next time

@@ -1,0 +1,175 @@
+"""Autotuning by itself, on calls that take as long as a test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from rru_fast.triton import _autotune
+from rru_fast.triton._autotune import Candidates, LaunchConfig, autotune
+
+CPU = torch.zeros(1)
+DEFAULT: LaunchConfig = {"gate": {"BLOCK": 32}, "maps": {"BLOCK": 64}}
+FASTER: LaunchConfig = DEFAULT | {"gate": {"BLOCK": 16}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("RRU_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_defaults", {})
+    monkeypatch.setattr(_autotune, "SHIPPED", tmp_path / "tuned")
+    _autotune._shipped.cache_clear()
+
+
+def tune(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[LaunchConfig], float], others: Any, sizes: tuple[Any, ...] = ()
+) -> tuple[LaunchConfig, list[LaunchConfig]]:
+    """The config found where a call takes `seconds`, and all that were tried."""
+    tried: list[LaunchConfig] = []
+
+    def run(config: LaunchConfig) -> None:
+        tried.append(config)
+        seconds(config)
+
+    monkeypatch.setattr(_autotune, "_wall_seconds", lambda _, config: seconds(config))
+    return autotune("gate", sizes, CPU, lambda: Candidates(DEFAULT, others), run), tried
+
+
+@pytest.mark.parametrize(("speedup", "wanted"), [(1.02, DEFAULT), (1.04, FASTER)])
+def test_a_candidate_replaces_the_default_only_if_it_is_three_percent_faster(
+    speedup: float, wanted: LaunchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = tune(monkeypatch, lambda c: 1 / speedup if c == FASTER else 1.0, {"gate": [{"BLOCK": 16}]})
+    assert found == wanted
+
+
+def test_equal_candidates_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"gate": [{"BLOCK": 32}, {"BLOCK": 16}, {"BLOCK": 16}], "maps": [{"BLOCK": 64}]}
+    _, tried = tune(monkeypatch, lambda c: 1.0, others)
+    assert tried == [DEFAULT, FASTER]
+
+
+@pytest.mark.parametrize("error", [PTXASError("bad"), RuntimeError("PassManager::run failed\nmore"), KeyError("x")])
+def test_a_candidate_that_does_not_compile_is_one_line_and_loses(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(config: LaunchConfig) -> float:
+        if config == FASTER:
+            raise error
+        return 0.5 if config["maps"]["BLOCK"] == 16 else 1.0
+
+    others = {"gate": [{"BLOCK": 16}], "maps": [{"BLOCK": 16}]}
+    with pytest.warns(UserWarning, match=r"got a config that fails here, \{'gate': \{'BLOCK': 16\}\}: ") as caught:
+        found, _ = tune(monkeypatch, seconds, others)
+    assert found == DEFAULT | {"maps": {"BLOCK": 16}}
+    assert [str(warning.message).count("\n") for warning in caught] == [0]
+
+
+def test_a_candidate_that_needs_more_than_the_gpu_has_loses_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def seconds(config: LaunchConfig) -> float:
+        if config == FASTER:
+            raise RuntimeError("launch") from OutOfResources(300, 200, "shared memory")
+        return 1.0
+
+    found, _ = tune(monkeypatch, seconds, {"gate": [{"BLOCK": 16}]})
+    assert found == DEFAULT
+    assert len(recwarn) == 0
+
+
+def test_a_default_that_fails_is_replaced_by_a_candidate_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(config: LaunchConfig) -> float:
+        if config == DEFAULT:
+            raise PTXASError("bad")
+        return 1.0
+
+    with pytest.warns(UserWarning, match="got a config that fails here, the default: PTXASError"):
+        found, _ = tune(monkeypatch, seconds, {"gate": [{"BLOCK": 16}]})
+    assert found == FASTER
+
+
+def test_where_no_config_runs_the_defaults_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(config: LaunchConfig) -> float:
+        raise RuntimeError("no C compiler" if config == DEFAULT else "another")
+
+    with pytest.warns(UserWarning, match="the default: RuntimeError: no C"), pytest.raises(RuntimeError, match="no C"):
+        tune(monkeypatch, seconds, {"gate": [{"BLOCK": 16}]})
+    assert not _autotune._tuning.locked()
+
+
+def test_while_another_thread_tunes_the_default_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _autotune._tuning:
+        found, tried = tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, {"gate": [{"BLOCK": 16}]})
+    assert (found, tried) == (DEFAULT, [])
+    assert tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, {"gate": [{"BLOCK": 16}]})[0] == FASTER
+
+
+def test_a_result_on_disk_serves_the_next_process_until_a_kernel_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"gate": [{"BLOCK": 16}]}
+    tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
+    monkeypatch.setattr(_autotune, "_known", {})
+    assert tune(monkeypatch, lambda c: 1.0, others) == (FASTER, [])
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_sources", lambda: "changed")
+    found, tried = tune(monkeypatch, lambda c: 1.0, others)
+    assert (found, len(tried)) == (DEFAULT, 2)
+
+
+@pytest.mark.parametrize("text", ["", '{"half', "[]", '{"kind": "another", "config": {}}'])
+def test_a_damaged_file_is_written_anew(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"gate": [{"BLOCK": 16}]}
+    tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
+    (file,) = _autotune.folder().iterdir()
+    whole = file.read_text()
+    file.write_text(text)
+    monkeypatch.setattr(_autotune, "_known", {})
+    tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
+    assert file.read_text() == whole
+
+
+def test_configs_that_are_shipped_for_a_card_serve_without_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"gate": [{"BLOCK": 16}]}
+    tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
+    entries = [json.loads(file.read_text()) for file in _autotune.folder().iterdir()]
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "card.json").write_text(json.dumps(entries))
+    _autotune._shipped.cache_clear()
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert tune(monkeypatch, lambda c: 1.0, others) == (FASTER, [])
+
+
+def test_parallel_processes_lose_no_result_of_one_another(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from rru_fast.triton._autotune import Candidates, autotune\n"
+        "for n in range(25):\n"
+        "    autotune('gate', (sys.argv[1], n), torch.zeros(1), lambda: Candidates({'gate': {'B': n}}, {}), id)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(number)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        )
+        for number in range(3)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    files = list(_autotune.folder().iterdir())
+    assert len(files) == 75
+    assert {json.loads(file.read_text())["config"]["gate"]["B"] for file in files} == set(range(25))
