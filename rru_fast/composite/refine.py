@@ -15,13 +15,11 @@ from torch import Tensor
 
 from rru_fast.composite._frames import Frames, Upstream, alive
 from rru_fast.composite._gate import Gate, GateGradients, sigmoid_gate
+from rru_fast.composite._products import Products
 from rru_fast.ranks import ranks_of
 
 # Scratch for the hoisted product, a frame at least: small enough to stay warm, large enough to fill a product.
 HOIST_BYTES = 16 * 2**20
-# Positions from which a product a clip is as exact and as fast as one product of all clips. Below, MKL adds its K terms
-# in a row: three times the error, and up to twenty times the time.
-MANY = 16
 
 
 def forward(
@@ -49,7 +47,7 @@ def forward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
     positions, d = height * width, w.shape[0]
-    ranks = ranks_of(process_group, counts, x.device)
+    products, ranks = Products(x), ranks_of(process_group, counts, x.device)
     gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, ranks, dtype)
     frames = Frames(x, state_x, lengths, dtype)
     start = 0 if state_s is not None else 1
@@ -72,7 +70,7 @@ def forward(
     saved_h = empty(kept if w_s1 is not None else 0, clips, 0 if w_s1 is None else w_s1.shape[0])
     shared_first = _shared_first(inputs, start)
     if inputs != "appearance":
-        _hoisted(gate, frames, start, u, skip=int(shared_first))
+        _hoisted(products, gate, frames, start, u, skip=int(shared_first))
 
     if state_s is not None:
         s = state_s.flatten(2).to(dtype)
@@ -83,18 +81,18 @@ def forward(
         total = s.clone(memory_format=torch.contiguous_format)
         if training and inputs == "raw":  # the gate's one real input at t = 1, for the running statistics
             first = s.contiguous()
-            both = _multiply(empty(clips, d, positions), gate.recurrent + gate.hoisted, first)
+            both = products.multiply(empty(clips, d, positions), gate.recurrent + gate.hoisted, first)
             var[0], mean[0] = gate.statistics(both)
     a = empty(clips, channels, positions)
     for n, t in enumerate(range(start, steps_total)):
         torch.sub(frames[t], s, out=a)
         operand = s if inputs == "raw" else a
         if n == 0 and shared_first:
-            _multiply(u[n], gate.recurrent + gate.hoisted, a)
+            products.multiply(u[n], gate.recurrent + gate.hoisted, a)
         elif inputs == "appearance":
-            _multiply(u[n], gate.recurrent, a)
+            products.multiply(u[n], gate.recurrent, a)
         else:
-            _add_product(u[n], gate.recurrent, operand)
+            products.add_product(u[n], gate.recurrent, operand)
         if training:
             step_var, step_mean = gate.statistics(u[n])
             var[t], mean[t] = step_var, step_mean
@@ -156,7 +154,7 @@ def backward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     clips, steps_total, channels, height, width = x.shape
     positions = height * width
-    ranks = ranks_of(process_group, counts, x.device)
+    products, ranks = Products(x), ranks_of(process_group, counts, x.device)
     gate = Gate(w, gamma, beta, w_s1, w_s2, w_c, inputs, eps, bn_groups if training else 1, ranks, dtype)
     gradients = GateGradients(gate)
     frames, refined = Frames(x, state_x, lengths, dtype), Frames(features, state_s, None, dtype)
@@ -190,25 +188,25 @@ def backward(
 
         sharing = n == 0 and shared_first
         if need_weights and sharing:
-            d_both = torch.zeros_like(d_hoisted).addbmm_(a, du.mT)
+            d_both = products.add_outer(torch.zeros_like(d_hoisted), a, du)
             d_recurrent += d_both
             d_hoisted += d_both
         elif need_weights:
-            d_recurrent.addbmm_(refined[t - 1] if inputs == "raw" else a, du.mT)
+            products.add_outer(d_recurrent, refined[t - 1] if inputs == "raw" else a, du)
             if inputs != "appearance":
-                d_hoisted.addbmm_(frames.hoistable(inputs, t, out=scratch), du.mT)
+                products.add_outer(d_hoisted, frames.hoistable(inputs, t, out=scratch), du)
 
         # dX_t = Z G + E + (what goes through the hoisted weights); carry = (1 - Z) G - E, or + E for raw inputs.
         if inputs == "raw":
-            carry = _add_product(g.sub_(zg), recurrent_t, du)
+            carry = products.add_product(g.sub_(zg), recurrent_t, du)
         else:
             through_a = recurrent_t + hoisted_t if sharing else recurrent_t
-            _add_product(zg, through_a, du)
+            products.add_product(zg, through_a, du)
             carry = g.sub_(zg)
         if dx_maps is not None:
             du_hoisted = _through_hoisted(inputs, sharing, du, du_next)
             if du_hoisted is not None:
-                _add_product(zg, hoisted_t, du_hoisted)
+                products.add_product(zg, hoisted_t, du_hoisted)
             dx_maps[:, t] = zg
         du_next = du
 
@@ -218,7 +216,7 @@ def backward(
         maps = (clips, channels, height, width)
         d_state_x, d_state_s = torch.zeros_like(carry), carry.view(maps).to(x.dtype)
         if inputs == "appearance+motion" and du_next is not None:
-            _add_product(d_state_x, hoisted_t, -du_next)
+            products.add_product(d_state_x, hoisted_t, -du_next)
         d_state_x = d_state_x.view(maps).to(x.dtype)
     elif dx_maps is not None:
         dx_maps[:, 0] = upstream.add_to(carry, 0)
@@ -253,27 +251,7 @@ def _through_hoisted(inputs: str, sharing: bool, du: Tensor, du_next: Tensor | N
     return -du_next if sharing else du - du_next
 
 
-def _multiply(out: Tensor, weight: Tensor, maps: Tensor) -> Tensor:
-    """`out` (B, M, P) = weight (M, K) times every clip of `maps` (B, K, P)."""
-    if maps.shape[2] < MANY:
-        return out.copy_(_of_all_clips(weight, maps))
-    return torch.bmm(weight.expand(len(maps), *weight.shape), maps, out=out)
-
-
-def _add_product(out: Tensor, weight: Tensor, maps: Tensor) -> Tensor:
-    """`out` (B, M, P) += weight (M, K) times every clip of `maps` (B, K, P)."""
-    if maps.shape[2] < MANY:
-        return out.add_(_of_all_clips(weight, maps))
-    return out.baddbmm_(weight.expand(len(maps), *weight.shape), maps)
-
-
-def _of_all_clips(weight: Tensor, maps: Tensor) -> Tensor:
-    clips, _, positions = maps.shape
-    columns = maps.mT.flatten(0, 1)  # (B P, K)
-    return (columns @ weight.t()).view(clips, positions, len(weight)).mT
-
-
-def _hoisted(gate: Gate, frames: Frames, start: int, u: Tensor, skip: int) -> None:
+def _hoisted(products: Products, gate: Gate, frames: Frames, start: int, u: Tensor, skip: int) -> None:
     """u[n] = hoisted weights times what they multiply at frame start + n, for all steps but the first `skip`."""
     steps, clips = u.shape[:2]
     channels, positions = frames.maps.shape[2:]
@@ -283,4 +261,4 @@ def _hoisted(gate: Gate, frames: Frames, start: int, u: Tensor, skip: int) -> No
         n1 = min(n0 + block, steps)
         for n in range(n0, n1):
             frames.hoistable(gate.inputs, start + n, scratch[n - n0])
-        _multiply(u[n0:n1].flatten(0, 1), gate.hoisted, scratch[: n1 - n0].flatten(0, 1))
+        products.multiply(u[n0:n1].flatten(0, 1), gate.hoisted, scratch[: n1 - n0].flatten(0, 1))

@@ -1,0 +1,55 @@
+"""Matrix products of the transition, in the precision of the convolution that `refine` replaces."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Positions from which a product a clip is as exact and as fast as one product of all clips. Below, MKL adds its K terms
+# in a row: three times the error, and up to twenty times the time.
+MANY = 16
+
+
+def by_convolution(x: Tensor) -> bool:
+    """Return True if an nn.Conv2d of `x` may multiply in another precision than torch.matmul: float32 on a GPU.
+
+    There it follows `torch.backends.cudnn`, TF32 by default; matmul follows `torch.backends.cuda.matmul`, float32 by
+    default. Convolutions of kernel size 1 follow the settings without reading or changing them.
+    """
+    return x.is_cuda and x.dtype == torch.float32
+
+
+class Products:
+    """Products of the transition's weight with maps of an input `x`, and the weight's gradient."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.convolve = by_convolution(x)
+
+    def multiply(self, out: Tensor, weight: Tensor, maps: Tensor) -> Tensor:
+        """`out` (B, M, P) = weight (M, K) times each clip of `maps` (B, K, P)."""
+        if self.convolve or maps.shape[2] < MANY:
+            return out.copy_(self._product(weight, maps))
+        return torch.bmm(weight.expand(len(maps), *weight.shape), maps, out=out)
+
+    def add_product(self, out: Tensor, weight: Tensor, maps: Tensor) -> Tensor:
+        """`out` (B, M, P) += weight (M, K) times each clip of `maps` (B, K, P)."""
+        if self.convolve or maps.shape[2] < MANY:
+            return out.add_(self._product(weight, maps))
+        return out.baddbmm_(weight.expand(len(maps), *weight.shape), maps)
+
+    def add_outer(self, out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """`out` (K, M) += left (B, K, P) times the transpose of right (B, M, P), summed over clips."""
+        if not self.convolve:
+            return out.addbmm_(left, right.mT)
+        # A forward convolution with B P input channels: cuDNN may sum its weight gradients in any order.
+        weight = left.transpose(0, 1).flatten(1)  # (K, B P): K filters over the M positions of one clip
+        return out.add_(F.conv1d(right.mT.flatten(0, 1), weight[:, :, None]))
+
+    def _product(self, weight: Tensor, maps: Tensor) -> Tensor:
+        """Weight (M, K) times each clip of `maps` (B, K, P) in new memory."""
+        if self.convolve:
+            return F.conv1d(maps, weight[:, :, None])
+        clips, _, positions = maps.shape
+        columns = maps.mT.flatten(0, 1)  # (B P, K)
+        return (columns @ weight.t()).view(clips, positions, len(weight)).mT
