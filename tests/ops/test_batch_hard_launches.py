@@ -1,0 +1,155 @@
+"""The composite `batch_hard` on a GPU: its number of launches, and small batches mined by differences alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rru_fast.composite import batch_hard
+from tests.ops import test_batch_hard as claims
+from tests.ops import test_batch_hard_partners as partners
+
+N, D = 64, 256
+FORWARD, BACKWARD = 18, 14
+ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided"}
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that compute a tensor of `device`, each at least one kernel there.
+
+    Views and allocations are left out. Operators of several kernels (index_put_, sort, an out-of-place masked_fill)
+    count once.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.names = device, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("aten::").split(".")[0]
+        first = out[0] if isinstance(out, tuple) else out
+        computed = isinstance(first, Tensor) and first.device.type == self.device
+        if computed and not func.is_view and func.namespace == "aten" and name not in ALLOCATIONS:
+            self.names.append(name)
+        return out
+
+
+def launches_of_composite(
+    metric: str = "euclidean", n: int = N, device: str = "cuda", soft: bool = False
+) -> tuple[list[str], list[str]]:
+    """Operators of the composite forward and backward for features (1, n, D) without data."""
+    with FakeTensorMode():
+        features, labels = torch.empty(1, n, D, device=device), torch.empty(n, dtype=torch.int64, device=device)
+        with Launches(device) as forward:
+            loss, *saved = batch_hard.forward(features, labels, 0.3, soft, metric)
+        d_loss = torch.empty_like(loss)
+        with Launches(device) as backward:
+            batch_hard.backward(d_loss, features, *saved, 0.3, soft, metric)
+    return forward.names, backward.names
+
+
+def eager(features: Tensor, labels: Tensor, metric: str) -> Tensor:
+    """The loss per anchor as vectorized PyTorch has it, in one matrix of distances."""
+    if metric == "cosine":
+        d = 1 - features @ features.t()
+    else:
+        square = features.square().sum(-1)
+        d = (square[:, None] + square - 2 * features @ features.t()).clamp(min=1e-12).sqrt()
+    same = labels[:, None] == labels
+    d_pos = d.masked_fill(~same, float("-inf")).max(-1).values
+    d_neg = d.masked_fill(same, float("inf")).min(-1).values
+    return F.relu(0.3 + d_pos - d_neg)
+
+
+def launches_of_eager(metric: str) -> tuple[list[str], list[str]]:
+    """Operators of `eager` and of its backward by autograd, which needs no GPU on the meta device."""
+    features = torch.empty(N, D, device="meta", requires_grad=True)
+    with Launches("meta") as forward:
+        loss = eager(features, torch.empty(N, dtype=torch.int64, device="meta"), metric)
+    d_loss = torch.empty_like(loss)
+    with Launches("meta") as backward:
+        loss.backward(d_loss)
+    return forward.names, backward.names
+
+
+def test_launches_of_a_small_batch_are_bounded() -> None:
+    for soft in (False, True):
+        forward, backward = launches_of_composite(soft=soft)
+        assert len(forward) <= FORWARD, forward
+        assert len(backward) <= BACKWARD + soft, backward
+
+
+def test_a_small_batch_takes_three_quarters_of_eagers_launches() -> None:
+    ours, theirs = (sum(map(len, launches)) for launches in (launches_of_composite(), launches_of_eager("euclidean")))
+    assert 4 * ours <= 3 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize(("metric", "n", "bound"), [("cosine", N, 33), ("euclidean", 200, 51)])
+def test_launches_of_mining_by_products_are_bounded(metric: str, n: int, bound: int) -> None:
+    forward, backward = launches_of_composite(metric, n)
+    assert len(forward) + len(backward) <= bound, (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("metric", "n", "device", "product"),
+    [
+        ("euclidean", 128, "cuda", "_cdist_forward"),
+        ("euclidean", 129, "cuda", "baddbmm"),
+        ("cosine", 64, "cuda", "baddbmm"),
+        ("euclidean", 64, "cpu", "baddbmm"),
+    ],
+)
+def test_only_a_small_euclidean_batch_on_a_gpu_is_mined_by_differences(
+    metric: str, n: int, device: str, product: str
+) -> None:
+    forward, _ = launches_of_composite(metric, n, device)
+    assert [name for name in forward if name in ("_cdist_forward", "baddbmm", "bmm", "mm")] == [product]
+
+
+CLAIMS = [
+    *(
+        partial(claims.test_float64_equals_the_oracle, shape, margin, "euclidean", "none")
+        for shape in claims.SHAPES
+        for margin in claims.MARGINS
+    ),
+    *(
+        partial(claims.test_error_is_at_most_twice_the_references, 0.3, "euclidean", dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        partial(claims.test_an_infinite_feature_leaves_no_loss_a_number, others)
+        for others in ((0.0, 1.0), (-1.0, 1.0), (-2.0, -1.0))
+    ),
+    claims.test_groups_are_independent_losses,
+    partial(claims.test_coincident_points_have_loss_and_no_gradient, "euclidean"),
+    claims.test_points_nearer_than_the_floor_have_its_distance_and_no_gradient,
+    claims.test_an_anchor_without_a_negative_has_no_loss,
+    claims.test_nan_features_give_a_nan_loss,
+    claims.test_inputs_are_left_alone_and_runs_are_bitwise_equal,
+    partial(claims.test_any_strides_give_the_same, torch.float64),
+    partners.test_where_distances_overflow_partners_are_still_of_the_right_people,
+    *(
+        partial(partners.test_partners_are_right_under_a_large_common_vector, own, 100.0, torch.float32)
+        for own in (0.03, 0.001)
+    ),
+    partial(partners.test_partners_among_dark_clips_are_right_beside_those_of_others, 0.001),
+    partial(partners.test_a_blank_clip_does_not_hide_the_common_vector, 0.001),
+    partners.test_small_integer_points_follow_the_definition_ties_included,
+    partners.test_the_first_nan_is_the_partner_and_nan_the_gradient,
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: getattr(claim, "func", claim).__name__)
+def test_mining_by_differences_keeps_the_claims_of_mining_by_products(
+    claim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_hard, "by_differences", lambda f: True)
+    claim(backend="composite")
