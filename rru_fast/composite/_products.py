@@ -12,12 +12,13 @@ MANY = 16
 
 
 def by_convolution(x: Tensor) -> bool:
-    """Return True if an nn.Conv2d of `x` may multiply in another precision than torch.matmul: float32 on a GPU.
+    """Return True if float32 products for `x` are convolutions of kernel size 1: on a GPU, but for float64.
 
-    There it follows `torch.backends.cudnn`, TF32 by default; matmul follows `torch.backends.cuda.matmul`, float32 by
-    default. Convolutions of kernel size 1 follow the settings without reading or changing them.
+    There an nn.Conv2d follows `torch.backends.cudnn`, TF32 by default, and a matrix product
+    `torch.backends.cuda.matmul`, float32 by default. A convolution follows its settings without reading or changing
+    them. 16-bit inputs, which nn.Conv2d multiplies in 16 bits, are multiplied in float32 here: so in TF32 too.
     """
-    return x.is_cuda and x.dtype == torch.float32
+    return x.is_cuda and x.dtype != torch.float64
 
 
 class Products:
