@@ -77,6 +77,9 @@ def candidates(call: Call) -> Candidates:
         "gate": gates,
         "weights": [weights(128, 128, depth, 2, 8, 3), weights(64, 128, min(depth, 32), 1, 4, 3)],
     }
+    if dtype == torch.bfloat16 and even:
+        # Three programs per multiprocessor in place of two; TF32 would spill.
+        others["maps"].append({**maps(64, 32, 4), "maxnreg": 168})
     return Candidates(default, others)
 
 
