@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, parity, table
+from benchmarks import measure, parity, terminal
 from benchmarks.table import Row
 from rru_fast import config
 
@@ -64,8 +64,8 @@ def main(options: Options) -> list[Row]:
     large = _measure(losses(device) | {PEER: peer()}, features, labels, options.repeats, 1)
     small = _measure(losses(device), strips, people, options.repeats, CALLS)
     environment = measure.environment(device, torch.float32)
-    table.show(f"batch_hard_triplet, N {options.n}, D {options.d}, forward + backward", environment, large)
-    table.show("batch_hard_triplet, 8 strips of 20 x 2048, forward + backward", environment, small)
+    terminal.show(f"batch_hard_triplet, N {options.n}, D {options.d}, forward + backward", environment, large)
+    terminal.show("batch_hard_triplet, 8 strips of 20 x 2048, forward + backward", environment, small)
     if options.json is not None:
         shapes = {"large": [options.n, options.d], "strips": [8, 20, 2048]}
         rows = [{"shape": shape, **row} for shape, group in zip(shapes, (large, small), strict=True) for row in group]

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import rru_fast.triton
-from benchmarks import table
+from benchmarks import terminal
 from rru_fast.reference import RRU
 from rru_fast.triton import _launch, batch_hard, refine, strip_pool
 from rru_fast.triton._autotune import Candidates, LaunchConfig
@@ -297,7 +297,7 @@ def main(options: Options) -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         done = pool.map(compile_all, *zip(*work, strict=True), repeat(options.launched))
         for (arch, dtype), found in zip(work, done, strict=True):
-            table.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
+            terminal.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
             rows += found
     told = [sentence for row in rows for sentence in over_budget(row)]
     if told:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks import measure, processes, report, table
+from benchmarks import measure, processes, report, table, terminal
 from benchmarks.gpu_sections import SECTIONS, TOY, WHY, Run, Sizes
 from benchmarks.table import Row
 from rru_fast import config
@@ -78,7 +78,7 @@ def main(options: Options) -> list[Row]:
             print(f"{title}: left out, {found}")
         else:
             rows += found
-            table.show(title, environment, found, hide=table.SHARED)
+            terminal.show(title, environment, found, hide=table.SHARED)
         _keep(path, environment, rows)
         print(f"{time.monotonic() - begin:.0f} s; {path}")
     failed = [f"{title}: {why}" for title, why in left_out.items() if not why.endswith("are over")]

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 import tyro
 
-from benchmarks import batch_hard, measure, table
+from benchmarks import batch_hard, measure, terminal
 from benchmarks.contenders import Shape, check, contenders
 from benchmarks.table import Row
 
@@ -48,8 +48,8 @@ def main(options: Options) -> list[Row]:
     of_refine = [_refine((clips, frames, *sizes), device) for frames in options.frames]  # type: ignore[arg-type]
     of_batch_hard = [_batch_hard(n, options.d, device) for n in options.features]
     environment = measure.environment(device, torch.float32)
-    table.show("refine, training, forward + backward, peak MiB", environment, of_refine, hide=["op"])
-    table.show("batch_hard_triplet, forward + backward, peak MiB", environment, of_batch_hard, hide=["op"])
+    terminal.show("refine, training, forward + backward, peak MiB", environment, of_refine, hide=["op"])
+    terminal.show("batch_hard_triplet, forward + backward, peak MiB", environment, of_batch_hard, hide=["op"])
     if options.json is not None:
         measure.write(options.json, {**environment, "op": "memory"}, of_refine + of_batch_hard)
     return of_refine + of_batch_hard

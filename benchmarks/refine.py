@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks import measure, table
+from benchmarks import measure, table, terminal
 from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE, Contender, Shape, check, contenders
 from benchmarks.roofline import Rates, rates
 from benchmarks.table import Row
@@ -150,7 +150,7 @@ def _saved(contender: Contender) -> int:
 
 def _show(what: str, environment: Row, rows: list[Row], notes: str = "") -> None:
     title = f"refine, {table.cell('shape', rows[0]['shape'])} (B x T x C x H x W), {what}"
-    table.show(title, environment, rows, notes, hide=table.SHARED)
+    terminal.show(title, environment, rows, notes, hide=table.SHARED)
 
 
 if __name__ == "__main__":

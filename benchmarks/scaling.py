@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import measure, table
+from benchmarks import measure, table, terminal
 from benchmarks.contenders import AUTHORS, REFERENCE, Shape, contenders, sifted
 from benchmarks.table import Row
 from rru_fast import config
@@ -70,7 +70,7 @@ def main(options: Options) -> list[Row]:
     failed: list[str] = []
     rows = [_row(point, ours, device, options.repeats, failed) for point in points(base, options)]
     environment = measure.environment(device) | {"ours": ours}
-    table.show("refine, training, forward + backward", environment, rows)
+    terminal.show("refine, training, forward + backward", environment, rows)
     if options.json is not None:
         measure.write(options.json, {**environment, "op": "scaling", "base": asdict(base)}, rows)
     if failed:

@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, parity, table
+from benchmarks import measure, parity, table, terminal
 from benchmarks.contenders import Shape
 from benchmarks.table import Row
 from rru_fast import config
@@ -60,7 +60,7 @@ def main(options: Options) -> list[Row]:
     ]
     environment = measure.environment(device, s.dtype)
     shape = table.cell("shape", options.shape)
-    table.show(f"strip_pool, {shape} (B x T x C x H x W), forward + backward", environment, rows)
+    terminal.show(f"strip_pool, {shape} (B x T x C x H x W), forward + backward", environment, rows)
     if options.json is not None:
         measure.write(options.json, {**environment, "op": "strip_pool", "shape": options.shape}, rows)
     return rows

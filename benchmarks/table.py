@@ -1,35 +1,24 @@
-"""The rows of a run as a table, in the terminal and in Markdown."""
+"""The rows of a run as a Markdown table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 Row = dict[str, Any]
 # What a title or a caption says once for all rows, or what only a drawing needs.
 SHARED = ("op", "mode", "shape", "threads", "roofline ms")
 
 
-def show(title: str, environment: Row, rows: list[Row], notes: str = "", hide: Sequence[str] = ()) -> None:
-    """Print rows under their keys, but for those in `hide`."""
-    table = Table(
-        title=title, caption=", ".join(f"{k} {v}" for k, v in environment.items()) + notes, title_justify="left"
-    )
-    columns = [column for column in rows[0] if column not in hide]
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(cell(column, row[column]) for column in columns))
-    Console(width=max(Console().width, 170)).print(table)
+def columns(rows: list[Row], hide: Sequence[str] = ()) -> list[str]:
+    """Every row's keys in order, but for those in `hide`."""
+    return list(dict.fromkeys(key for row in rows for key in row if key not in hide))
 
 
 def markdown(rows: list[Row], hide: Sequence[str] = ()) -> str:
     """Rows under their keys, but for those in `hide` and those that no row has a value for."""
-    columns = [c for c in rows[0] if c not in hide and any(row[c] is not None for row in rows)]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([cell(c, row[c]) for c in columns] for row in rows)]
+    names = [c for c in columns(rows, hide) if any(row.get(c) is not None for row in rows)]
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([cell(c, row.get(c)) for c in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 import torch
 import tyro
 
-from benchmarks import measure, processes, table
+from benchmarks import measure, processes, table, terminal
 from benchmarks.table import Row
 from benchmarks.train_step_sections import CPU, END_TO_END, GPU, NOT_HERE, TOY, WHY, Run, packed, rows
 from training.data.synthetic import generate
@@ -92,9 +92,9 @@ def main(options: Options) -> list[Row]:
             why = {row["pipeline"]: row[WHY] or NOT_HERE for row in found}
             failed += [f"{name}, {own}: {told}" for own, told in why.items() if not told.startswith(NOT_HERE)]
             shares = [column for column in found[0] if column.endswith(" %")]
-            table.show(f"train_step, {name}", environment, found, hide=(*table.SHARED, *shares))
+            terminal.show(f"train_step, {name}", environment, found, hide=(*table.SHARED, *shares))
             timed = [row for row in found if row[WHY] is None]
-            table.show("shares of a step", environment, timed, hide=(*table.SHARED, *END_TO_END, WHY))
+            terminal.show("shares of a step", environment, timed, hide=(*table.SHARED, *END_TO_END, WHY))
             if options.json is not None:
                 measure.write(options.json, environment, found_rows)
     if failed:
