@@ -18,7 +18,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import repeat
@@ -31,14 +31,12 @@ import torch
 import triton
 import tyro
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 import rru_fast.triton
 from benchmarks import terminal
+from benchmarks.launches import Launch, Specializer, recording
 from rru_fast.reference import RRU
-from rru_fast.triton import _launch, batch_hard, refine, strip_pool
-from rru_fast.triton._autotune import Candidates, LaunchConfig
+from rru_fast.triton import batch_hard, refine, strip_pool
 
 PAPER = (20, 8, 2048, 8, 8)
 CLIPS = 20
@@ -109,58 +107,29 @@ class Options:
     """Compilers at once."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel as it would be launched."""
-
-    op: str
-    tuning: bool  # whether tuning tries it
-    kernel: Any
-    arguments: tuple[Any, ...]
-    meta: dict[str, Any]
-
-
 def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
-    """What the operators launch at the paper's shape, forward and backward; of "all", every variant's and tuning's."""
+    """Record the operators at the paper's shape, forward and backward; of "all", every variant's and autotuning's."""
     found: list[Launch] = []
-    op, tuning = "", False
-
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-        found.append(Launch(op, tuning, kernel, arguments, meta))
-
-    def every_config(
-        kind: str, sizes: Any, tensor: Any, candidates: Callable[[], Candidates], run: Callable[[LaunchConfig], object]
-    ) -> LaunchConfig:
-        nonlocal tuning
-        default, others = candidates()
-        if launched == "all" and op in (f"refine, {PAPERS}", "batch_hard"):
-            tuning = True
-            for kernel, configs in others.items():
-                for config in configs:
-                    run(default | {kernel: config})
-            tuning = False
-        return default
-
     clips, frames, channels, height, width = PAPER
     strips = torch.empty(clips, channels, height, dtype=dtype, device="meta")
-    with (
-        patch.object(_launch, "launch", record),
-        patch.object(refine, "autotune", every_config),
-        patch.object(batch_hard, "autotune", every_config),
-        torch.device("meta"),
-    ):
+    with recording(found.append) as recorder, torch.device("meta"):
+
+        def begin(op: str) -> None:
+            recorder.op = op
+            recorder.candidates = launched == "all" and op in (f"refine, {PAPERS}", "batch_hard")
+
         for variant in VARIANTS if launched == "all" else (PAPERS, EVAL):
-            op = f"refine, {variant}"
+            begin(f"refine, {variant}")
             x = _maps(variant.layout, dtype)
             call = _refine_arguments(x, variant)
             features, _, *saved = refine.forward(*[*call, True])
             for needed in ((True, True), (False, True), (True, False)):
                 refine.backward(*[_maps(variant.layout, dtype), strips, *needed, features, *saved, *call])
-        op = "strip_pool"
+        begin("strip_pool")
         for layout in LAYOUTS:
             strip_pool.forward(_maps(layout, dtype))
         strip_pool.backward(strips, frames, width)
-        op = "batch_hard"
+        begin("batch_hard")
         for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256), (1, 1001, 77)):
             features, labels = torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
             loss, *partners = batch_hard.forward(features, labels, 0.3, False, "euclidean")
@@ -211,34 +180,24 @@ def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
 def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, Any]]:
     """A row for each different kernel of a dtype, compiled for an architecture."""
     dtype, precision = DTYPES[name]
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    rows: dict[str, dict[str, Any]] = {}
+    specializer = Specializer(GPUTarget("cuda", arch, 32))
+    rows: list[dict[str, Any]] = []
     with patch.dict(os.environ, {"RRU_FAST_FLOAT32": precision}):
         recorded = launches(dtype, launched)
     for launch in recorded:
-        kernel = launch.kernel
-        # As JITFunction.run binds and specialises a launch's arguments.
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        bound, specialization, options = bind(*launch.arguments, **launch.meta, debug=False)
-        key = f"{kernel.__name__} {specialization} {options}"
-        if key in rows:
+        if (specialization := specializer.new(launch)) is None:
             continue
-        options, signature, constants, attributes = kernel._pack_args(
-            backend, {**launch.meta, "debug": False}, bound, specialization, options
-        )
-        source = ASTSource(kernel, signature, constants, attributes)
         described = {
-            "kernel": kernel.__name__.removesuffix("_kernel"),
+            "kernel": launch.kernel.__name__.removesuffix("_kernel"),
             "op": f"{launch.op}, tuning" if launch.tuning else launch.op,
             "dtype": name,
             "sm": arch,
         }
         try:
-            compiled = triton.compile(source, target=target, options=options.__dict__)
+            compiled = specialization.compile(specializer.target)
         except Exception as error:  # the compiler's passes raise anything
             raise RuntimeError(f"{described} {launch.meta}: {error}") from error
-        rows[key] = {
+        row = {
             **described,
             **_resources(compiled.asm["cubin"]),
             "shared": compiled.metadata.shared,
@@ -247,7 +206,8 @@ def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, A
             "multiplies": "tt.dot" in compiled.asm["ttir"],
             "rounds": "cvt.rna.tf32" in compiled.asm["ptx"],
         }
-    return [*rows.values()]
+        rows.append(row)
+    return rows
 
 
 def _matrix(ptx: str) -> Iterator[str]:
