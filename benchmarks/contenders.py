@@ -22,7 +22,9 @@ AUTHORS, REFERENCE, COMPILED = "eager, authors", "eager, reference", "torch.comp
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements of x from which one draw's errors are already an average.
 LARGE = 2**22
+DRAWS = 5  # of smaller ones
 Shape = tuple[int, int, int, int, int]  # B, T, C, H, W
+HIDDEN = (256, 128)  # the paper's D and A
 
 
 class Authors(reference.RRU):
@@ -75,7 +77,8 @@ class Contender:
     def twin(self, cls: type[reference.RRU], **settings: Any) -> Contender:
         """Another implementation with weights of its own, equal to this one's, on the same maps."""
         own = self.module
-        module = cls(own.channels, own.spatial, hidden=own.transition.out_channels, **settings)
+        settings |= {"hidden": own.transition.out_channels, "spatial_hidden": own.spatial_attention[0].out_features}
+        module = cls(own.channels, own.spatial, **settings)
         module.to(own.transition.weight).load_state_dict(own.state_dict())
         return replace(self, module=module.train(own.training))
 
@@ -96,11 +99,17 @@ class Contender:
 
 
 def contenders(
-    shape: Shape, dtype: str, device: torch.device, *, training: bool = True, channels_last: bool = False
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    *,
+    training: bool = True,
+    channels_last: bool = False,
+    hidden: tuple[int, int] = HIDDEN,
 ) -> dict[str, Contender]:
     """By name, the two eager ones and every backend that can serve on the device."""
     for seed in range(parity.DRAWS):
-        eager = _drawn(shape, dtype, device, training, channels_last, seed)
+        eager = _drawn(shape, dtype, device, training, channels_last, hidden, seed)
         if not training or parity.settled(eager.in_double().forward, eager.x.dtype):
             break
     _, *backends = config.serving(device)
@@ -111,14 +120,22 @@ def contenders(
     }
 
 
-def _drawn(shape: Shape, dtype: str, device: torch.device, training: bool, channels_last: bool, seed: int) -> Contender:
+def _drawn(
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    training: bool,
+    channels_last: bool,
+    hidden: tuple[int, int],
+    seed: int,
+) -> Contender:
     torch.manual_seed(seed)
     clips, _, channels, height, width = shape
     x = torch.randn(shape, device=device).relu().to(DTYPES[dtype])
     if channels_last:
         x = x.movedim(2, -1).contiguous().movedim(-1, 2)
     upstream = (torch.randn(shape, device=device).to(x), torch.randn(clips, channels, height, device=device).to(x))
-    module = reference.RRU(channels, (height, width)).to(x)
+    module = reference.RRU(channels, (height, width), hidden=hidden[0], spatial_hidden=hidden[1]).to(x)
     if not training:
         module(x[:, :8])  # running statistics other than the initial ones
         module.eval()
@@ -135,8 +152,11 @@ def check(field: Mapping[str, Contender]) -> None:
         parity.judge(*draws)
 
 
-def sifted(field: Mapping[str, Contender]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those of the field that run and are right, by `check`; and why another is not among them."""
+def sifted(field: Mapping[str, Contender], draws: int = DRAWS) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those of the field that run and are right, by `check`; and why another is not among them.
+
+    draws: of maps that are small.
+    """
     right, refused = dict(field), {}
     for name, own in field.items():
         try:
@@ -144,9 +164,9 @@ def sifted(field: Mapping[str, Contender]) -> tuple[dict[str, Contender], dict[s
         except Exception as error:  # whatever it is, the others can be measured
             refused[name] = f"does not run: {told(error)}"
             del right[name]
-    for name, draws in _draws(right).items():
+    for name, compared in _draws(right, draws).items():
         try:
-            parity.judge(*draws)
+            parity.judge(*compared)
         except SystemExit as refusal:
             refused[name] = str(refusal)
             del right[name]
@@ -160,13 +180,13 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _draws(field: Mapping[str, Contender]) -> dict[str, tuple[str, list[parity.Compared]]]:
+def _draws(field: Mapping[str, Contender], count: int = DRAWS) -> dict[str, tuple[str, list[parity.Compared]]]:
     """What `parity.judge` takes, of each contender but the eager reference: a title, and draws as its size asks for."""
     eager = field[REFERENCE]
     dtype = str(eager.x.dtype).removeprefix("torch.")
     draws: dict[str, tuple[str, list[parity.Compared]]]
     draws = {name: (f"{name}, {dtype}", []) for name in field if name != REFERENCE}
-    for turn in range(1 if eager.x.numel() >= LARGE else 5):
+    for turn in range(1 if eager.x.numel() >= LARGE else count):
         drawn = eager if turn == 0 else eager.redrawn()
         in_dtype, oracle = drawn.results(), drawn.in_double().results()
         for name, (_, found) in draws.items():
