@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPTION = ("hardware", "threads", "dtype", "torch", "commit", "date", "roofline")
 DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
 PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "memory", "train_step", "gpu")
+AUTOTUNED = "-autotune"  # end of the names of files that benchmarks.gpu writes with its runs
 Run = dict[str, Any]
 
 
@@ -72,7 +73,8 @@ def main(options: Options) -> None:
     Raises:
         SystemExit: a marker is missing; with `check`, the page or a drawing is not what it would be made.
     """
-    runs = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
+    paths = [path for path in sorted(options.results.glob("*.json")) if not path.stem.endswith(AUTOTUNED)]
+    runs = {path: json.loads(path.read_text()) for path in paths}
     wanted = pictures(runs)
     said = contents(runs, options.readme.parent)
     before = options.readme.read_text() if options.readme.exists() else _blank(said)

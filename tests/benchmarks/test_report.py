@@ -110,16 +110,23 @@ def test_a_run_on_a_gpu_becomes_a_table_for_each_operator_and_mode(options: repo
         row("strip_pool", "forward + backward", "eager", 9.0),
         row("strip_pool", "forward + backward", "slow", None),
     ]
-    run = {"environment": {**HERE, "op": "gpu", "roofline": "3000 GB/s", "left out": {}}, "rows": rows}
+    rows += [
+        {**row("refine", "eval", "triton", 3.0), "precision": "high", "copies ms": 0.25},
+        {"implementation": "wrong", "op": "refine", "mode": "eval", "shape": [2, 3, 16, 4, 4], "left out": "off"},
+    ]
+    run = {"environment": {**HERE, "op": "gpu", "roofline": "3000 GB/s"}, "rows": rows, "parts": {}}
     for path in options.results.glob("*.json"):
         path.unlink()
     (options.results / "a-gpu.json").write_text(json.dumps(run))
+    (options.results / "a-gpu-autotune.json").write_text("[]")
     options.readme.write_text("<!-- gpu -->\nnothing yet\n<!-- /gpu -->\n")
     report.main(options)
     page = options.readme.read_text()
     assert "nothing yet" not in page and "roofline 3000 GB/s" in page
     assert "`refine`, 2 x 3 x 16 x 4 x 4, training, float32" in page and "| triton | 0.5 | 18.00 |" in page
     assert "`strip_pool`, 2 x 3 x 16 x 4 x 4, forward + backward" in page and "| slow | - | - |" in page
+    assert "| implementation | ms | x eager | precision | copies ms | left out |" in page
+    assert "| triton | 3 | 3.00 | high | 0.25 | - |" in page and "| wrong | - | - | - | - | off |" in page
 
 
 def test_the_readme_has_a_place_for_a_gpus_figures() -> None:
