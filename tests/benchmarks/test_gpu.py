@@ -1,80 +1,387 @@
-"""The GPU benchmark, tried where there is no GPU."""
+"""The GPU benchmark, tried without a GPU: its parts, their processes, and what it needs to be installed."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
+pytest.importorskip("triton")
+
+import benchmarks.gpu.__main__ as command
+from benchmarks.gpu import kernel_times, losses, sanitizer, suite
+from benchmarks.gpu.parts import PARTS, ROOT
+from benchmarks.gpu.results import Findings, Results
+from benchmarks.gpu.run import make_run
+from benchmarks.gpu.sections import SECTIONS
 from rru_fast import triton
 
-
-@pytest.mark.skipif(triton.interpreted() or torch.cuda.is_available(), reason="it runs here")
-def test_without_a_gpu_it_says_how_it_can_be_tried() -> None:
-    with pytest.raises(
-        SystemExit, match="--toy: got False without a GPU, wanted one, or --toy with TRITON_INTERPRET=1"
-    ):
-        gpu.main(gpu.Options())
-    with pytest.raises(SystemExit, match="triton: got a backend that does not serve: no NVIDIA GPU is seen"):
-        gpu.main(gpu.Options(toy=True))
-
-
 interpreted = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(triton.interpreted(), reason="nothing is compiled in the interpreter")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+NEEDED = ("torch", "triton", "numpy", "pytest")
+ABSENT = ("tyro", "rich", "matplotlib", "PIL", "av", "faiss", "pytorch_metric_learning", "torchvision", "scipy")
+WITHOUT_GPU = [name for name, part in PARTS.items() if not part.needs_gpu]
 
 
-@interpreted
-def test_every_section_has_a_row_of_triton(tmp_path: Path) -> None:
-    rows = gpu.main(gpu.Options(toy=True, results=tmp_path))
-    (written,) = tmp_path.glob("*.json")
-    kept = json.loads(written.read_text())
-    assert kept["rows"] == json.loads(json.dumps(rows))
-    assert kept["environment"]["left out"] == {}
-    sections = dict.fromkeys(row["mode"] for row in rows)
-    assert list(sections) == list(gpu.SECTIONS)
-    for section in sections:
-        own = {row["implementation"]: row for row in rows if row["mode"] == section}
-        assert {"eager", "eager, authors"} & own.keys()
-        assert (own["triton"].get("ms") or own["triton"]["fwd+bwd ms"]) > 0, section
-    page = written.with_suffix(".md").read_text()
-    assert all(section in page for section in sections)
+def top_levels(*names: str) -> set[Path]:
+    """Files and folders that these distributions, and those that they require, put into site-packages."""
+    requirements = pytest.importorskip("packaging.requirements")
+    seen: set[tuple[str, str]] = set()
+    found: set[Path] = set()
+    todo = [(name, "") for name in names]
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            own = distribution(name)
+        except PackageNotFoundError:
+            continue  # of another platform
+        found |= {Path(own.locate_file(path.parts[0])) for path in own.files or [] if path.parts[0] != ".."}  # type: ignore[arg-type]
+        for requirement in map(requirements.Requirement, own.requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                todo += [(requirement.name, wanted) for wanted in ("", *requirement.extras)]
+    return found
 
 
-@interpreted
-def test_triton_keeps_what_it_has_when_the_time_is_over(tmp_path: Path) -> None:
-    assert gpu.main(gpu.Options(toy=True, results=tmp_path, seconds=-1)) == []
-    (written,) = tmp_path.glob("*.json")
-    assert json.loads(written.read_text())["environment"]["left out"] == dict.fromkeys(gpu.SECTIONS, "-1 s are over")
-    before = written.read_bytes()
-    gpu.main(gpu.Options(toy=True, results=tmp_path, seconds=-1))
-    assert len(list(tmp_path.glob("*.json"))) == 2 and written.read_bytes() == before
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Python that has only what is needed, and a checkout without compiled kernels."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+    for path in top_levels(*NEEDED):
+        if path.name != "__pycache__" and not (packages / path.name).exists():
+            (packages / path.name).symlink_to(path)
+    checkout = folder / "checkout"
+    unwanted = shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "results")
+    for name in ("rru_fast", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=unwanted)
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    return folder / "env" / "bin" / "python", checkout
 
 
-@interpreted
-def test_triton_where_it_does_not_run_is_a_row_of_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RRU_FAST_FLOAT32", "tf16")  # refused by every kernel that multiplies
-    monkeypatch.setattr(
-        gpu, "SECTIONS", {title: gpu.SECTIONS[title] for title in ("many features, forward + backward",)}
+def run_bare(bare: tuple[Path, Path], *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    python, checkout = bare
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "TRITON", "RRU_FAST"))}
+    kept |= {"OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(python), *arguments], cwd=checkout, env=kept, capture_output=True, text=True, check=False
     )
-    with pytest.raises(SystemExit, match="triton: does not run: ValueError: RRU_FAST_FLOAT32: got 'tf16'"):
-        gpu.main(gpu.Options(toy=True, results=tmp_path))
-    (written,) = tmp_path.glob("*.json")
-    rows = {row["implementation"]: row for row in json.loads(written.read_text())["rows"]}
-    assert "RRU_FAST_FLOAT32" in rows["triton"]["left out"]
-    assert rows["triton"]["ms"] is None and rows["triton"]["x eager"] is None
-    assert rows["composite"]["ms"] > 0 and rows["composite"]["x eager"] > 0
+
+
+def test_the_environment_lacks_what_is_not_needed(bare: tuple[Path, Path]) -> None:
+    code = f"from importlib.util import find_spec; print([name for name in {ABSENT} if find_spec(name)])"
+    done = run_bare(bare, "-c", code)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@compiled
+def test_the_suite_is_collected_with_nothing_else_installed(bare: tuple[Path, Path]) -> None:
+    options = ("--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    done = run_bare(bare, "-m", "pytest", *options, "tests/test_gpu.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = re.search(r"^(\d+) tests collected in", done.stdout, re.MULTILINE)  # none deselected, no errors
+    assert count and int(count.group(1)) > 400, done.stdout[-500:]
+    assert "-triton]" in done.stdout
+
+
+@compiled
+@no_gpu
+def test_the_command_runs_with_nothing_else_installed(bare: tuple[Path, Path], tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    done = run_bare(
+        bare,
+        *("-m", "benchmarks.gpu", "--toy", "--commit", "abc", "--results", str(results)),
+        TRITON_INTERPRET="1",
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(results.iterdir())) <= 8
+    (written,) = results.glob("*.json")
+    found = json.loads(written.read_text())
+    assert list(found["parts"]) == list(PARTS)
+    ended = {name: own["ended"] for name, own in found["parts"].items()}
+    assert ended == {name: "ok" if name in WITHOUT_GPU else "left out: needs a GPU" for name in PARTS}
+    assert found["environment"]["commit"] == "abc" and found["environment"]["op"] == "gpu"
+    assert found["parts"]["warm"]["compiled"] == found["parts"]["warm"]["kernels"] >= 4
+    measured = [title for title in SECTIONS if "torch.compile" not in title]
+    assert list(dict.fromkeys(row["mode"] for row in found["rows"])) == measured
+    for title in measured:
+        own = [row for row in found["rows"] if row["mode"] == title and row["implementation"] == "triton"]
+        assert all((row.get("ms") or row["fwd+bwd ms"]) > 0 for row in own)
+        one = "bfloat16" in title or title == "forward + backward"
+        assert [row["precision"] for row in own] == (["defaults"] if one else ["defaults", "high"]), title
+        assert title in done.stdout
+
+
+WARMED = """
+import sys
+from pathlib import Path
+from unittest.mock import patch
+import triton
+from triton.backends.compiler import GPUTarget
+from benchmarks.gpu import warm
+from benchmarks.gpu.run import TOY
+from benchmarks.launches import NUM_SMS
+from rru_fast.triton import _host as host
+
+class Driver:
+    get_current_target = staticmethod(lambda: target)
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+def launch(kernel, grid, *arguments, **meta):
+    kernel.run(*arguments, grid=grid, warmup=True, **meta)
+    launched.append(kernel.__name__)
+
+def calls(recorder):
+    warm.call_step(TOY, bfloat16=True)
+    warm.call_strips(TOY)
+
+target, launched, cache = GPUTarget("cuda", 90, 32), [], Path(sys.argv[1])
+jobs = warm.record(target, NUM_SMS, calls)
+assert [warm.compile_one(job, target, launcher=False) for job in jobs] == [None] * len(jobs)
+warmed = set(cache.rglob("*"))
+triton.runtime.driver.set_active(Driver())
+processors = patch.object(host, "processors", lambda tensor: NUM_SMS)
+with warm.triton_on_cpu(), patch.object(host, "launch", launch), processors:
+    calls(None)
+print(len(jobs), len(set(launched)), len(warmed), len(set(cache.rglob("*")) - warmed))
+"""
+
+
+@compiled
+def test_a_launch_finds_what_was_warmed_in_the_cache(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WARMED, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    jobs, kernels, warmed, new = map(int, done.stdout.split())
+    assert jobs > kernels >= 8 and warmed > jobs and new == 0
 
 
 @interpreted
-def test_triton_keeps_the_sections_before_one_that_fails_and_runs_those_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_triton_where_it_does_not_run_is_a_row_of_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RRU_FAST_FLOAT32", "tf16")  # refused by every kernel that multiplies
+    for found in losses.many(make_run(torch.device("cpu"), toy=True, repeats=1)):
+        rows = {row["implementation"]: row for row in found}
+        assert rows["triton"]["left out"].startswith("does not run: ValueError: RRU_FAST_FLOAT32: got 'tf16'")
+        assert "ms" not in rows["triton"]
+        assert rows["composite"]["ms"] > 0 and rows["composite"]["x eager"] > 0
+
+
+BEGIN = "import os, subprocess, sys, time; file = open(sys.argv[1], 'a')\n"
+SAY = "print('{\"found\": ' + str(os.getpid()) + '}', file=file, flush=True)\n"
+CHILD = (
+    "child = subprocess.Popen(['sleep', '600']); print('{\"child\": ' + str(child.pid) + '}', file=file, flush=True)\n"
+)
+# By part, the script that stands in for it.
+SCRIPTS = {
+    "environment": f"{BEGIN}{SAY}os._exit(3)",
+    "warm": f"{BEGIN}{SAY}{CHILD}",
+    "smoke": f"{BEGIN}{SAY}print('half a line', end='', file=file)",
+    "eval": f"{BEGIN}{SAY}{CHILD}time.sleep(600)",
+    "strips": f"{BEGIN}{SAY}",
+}
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts in place of the parts."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(
+        command, "command", lambda name, findings, *_: [sys.executable, "-c", SCRIPTS[name], str(findings)]
+    )
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is dead, be it still in the table."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            os.kill(pid, 0)
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def written(folder: Path) -> Any:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+@no_gpu
+@pytest.mark.usefixtures("scripted")
+def test_a_part_that_crashes_or_hangs_loses_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "SECTIONS", {"one that nobody wrote": None, "forward + backward": None})
-    with pytest.raises(SystemExit, match="left out:\n  one that nobody wrote: KeyError"):
-        gpu.main(gpu.Options(toy=True, results=tmp_path))
-    (written,) = tmp_path.glob("*.json")
-    kept = json.loads(written.read_text())
-    assert "KeyError" in kept["environment"]["left out"]["one that nobody wrote"]
-    assert {row["implementation"] for row in kept["rows"]} >= {"eager", "triton"}
+    monkeypatch.setattr(command, "LEAST", 0)
+    with pytest.raises(SystemExit, match=r"^failed:\n  environment: exit status 3$"):
+        command.main(["--toy", "--seconds", "3", "--results", str(tmp_path), "--only", *SCRIPTS])
+    parts = written(tmp_path)["parts"]
+    ended = {name: own["ended"] for name, own in parts.items()}
+    assert re.fullmatch(r"stopped after \d s", ended.pop("eval"))
+    assert ended == {
+        "environment": "exit status 3",
+        "warm": "ok",
+        "smoke": "ok",
+        "strips": "left out: 3 s are over",
+    }
+    assert all("found" in parts[name] for name in ("environment", "warm", "smoke", "eval"))
+    assert gone(parts["eval"]["found"]) and gone(parts["eval"]["child"]) and gone(parts["warm"]["child"])
+    printed = capsys.readouterr().out
+    assert "== environment: exit status 3" in printed and "  strips: left out: 3 s are over" in printed
+
+
+ORPHAN = """
+import sys, os
+from pathlib import Path
+from benchmarks.gpu import groups
+part = "import os, subprocess, sys, time; from benchmarks.gpu.groups import end_with_parent; end_with_parent(); "
+part += "child = subprocess.Popen(['sleep', '600']); print(os.getpid(), child.pid, flush=True); time.sleep(600)"
+groups.run([sys.executable, "-c", part], 600, Path(sys.argv[1]), Path.cwd(), os.environ, lambda: None)
+"""
+
+
+def test_a_part_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, str(log)], cwd=ROOT) as main:
+        while not log.exists() or not log.read_text().endswith("\n"):
+            assert main.poll() is None
+            time.sleep(0.05)
+        main.send_signal(signal.SIGKILL)
+    assert all(gone(int(pid)) for pid in log.read_text().split())
+
+
+@no_gpu
+@pytest.mark.usefixtures("scripted")
+def test_no_run_overwrites_an_earlier_one_and_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    command.main(["--toy", "--seconds", "0", "--results", str(tmp_path), "--commit", "abc"])
+    found = written(tmp_path)
+    assert found["environment"]["commit"] == "abc" and found["rows"] == []
+    assert {name: own["ended"] for name, own in found["parts"].items()} == {
+        name: "left out: 0 s are over" if name in WITHOUT_GPU else "left out: needs a GPU" for name in PARTS
+    }
+    (first,) = tmp_path.iterdir()
+    before = first.read_bytes()
+    command.main(["--toy", "--seconds", "0", "--results", str(tmp_path), "--only", "warm"])
+    assert len(list(tmp_path.glob("*.json"))) == 2 and first.read_bytes() == before
+    other = json.loads(first.with_name(f"{first.stem}-2.json").read_text())
+    assert list(other["parts"]) == ["warm"] and other["environment"]["commit"] != "abc"
+
+
+@no_gpu
+def test_without_a_gpu_it_says_how_it_can_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = "--toy: got False without a GPU, wanted one, or --toy with TRITON_INTERPRET=1"
+    with pytest.raises(SystemExit, match=wanted):
+        command.main(["--results", str(tmp_path)])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="triton: got a backend that does not serve: "):
+        command.main(["--toy", "--results", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_findings_go_where_their_keys_say(tmp_path: Path) -> None:
+    results = Results(tmp_path, "toy", {"op": "gpu"})
+    results.parts["smoke"] = {}
+    lines = tmp_path / "lines"
+    findings = Findings(lines)
+    assert findings.new() == []
+    lines.write_text('{"rows": [{"ms": 1}], "a": 1}\n{"failed": "one"}\n{"environment": {"roofline": 3}}\n{"fai')
+    for finding in findings.new():
+        results.add("smoke", finding)
+    with lines.open("a") as file:
+        file.write('led": "two"}\n')
+    for finding in findings.new():
+        results.add("smoke", finding)
+    results.write()
+    content = {"environment": {"op": "gpu", "roofline": 3}, "rows": [{"ms": 1}]}
+    assert json.loads(results.path.read_text()) == {
+        **content,
+        "parts": {"smoke": {"a": 1, "failed": ["one", "two"]}},
+    }
+
+
+def test_autotuned_configs_come_back_in_one_file(tmp_path: Path) -> None:
+    results, configs = Results(tmp_path / "results", "toy", {}), tmp_path / "cache" / "rru_fast" / "autotune"
+    results.gather_autotuned(tmp_path / "cache")
+    assert list(results.path.parent.iterdir()) == [results.path]
+    configs.mkdir(parents=True)
+    for name in ("a", "b"):
+        (configs / f"{name}.json").write_text(json.dumps({"kind": name}))
+    (configs / "c.json").write_text('{"half')
+    results.gather_autotuned(tmp_path / "cache")
+    (gathered,) = results.path.parent.glob("*-autotune.json")
+    assert json.loads(gathered.read_text()) == [{"kind": "a"}, {"kind": "b"}]
+
+
+def test_the_suite_writes_what_it_has_before_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "ENDING", 2)
+    monkeypatch.setattr(suite, "find_spec", lambda module: None)  # pytest-xdist takes 10 s to end
+    for name in [name for name in os.environ if name.startswith("PYTEST")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu: of a GPU\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_gpu.py").write_text(
+        "import pytest, time\npytestmark = pytest.mark.gpu\n"
+        "def test_triton_quick(): pass\n"
+        "def test_triton_wrong(): assert 1 == 2\n"
+        "def test_triton_slow(): time.sleep(600)\n"
+        "def test_triton_compiled(): pass\n"
+    )
+    found = list(suite.suite(tmp_path, suite.CORE, tmp_path / "junit.xml", seconds=5))
+    assert found[0] == {"not installed": ["xdist", "pytest_timeout"]}
+    assert found[1]["tests"] >= 2 and found[1]["failures"] == 1
+    assert found[2]["failed"].startswith("test_triton_wrong: assert 1 == 2")
+    assert found[3:] == [{"ended": "stopped after 3 s"}]
+    found = list(suite.suite(tmp_path, suite.REST, tmp_path / "rest.xml", seconds=60))
+    assert found[-1] == {"tests": 1, "skipped": 0, "failures": 0}
+
+
+@pytest.mark.parametrize(
+    ("output", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0),
+        ("========= ERROR SUMMARY: 1 error", 1),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)", 2),
+        ("========= Internal error", None),
+    ],
+)
+def test_a_sanitizers_errors_are_counted(output: str, errors: int | None) -> None:
+    assert sanitizer.count_errors(f"before\n{output}\nafter\n") == errors
+
+
+def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [("gate_kernel", 2.0), ("Memcpy DtoD", 1.0), ("gate_kernel", 4.0)] * kernel_times.CALLS
+    monkeypatch.setattr(kernel_times, "_device_events", lambda work: events)
+    assert kernel_times.kernel_ms(lambda: None, torch.device("cuda")) == pytest.approx(7e-3)
+    assert kernel_times.kernel_ms(lambda: None, torch.device("cpu")) is None
+    assert kernel_times.by_kernel(lambda: None, most=1) == {
+        "us per call": 7.0,
+        "launches per call": 3.0,
+        "kernels": [["gate_kernel", 2.0, 3.0]],
+    }

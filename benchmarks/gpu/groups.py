@@ -1,0 +1,76 @@
+"""Commands in process groups of their own: killed as a whole, at a time limit or with the process that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+POLL = 0.1  # seconds
+ENDING = 10  # seconds that a killed process may take to end
+
+
+def run(
+    command: Sequence[str], seconds: float, log: Path, cwd: Path, env: Mapping[str, str], poll: Callable[[], object]
+) -> str:
+    """Run a command with its output appended to `log`; all of its group is dead afterwards.
+
+    Args:
+        command: it may call `end_with_parent`.
+        seconds: limit, at which the group is killed.
+        log: file of its output.
+        cwd: its working directory.
+        env: its environment.
+        poll: called again and again while it runs.
+
+    Returns:
+        "ok", "exit status N" or "stopped after N s".
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # nothing is written: its end tells the command that this process is gone
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + seconds
+        # Not reaped yet, a process keeps its number: the group that is killed is its own.
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > end:
+                return f"stopped after {seconds:.0f} s"
+            poll()
+            time.sleep(POLL)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps its process for longer
+            process.wait(ENDING)
+        assert process.stdin is not None
+        process.stdin.close()
+    return f"exit status {process.returncode}" if process.returncode else "ok"
+
+
+def end_with_parent() -> None:
+    """Have this process's group killed as soon as the one that called `run` is gone."""
+    if not stat.S_ISFIFO(os.fstat(0).st_mode) or os.getpgrp() != os.getpid():
+        return
+    pipe = os.dup(0)  # not inherited, unlike 0
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,139 @@
+"""Sections of the loss and of the strips: forward with backward of functions of the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import rru_fast
+from benchmarks import contenders, measure, parity
+from benchmarks.gpu.kernel_times import kernel_ms
+from benchmarks.gpu.run import PRECISIONS, Run, Sizes, Work, faster, left_out, set_precision, times
+from benchmarks.table import Row
+from rru_fast import config, reference
+
+MARGIN = 0.4
+EAGER = "eager"
+Function = Callable[..., Tensor]
+
+
+def strip_losses(run: Run) -> Iterator[list[Row]]:
+    """Rows of L_v + L_p, the loss of the pooled features and of every strip, at each precision."""
+    inputs = strip_loss_inputs(run.sizes, run.device)
+    for precision in PRECISIONS:
+        set_precision(precision, run.device)
+        functions = strip_loss_functions(run.sizes, run.device, _backends(run.device))
+        yield _compared(functions, inputs, run, run.sizes.features, precision)
+
+
+def strip_loss_inputs(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """Features of clips and of their strips."""
+    strips = torch.randn(sizes.features, device=device)
+    return {"video": strips.mean(0), "strips": strips}
+
+
+def strip_loss_functions(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> dict[str, Function]:
+    """L_v + L_p by its implementations; eager PyTorch takes the strips one by one."""
+    labels = torch.arange(sizes.features[1], device=device) // sizes.clips_per_identity
+
+    def loss(triplet: Any, one_by_one: bool) -> Function:
+        def value(video: Tensor, strips: Tensor) -> Tensor:
+            of_strips: Tensor = (
+                torch.stack([triplet(strip, labels) for strip in strips]).mean()
+                if one_by_one
+                else triplet(strips, labels)
+            )
+            return of_strips + cast(Tensor, triplet(video, labels))
+
+        return value
+
+    losses = {EAGER: loss(reference.BatchHardTripletLoss(MARGIN), True)}
+    return losses | {name: loss(rru_fast.BatchHardTripletLoss(MARGIN, backend=name), False) for name in backends}
+
+
+def many(run: Run) -> Iterator[list[Row]]:
+    """Rows of the loss of many features, at each precision."""
+    inputs = {"features": torch.randn(run.sizes.many, device=run.device)}
+    for precision in PRECISIONS:
+        set_precision(precision, run.device)
+        functions = many_functions(run.sizes, run.device, _backends(run.device))
+        yield _compared(functions, inputs, run, run.sizes.many, precision)
+
+
+def many_functions(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> dict[str, Function]:
+    """The loss by its implementations."""
+    labels = torch.arange(sizes.many[0], device=device) // sizes.clips_per_identity
+    modules = {EAGER: reference.BatchHardTripletLoss(MARGIN)}
+    modules |= {name: rru_fast.BatchHardTripletLoss(MARGIN, backend=name) for name in backends}
+    return {name: lambda features, module=module: module(features, labels) for name, module in modules.items()}
+
+
+def strips(run: Run) -> Iterator[list[Row]]:
+    """Rows of the strips' pooling, which multiplies nothing: of one precision."""
+    set_precision("defaults", run.device)
+    s = torch.randn(run.sizes.maps, device=run.device)
+    functions: dict[str, Function] = {EAGER: partial(rru_fast.strip_pool, backend="reference")}
+    functions |= {name: partial(rru_fast.strip_pool, backend=name) for name in _backends(run.device)}
+    yield _compared(functions, {"s": s}, run, run.sizes.maps, "defaults", 2 * s.nbytes / run.copy)
+
+
+def results(function: Function, inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The function's value and the gradients of its inputs, computed in `dtype`."""
+    leaves = {name: v.to(dtype).detach().requires_grad_() for name, v in inputs.items()}
+    out = function(*leaves.values())
+    return parity.gradients([out], [torch.ones_like(out)], leaves)
+
+
+def _backends(device: torch.device) -> list[str]:
+    return [name for name in config.serving(device) if name != "reference"]
+
+
+def _compared(
+    functions: Mapping[str, Function],
+    inputs: Mapping[str, Tensor],
+    run: Run,
+    shape: Sequence[int],
+    precision: str,
+    least: float | None = None,
+) -> list[Row]:
+    """Rows of functions of the same inputs, each held to eager in float64 before it is timed.
+
+    least: seconds of the roofline.
+    """
+    # Of maps one draw is enough, of a loss, one number, it is not.
+    more = range(run.sizes.draws - 1 if least is None else 0)
+    drawn = [inputs, *({name: torch.randn_like(v) for name, v in inputs.items()} for _ in more)]
+    eager = [(results(functions[EAGER], own), results(functions[EAGER], own, torch.float64)) for own in drawn]
+    works: dict[str, Work] = {}
+    refused: dict[str, str] = {}
+    for name, function in functions.items():
+        try:
+            compared = (
+                parity.compare(results(function, own), *in_both) for own, in_both in zip(drawn, eager, strict=True)
+            )
+            parity.judge(name, list(compared))
+        except SystemExit as refusal:
+            refused[name] = str(refusal)
+        except Exception as error:  # whatever it is, the others can be measured
+            refused[name] = f"does not run: {contenders.told(error)}"
+        else:
+            works[name] = partial(results, function, inputs)
+    seconds = times(works, run)
+    return [
+        {
+            "implementation": name,
+            "shape": list(shape),
+            "precision": precision,
+            "ms": 1e3 * median(seconds[name]),
+            "kernel ms": kernel_ms(work, run.device),
+            "x eager": faster(seconds, EAGER, name),
+            **({} if least is None else {"% of roofline": 100 * least / median(seconds[name])}),
+            "peak MiB": measure.peak_bytes(work, run.device) / measure.MIB,
+        }
+        for name, work in works.items()
+    ] + left_out(refused, shape, precision)

@@ -1,0 +1,81 @@
+"""The files of a run: one JSON, written anew at each finding, the log, the suite's XML and the autotuned configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import Row
+
+
+class Results:
+    """Findings of a run so far, in memory and on disk."""
+
+    def __init__(self, folder: Path, name: str, environment: Row) -> None:
+        """Choose files that no earlier run has written, and write the first."""
+        self.stem = _free_stem(folder, name)
+        self.path = self.stem.with_suffix(".json")
+        self.log = self.stem.with_suffix(".log")
+        self.environment = environment
+        self.rows: list[Row] = []
+        self.parts: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the JSON; a reader finds the earlier one or this, whole."""
+        content = {"environment": self.environment, "rows": self.rows, "parts": self.parts}
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        os.replace(unfinished, self.path)
+
+    def add(self, part: str, finding: dict[str, Any]) -> None:
+        """Put a finding in its place; see `benchmarks.gpu.parts`."""
+        own = self.parts[part]
+        for key, value in finding.items():
+            if key == "rows":
+                self.rows += value
+            elif key == "environment":
+                self.environment |= value
+            elif key == "failed":
+                own.setdefault("failed", []).append(value)
+            else:
+                own[key] = value
+
+    def gather_autotuned(self, cache: Path) -> None:
+        """Write the configs that autotuning has left in `cache` into one file, if there are any."""
+        found = []
+        for path in sorted((cache / "rru_fast" / "autotune").glob("*.json")):
+            with suppress(ValueError):  # of a part that was killed while it wrote
+                found.append(json.loads(path.read_text()))
+        if found:
+            path = self.stem.with_name(f"{self.stem.name}-autotune.json")
+            path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+class Findings:
+    """The file of JSON lines that a part writes, read as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        """Read `path`, which need not exist yet."""
+        self.path = path
+        self._read = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Return the lines written since the last call; half a line waits for its other half."""
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        lines, self._read = content[self._read : end].splitlines(), max(end, self._read)
+        return [json.loads(line) for line in lines]
+
+
+def _free_stem(folder: Path, name: str) -> Path:
+    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
+    stems = (folder / f"{name}-{date.today().isoformat()}{number}" for number in numbers)
+    return next(stem for stem in stems if not stem.with_suffix(".json").exists())

@@ -1,0 +1,75 @@
+"""compute-sanitizer on one small forward and backward of each operator.
+
+python3 -m benchmarks.gpu.sanitizer     # the calls alone
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rru_fast
+
+TOOLS = ("racecheck", "memcheck")
+# The allocator's cache would hide what is read or written out of bounds.
+ENVIRONMENT = {"RRU_FAST_AUTOTUNE": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error")
+
+
+def small_calls(device: torch.device) -> None:
+    """Run the unit and the loss on a few elements, forward and backward."""
+    unit = rru_fast.RRU(40, (3, 2), hidden=20, backend="triton").to(device)
+    x = torch.randn(3, 3, 40, 3, 2, device=device, requires_grad=True)
+    torch.autograd.grad(unit(x).features.square().sum(), [x, *unit.parameters()])
+    features = torch.randn(2, 12, 40, device=device, requires_grad=True)
+    labels = torch.arange(12, device=device) // 4
+    loss = rru_fast.batch_hard_triplet(features, labels, margin=0.4, backend="triton")
+    assert isinstance(loss, torch.Tensor)
+    torch.autograd.grad(loss, features)
+
+
+def find_tool() -> str | None:
+    """Path of compute-sanitizer, None where it is not installed."""
+    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def sanitize(root: Path, tool: str) -> Iterator[dict[str, Any]]:
+    """Yield the last lines of each check, and "failed" where it reports errors or ends without a summary."""
+    for check in TOOLS:
+        command = [tool, "--tool", check, "--kernel-regex", "kns=kernel", sys.executable, "-m", __name__]
+        done = subprocess.run(
+            command,
+            cwd=root,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        print(done.stdout, flush=True)
+        yield {check: done.stdout.strip().splitlines()[-6:]}
+        errors = count_errors(done.stdout)
+        if errors is None or done.returncode:
+            yield {"failed": f"{check}: status {done.returncode}, {'no summary' if errors is None else 'with one'}"}
+        elif errors:
+            yield {"failed": f"{check}: {errors} errors"}
+
+
+def count_errors(output: str) -> int | None:
+    """Errors of a tool's summary, None without one."""
+    found = [int(first or second) for first, second in SUMMARY.findall(output)]
+    return sum(found) if found else None
+
+
+if __name__ == "__main__":
+    small_calls(torch.device("cuda"))
+    torch.cuda.synchronize()

@@ -1,0 +1,161 @@
+"""Parity in short: small odd cases in float64, the paper's shape in every dtype, two runs bitwise equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rru_fast
+from benchmarks import contenders, parity
+from benchmarks.gpu.run import Sizes, set_precision
+from tests.parity import GROUPS, ODD_SHAPES, Call, Case, make_call, run
+
+Results = Mapping[str, Tensor]
+PAPER = Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128)
+SMALL = [
+    Case(),
+    Case(mode="ragged"),
+    Case(mode="continued"),
+    Case(inputs="raw"),
+    Case(attention="channel", inputs="appearance"),
+    GROUPS[0],
+    ODD_SHAPES[6],
+    ODD_SHAPES[8],
+]
+# By title: dtype, and how its float32 products are computed; see `set_precision`.
+DTYPES = {
+    "TF32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "defaults"),
+    "float32": (torch.float32, "exact"),
+    "float16": (torch.float16, "defaults"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases and dtypes of a smoke test."""
+
+    small: list[Case]
+    full: Case
+    draws: int
+    """Of the full case; their median decides."""
+    dtypes: dict[str, tuple[torch.dtype, str]]
+    """Of the full case."""
+    others: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
+    """Of the other operators."""
+
+
+FULL = Plan(SMALL, PAPER, 1, DTYPES)
+_TOY = Case((2, 2, 6, 3, 2))
+TOY = Plan([_TOY], _TOY, 3, {name: DTYPES[name] for name in ("bfloat16", "float32")}, (torch.float32,))
+
+
+def smoke(device: torch.device, plan: Plan, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Findings, one by one: errors next to eager's in the same dtype; "failed" where one is more than it may be."""
+    for case in plan.small:
+        set_precision("exact", device)
+        yield from _tried(f"float64 {case}", partial(_float64, case, device))
+    for name, (dtype, precision) in plan.dtypes.items():
+        set_precision(precision, device)
+        yield from _tried(f"{name} {plan.full}", partial(_full, plan, dtype, device))
+    set_precision("exact", device)
+    for dtype in plan.others:
+        for operator in OTHERS:
+            title = f"{operator} {str(dtype).removeprefix('torch.')}"
+            yield from _tried(title, partial(_other, operator, sizes, device, dtype))
+
+
+def _tried(title: str, check: Callable[[], tuple[dict[str, Any], list[str]]]) -> Iterator[dict[str, Any]]:
+    """The finding of a check and its failures; an exception is both."""
+    try:
+        found, wrong = check()
+    except Exception as error:  # whatever it is, the other checks go on
+        yield {title: contenders.told(error), "failed": f"{title}: {contenders.told(error)}"}
+        return
+    yield {title: found}
+    for sentence in wrong:
+        yield {"failed": f"{title}: {sentence}"}
+
+
+def _float64(case: Case, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    call = make_call(case)
+    got, oracle = run(case, call.map(lambda v: v.to(device)), "triton"), run(case, call, "reference")
+    return _judged([({name: value.cpu() for name, value in got.items()}, oracle, oracle)])
+
+
+def _full(plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    draws = []
+    for seed in _seeds(plan, dtype, device):
+        call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
+        low = call.map(lambda v: v.to(dtype))
+        got = run(plan.full, low, "triton")
+        draws.append((got, run(plan.full, low, "reference"), run(plan.full, call, "reference")))
+    return _repeated(*_judged(draws), got, run(plan.full, low, "triton"))
+
+
+def _seeds(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Of several draws the first ones; of a single one that whose ReLUs rounding does not switch."""
+
+    def settled(seed: int) -> bool:
+        call: Call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
+        return parity.settled(lambda: run(plan.full, call, "reference"), dtype)
+
+    if plan.draws > 1:
+        return list(range(plan.draws))
+    return [next(filter(settled, range(parity.DRAWS)), 0)]
+
+
+def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
+    function, shape = OTHERS[operator], sizes.features if operator == "batch_hard" else sizes.maps
+    draws = []
+    # Of a value or a handful of them, luck alone decides on which side a rounding falls.
+    for _ in range(1 if operator == "strip_pool" else sizes.draws):
+        tensor = torch.randn(shape, device=device).to(dtype)
+        got = function(tensor, "triton", sizes)
+        draws.append((got, function(tensor, "reference", sizes), function(tensor.double(), "reference", sizes)))
+    return _repeated(*_judged(draws), got, function(tensor, "triton", sizes))
+
+
+def batch_hard(features: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
+    """The loss of features (G, N, D), and its gradient."""
+    labels = torch.arange(features.shape[1], device=features.device) // sizes.clips_per_identity
+    leaf = features.detach().requires_grad_()
+    value = rru_fast.batch_hard_triplet(leaf, labels, margin=0.4, backend=backend)
+    return {"value": value.detach(), "gradient": torch.autograd.grad(value.sum(), leaf)[0]}  # type: ignore[union-attr]
+
+
+def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
+    """The strips of maps, and their gradient."""
+    leaf = s.detach().requires_grad_()
+    value = rru_fast.strip_pool(leaf, backend=backend)
+    return {"value": value.detach(), "gradient": torch.autograd.grad(value.sum(), leaf)[0]}
+
+
+OTHERS = {"batch_hard": batch_hard, "strip_pool": strip_pool}
+
+
+def _judged(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:
+    """[error, eager's] of each tensor, medians over draws of (got, eager, oracle); and those that are off by more."""
+    found, wrong = {}, []
+    compared = [parity.compare(*draw) for draw in draws]
+    for name in draws[0][2]:
+        off, allowed = (median(own[name][i] for own in compared) for i in (0, 1))
+        eager = median(parity.error(in_dtype[name], oracle[name]) for _, in_dtype, oracle in draws)
+        found[name] = [float(f"{value:.2e}") for value in (off, eager)]
+        if off > allowed:
+            wrong.append(f"{name} is off by {off:.1e}, allowed {allowed:.1e}")
+    return found, wrong
+
+
+def _repeated(
+    found: dict[str, Any], wrong: list[str], got: Results, again: Results
+) -> tuple[dict[str, Any], list[str]]:
+    differing = [name for name, value in got.items() if not torch.equal(value, again[name])]
+    wrong = [*wrong, *(f"{name} differs between two runs" for name in differing)]
+    return found | {"bitwise equal twice": not differing}, wrong
