@@ -1,4 +1,4 @@
-# Each target sets up what it needs: a fresh machine with Python >= 3.10 has to do nothing first.
+# Each target but test-gpu sets up what it needs: a fresh machine with Python >= 3.10 has to do nothing first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -66,9 +66,11 @@ test-triton: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto -k triton \
 		tests/benchmarks tests/ops tests/test_triton.py $(ARGS)
 
-# Compiling takes most of the time, and every process compiles for itself.
-test-gpu: setup
-	"$(BIN)/python" -m pytest -q -m gpu -n 8 $(ARGS)
+# Sets up nothing: it needs torch, triton, numpy and pytest. Compiling takes most of the time: in 8 processes, where
+# pytest-xdist is installed.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu $(shell $(PYTHON) -c "import xdist" 2> /dev/null && printf -- '-n 8') \
+		tests/test_gpu.py $(ARGS)
 
 compile-report: setup
 	"$(BIN)/python" -m benchmarks.compile_report $(ARGS)

@@ -1,7 +1,7 @@
-"""The parity suite at full size, on a GPU: `make test-gpu`, or a slice of it: `make test-gpu ARGS="-k full_size"`.
+"""Parity suite at full size, on a GPU: `python3 -m pytest -m gpu tests/test_gpu.py`, or `make test-gpu`.
 
-Slices, by their names: oracle, references, full_size, graphed, batch_hard. Compiling the kernels takes most of the
-time, on one core a test; `make test-gpu` runs eight at once.
+Needs torch, triton, numpy and pytest. Parts, for `-k`: oracle, references, full_size, graphed, batch_hard. Compiling
+the kernels takes most of the time, on one core a test; with pytest-xdist, `make test-gpu` runs eight at once.
 """
 
 from __future__ import annotations
