@@ -139,7 +139,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import warm
 from benchmarks.gpu.run import TOY
 from benchmarks.launches import NUM_SMS
-from rru_fast.triton import _host as host
+from rru_fast.triton import _host, _launch
 
 class Driver:
     get_current_target = staticmethod(lambda: target)
@@ -159,8 +159,8 @@ jobs = warm.record(target, NUM_SMS, calls)
 assert [warm.compile_one(job, target, launcher=False) for job in jobs] == [None] * len(jobs)
 warmed = set(cache.rglob("*"))
 triton.runtime.driver.set_active(Driver())
-processors = patch.object(host, "processors", lambda tensor: NUM_SMS)
-with warm.triton_on_cpu(), patch.object(host, "launch", launch), processors:
+processors = patch.object(_host, "processors", lambda tensor: NUM_SMS)
+with warm.triton_on_cpu(), patch.object(_launch, "launch", launch), processors:
     calls(None)
 print(len(jobs), len(set(launched)), len(warmed), len(set(cache.rglob("*")) - warmed))
 """
