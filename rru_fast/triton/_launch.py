@@ -120,6 +120,8 @@ class Launches:
             compiled = launch(self._kernel, self._grid, **arguments)
             if compiled is None or not prepares:  # the interpreter compiles nothing
                 return
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
             run = _compiled[key] = compiled[(*self._grid, 1, 1)[:3]]
         names = self._kernel.arg_names
         self._run = run
@@ -131,6 +133,7 @@ class Launches:
 
 
 # By all that Triton specializes on, and more: a launch that Triton has bound once is not bound again.
+MOST_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
