@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -111,11 +113,28 @@ def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Fu
     before = [tensor.clone() for tensor in running]
     try:
         with torch.autocast("cuda", enabled=False):  # the kernels choose their dtypes themselves
-            graphed = torch.cuda.make_graphed_callables(call, tuple(samples), allow_unused_input=True)
+            graphed = make_graphed(call, tuple(samples))
     finally:
         for tensor, value in zip(running, before, strict=True):
             tensor.copy_(value)
-    return cast(Function, graphed)
+    return graphed
+
+
+def make_graphed(call: Function, samples: tuple[Tensor, ...]) -> Function:
+    """torch.cuda.make_graphed_callables whose capture fails on no other thread's calls.
+
+    By default cudaHostAlloc fails in any thread, such as a DataLoader's that pins memory, while a graph is captured.
+    """
+    make: Any = torch.cuda.make_graphed_callables
+    mode = {"capture_error_mode": "thread_local"}
+    if "capture_error_mode" in signature(make).parameters:  # newer than torch 2.11
+        return cast(Function, make(call, samples, allow_unused_input=True, **mode))
+    graph: Any = torch.cuda.graph
+    torch.cuda.graph = partial(graph, **mode)  # type: ignore[misc,assignment]
+    try:
+        return cast(Function, make(call, samples, allow_unused_input=True))
+    finally:
+        torch.cuda.graph = graph  # type: ignore[misc]
 
 
 class _Own(torch.autograd.Function):

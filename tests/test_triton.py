@@ -247,6 +247,32 @@ def test_a_graphs_output_changed_in_place_has_no_backward() -> None:
         features.mul_(2).sum().backward()
 
 
+@pytest.mark.parametrize("takes_a_mode", [True, False])
+def test_a_graph_is_captured_so_that_other_threads_can_go_on(
+    takes_a_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[object] = []
+
+    def graph(graph: object, pool: object = None, capture_error_mode: str = "global") -> None:
+        modes.append(capture_error_mode)
+
+    def older(call: object, samples: object, allow_unused_input: bool = False) -> object:
+        torch.cuda.graph(None)  # type: ignore[arg-type]
+        return call
+
+    def newer(
+        call: object, samples: object, allow_unused_input: bool = False, capture_error_mode: str = "global"
+    ) -> object:
+        graph(None, None, capture_error_mode)
+        return call
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", newer if takes_a_mode else older)
+    graphs.make_graphed(lambda: (), ())
+    assert modes == ["thread_local"]
+    assert torch.cuda.graph is graph
+
+
 def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rru_fast.triton._launch")
     from rru_fast.triton import _launch, refine, strip_pool
