@@ -79,10 +79,13 @@ def test_a_candidate_that_does_not_compile_is_one_line_and_loses(
     assert [str(warning.message).count("\n") for warning in caught] == [0]
 
 
+@pytest.mark.parametrize("kind", ["shared memory", "memory"])
 def test_a_candidate_that_needs_more_than_the_gpu_has_loses_without_a_word(
-    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    kind: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     def seconds(config: LaunchConfig) -> float:
+        if config == FASTER and kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         if config == FASTER:
             raise RuntimeError("launch") from OutOfResources(300, 200, "shared memory")
         return 1.0
@@ -130,16 +133,93 @@ def test_a_result_on_disk_serves_the_next_process_until_a_kernel_changes(monkeyp
     assert (found, len(tried)) == (DEFAULT, 2)
 
 
-@pytest.mark.parametrize("text", ["", '{"half', "[]", '{"kind": "another", "config": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"half', "[]", '{"kind": "another", "config": {}}', '{"kind": KIND, "config": {"gate": 5, "maps": 5}}'],
+)
 def test_a_damaged_file_is_written_anew(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 16}]}
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
     (file,) = _autotune.folder().iterdir()
     whole = file.read_text()
-    file.write_text(text)
+    file.write_text(text.replace("KIND", json.dumps(json.loads(whole)["kind"])))
     monkeypatch.setattr(_autotune, "_known", {})
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
     assert file.read_text() == whole
+
+
+def test_every_candidate_of_every_operator_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import compile_report
+    from rru_fast.triton import batch_hard, refine
+
+    seen: list[tuple[str, Candidates]] = []
+
+    def collect(op: str, sizes: Any, tensor: Any, candidates: Callable[[], Candidates], run: Any) -> LaunchConfig:
+        seen.append((op, candidates()))
+        return candidates().default
+
+    for module in (refine, batch_hard):
+        monkeypatch.setattr(module, "autotune", collect)
+    monkeypatch.setattr("benchmarks.launches.Recorder.autotune", lambda self, *arguments: collect(*arguments))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        compile_report.launches(dtype, "default")
+    assert {op for op, _ in seen} == {"refine", "refine_backward", "batch_hard"}
+    for op, own in seen:
+        for change in _autotune._changes(own):
+            config = own.default | change
+            _autotune._write(op, f"{op} kind", config)
+            assert _autotune._cached(f"{op} kind", own) == config
+
+
+class Clock:
+    """A GPU's queue in place of torch.cuda: events, calls and waits in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.waits = 0.0, 0
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        def wait(cycles: int) -> None:
+            self.waits += 1
+            self.now += cycles
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", wait)
+
+
+@pytest.mark.parametrize(("speedup", "wanted"), [(0.5, False), (1.02, False), (1.04, True)])
+def test_on_a_gpu_calls_are_timed_by_events_behind_a_wait(
+    speedup: float, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def run(config: LaunchConfig) -> None:
+        clock.now += 1 / speedup if config == FASTER else 1.0
+
+    assert _autotune._faster(run, FASTER, DEFAULT, on_gpu=True) is wanted
+    assert clock.waits == _autotune.ROUNDS
+
+
+def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setenv("RRU_FAST_AUTOTUNE", "")
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert _autotune.enabled(OnGpu()) is not capturing  # type: ignore[arg-type]
 
 
 def test_configs_that_are_shipped_for_a_card_serve_without_tuning(

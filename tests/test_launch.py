@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,9 +28,9 @@ def plain(arguments: tuple[Any, ...]) -> list[Any]:
     return [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
 
 
-def run(case: Case) -> None:
-    """Forward and backward of a case by the Triton backend's host code."""
-    call = parity.make_call(case, torch.float32).map(lambda v: v.float())
+def run(case: Case, change: Callable[[parity.Call], parity.Call] = lambda call: call) -> None:
+    """Forward and backward of a case, in float32 but for a change, by the Triton backend's host code."""
+    call = change(parity.make_call(case, torch.float32).map(lambda v: v.float()))
     w = call.weights
     names = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
     state = (None, None) if call.state is None else (call.state.x, call.state.s)
@@ -51,36 +52,69 @@ CASES = [
 ]
 
 
+class Compared:
+    """Every launch by `Launches`, held to Triton's own of the same arguments: kernel, grid, and each value."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passed: list[tuple[Stub, tuple[int, ...], list[Any]]] = []
+        self.prebound = 0
+        call_it: Callable[..., None] = Launches.__call__
+
+        def compare(launches: Any, *slices: Any, integer: int = 0) -> None:
+            before, bound = launches._run, len(self.passed)
+            call_it(launches, *slices, integer=integer)
+            if len(self.passed) > bound + 1:
+                return  # a known launch calls itself: compared already
+            stub, *got = self.passed[-1]
+            self.prebound += launches._run is not None and launches._run is before
+            arguments = launches._fixed | {
+                name: None if one is None else one[1].view(one[2])
+                for name, one in zip(launches._names, slices, strict=True)
+            }
+            if launches._integer is not None:
+                arguments[launches._integer] = integer
+            assert _launch.launch(launches._kernel, launches._grid, **arguments) is stub
+            _, *wanted = self.passed.pop()
+            assert got == wanted
+
+        monkeypatch.setattr(Launches, "__call__", compare)
+
+    def note(self, stub: Stub, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Take a launch in place of the GPU."""
+        self.passed.append((stub, grid, plain(arguments)))
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compared]:
+    compared = Compared(monkeypatch)
+    with launched_by(compared.note):
+        yield compared
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_prebound_launch_passes_what_triton_would_and_runs_the_kernel_it_would(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, compared: Compared
 ) -> None:
-    passed: list[tuple[Stub, list[Any]]] = []
-    prebound = 0
-    call_it: Callable[..., None] = Launches.__call__
-
-    def compare(launches: Any, *slices: Any, integer: int = 0) -> None:
-        nonlocal prebound
-        before = launches._run
-        call_it(launches, *slices, integer=integer)
-        stub, got = passed[-1]
-        prebound += launches._run is not None and launches._run is before
-        arguments = launches._fixed | {
-            name: None if one is None else one[1].view(one[2])
-            for name, one in zip(launches._names, slices, strict=True)
-        }
-        if launches._integer is not None:
-            arguments[launches._integer] = integer
-        assert _launch.launch(launches._kernel, launches._grid, **arguments) is stub
-        _, wanted = passed.pop()
-        assert got == wanted
-
-    monkeypatch.setattr(Launches, "__call__", compare)
-    with launched_by(lambda stub, grid, *arguments: passed.append((stub, plain(arguments)))):
-        run(case)
-    kernels = {stub.kernel.__name__ for stub, _ in passed}
+    run(case)
+    kernels = {stub.kernel.__name__ for stub, *_ in compared.passed}
     assert {"transition_kernel", "gate_kernel", "maps_kernel", "gate_backward_kernel"} <= kernels
-    assert (prebound > 0) == (case.shape == EVEN)
+    assert (compared.prebound > 0) == (case.shape == EVEN)
+
+
+def misaligned(call: parity.Call) -> parity.Call:
+    """The same call with maps that begin 4 bytes past a multiple of 16."""
+    memory = torch.empty(call.x.numel() + 1, dtype=call.x.dtype)
+    x = memory[1:].view(call.x.shape).copy_(call.x)
+    return replace(call, x=x)
+
+
+def test_calls_one_after_another_run_the_kernels_that_triton_would(compared: Compared) -> None:
+    run(CASES[0])
+    run(CASES[0], misaligned)
+    run(CASES[0], lambda call: call.map(lambda v: v.bfloat16()))
+    run(Case((5, *EVEN[1:]), hidden=8, spatial_hidden=4))  # another grid
+    run(Case((EVEN[0], 9, *EVEN[2:]), hidden=8, spatial_hidden=4))
+    run(CASES[0])
 
 
 def test_in_training_a_launch_goes_through_triton_once_a_kind_not_once_a_frame() -> None:
@@ -98,31 +132,58 @@ def test_in_training_a_launch_goes_through_triton_once_a_kind_not_once_a_frame()
     assert counts[0] == counts[1]
 
 
-def test_slices_of_another_tensor_are_launched_at_their_own_addresses_and_bound_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[int] = []
+class Bound:
+    """A kernel that notes the addresses that Triton binds, and negated those that a prebound launch passes."""
 
-    class Kernel:
-        __name__ = "kernel"
-        arg_names = ("v", "n")
+    __name__ = "kernel"
+    arg_names = ("v", "n")
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(**arguments: Any) -> Any:
-                seen.append(arguments["v"].data_ptr())
-                return {(5, 1, 1): lambda v, n: seen.append(-v)}
+    def __init__(self) -> None:
+        self.seen: list[int] = []
 
-            return launch
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(**arguments: Any) -> Any:
+            self.seen.append(arguments["v"].data_ptr())
+            return {(*grid, 1, 1): lambda v, n: self.seen.append(-v)}
 
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Bound:
     monkeypatch.setattr(_launch, "_compiled", {})
-    launches = Launches(Kernel(), (5,), ("v",), "n")
+    return Bound()
+
+
+def test_slices_of_another_tensor_are_launched_at_their_own_addresses_and_bound_once(kernel: Bound) -> None:
+    launches = Launches(kernel, (5,), ("v",), "n")
     one, other = torch.zeros(3, 4), torch.zeros(3, 4)
     for tensor in (one, other):
         slices = Slices(tensor)
         for n in range(3):
             launches(slices[n], integer=n)
-    rows = [(tensor[n].data_ptr(), n) for tensor in (one, other) for n in range(3)]
-    assert seen == [rows[0][0], *(-address for address, _ in rows[1:])]
+    rows = [tensor[n].data_ptr() for tensor in (one, other) for n in range(3)]
+    assert kernel.seen == [rows[0], *(-address for address in rows[1:])]
+
+
+def test_slices_of_another_alignment_are_bound_anew(kernel: Bound) -> None:
+    launches = Launches(kernel, (5,), ("v",), "n")
+    memory = torch.zeros(3, 8)
+    for slices in (Slices(memory[:, :4]), Slices(memory[:, 1:5])):
+        launches(slices[0])
+        launches(slices[1])
+    assert [address > 0 for address in kernel.seen] == [True, False, True, False]
+
+
+def test_each_device_and_each_grid_binds_its_own_kernel(kernel: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = Slices(torch.zeros(3, 4))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for device in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        for grid in (5, 6):
+            for _ in range(2):
+                Launches(kernel, (grid,), ("v",), "n")(slices[0])
+    assert [address > 0 for address in kernel.seen] == [True, False] * 4
 
 
 class Broken:

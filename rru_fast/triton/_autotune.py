@@ -46,6 +46,9 @@ class Candidates(NamedTuple):
 # Changing a config can change the order of sums, and with it the last bits: not for a difference within noise.
 MARGIN = 1.03
 ROUNDS = 7
+LONG = 5e-3  # seconds of host time from which a call is timed in fewer rounds
+LONGEST_WAIT = 0.05  # seconds
+CLOCK = 2e9  # Hz, of a GPU's multiprocessors at most
 # Tuned on known GPUs: lists of what the cache holds, one file per GPU.
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -89,7 +92,7 @@ def autotune(
     try:
         own = candidates()
         kind = _kind(op, sizes, tensor)
-        config = _cached(kind, own.default)
+        config = _cached(kind, own)
         if config is None:
             config = _best(own, run, tensor.is_cuda)
             _write(op, kind, config)
@@ -114,16 +117,15 @@ def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu:
             if best is None or _faster(run, trial, best, on_gpu):
                 best = trial
         except Exception as error:  # the compiler's passes raise anything
-            if on_gpu:
-                torch.cuda.synchronize()  # raises where the GPU itself is lost: then the call is, too
+            cause = error.__cause__ or error
+            too_much = isinstance(cause, OutOfResources | torch.OutOfMemoryError)
+            if on_gpu and not too_much:
+                torch.cuda.current_stream().synchronize()  # raises where the GPU itself is lost: then the call is, too
             if best is None and isinstance(error, torch.OutOfMemoryError):
                 raise
-            cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-            # Less shared memory than a candidate needs is no fault, and a fault of all candidates is one.
-            if not isinstance(cause, OutOfResources) and (
-                best is not None or reason not in {known for _, known in failures}
-            ):
+            # To need more memory than there is is no fault, and a fault of all candidates is one.
+            if not too_much and (best is not None or reason not in {known for _, known in failures}):
                 failing = change or "the default"
                 warnings.warn(f"rru_fast: got a config that fails here, {failing}: {reason}", stacklevel=2)
             failures.append((error, reason))
@@ -145,18 +147,17 @@ def _changes(candidates: Candidates) -> Iterator[LaunchConfig]:
 
 def _faster(run: Callable[[LaunchConfig], object], trial: LaunchConfig, best: LaunchConfig, on_gpu: bool) -> bool:
     """Return True if `trial`, which has been compiled, is faster by MARGIN, in the median of paired rounds."""
+    if not on_gpu:
+        return bool(_wall_seconds(run, best) >= MARGIN * _wall_seconds(run, trial))
+    host_seconds = min(_wall_seconds(run, trial) for _ in range(2))
+    # The GPU waits until both calls are in its queue, or the host's time would be measured.
+    wait = int(min(4 * host_seconds, LONGEST_WAIT) * CLOCK)
     ratios = []
-    host_seconds = _wall_seconds(run, trial)
-    for _ in range(ROUNDS if on_gpu else 1):
-        if on_gpu:
-            # The GPU waits until both calls are in its queue, or the host's time would be measured.
-            torch.cuda._sleep(int(4 * host_seconds * 2e9))  # type: ignore[no-untyped-call]
-            times = [_events(run, config) for config in (best, trial)]
-            times[-1][1].synchronize()
-            seconds = [begin.elapsed_time(end) for begin, end in times]
-        else:
-            seconds = [_wall_seconds(run, config) for config in (best, trial)]
-        ratios.append(seconds[0] / seconds[1])
+    for _ in range(ROUNDS if host_seconds < LONG else 3):
+        torch.cuda._sleep(wait)  # type: ignore[no-untyped-call]
+        (best_begin, best_end), (begin, end) = (_events(run, config) for config in (best, trial))
+        end.synchronize()
+        ratios.append(best_begin.elapsed_time(best_end) / begin.elapsed_time(end))
     return bool(median(ratios) >= MARGIN)
 
 
@@ -199,14 +200,17 @@ def _path(op: str, kind: str) -> Path:
     return folder() / f"{op}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
 
 
-def _cached(kind: str, default: LaunchConfig) -> LaunchConfig | None:
-    """The config of an earlier run, or one that is shipped, if it has the kernels and options of the default."""
+def _cached(kind: str, candidates: Candidates) -> LaunchConfig | None:
+    """The config of an earlier run, or one that is shipped, if it is made of candidates."""
     op = kind.partition(" ")[0]
+    default, others = candidates
     for entry in (_read(_path(op, kind)), _shipped().get(kind)):
         config = entry.get("config") if isinstance(entry, dict) and entry.get("kind") == kind else None
-        if isinstance(config, dict) and {k: set(v) for k, v in config.items()} == {
-            k: set(v) for k, v in default.items()
-        }:
+        if (
+            isinstance(config, dict)
+            and config.keys() == default.keys()
+            and all(own == default[kernel] or own in others.get(kernel, []) for kernel, own in config.items())
+        ):
             return config
     return None
 

@@ -107,7 +107,8 @@ def backward(
         upstream = _refine_backward.upstream_of(call, d_features, d_strips)
         config = autotune(
             "refine_backward",
-            (*call.kind(), need_x, need_weights),
+            # Sums over frames are split for as many as there are.
+            (*call.kind(), min(8, host.power_of_2(call.frames)), need_x, need_weights),
             x,
             lambda: _refine_backward.candidates(call),
             lambda config: _refine_backward.run(call, config, saved, upstream, need_x, need_weights, None),
