@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     environment = measure.environment(device) | {"op": "gpu"}
     if options.commit:
         environment["commit"] = options.commit
-    name = "toy" if options.toy else torch.cuda.get_device_name().lower().replace(" ", "-")
+    name = "toy" if options.toy else re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
     results = Results(options.results.resolve(), name, environment)
     with TemporaryDirectory() as scratch:
         for part in options.only or PARTS:

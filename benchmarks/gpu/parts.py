@@ -1,7 +1,7 @@
 """Parts of a run in the order of their worth, each a generator that yields its findings one by one.
 
-A finding is a dictionary. Its keys "rows", "environment" and "failed" go where their names say, "ended" replaces how
-the part ended, and all others are kept under the part's name.
+A finding is a dictionary. Its keys "rows", "environment" and "failed" go where their names say, "columns" into the
+part's row number "row", "ended" replaces how the part ended, and all others are listed under the part's name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.run import WHY
+from benchmarks.gpu.run import WHY, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ def environment(context: Context) -> Iterator[Finding]:
 
 
 def warm(context: Context) -> Iterator[Finding]:
-    """Compile every kernel that later parts launch."""
+    """Compile the kernels of all sections, of `smoke` and of `sanitizer`; the parity suite compiles its own."""
     from benchmarks.gpu import warm
 
     yield from warm.warm(context.toy)
@@ -90,18 +90,31 @@ def sections(*titles: str) -> Callable[[Context], Iterator[Finding]]:
     """Return the part that measures these sections."""
 
     def part(context: Context) -> Iterator[Finding]:
-        from benchmarks.gpu.run import make_run
+        from benchmarks.gpu.kernel_times import kernel_ms
+        from benchmarks.gpu.run import make_run, set_precision
         from benchmarks.gpu.sections import SECTIONS
 
         run = make_run(context.device, context.toy, context.repeats)
         yield {"environment": {"roofline": f"{run.copy / 1e9:.0f} GB/s"}}
+        profiled: list[tuple[str, dict[str, Work]]] = []  # by row of this part: its precision and calls
         for title in titles:
             op, section = SECTIONS[title]
             for rows in section(run):
-                yield {"rows": [{**row, "op": op, "mode": title} for row in rows]}
+                calls = [{column: cell for column, cell in row.items() if callable(cell)} for row in rows]
+                profiled += [(row["precision"], own) for row, own in zip(rows, calls, strict=True)]
+                yield {
+                    "rows": [
+                        {**row, **dict.fromkeys(own), "op": op, "mode": title}
+                        for row, own in zip(rows, calls, strict=True)
+                    ]
+                }
                 for row in rows:
                     if why := row.get(WHY):
                         yield {"failed": f"{title}, {row['implementation']}, {row['precision']}: {why}"}
+        # The profiler slows down what is timed after it.
+        for number, (precision, calls_of_row) in enumerate(profiled if context.device.type == "cuda" else []):
+            set_precision(precision, context.device)
+            yield {"row": number, "columns": {column: kernel_ms(call) for column, call in calls_of_row.items()}}
 
     return part
 

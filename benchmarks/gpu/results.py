@@ -22,6 +22,7 @@ class Results:
         self.log = self.stem.with_suffix(".log")
         self.environment = environment
         self.rows: list[Row] = []
+        self._first_row: dict[str, int] = {}
         self.parts: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self.write()
@@ -38,12 +39,15 @@ class Results:
         own = self.parts[part]
         for key, value in finding.items():
             if key == "rows":
+                self._first_row.setdefault(part, len(self.rows))
                 self.rows += value
+            elif key == "columns":
+                self.rows[self._first_row[part] + finding["row"]] |= value
             elif key == "environment":
                 self.environment |= value
             elif key == "failed":
                 own.setdefault("failed", []).append(value)
-            else:
+            elif key != "row":
                 own[key] = value
 
     def gather_autotuned(self, cache: Path) -> None:

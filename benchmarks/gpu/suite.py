@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-# "torch.float16" does not occur in "torch.bfloat16", as "float16" would.
-CORE = "triton and not compiled and not torch.float16 and not more_than_31"
+# "torch.float16" does not occur in "torch.bfloat16", as "float16" would. The tests of tuning and of TF32 are triton's
+# alone, and not named after it.
+CORE = "(triton or tuned or products_of_tf32) and not compiled and not torch.float16 and not more_than_31"
 REST = f"not ({CORE})"
 WORKERS = 12
 ENDING = 20  # seconds that pytest gets to write what it has; xdist takes 10 of them to end its workers

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ import torch
 pytest.importorskip("triton")
 
 import benchmarks.gpu.__main__ as command
-from benchmarks.gpu import kernel_times, losses, sanitizer, suite
+from benchmarks.gpu import kernel_times, losses, parts, sanitizer, suite
 from benchmarks.gpu.parts import PARTS, ROOT
 from benchmarks.gpu.results import Findings, Results
 from benchmarks.gpu.run import make_run
@@ -310,7 +312,14 @@ def test_findings_go_where_their_keys_say(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     findings = Findings(lines)
     assert findings.new() == []
-    lines.write_text('{"rows": [{"ms": 1}], "a": 1}\n{"failed": "one"}\n{"environment": {"roofline": 3}}\n{"fai')
+    results.rows = [{"ms": 0}]  # another part's
+    whole = [
+        {"rows": [{"ms": 1}, {"ms": 2}], "a": 1},
+        {"row": 1, "columns": {"kernel ms": 5}},
+        {"failed": "one"},
+        {"environment": {"roofline": 3}},
+    ]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"fai')
     for finding in findings.new():
         results.add("smoke", finding)
     with lines.open("a") as file:
@@ -318,11 +327,36 @@ def test_findings_go_where_their_keys_say(tmp_path: Path) -> None:
     for finding in findings.new():
         results.add("smoke", finding)
     results.write()
-    content = {"environment": {"op": "gpu", "roofline": 3}, "rows": [{"ms": 1}]}
+    rows = [{"ms": 0}, {"ms": 1}, {"ms": 2, "kernel ms": 5}]
+    content = {"environment": {"op": "gpu", "roofline": 3}, "rows": rows}
     assert json.loads(results.path.read_text()) == {
         **content,
         "parts": {"smoke": {"a": 1, "failed": ["one", "two"]}},
     }
+
+
+def test_calls_are_profiled_after_all_have_been_timed_each_at_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def section(run: object) -> Iterator[list[dict[str, object]]]:
+        for precision in ("defaults", "high"):
+            done.append(f"timed at {precision}")
+            row = {"implementation": "triton", "precision": precision, "ms": 2.0}
+            yield [{**row, "kernel ms": lambda: None}, {"implementation": "eager", "precision": precision}]
+
+    monkeypatch.setattr("benchmarks.gpu.sections.SECTIONS", {"one": ("refine", section), "two": ("refine", section)})
+    monkeypatch.setattr("benchmarks.gpu.run.make_run", lambda *_: SimpleNamespace(copy=1e9))
+    monkeypatch.setattr("benchmarks.gpu.run.set_precision", lambda precision, device: done.append(precision))
+    monkeypatch.setattr("benchmarks.gpu.kernel_times.kernel_ms", lambda call: len(done))
+    results = Results(tmp_path, "toy", {})
+    results.parts["eval"] = {}
+    for finding in parts.sections("one", "two")(parts.Context(torch.device("cuda"), False, 1, 1, tmp_path)):
+        results.add("eval", json.loads(json.dumps(finding)))
+    assert done[:4] == ["timed at defaults", "timed at high"] * 2
+    assert done[4:] == [row["precision"] for row in results.rows]
+    assert [row.get("kernel ms") for row in results.rows] == [5, None, 7, None, 9, None, 11, None]
 
 
 def test_autotuned_configs_come_back_in_one_file(tmp_path: Path) -> None:
@@ -378,8 +412,7 @@ def test_a_sanitizers_errors_are_counted(output: str, errors: int | None) -> Non
 def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     events = [("gate_kernel", 2.0), ("Memcpy DtoD", 1.0), ("gate_kernel", 4.0)] * kernel_times.CALLS
     monkeypatch.setattr(kernel_times, "_device_events", lambda work: events)
-    assert kernel_times.kernel_ms(lambda: None, torch.device("cuda")) == pytest.approx(7e-3)
-    assert kernel_times.kernel_ms(lambda: None, torch.device("cpu")) is None
+    assert kernel_times.kernel_ms(lambda: None) == pytest.approx(7e-3)
     assert kernel_times.by_kernel(lambda: None, most=1) == {
         "us per call": 7.0,
         "launches per call": 3.0,
