@@ -19,7 +19,7 @@ Run = Callable[..., None]
 
 
 class Stub:
-    """Stands for a compiled kernel: binds as one, and calls `run` in place of the driver."""
+    """A compiled kernel that calls `run` in place of the driver."""
 
     __getitem__ = CompiledKernel.__getitem__
     function = packed_metadata = None

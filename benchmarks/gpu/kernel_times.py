@@ -10,7 +10,7 @@ from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined
 from torch.profiler import ProfilerActivity, profile
 
 CALLS = 3
-NAME = 90  # characters of a kernel's name that are kept
+NAME = 90  # characters of a kernel's name
 
 
 def kernel_ms(work: Callable[[], object]) -> float:

@@ -198,7 +198,7 @@ SAY = "print('{\"found\": ' + str(os.getpid()) + '}', file=file, flush=True)\n"
 CHILD = (
     "child = subprocess.Popen(['sleep', '600']); print('{\"child\": ' + str(child.pid) + '}', file=file, flush=True)\n"
 )
-# By part, the script that stands in for it.
+# By part, the script in its place.
 SCRIPTS = {
     "environment": f"{BEGIN}{SAY}os._exit(3)",
     "warm": f"{BEGIN}{SAY}{CHILD}",
@@ -218,7 +218,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process is dead, be it still in the table."""
+    """Return True if a process has ended, a zombie included."""
     for _ in range(50):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
