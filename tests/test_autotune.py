@@ -135,14 +135,14 @@ def test_a_result_on_disk_serves_the_next_process_until_a_kernel_changes(monkeyp
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"half', "[]", '{"kind": "another", "config": {}}', '{"kind": KIND, "config": {"gate": 5, "maps": 5}}'],
+    ["", '{"half', "[]", '{"another": {}}', '{KIND: {"gate": 5, "maps": 5}}', '{KIND: {"gate": {"BLOCK": 7}}}'],
 )
 def test_a_damaged_file_is_written_anew(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 16}]}
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
     (file,) = _autotune.folder().iterdir()
     whole = file.read_text()
-    file.write_text(text.replace("KIND", json.dumps(json.loads(whole)["kind"])))
+    file.write_text(text.replace("KIND", json.dumps(*json.loads(whole))))
     monkeypatch.setattr(_autotune, "_known", {})
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
     assert file.read_text() == whole
@@ -167,8 +167,8 @@ def test_every_candidate_of_every_operator_is_read_back(monkeypatch: pytest.Monk
     for op, own in seen:
         for change in _autotune._changes(own):
             config = own.default | change
-            _autotune._write(op, f"{op} kind", config)
-            assert _autotune._cached(f"{op} kind", own) == config
+            _autotune._write(op, "kind", config)
+            assert _autotune._usable(_autotune._read(_autotune._path(op, "kind")), "kind", own) == config
 
 
 class Clock:
@@ -222,9 +222,7 @@ def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPa
         assert _autotune.enabled(OnGpu()) is not capturing  # type: ignore[arg-type]
 
 
-def test_configs_that_are_shipped_for_a_card_serve_without_tuning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_that_are_shipped_for_a_card_are_its_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 16}]}
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
     entries = [json.loads(file.read_text()) for file in _autotune.folder().iterdir()]
@@ -234,6 +232,10 @@ def test_configs_that_are_shipped_for_a_card_serve_without_tuning(
     monkeypatch.setattr(_autotune, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert tune(monkeypatch, lambda c: 1.0, others) == (FASTER, [])
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setenv("RRU_FAST_AUTOTUNE", "0")
+    assert tune(monkeypatch, lambda c: 1.0, others) == (FASTER, [])
+    assert tune(monkeypatch, lambda c: 1.0, others, sizes=(1,)) == (DEFAULT, [])
 
 
 def test_parallel_processes_lose_no_result_of_one_another(tmp_path: Path) -> None:
@@ -252,4 +254,5 @@ def test_parallel_processes_lose_no_result_of_one_another(tmp_path: Path) -> Non
     assert [process.wait() for process in processes] == [0, 0, 0]
     files = list(_autotune.folder().iterdir())
     assert len(files) == 75
-    assert {json.loads(file.read_text())["config"]["gate"]["B"] for file in files} == set(range(25))
+    configs = [config for file in files for config in json.loads(file.read_text()).values()]
+    assert {config["gate"]["B"] for config in configs} == set(range(25))

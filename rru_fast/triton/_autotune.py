@@ -74,7 +74,7 @@ def autotune(
     candidates: Callable[[], Candidates],
     run: Callable[[LaunchConfig], object],
 ) -> LaunchConfig:
-    """The fastest config for calls of this operator and these sizes, or the default where tuning is off.
+    """The fastest config for calls of this operator and these sizes; where tuning is off, the GPU's or the default.
 
     Args:
         op, sizes: the kind of call, with the dtype and the device of `tensor`.
@@ -87,12 +87,13 @@ def autotune(
         return _known[key]
     if not enabled(tensor) or not _tuning.acquire(blocking=False):
         if key not in _defaults:
-            _defaults[key] = candidates().default
+            own = candidates()
+            _defaults[key] = _usable(_shipped(), _kind(op, sizes, tensor), own) or own.default
         return _defaults[key]
     try:
         own = candidates()
         kind = _kind(op, sizes, tensor)
-        config = _cached(kind, own)
+        config = _usable(_read(_path(op, kind)), kind, own) or _usable(_shipped(), kind, own)
         if config is None:
             config = _best(own, run, tensor.is_cuda)
             _write(op, kind, config)
@@ -200,25 +201,24 @@ def _path(op: str, kind: str) -> Path:
     return folder() / f"{op}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
 
 
-def _cached(kind: str, candidates: Candidates) -> LaunchConfig | None:
-    """The config of an earlier run, or one that is shipped, if it is made of candidates."""
-    op = kind.partition(" ")[0]
+def _usable(entries: Any, kind: str, candidates: Candidates) -> LaunchConfig | None:
+    """The config of a kind among cached entries, {kind: config}, if it is made of candidates."""
+    config = entries.get(kind) if isinstance(entries, dict) else None
     default, others = candidates
-    for entry in (_read(_path(op, kind)), _shipped().get(kind)):
-        config = entry.get("config") if isinstance(entry, dict) and entry.get("kind") == kind else None
-        if (
-            isinstance(config, dict)
-            and config.keys() == default.keys()
-            and all(own == default[kernel] or own in others.get(kernel, []) for kernel, own in config.items())
-        ):
-            return config
+    if (
+        isinstance(config, dict)
+        and config.keys() == default.keys()
+        and all(own == default[kernel] or own in others.get(kernel, []) for kernel, own in config.items())
+    ):
+        return config
     return None
 
 
 @cache
-def _shipped() -> dict[str, dict[str, Any]]:
-    entries = (entry for path in sorted(SHIPPED.glob("*.json")) for entry in json.loads(path.read_text()))
-    return {entry["kind"]: entry for entry in entries}
+def _shipped() -> dict[str, LaunchConfig]:
+    """Configs that come with the library, the default of their GPUs: lists of entries, a file per GPU."""
+    lists = (json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json")))
+    return {kind: config for entries in lists for entry in entries for kind, config in entry.items()}
 
 
 def _read(path: Path) -> Any:
@@ -233,7 +233,7 @@ def _write(op: str, kind: str, config: LaunchConfig) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"kind": kind, "config": config}, file, indent=1)
+            json.dump({kind: config}, file, indent=1)
         os.replace(file.name, path)
     except OSError:
         pass  # a home that cannot be written: tuned again next time
