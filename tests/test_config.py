@@ -28,6 +28,26 @@ def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: py
         assert line.endswith("available" if reason is None else reason)
 
 
+def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line() -> str:
+        (found,) = (line for line in config.report().splitlines() if line.startswith("fp32 products on a GPU: "))
+        return found.partition(": ")[2]
+
+    conv, matmul = "(torch.backends.cudnn.conv)", "(torch.backends.cuda.matmul)"
+    monkeypatch.delenv("RRU_FAST_FLOAT32", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert line() == f"TF32 in refine {conv}, fp32 in batch_hard {matmul}"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert line() == f"fp32 in refine {conv}, TF32 in batch_hard {matmul}"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
+    assert line().endswith(", tf32x3 in both by triton (RRU_FAST_FLOAT32)")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_what_auto_runs_is_an_available_backend(device: str) -> None:
     chosen = config.choose("auto", torch.device(device))
