@@ -29,11 +29,19 @@ def without(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
+# They need torch, triton, numpy and pytest, which no extra brings together.
+WITHOUT_EXTRA = ("benchmarks.gpu.__main__", "benchmarks.gpu.sanitizer", "benchmarks.host_time")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 COMMANDS = {
-    path: (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"), extra)
+    path: (module_of(path).removesuffix(".__main__"), extra)
     for folder, extra in (("training", "train"), ("benchmarks", "bench"))
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if '\nif __name__ == "__main__":\n' in path.read_text("utf-8")
+    if '\nif __name__ == "__main__":\n' in path.read_text("utf-8") and module_of(path) not in WITHOUT_EXTRA
 }
 
 
@@ -57,6 +65,13 @@ def test_a_command_without_its_extra_exits_with_one_line(module: str, extra: str
     ended = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
     told = f"error: not installed: rich, tyro; wanted: pip install -e '.[{extra}]'\n"
     assert (ended.returncode, ended.stderr) == (2, told)
+
+
+def test_the_gpus_commands_need_no_extra(without: dict[str, str]) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", f"import {', '.join(WITHOUT_EXTRA)}"]
+    ended = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("module", ["training.train", "benchmarks.train_step"])
