@@ -32,7 +32,7 @@ def candidates(call: Call) -> Candidates:
     def maps(block_c: int, block_k: int, warps: int, stages: int = 2) -> KernelConfig:
         block_c = min(block_c, max(16, power_of_2(call.channels)))
         blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-        return blocks if even else {**blocks, **host.ALL_REGISTERS}
+        return blocks if even and how != "tf32x3" else {**blocks, **host.ALL_REGISTERS}
 
     def gate(block_d: int, warps: int) -> KernelConfig:
         block_d = max(1, min(block_d, power_of_2(call.d), 4096 // all_positions))
