@@ -9,6 +9,7 @@ What decides which kernels run, the precision of float32 among it, is part of th
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Hashable
 from functools import partial
 from inspect import signature
@@ -28,6 +29,8 @@ WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 RUNNING = ("running_mean", "running_var")
 
 Function = Callable[..., tuple[Tensor, ...]]
+
+_capturing = threading.Lock()
 
 
 class Graphs:
@@ -129,12 +132,13 @@ def make_graphed(call: Function, samples: tuple[Tensor, ...]) -> Function:
     mode = {"capture_error_mode": "thread_local"}
     if "capture_error_mode" in signature(make).parameters:  # newer than torch 2.11
         return cast(Function, make(call, samples, allow_unused_input=True, **mode))
-    graph: Any = torch.cuda.graph
-    torch.cuda.graph = partial(graph, **mode)  # type: ignore[misc,assignment]
-    try:
-        return cast(Function, make(call, samples, allow_unused_input=True))
-    finally:
-        torch.cuda.graph = graph  # type: ignore[misc]
+    with _capturing:  # of two threads each would put back what the other has set
+        graph: Any = torch.cuda.graph
+        torch.cuda.graph = partial(graph, **mode)  # type: ignore[misc,assignment]
+        try:
+            return cast(Function, make(call, samples, allow_unused_input=True))
+        finally:
+            torch.cuda.graph = graph  # type: ignore[misc]
 
 
 class _Own(torch.autograd.Function):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,32 @@ def test_a_graph_is_captured_so_that_other_threads_can_go_on(
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", newer if takes_a_mode else older)
     graphs.make_graphed(lambda: (), ())
     assert modes == ["thread_local"]
+    assert torch.cuda.graph is graph
+
+
+def test_graphs_captured_by_two_threads_leave_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def older(number: int, samples: object, allow_unused_input: bool = False) -> object:
+        began[number].set()
+        (began[1] if number == 0 else ended[0]).wait(0.3)  # the first goes on when the second has begun, and ends first
+        return number
+
+    def capture(number: int) -> None:
+        graphs.make_graphed(number, ())  # type: ignore[arg-type]
+        ended[number].set()
+
+    def graph() -> None:
+        pass
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", older)
+    threads = [threading.Thread(target=capture, args=(number,)) for number in range(2)]
+    threads[0].start()
+    assert began[0].wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
     assert torch.cuda.graph is graph
 
 
