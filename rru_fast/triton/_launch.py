@@ -103,28 +103,29 @@ class Launches:
         arguments = self._fixed | {
             name: None if one is None else one[1].view(one[2]) for name, one in zip(self._names, slices, strict=True)
         }
+        own = {} if self._integer is None else {self._integer: integer}
         sources = [None if one is None else one[1] for one in slices]
-        # Slices of various alignments need various kernels.
-        prepares = all(source is None or source.equally_aligned for source in sources)
+        if any(source is not None and not source.equally_aligned for source in sources):
+            # Slices of various alignments need various kernels: each launch goes through Triton.
+            launch(self._kernel, self._grid, **arguments, **own)
+            return
         key = (
             id(self._kernel),
             self._grid,
             torch.cuda.current_device() if torch.cuda.is_initialized() else -1,  # type: ignore[no-untyped-call]
             *map(_specialization, arguments.values()),
         )
-        if self._integer is not None:
-            arguments[self._integer] = integer
-        run = _compiled.get(key) if prepares else None
-        known = run is not None
+        known = key in _compiled
         if not known:
-            compiled = launch(self._kernel, self._grid, **arguments)
-            if compiled is None or not prepares:  # the interpreter compiles nothing
+            compiled = launch(self._kernel, self._grid, **arguments, **own)
+            if compiled is None:  # the interpreter compiles nothing
                 return
             if len(_compiled) >= MOST_COMPILED:
                 _compiled.clear()
-            run = _compiled[key] = compiled[(*self._grid, 1, 1)[:3]]
+            _compiled[key] = compiled[(*self._grid, 1, 1)[:3]]
         names = self._kernel.arg_names
-        self._run = run
+        arguments |= own
+        self._run = _compiled[key]
         self._values = [v.data_ptr() if isinstance(v := arguments[name], Tensor) else v for name in names]
         self._places = list(zip(map(names.index, self._names), sources, strict=True))
         self._integer_place = 0 if self._integer is None else names.index(self._integer)

@@ -136,7 +136,7 @@ def make_call(
     eps: float,
     bn_groups: int,
 ) -> Call:
-    """Copies tensors whose layout the kernels cannot take."""
+    """Build the call, copying tensors whose layout the kernels cannot take."""
     return Call(
         host.maps(x),
         w.to(x.dtype).contiguous(),

@@ -246,15 +246,10 @@ class _Gate:
 
     def first(self) -> None:
         """S_1 = X_1 and its strips."""
-        self._launch(0, None, [None] * 3, None, None)
+        self.step(0, None, [None] * 3, None, None)
 
-    def step(self, t: int, u: Slice, vectors: list[Slice | None], s: Slice, s_maps: Maps) -> None:
+    def step(self, t: int, u: Slice | None, vectors: list[Slice | None], s: Slice | None, s_maps: Maps | None) -> None:
         """S_t and its strips from U_t (B, D, P) and S_{t-1}; vectors: outputs for h, z_s and z_c."""
-        self._launch(t, u, vectors, s, s_maps)
-
-    def _launch(
-        self, t: int, u: Slice | None, vectors: list[Slice | None], s: Slice | None, s_maps: Maps | None
-    ) -> None:
         kind = u is None, t == 0
         if kind not in self.launches:
             self.launches[kind] = self._launches(t, s_maps)

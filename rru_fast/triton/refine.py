@@ -107,7 +107,7 @@ def backward(
         upstream = _refine_backward.upstream_of(call, d_features, d_strips)
         config = autotune(
             "refine_backward",
-            # Sums over frames are split for as many as there are.
+            # The number of frames decides into how many parts the weights' gradients are split.
             (*call.kind(), min(8, host.power_of_2(call.frames)), need_x, need_weights),
             x,
             lambda: _refine_backward.candidates(call),
