@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 
 import rru_fast.triton
 from benchmarks import terminal
-from benchmarks.launches import Launch, Specializer, recording
+from benchmarks.launches import Launch, Specializer, recording, refine_arguments
 from rru_fast.reference import RRU
 from rru_fast.triton import batch_hard, refine, strip_pool
 
@@ -152,29 +152,11 @@ def _maps(layout: str, dtype: torch.dtype) -> torch.Tensor:
 def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
     """The arguments of `refine`'s kernels, from x to counts."""
     clips, _, channels, height, width = PAPER
-    settings: dict[str, Any] = {"attention": variant.attention, "inputs": variant.inputs}
-    rru = RRU(channels, (height, width), **settings).to("meta", x.dtype)
-    weights = {name: weight.detach() for name, weight in rru.named_parameters()}
-    norm, state = rru.transition_norm, x.new_empty(clips, channels, height, width)
-    return [
-        x,
-        weights["transition.weight"].flatten(1),
-        norm.weight.detach(),
-        norm.bias.detach(),
-        weights.get("spatial_attention.0.weight"),
-        weights.get("spatial_attention.2.weight"),
-        weights.get("channel_attention.weight"),
-        norm.running_mean,
-        norm.running_var,
-        torch.empty(clips, dtype=torch.int64) if variant.mode == "ragged" else None,
-        *([state, state] if variant.mode == "continued" else [None, None]),
-        variant.inputs,
-        variant.mode == "training",
-        1e-3,
-        variant.groups,
-        "",
-        [],
-    ]
+    settings: dict[str, Any] = {"attention": variant.attention, "inputs": variant.inputs, "bn_groups": variant.groups}
+    unit = RRU(channels, (height, width), **settings).to("meta", x.dtype).train(variant.mode == "training")
+    lengths = torch.empty(clips, dtype=torch.int64) if variant.mode == "ragged" else None
+    state = x.new_empty(clips, channels, height, width) if variant.mode == "continued" else None
+    return refine_arguments(unit, x, lengths, (state, state))
 
 
 def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, Any]]:

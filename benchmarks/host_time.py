@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launch_stub import Stub, launched_by
+from benchmarks.launches import refine_arguments
 from rru_fast.reference import RRU
 from rru_fast.triton import refine
 
@@ -49,25 +50,8 @@ def main() -> None:
 
 def _calls(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
     clips, _, channels, height, width = SHAPE
-    rru = RRU(channels, (height, width)).to(dtype)
-    w = {name: weight.detach() for name, weight in rru.named_parameters()}
     x = torch.randn(SHAPE).to(dtype)
-    arguments: list[Any] = [
-        x,
-        w["transition.weight"].flatten(1),
-        w["transition_norm.weight"],
-        w["transition_norm.bias"],
-        w["spatial_attention.0.weight"],
-        w["spatial_attention.2.weight"],
-        w["channel_attention.weight"],
-        *[None] * 5,
-        "appearance+motion",
-        True,
-        1e-3,
-        1,
-        "",
-        [],
-    ]
+    arguments = refine_arguments(RRU(channels, (height, width)).to(dtype), x)
     run_forward, run_backward = cast(Any, refine.forward), cast(Any, refine.backward)
     features, _, *saved = run_forward(*arguments, True)
     upstream = torch.randn_like(x), torch.randn(clips, channels, height).to(dtype)

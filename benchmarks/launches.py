@@ -11,15 +11,44 @@ from typing import Any
 from unittest.mock import patch
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from rru_fast.reference import RRU
 from rru_fast.triton import _host as host
 from rru_fast.triton import _launch, batch_hard, refine
 from rru_fast.triton._autotune import Candidates, LaunchConfig
 
 NUM_SMS = 132  # an H100's
+
+
+def refine_arguments(
+    unit: RRU, x: Tensor, lengths: Tensor | None = None, state: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> list[Any]:
+    """Arguments of `triton.refine`, from x to counts, as `unit` would pass them."""
+    weights = {name: weight.detach() for name, weight in unit.named_parameters()}
+    norm = unit.transition_norm
+    return [
+        x,
+        weights["transition.weight"].flatten(1),
+        weights["transition_norm.weight"],
+        weights["transition_norm.bias"],
+        weights.get("spatial_attention.0.weight"),
+        weights.get("spatial_attention.2.weight"),
+        weights.get("channel_attention.weight"),
+        norm.running_mean,
+        norm.running_var,
+        lengths,
+        *state,
+        unit.inputs,
+        unit.training,
+        norm.eps,
+        unit.bn_groups,
+        "",
+        [],
+    ]
 
 
 @dataclass(frozen=True)
