@@ -88,8 +88,7 @@ def training(run: Run, bfloat16: bool, precisions: Sequence[str], compile: bool 
         field, refused = contenders.sifted(field, run.sizes.draws)
         forwards = {} if compile else times({name: own.forward for name, own in field.items()}, run)
         steps = times({name: own.step for name, own in field.items()}, run)
-        copies = {name: _copies(own) for name, own in field.items() if "graphed" in name}
-        of_copies = times(copies, run) if copies else {}
+        copies = _copies_ms(field, run)
         dtype = "bfloat16" if bfloat16 else "float32"
         least = {back: roofline.size(shape, dtype, backward=back) / run.copy for back in (False, True)}
         yield [
@@ -100,7 +99,7 @@ def training(run: Run, bfloat16: bool, precisions: Sequence[str], compile: bool 
                 **_forward_columns(own, forwards, name, least[False], run),
                 "fwd+bwd ms": 1e3 * median(steps[name]),
                 "fwd+bwd kernel ms": own.step,
-                "copies ms": 1e3 * median(of_copies[name]) if name in of_copies else None,
+                "copies ms": copies.get(name),
                 "x authors": faster(steps, AUTHORS, name),
                 "x reference": faster(steps, REFERENCE, name),
                 "x compile": faster(steps, COMPILED, name),
@@ -135,8 +134,7 @@ def tracklet(run: Run) -> Iterator[list[Row]]:
         field |= _others(field, run.device)
         field, refused = contenders.sifted(field, run.sizes.draws)
         seconds = times({name: own.forward for name, own in field.items()}, run)
-        copies = {name: _copies(own) for name, own in field.items() if "graphed" in name}
-        of_copies = times(copies, run) if copies else {}
+        copies = _copies_ms(field, run)
         least = roofline.size(shape, "float32", backward=False) / run.copy
         yield [
             {
@@ -145,7 +143,7 @@ def tracklet(run: Run) -> Iterator[list[Row]]:
                 "precision": precision,
                 "ms": 1e3 * median(seconds[name]),
                 "kernel ms": own.forward,
-                "copies ms": 1e3 * median(of_copies[name]) if name in of_copies else None,
+                "copies ms": copies.get(name),
                 "x authors": faster(seconds, AUTHORS, name),
                 "x reference": faster(seconds, REFERENCE, name),
                 "x graphed eager": faster(seconds, GRAPHED, name) if "graphed" in name else None,
@@ -165,6 +163,12 @@ def _others(field: Mapping[str, Contender], device: torch.device) -> dict[str, C
         GRAPHED: eager.twin(GraphedReference),
         OURS_GRAPHED: eager.twin(rru_fast.RRU, backend="triton", cuda_graph=True),
     }
+
+
+def _copies_ms(field: Mapping[str, Contender], run: Run) -> dict[str, float]:
+    """Milliseconds of the copies alone of each graphed contender's call."""
+    copies = {name: _copies(own) for name, own in field.items() if "graphed" in name}
+    return {name: 1e3 * median(seconds) for name, seconds in times(copies, run).items()} if copies else {}
 
 
 def _copies(own: Contender) -> Work:
