@@ -27,7 +27,7 @@ from torch import Tensor
 import rru_fast
 from benchmarks import measure, parity, terminal
 from benchmarks.table import Row
-from rru_fast import config
+from rru_fast import backends
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 PEER = "pytorch-metric-learning"
@@ -93,9 +93,9 @@ def eager(features: Tensor, labels: Tensor) -> Tensor:
 
 def losses(device: torch.device) -> dict[str, Loss]:
     """By name, the eager loss and that of every backend that can serve on the device."""
-    _, *backends = config.serving(device)
+    _, *fast = backends.serving(device)
     found: dict[str, Loss] = {"eager": eager}
-    return found | {name: rru_fast.BatchHardTripletLoss(MARGIN, backend=name) for name in backends}
+    return found | {name: rru_fast.BatchHardTripletLoss(MARGIN, backend=name) for name in fast}
 
 
 def peer() -> Loss:

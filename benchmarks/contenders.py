@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rru_fast
 from benchmarks import parity
-from rru_fast import config, reference
+from rru_fast import backends, reference
 
 AUTHORS, REFERENCE, COMPILED = "eager, authors", "eager, reference", "torch.compile, reference"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,11 +112,11 @@ def contenders(
         eager = _drawn(shape, dtype, device, training, channels_last, hidden, seed)
         if not training or parity.settled(eager.in_double().forward, eager.x.dtype):
             break
-    _, *backends = config.serving(device)
+    _, *fast = backends.serving(device)
     return {
         AUTHORS: eager.twin(Authors),
         REFERENCE: eager,
-        **{name: eager.twin(rru_fast.RRU, backend=name) for name in backends},
+        **{name: eager.twin(rru_fast.RRU, backend=name) for name in fast},
     }
 
 

@@ -28,7 +28,7 @@ import tyro
 from benchmarks import measure, table, terminal
 from benchmarks.contenders import AUTHORS, REFERENCE, Shape, contenders, sifted
 from benchmarks.table import Row
-from rru_fast import config
+from rru_fast import backends
 
 AXES = {"B": 0, "T": 1, "C": 2}  # where in the shape
 
@@ -66,7 +66,7 @@ def main(options: Options) -> list[Row]:
     """
     device = torch.device(options.device)
     base = Point(options.base, torch.get_num_threads())
-    ours = config.choose("auto", device)
+    ours = backends.choose("auto", device)
     failed: list[str] = []
     rows = [_row(point, ours, device, options.repeats, failed) for point in points(base, options)]
     environment = measure.environment(device) | {"ours": ours}

@@ -23,7 +23,7 @@ import rru_fast
 from benchmarks import measure, parity, table, terminal
 from benchmarks.contenders import Shape
 from benchmarks.table import Row
-from rru_fast import config
+from rru_fast import backends
 
 
 @dataclass
@@ -45,7 +45,7 @@ def main(options: Options) -> list[Row]:
     device = torch.device(options.device)
     torch.manual_seed(0)
     s, upstream = maps(options.shape, device)
-    names = backends(device)
+    names = implementations(device)
     check(names, s, upstream)
     works = {name: partial(results, backend, s, upstream) for name, backend in names.items()}
     times = measure.paired(works, options.repeats)
@@ -72,9 +72,9 @@ def maps(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, device=device), torch.randn(clips, channels, height, device=device)
 
 
-def backends(device: torch.device) -> dict[str, str]:
+def implementations(device: torch.device) -> dict[str, str]:
     """By its name here, every backend that can serve on the device; the reference is the eager mean."""
-    return {"eager" if name == "reference" else name: name for name in config.serving(device)}
+    return {"eager" if name == "reference" else name: name for name in backends.serving(device)}
 
 
 def results(backend: str, s: Tensor, upstream: Tensor) -> dict[str, Tensor]:

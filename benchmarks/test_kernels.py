@@ -15,10 +15,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import batch_hard, measure, strip_pool
 from benchmarks.contenders import AUTHORS, REFERENCE, Contender, Shape, contenders, sifted
-from rru_fast import config
+from rru_fast import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_, *BACKENDS = config.serving(DEVICE)
+_, *BACKENDS = backends.serving(DEVICE)
 Time = Callable[[str, Callable[[], object]], None]
 pytestmark = pytest.mark.benchmark(disable_gc=True, warmup=True, warmup_iterations=2)
 
@@ -72,11 +72,11 @@ def test_refine(timed: Time, field: tuple[str, dict[str, Contender], dict[str, s
     timed(f"refine, {mode}, {passes}", right[name].forward if passes == "forward" else right[name].step)
 
 
-@pytest.mark.parametrize("name", strip_pool.backends(DEVICE))
+@pytest.mark.parametrize("name", strip_pool.implementations(DEVICE))
 def test_strip_pool(timed: Time, maps: Shape, name: str) -> None:
     torch.manual_seed(0)
     s, upstream = strip_pool.maps(maps, DEVICE)
-    backend = strip_pool.backends(DEVICE)[name]
+    backend = strip_pool.implementations(DEVICE)[name]
     strip_pool.check({name: backend}, s, upstream)
     timed("strip_pool, forward + backward", partial(strip_pool.results, backend, s, upstream))
 

@@ -5,12 +5,12 @@
 """
 
 from rru_fast import fork, reference
-from rru_fast.config import __version__, show_config
+from rru_fast.backends import __version__, show_config
+from rru_fast.compat.accelerate import accelerate, restore
+from rru_fast.compat.weights import from_official
 from rru_fast.functional import batch_hard_triplet, refine, strip_pool
 from rru_fast.modules import RRU, BatchHardTripletLoss
-from rru_fast.official import from_official
-from rru_fast.reference import Refined, State
-from rru_fast.swap import accelerate, restore
+from rru_fast.types import Refined, State
 
 __all__ = [
     "RRU",

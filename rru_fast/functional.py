@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rru_fast import checks, config, ops, reference
-from rru_fast.reference import Inputs, Metric, Reduction, Refined, State
-from rru_fast.reference.distributed import count_values, spans_ranks
-from rru_fast.reference.equations import OUTSIDE_GRAPHS, last_state, momenta
+from rru_fast import backends, checks, ops, reference
+from rru_fast.distributed import OUTSIDE_GRAPHS, count_values, spans_ranks
+from rru_fast.reference.equations import last_state, momenta
+from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
 
 def refine(
@@ -103,7 +103,7 @@ def refine(
     # The operator takes Python's own numbers; in eval mode there are no groups.
     eps, bn_groups = float(eps), int(bn_groups) if training else 1
     # The operator is given "auto" as it is: whichever backend serves where a traced or exported program runs.
-    if config.choose(backend, x.device) == "reference":
+    if backends.choose(backend, x.device) == "reference":
         w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
         if running_mean is not None:  # F.batch_norm takes one dtype for these beside x's
             gamma, beta = gamma.to(running_mean.dtype), beta.to(running_mean.dtype)
@@ -216,7 +216,7 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_strip_pool(s)
-    if config.choose(backend, s.device) == "reference":
+    if backends.choose(backend, s.device) == "reference":
         return reference.strip_pool(s)
     checks.check_derivatives("rru_fast.strip_pool", s)
     return cast(Tensor, ops.strip_pool.strip_pool(s, backend))
@@ -257,7 +257,7 @@ def batch_hard_triplet(
         RuntimeError: on second-order gradients, forward mode and torch.func.grad (backend="reference" has them).
     """
     checks.check_batch_hard_triplet(features, labels, margin, metric, reduction, return_indices)
-    if config.choose(backend, features.device) == "reference":
+    if backends.choose(backend, features.device) == "reference":
         return reference.batch_hard_triplet(
             features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices
         )

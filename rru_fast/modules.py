@@ -7,14 +7,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rru_fast import config, functional, reference
-from rru_fast.graphs import Graphs
-from rru_fast.reference import Refined
+from rru_fast import backends, functional, reference
+from rru_fast.cuda_graphs import Graphs
+from rru_fast.types import Refined
 
 
 def check_cuda_graph(cuda_graph: bool, backend: str) -> None:
     """Raise ValueError unless the backend can serve here, by CUDA graphs if asked."""
-    config.check_backend(backend)
+    backends.check_backend(backend)
     if not isinstance(cuda_graph, bool):
         raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted True or False")
     if cuda_graph and backend in ("reference", "cpu"):
@@ -110,7 +110,7 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
     """
 
     def _choose_backend(self, backend: str) -> None:
-        config.check_backend(backend)
+        backends.check_backend(backend)
         self.backend = backend
 
     def _loss(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -19,14 +19,15 @@ from torch.distributed import ProcessGroup
 
 import rru_fast
 from benchmarks.parity import error
-from rru_fast import config, triton
-from rru_fast.reference import RRU, State
+from rru_fast import backends, triton
+from rru_fast.reference import RRU
+from rru_fast.types import State
 
-_, *BACKENDS = config.serving(torch.device("cpu"))
+_, *BACKENDS = backends.serving(torch.device("cpu"))
 # Those that take no seconds for a small call, for the large ones.
 COMPILED = [name for name in BACKENDS if not (name == "triton" and triton.interpreted())]
 # For claims that a backend's name, an argument of one and the same operator, can hardly change.
-_FIRST = ("triton", config.choose("auto", torch.device("cpu")))
+_FIRST = ("triton", backends.choose("auto", torch.device("cpu")))
 DEFAULT_FIRST = [pytest.param(name, marks=() if name in _FIRST else pytest.mark.exhaustive) for name in BACKENDS]
 EXACT = 1e-9  # relative, in float64
 # Relative error of the gate in fp32 by a GPU's approximate functions, the maxima that the PTX ISA documents: ex2.approx

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import reference
-from rru_fast.reference import State
+from rru_fast.types import State
 from tests import parity
 from tests.ops.test_batch_hard import random_batch
 from tests.parity import Call, Case, Results

@@ -20,15 +20,16 @@ import torch.distributed as dist
 from torch import nn
 
 import rru_fast
-from rru_fast import config, graphs, native, official, ops, reference
-from rru_fast.reference import State
+from rru_fast import backends, cuda_graphs, native, ops, reference
+from rru_fast.compat import weights
+from rru_fast.types import State
 from tests import their_code
 from tests.good_call import A, B, C, D, H, T, W, arguments
 
-USABLE = ", ".join(repr(name) for name, why in config.BACKENDS.items() if why is None)
+USABLE = ", ".join(repr(name) for name, why in backends.BACKENDS.items() if why is None)
 META = torch.device("meta")
 OFFICIAL = {
-    **dict.fromkeys(official.NAMES, torch.zeros(4)),
+    **dict.fromkeys(weights.NAMES, torch.zeros(4)),
     "reduce_dim_z.conv.weight": torch.zeros(4, 6, 1, 1),
     "reduce_dim_z.bn.num_batches_tracked": torch.tensor(0),
     "s_atten_z.0.weight": torch.zeros(5, 1, 2, 3),
@@ -113,7 +114,7 @@ def unsaved() -> None:
 
 def late_backward() -> None:
     calls = [1]
-    (out,) = graphs.guarded(calls, (torch.ones(2, requires_grad=True),))
+    (out,) = cuda_graphs.guarded(calls, (torch.ones(2, requires_grad=True),))
     calls[0] = 3
     out.sum().backward()
 
@@ -315,7 +316,7 @@ OF_OFFICIAL_WEIGHTS: Calls = {
     "ValueError: state_dict: got no 'reduce_dim_z.bn.weight', wanted the weights of an RRU of rru-reid or "
     "person-reid-lib": lambda: rru_fast.from_official({"reduce_dim_z.conv.weight": torch.zeros(4, 6, 1, 1)}),
     "ValueError: reduce_dim_z.conv.weight: got shape (1,), wanted (D, 2C, 1, 1)": lambda: rru_fast.from_official(
-        dict.fromkeys(official.NAMES, torch.zeros(1))
+        dict.fromkeys(weights.NAMES, torch.zeros(1))
     ),
     "ValueError: c_atten_z.1.weight: got shape (3, 2, 1, 1), wanted (C, D, 1, 1)": lambda: rru_fast.from_official(
         {**OFFICIAL, LAST: torch.zeros(3, 2, 1, 1)}
@@ -335,7 +336,7 @@ ELSEWHERE = {
     "over several ranks": "tests/ops/test_refine_sync.py: of several ranks",
     "got the same for every call of vmap": "tests/test_works_with_func.py: of a transform",
     "runs no CUDA graphs": "tests/test_foreign.py: of other people's modules",
-    "that accelerate made": "tests/test_swap.py: of a model that was sharded",
+    "that accelerate made": "tests/test_accelerate.py: of a model that was sharded",
     "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
     "_failure(": "tests/test_launch.py: of a kernel that Triton refuses",

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 
 import rru_fast
-from rru_fast import foreign
+from rru_fast.compat import third_party as foreign
 from tests import parity, their_code
 from tests.look_alikes import LOOK_ALIKES
 from tests.units import PEOPLE, SIZES, through_a_file

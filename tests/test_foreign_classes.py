@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rru_fast
-from rru_fast import foreign
+from rru_fast.compat import third_party as foreign
 from tests import their_code
 from tests.units import PEOPLE, through_a_file
 

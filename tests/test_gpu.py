@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rru_fast
 from benchmarks import parity as parity_of_benchmarks
-from rru_fast import config, reference
+from rru_fast import backends, reference
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-_, *BACKENDS = config.serving(torch.device("cuda"))
+_, *BACKENDS = backends.serving(torch.device("cuda"))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PAPER = Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128)
 LARGE = [

@@ -206,7 +206,7 @@ def test_a_kernel_that_fails_names_itself_the_reason_and_the_backend_without_tri
 ) -> None:
     from triton.runtime.errors import PTXASError
 
-    from rru_fast.triton import _refine_forward_kernels as kernels
+    from rru_fast.triton.refine import forward_kernels as kernels
 
     error = PTXASError("Internal Triton PTX codegen error\nptxas stderr: ...")
     monkeypatch.setattr(kernels, "gate_kernel", Broken(error))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rru_fast
-from rru_fast.reference import State
+from rru_fast.types import State
 from tests import parity
 from tests.good_call import B, C, H, T, W, arguments
 from tests.parity import Call, Case, Results

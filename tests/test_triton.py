@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rru_fast
-from rru_fast import config, graphs, triton
+from rru_fast import backends, cuda_graphs, triton
 from tests import parity
 from tests.parity import Case
 
@@ -36,7 +36,7 @@ def in_another_process(code: str, **environment: str) -> subprocess.CompletedPro
 def test_without_a_gpu_it_says_how_the_kernels_can_be_run() -> None:
     with pytest.raises(ValueError, match=r"got 'triton', wanted .*: no NVIDIA GPU is seen; TRITON_INTERPRET=1 runs"):
         rru_fast.RRU(6, (3, 2), backend="triton")
-    assert "triton     not available: no NVIDIA GPU is seen" in config.report()
+    assert "triton     not available: no NVIDIA GPU is seen" in backends.report()
 
 
 def test_importing_the_library_imports_no_triton_and_starts_no_cuda() -> None:
@@ -48,8 +48,8 @@ def test_importing_the_library_imports_no_triton_and_starts_no_cuda() -> None:
 
 @interpreted
 def test_on_a_cpu_auto_does_not_choose_the_interpreter() -> None:
-    assert config.choose("auto", torch.device("cpu")) != "triton"
-    assert config.choose("triton", torch.device("cpu")) == "triton"
+    assert backends.choose("auto", torch.device("cpu")) != "triton"
+    assert backends.choose("triton", torch.device("cpu")) == "triton"
 
 
 def test_distances_are_multiplied_as_matmuls_and_transitions_as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_cuda_graph_needs_a_gpu_and_a_backend_of_a_gpus() -> None:
     assert "cuda_graph=True" in repr(rru)
     with pytest.raises(ValueError, match="cuda_graph: got True with tensors on cpu, wanted tensors on a GPU"):
         rru(torch.rand(2, 3, 6, 3, 2))
-    for backend in ("reference", *(["cpu"] if config.BACKENDS["cpu"] is None else [])):
+    for backend in ("reference", *(["cpu"] if backends.BACKENDS["cpu"] is None else [])):
         with pytest.raises(ValueError, match=f"cuda_graph: got True with backend='{backend}', wanted 'auto'"):
             rru_fast.RRU(6, (3, 2), backend=backend, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: got 1, wanted True or False"):
@@ -208,7 +208,7 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
     w, other, x = torch.rand(3, 4), torch.rand(3, 4), torch.rand(2, 4)
 
     def kind(w: torch.Tensor = w, x: torch.Tensor = x, setting: object = "both") -> object:
-        return graphs.kind({"w": w}, [], {"x": x}, (setting,))
+        return cuda_graphs.kind({"w": w}, [], {"x": x}, (setting,))
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(before)  # what nobody has set yet is neither
@@ -231,19 +231,19 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
 
 def test_a_graphs_backward_after_the_next_call_raises_and_gives_no_wrong_gradient() -> None:
     calls, memory = [1], torch.rand(2, 3, requires_grad=True)
-    (first,) = graphs.guarded(calls, (memory * 1,))
+    (first,) = cuda_graphs.guarded(calls, (memory * 1,))
     first.sum().backward()
     assert torch.equal(memory.grad, torch.ones(2, 3))  # type: ignore[arg-type]
-    (first,) = graphs.guarded(calls, (memory * 1,))
+    (first,) = cuda_graphs.guarded(calls, (memory * 1,))
     calls[0] += 1
-    (second,) = graphs.guarded(calls, (memory * 1,))
+    (second,) = cuda_graphs.guarded(calls, (memory * 1,))
     with pytest.raises(RuntimeError, match="cuda_graph: got the backward of a call after 1 more of its kind"):
         (first + second).sum().backward()
 
 
 def test_a_graphs_output_changed_in_place_has_no_backward() -> None:
     leaf = torch.rand(2, 3, requires_grad=True)
-    features, _ = graphs.guarded([1], (leaf * 1, leaf * 2))
+    features, _ = cuda_graphs.guarded([1], (leaf * 1, leaf * 2))
     with pytest.raises(RuntimeError, match=r"modified inplace"):
         features.mul_(2).sum().backward()
 
@@ -269,7 +269,7 @@ def test_a_graph_is_captured_so_that_other_threads_can_go_on(
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", newer if takes_a_mode else older)
-    graphs.make_graphed(lambda: (), ())
+    cuda_graphs.make_graphed(lambda: (), ())
     assert modes == ["thread_local"]
     assert torch.cuda.graph is graph
 
@@ -283,7 +283,7 @@ def test_graphs_captured_by_two_threads_leave_torch_as_it_was(monkeypatch: pytes
         return number
 
     def capture(number: int) -> None:
-        graphs.make_graphed(number, ())  # type: ignore[arg-type]
+        cuda_graphs.make_graphed(number, ())  # type: ignore[arg-type]
         ended[number].set()
 
     def graph() -> None:

@@ -149,7 +149,7 @@ def operators_run(work: Callable[[], object]) -> set[str]:
     return {event.key for event in profile.key_averages() if event.key.startswith("rru_fast::")}
 
 
-needs_kernels = pytest.mark.skipif(rru_fast.config.BACKENDS["cpu"] is not None, reason="no compiled kernels")
+needs_kernels = pytest.mark.skipif(rru_fast.backends.BACKENDS["cpu"] is not None, reason="no compiled kernels")
 COMPILED = {"rru_fast::refine_cpu", "rru_fast::strip_pool_cpu", "rru_fast::batch_hard_cpu"}
 
 

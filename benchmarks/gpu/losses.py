@@ -14,7 +14,7 @@ import rru_fast
 from benchmarks import contenders, measure, parity
 from benchmarks.gpu.run import PRECISIONS, Run, Sizes, Work, faster, left_out, set_precision, times
 from benchmarks.table import Row
-from rru_fast import config, reference
+from rru_fast import backends, reference
 
 MARGIN = 0.4
 EAGER = "eager"
@@ -89,7 +89,7 @@ def results(function: Function, inputs: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def _backends(device: torch.device) -> list[str]:
-    return [name for name in config.serving(device) if name != "reference"]
+    return [name for name in backends.serving(device) if name != "reference"]
 
 
 def _compared(

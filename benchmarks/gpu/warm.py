@@ -25,7 +25,7 @@ from benchmarks.contenders import Contender, Shape
 from benchmarks.gpu import losses, sanitizer, sections, smoke
 from benchmarks.gpu.run import PRECISIONS, TOY, Sizes, set_float32
 from benchmarks.launches import NUM_SMS, Launch, Recorder, Specialization, Specializer, recording
-from rru_fast import config
+from rru_fast import backends
 from tests.parity import Call, make_call, run
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def _contender(shape: Shape, hidden: tuple[int, int], training: bool) -> Contend
 def triton_on_cpu() -> Iterator[None]:
     """Have backend "triton" serve CPU tensors; their launches must be recorded, not run."""
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(config.BACKENDS, triton=None))
+        stack.enter_context(patch.dict(backends.BACKENDS, triton=None))
         stack.enter_context(patch.object(rru_fast.triton, "serves", lambda device: True))
         for op in ("refine", "batch_hard", "strip_pool"):
             kernels: Mapping[str, Any] = import_module(f"rru_fast.ops.{op}").KERNELS

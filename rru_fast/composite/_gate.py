@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rru_fast.ranks import Ranks
+from rru_fast.distributed import Ranks
 
 
 class Gate:

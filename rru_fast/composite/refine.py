@@ -16,7 +16,7 @@ from torch import Tensor
 from rru_fast.composite._frames import Frames, Upstream, alive
 from rru_fast.composite._gate import Gate, GateGradients, sigmoid_gate
 from rru_fast.composite._products import Products
-from rru_fast.ranks import ranks_of
+from rru_fast.distributed import ranks_of
 
 # Scratch for the hoisted product, a frame at least: small enough to stay warm, large enough to fill a product.
 HOIST_BYTES = 16 * 2**20

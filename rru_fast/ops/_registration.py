@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
-from rru_fast import config, native, triton
+from rru_fast import backends, native, triton
 
 
 def kernels(op: str, composite: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def choose(kernels: dict[str, Any], backend: str, device: torch.device) -> Any:
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.
     """
-    return kernels[config.choose(backend, device)]
+    return kernels[backends.choose(backend, device)]
 
 
 class _Lazy:

@@ -8,48 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
-from torch.utils._pytree import _register_namedtuple
 
-from rru_fast.reference.checks import check_process_group
-from rru_fast.reference.distributed import count_values, spans_ranks
-
-Inputs = Literal["appearance+motion", "appearance", "raw"]
-Metric = Literal["euclidean", "cosine"]
-Reduction = Literal["mean", "none"]
-
-# Raised while torch.compile traces: it then runs the call as it is, or with fullgraph=True shows this.
-OUTSIDE_GRAPHS = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
-
-
-class State(NamedTuple):
-    """Where a video stands between two chunks: the last frame's maps and their refinement, both (B, C, H, W)."""
-
-    x: Tensor
-    s: Tensor
-
-
-class Refined(NamedTuple):
-    """What `refine` returns.
-
-    features: S, (B, T, C, H, W).
-    strips: S averaged over time and width, (B, C, H).
-    state: what the video's next chunk starts from; `None` when batch statistics were used (training).
-    """
-
-    features: Tensor
-    strips: Tensor
-    state: State | None
-
-
-for _returned in (State, Refined):  # so that torch.export can save a program that returns them
-    _register_namedtuple(_returned, serialized_type_name=f"rru_fast.{_returned.__name__}")
+from rru_fast.checks import check_process_group
+from rru_fast.distributed import OUTSIDE_GRAPHS, count_values, spans_ranks
+from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
 
 def refine(

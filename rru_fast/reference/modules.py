@@ -12,20 +12,19 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from rru_fast.reference.checks import (
+from rru_fast.checks import (
     FINITE,
     SMALLEST,
-    check_backend,
     check_dense,
     check_layer,
     check_loss,
     check_number,
+    check_reference_backend,
     check_sizes,
 )
-from rru_fast.reference.distributed import gather_batch, has_other_ranks
-from rru_fast.reference.equations import Inputs, Metric, Refined, State, batch_hard_triplet, refine
-
-Attention = Literal["both", "spatial", "channel"]
+from rru_fast.distributed import gather_batch, has_other_ranks
+from rru_fast.reference.equations import batch_hard_triplet, refine
+from rru_fast.types import Attention, Inputs, Metric, Refined, State
 
 # Hooks that make a layer's weight of others before each call, as torch.nn.utils hangs them there.
 MAKES_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -128,7 +127,7 @@ class RRU(nn.Module):
             self.channel_attention = nn.Linear(hidden, channels, bias=False)
 
     def _choose_backend(self, backend: str, cuda_graph: bool) -> None:
-        check_backend(backend)
+        check_reference_backend(backend)
         if cuda_graph is not False:
             raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted False (this is the reference module)")
 
@@ -203,7 +202,7 @@ class BatchHardTripletLoss(nn.Module):
         self.margin, self.metric, self.gather = margin, metric, gather
 
     def _choose_backend(self, backend: str) -> None:
-        check_backend(backend)
+        check_reference_backend(backend)
 
     def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return cast(Tensor, batch_hard_triplet(features, labels, margin=self.margin, metric=self.metric))

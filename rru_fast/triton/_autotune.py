@@ -193,7 +193,7 @@ def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
 @cache
 def _sources() -> str:
     """A hash of the kernels' code."""
-    files = [*Path(__file__).parent.glob("*_kernels.py"), Path(__file__).with_name("_device.py")]
+    files = [*Path(__file__).parent.rglob("*_kernels.py"), Path(__file__).with_name("_primitives.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 

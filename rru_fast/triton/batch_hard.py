@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rru_fast.triton import _batch_hard_kernels as kernels
 from rru_fast.triton import _host as host
 from rru_fast.triton import _launch
+from rru_fast.triton import batch_hard_kernels as kernels
 from rru_fast.triton._autotune import Candidates, KernelConfig, autotune
 from rru_fast.triton._host import power_of_2
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rru_fast.triton import _host as host
 from rru_fast.triton import _launch
-from rru_fast.triton import _strip_pool_kernels as kernels
+from rru_fast.triton import strip_pool_kernels as kernels
 from rru_fast.triton._host import power_of_2
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import contenders, refine, scaling
-from rru_fast import config
+from rru_fast import backends
 from rru_fast.composite import batch_hard as batch_hard_kernel
 from rru_fast.composite import refine as refine_kernel
 from rru_fast.composite import strip_pool as strip_pool_kernel
@@ -84,7 +84,7 @@ def test_scaling_changes_one_size_at_a_time() -> None:
 
 
 def test_scaling_rows_hold_paired_ratios_of_what_auto_takes() -> None:
-    ours = config.choose("auto", torch.device("cpu"))
+    ours = backends.choose("auto", torch.device("cpu"))
     options = scaling.Options(SHAPE, clips=(2,), frames=(3,), channels=(16,), threads=(1, 2), repeats=1, device="cpu")
     rows = scaling.main(options)
     assert torch.get_num_threads() == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import ops
-from rru_fast.reference import State
+from rru_fast.types import State
 from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rru_fast.reference import RRU, Attention, Inputs
+from rru_fast.reference import RRU
+from rru_fast.types import Attention, Inputs
 from training.show.gate import gate
 
 

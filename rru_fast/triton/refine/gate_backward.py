@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rru_fast.ranks import Ranks
-from rru_fast.triton import _refine_backward_kernels as kernels
+from rru_fast.distributed import Ranks
 from rru_fast.triton._autotune import KernelConfig, LaunchConfig
 from rru_fast.triton._launch import Launches, Slices
-from rru_fast.triton._refine_call import Call, Saved
-from rru_fast.triton._refine_weights import outer
+from rru_fast.triton.refine import backward_kernels as kernels
+from rru_fast.triton.refine.arguments import Call, Saved
+from rru_fast.triton.refine.weight_gradients import outer
 
 
 class GateBackward:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rru_fast.triton._device import last_to_arrive, narrowed, normalise, product
+from rru_fast.triton._primitives import last_to_arrive, narrowed, normalise, product
 
 
 @triton.jit

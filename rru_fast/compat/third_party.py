@@ -21,9 +21,9 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rru_fast import functional
-from rru_fast.reference import Refined
-from rru_fast.reference.checks import check_dense
+from rru_fast.checks import check_dense
 from rru_fast.reference.modules import count_frames, norm_arguments, weight_of
+from rru_fast.types import Refined
 
 CLOSE = 1e-9  # of two results in float64, relative; sums in another order are within 1e-12
 

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rru_fast import foreign, modules, reference
+from rru_fast import modules, reference
+from rru_fast.compat import third_party as foreign
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     reference.RRU: modules.RRU,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rru_fast.triton._device import narrowed, product
+from rru_fast.triton._primitives import narrowed, product
 
 # Distances are sqrt(max(d2, FLOOR)); at the floor, up to rounding, their gradient is 0: coincident points do not pull.
 FLOOR = tl.constexpr(1e-12)

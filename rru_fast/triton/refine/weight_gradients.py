@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rru_fast.triton import _host as host
-from rru_fast.triton import _refine_weight_kernels as kernels
 from rru_fast.triton._autotune import KernelConfig
 from rru_fast.triton._host import Maps, all_frames
 from rru_fast.triton._launch import launch_again
-from rru_fast.triton._refine_call import Call, Segment
+from rru_fast.triton.refine import weight_gradient_kernels as kernels
+from rru_fast.triton.refine.arguments import Call, Segment
 
 
 def outer(left: Tensor, right: Tensor, config: KernelConfig) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rru_fast.triton._device import narrowed
+from rru_fast.triton._primitives import narrowed
 
 
 @triton.jit

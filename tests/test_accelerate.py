@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rru_fast
-from rru_fast import reference, swap
+from rru_fast import reference
+from rru_fast.compat import accelerate as swap
 from tests import parity, their_code
 from tests.units import SIZES
 

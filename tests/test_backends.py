@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rru_fast
-from rru_fast import config
+from rru_fast import backends
 
 # Not the extension: rru_fast.native decides whether it may be loaded.
 MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast.") if m.name[-3:] != "._C")]
@@ -23,14 +23,14 @@ def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: py
     rru_fast.show_config()
     shown = capsys.readouterr().out
     assert f"rru_fast {rru_fast.__version__}, torch {torch.__version__}" in shown
-    for name, reason in config.BACKENDS.items():
+    for name, reason in backends.BACKENDS.items():
         (line,) = (line for line in shown.splitlines() if line.strip().startswith(f"{name} "))
         assert line.endswith("available" if reason is None else reason)
 
 
 def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def line() -> str:
-        (found,) = (line for line in config.report().splitlines() if line.startswith("fp32 products on a GPU: "))
+        (found,) = (line for line in backends.report().splitlines() if line.startswith("fp32 products on a GPU: "))
         return found.partition(": ")[2]
 
     conv, matmul = "(torch.backends.cudnn.conv)", "(torch.backends.cuda.matmul)"
@@ -50,8 +50,8 @@ def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_what_auto_runs_is_an_available_backend(device: str) -> None:
-    chosen = config.choose("auto", torch.device(device))
-    assert config.BACKENDS[chosen] is None
+    chosen = backends.choose("auto", torch.device(device))
+    assert backends.BACKENDS[chosen] is None
     assert chosen != "reference"
 
 
@@ -59,19 +59,19 @@ def test_what_auto_runs_is_an_available_backend(device: str) -> None:
 def test_auto_runs_the_native_kernels_on_a_cpu_where_they_serve(
     missing: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(config.BACKENDS, "cpu", missing)
-    assert config.choose("auto", torch.device("cpu")) == chosen
-    assert config.choose("auto", torch.device("cuda")) == "composite"
+    monkeypatch.setitem(backends.BACKENDS, "cpu", missing)
+    assert backends.choose("auto", torch.device("cpu")) == chosen
+    assert backends.choose("auto", torch.device("cuda")) == "composite"
 
 
 def test_a_backend_of_the_cpu_serves_tensors_on_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.BACKENDS, "cpu", None)
-    assert {"reference", "composite", "cpu"} <= set(config.serving(torch.device("cpu")))
-    assert "cpu" not in config.serving(torch.device("cuda"))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", None)
+    assert {"reference", "composite", "cpu"} <= set(backends.serving(torch.device("cpu")))
+    assert "cpu" not in backends.serving(torch.device("cuda"))
 
 
 def test_the_cpu_backend_refuses_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.BACKENDS, "cpu", None)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", None)
     with pytest.raises(ValueError, match=r"^backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on"):
         rru_fast.strip_pool(torch.empty(1, 1, 1, 1, 1, device="meta"), backend="cpu")
 
@@ -99,22 +99,32 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("rru_fast", "training", "benchmarks")}
 
 
-def test_arrows_run_one_way() -> None:
+# By layer, all of this package that it may import; of a package, its own files too.
+FOOT = {"types", "distributed", "checks"}
+MAY_IMPORT = {
+    "types.py": set(),
+    "distributed.py": set(),
+    "checks.py": {"types", "distributed"},
+    "reference": FOOT,
+    "composite": {"distributed"},
+    "triton": {"distributed"},
+    "backends.py": {"native", "triton"},
+    "ops": {"backends", "composite", "native", "triton"},
+    "cuda_graphs.py": FOOT,
+    "functional.py": FOOT | {"backends", "ops", "reference"},
+    "modules.py": FOOT | {"backends", "cuda_graphs", "functional", "reference"},
+    "compat": FOOT | {"functional", "modules", "reference"},
+}
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_arrows_run_one_way(layer: str) -> None:
     root = Path(rru_fast.__file__).parent
-    forbidden = {
-        "reference": ("rru_fast", "training", "benchmarks"),
-        "ranks.py": ("rru_fast", "training", "benchmarks"),
-        "composite": ("rru_fast", "training", "benchmarks"),
-        "triton": ("rru_fast", "training", "benchmarks"),
-        "ops": ("rru_fast.functional", "rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
-        "functional.py": ("rru_fast.modules", "rru_fast.swap", "training", "benchmarks"),
-        "modules.py": ("rru_fast.swap", "rru_fast.ops", "rru_fast.composite", "training", "benchmarks"),
-    }
-    for layer, names in forbidden.items():
-        files = [root / layer] if layer.endswith(".py") else list((root / layer).glob("*.py"))
-        assert files
-        # Kernels know, beside their own, what stands below them all.
-        beside = (f"rru_fast.{layer}", "rru_fast.ranks")[: 2 if layer in ("composite", "triton") else 1]
-        for path in files:
-            wrong = {i for i in imports_of(path) if any(i == n or i.startswith(n + ".") for n in names)}
-            assert not {i for i in wrong if not i.startswith(beside)}, f"{path.name} imports {wrong}"
+    files = [root / layer] if layer.endswith(".py") else list((root / layer).rglob("*.py"))
+    assert files
+    allowed = MAY_IMPORT[layer] | {layer.removesuffix(".py")}
+    for path in files:
+        for name in imports_of(path):
+            package, _, rest = name.partition(".")
+            of_whole = package == "rru_fast" and not rest  # `from rru_fast import ...` names it too
+            assert of_whole or (package == "rru_fast" and rest.split(".")[0] in allowed), f"{path.name} imports {name}"

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rru_fast.ranks import Ranks
+from rru_fast.distributed import Ranks
 from rru_fast.triton import _host as host
-from rru_fast.triton import _refine_forward_kernels as kernels
 from rru_fast.triton._autotune import Candidates, KernelConfig, LaunchConfig
 from rru_fast.triton._host import Maps, all_frames, frame_strides, power_of_2
 from rru_fast.triton._launch import Launches, Slice, Slices, launch_again
-from rru_fast.triton._refine_call import Call, Segment
+from rru_fast.triton.refine import forward_kernels as kernels
+from rru_fast.triton.refine.arguments import Call, Segment
 
 
 def candidates(call: Call) -> Candidates:

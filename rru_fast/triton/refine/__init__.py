@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rru_fast.ranks import ranks_of
+from rru_fast.distributed import ranks_of
 from rru_fast.triton import _host as host
-from rru_fast.triton import _refine_backward, _refine_forward
 from rru_fast.triton._autotune import autotune
-from rru_fast.triton._refine_call import Saved, make_call
+from rru_fast.triton.refine import backward as backward_pass
+from rru_fast.triton.refine import forward as forward_pass
+from rru_fast.triton.refine.arguments import Saved, make_call
 
 
 def forward(
@@ -54,11 +55,11 @@ def forward(
             "refine",
             call.kind(),
             x,
-            lambda: _refine_forward.candidates(call),
-            lambda config: _refine_forward.run(call, config, mean, var, save, None),
+            lambda: forward_pass.candidates(call),
+            lambda config: forward_pass.run(call, config, mean, var, save, None),
         )
         ranks = ranks_of(process_group, counts, x.device)
-        outputs = _refine_forward.run(call, config, mean, var, save, ranks)
+        outputs = forward_pass.run(call, config, mean, var, save, ranks)
         if not training:
             mean, var = call.empty(0, bn_groups, call.d), call.empty(0, bn_groups, call.d)
         return *outputs[:2], mean, var, *outputs[2:]
@@ -104,17 +105,17 @@ def backward(
             assert running_mean is not None and running_var is not None
             mean, var = running_mean.contiguous(), running_var.contiguous()
         saved = Saved(host.maps(features), mean, var, u, z_s, z_c, h)
-        upstream = _refine_backward.upstream_of(call, d_features, d_strips)
+        upstream = backward_pass.upstream_of(call, d_features, d_strips)
         config = autotune(
             "refine_backward",
             # The number of frames decides into how many parts the weights' gradients are split.
             (*call.kind(), min(8, host.power_of_2(call.frames)), need_x, need_weights),
             x,
-            lambda: _refine_backward.candidates(call),
-            lambda config: _refine_backward.run(call, config, saved, upstream, need_x, need_weights, None),
+            lambda: backward_pass.candidates(call),
+            lambda config: backward_pass.run(call, config, saved, upstream, need_x, need_weights, None),
         )
         ranks = ranks_of(process_group, counts, x.device)
-        d_x, d_weights, d_state = _refine_backward.run(call, config, saved, upstream, need_x, need_weights, ranks)
+        d_x, d_weights, d_state = backward_pass.run(call, config, saved, upstream, need_x, need_weights, ranks)
         like = (w, gamma, beta, w_s1, w_s2, w_c)
         cast = [None if d is None or v is None else d.to(v.dtype) for d, v in zip(d_weights, like, strict=True)]
         return d_x, *cast, *d_state

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rru_fast.ranks import Ranks
+from rru_fast.distributed import Ranks
 from rru_fast.triton import _host as host
-from rru_fast.triton import _refine_backward_kernels as kernels
 from rru_fast.triton._autotune import Candidates, KernelConfig, LaunchConfig
 from rru_fast.triton._host import Maps, frame_strides, power_of_2
 from rru_fast.triton._launch import Launches, Slice, Slices
-from rru_fast.triton._refine_call import Call, Saved
-from rru_fast.triton._refine_gate_backward import GateBackward
-from rru_fast.triton._refine_weights import w_gradient
+from rru_fast.triton.refine import backward_kernels as kernels
+from rru_fast.triton.refine.arguments import Call, Saved
+from rru_fast.triton.refine.gate_backward import GateBackward
+from rru_fast.triton.refine.weight_gradients import w_gradient
 
 
 def candidates(call: Call) -> Candidates:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rru_fast import checks
-from rru_fast.reference import Refined, State
-from rru_fast.reference.distributed import spans_ranks
+from rru_fast.distributed import spans_ranks
+from rru_fast.types import Refined, State
 
 # Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
 KEPT = 8
