@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast import backends, checks, ops, reference
+from rru_fast.arguments import BatchHardArguments, RefineArguments, values
 from rru_fast.distributed import OUTSIDE_GRAPHS, count_values, spans_ranks
 from rru_fast.reference.equations import last_state, momenta
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
@@ -138,28 +139,27 @@ def refine(
         if torch.compiler.is_compiling():
             raise RuntimeError(OUTSIDE_GRAPHS)
         group_name, counts = process_group.group_name, count_values(x, w.shape[0], process_group)
-    features, strips, mean, var, *_ = ops.refine.refine(
-        x,
-        w,
-        gamma,
-        beta,
-        w_s1,
-        w_s2,
-        w_c,
-        running_mean,
-        running_var,
-        lengths,
-        state_x,
-        state_s,
-        inputs,
-        training,
-        eps,
-        bn_groups,
-        group_name,
-        counts,
-        save,
-        backend,
+    args = RefineArguments(
+        x=x,
+        w=w,
+        gamma=gamma,
+        beta=beta,
+        w_s1=w_s1,
+        w_s2=w_s2,
+        w_c=w_c,
+        running_mean=running_mean,
+        running_var=running_var,
+        lengths=lengths,
+        state_x=state_x,
+        state_s=state_s,
+        inputs=inputs,
+        training=training,
+        eps=eps,
+        bn_groups=bn_groups,
+        process_group=group_name,
+        elements_per_rank=counts,
     )
+    features, strips, mean, var, *_ = ops.refine.refine(*values(args), save, backend)
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
@@ -266,7 +266,8 @@ def batch_hard_triplet(
     if metric == "cosine":
         grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
-    loss, _, _, positive, negative = ops.batch_hard.batch_hard(grouped, labels, number, soft, metric, backend)
+    args = BatchHardArguments(grouped, labels, number, soft, metric)
+    loss, _, _, positive, negative = ops.batch_hard.batch_hard(*values(args), backend)
     per_anchor = features.shape[:-1]
     loss = (loss.mean() if reduction == "mean" else loss.view(per_anchor)).to(features.dtype)
     return (loss, positive.view(per_anchor), negative.view(per_anchor)) if return_indices else loss

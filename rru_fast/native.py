@@ -12,8 +12,6 @@ import os
 import struct
 import sysconfig
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +37,6 @@ class _UnusableError(Exception):
     def __init__(self, reason: str, variables: str = "") -> None:
         super().__init__(reason)
         self.variables = variables
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """One operator in C++: the composite's arguments in the composite's order."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
-def kernels(op: str) -> Kernels:
-    """The C++ kernels of an operator, "refine", "strip_pool" or "batch_hard"; only where `missing()` is None."""
-    namespace = torch.ops.rru_fast
-    return Kernels(getattr(namespace, f"{op}_cpu").default, getattr(namespace, f"{op}_backward_cpu").default)
 
 
 def missing() -> str | None:

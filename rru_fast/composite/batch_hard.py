@@ -1,8 +1,8 @@
-"""`batch_hard_triplet` tile by tile: a block of anchors against all features at a time, never the whole N x N matrix.
+"""`batch_hard_triplet` in tiles of anchors against all features: the N x N matrix is never stored.
 
-A tile's distances come from a matrix product and only choose the two partners; the two distances in the loss are of the
-vectors' difference, so that near points do not lose their digits. On a GPU a small batch is mined by differences alone:
-fewer launches.
+A tile's distances come from a matrix product and only select the two partners; the two distances in the loss are
+computed from the difference of the vectors, so that near points keep their digits. On a GPU a small batch is mined by
+differences alone, which takes fewer launches.
 """
 
 from __future__ import annotations
@@ -11,52 +11,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Distances in flight: a row of the matrix at least.
+from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, values
+
+# Memory of a tile of distances, at least one row of the matrix.
 TILE_BYTES = 8 * 2**20
-# Pairs up to which differences of all take a GPU less time than the launches of mining by products; an estimate.
+# Up to this many pairs, differences of all of them take a GPU less time than the launches of mining by products: an
+# estimate.
 FEW_PAIRS = 2**14
 
-# Distances are at least FLOOR; there, up to rounding, their gradient is 0: coincident points do not pull.
+# Lower bound of distances; at it, up to rounding, their gradient is 0, so that coincident points have none.
 FLOOR = 1e-6
-CLOSEST = FLOOR * (1 + 1e-6)
+AT_FLOOR = FLOOR * (1 + 1e-6)
 
 INF = float("inf")
 
 
-def forward(features: Tensor, labels: Tensor, margin: float, soft: bool, metric: str) -> tuple[Tensor, ...]:
-    """features (G, N, D), labels (N,) to loss, d_pos, d_neg (G, N) and int64 positive, negative (G, N).
-
-    For "cosine" the features are unit vectors already. Without a negative: index -1, distance inf, loss 0.
-    """
-    f = features.to(torch.promote_types(features.dtype, torch.float32))
-    if metric == "euclidean" and by_differences(f):
-        d_pos, d_neg, positive, negative = _mine_by_differences(f, labels)
+def forward(args: BatchHardArguments) -> BatchHardOutputs:
+    """Find each anchor's hardest positive and negative, and its loss."""
+    f = args.features.to(torch.promote_types(args.features.dtype, torch.float32))
+    if args.metric == "euclidean" and by_differences(f):
+        partners = _mine_by_differences(f, args.labels)
     else:
-        d_pos, d_neg, positive, negative = _mine_by_products(f, labels, metric)
-    gap = d_pos - d_neg
-    loss = F.softplus(gap) if soft else F.relu(margin + gap)
-    return loss, d_pos, d_neg, positive, negative
+        partners = _mine_by_products(f, args.labels, args.metric)
+    gap = partners.d_pos - partners.d_neg
+    loss = F.softplus(gap) if args.soft else F.relu(args.margin + gap)
+    return BatchHardOutputs(loss, *values(partners))
 
 
-def backward(
-    d_loss: Tensor,
-    features: Tensor,
-    d_pos: Tensor,
-    d_neg: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    margin: float,
-    soft: bool,
-    metric: str,
-) -> Tensor:
-    """Gradient of the features (G, N, D), nonzero only for active anchors and their hardest positive and negative."""
-    f = features.to(d_pos.dtype)
+def backward(d_loss: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
+    """Return the gradient of the features, nonzero only for active anchors and their hardest positive and negative."""
+    d_pos, d_neg = saved.d_pos, saved.d_neg
+    f = args.features.to(d_pos.dtype)
     gap = d_pos - d_neg
-    weight = d_loss * torch.sigmoid(gap) if soft else torch.ops.aten.threshold_backward(d_loss, gap, -margin)
-    group, index = _pairs(positive, negative)
-    others = f[group, index].view(*f.shape[:2], 2, -1)  # (G, N, 2, D); the last row for -1, which receives zeros
+    hinge = torch.ops.aten.threshold_backward
+    weight = d_loss * torch.sigmoid(gap) if args.soft else hinge(d_loss, gap, -args.margin)
+    group, index = _pairs(saved.positive, saved.negative)
+    others = f[group, index].view(*f.shape[:2], 2, -1)  # (G, N, 2, D); index -1 reads the last row and adds zeros to it
     to_positive, to_negative = others.unbind(2)
-    if metric == "cosine":
+    if args.metric == "cosine":
         d_f = (to_negative - to_positive).mul_(weight[..., None])
         torch.mul(f, weight[..., None], out=to_negative)
         torch.neg(to_negative, out=to_positive)
@@ -64,10 +56,10 @@ def backward(
         to_positive.sub_(f)
         torch.sub(f, to_negative, out=to_negative)
         distances = torch.stack((d_pos, d_neg), -1)
-        others.mul_((weight[..., None] / F.threshold(distances, CLOSEST, INF))[..., None])
+        others.mul_((weight[..., None] / F.threshold(distances, AT_FLOOR, INF))[..., None])
         d_f = torch.add(to_positive, to_negative).neg_()
     _add_rows(d_f, group, index, others.flatten(1, 2))
-    return d_f.to(features.dtype)
+    return d_f.to(args.features.dtype)
 
 
 def by_differences(f: Tensor) -> bool:
@@ -76,37 +68,39 @@ def by_differences(f: Tensor) -> bool:
     return f.is_cuda and groups * n * n <= FEW_PAIRS
 
 
-def _mine_by_differences(f: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Euclidean distance and index of each anchor's farthest positive and nearest negative, (G, N)."""
-    marked = f.add(f, alpha=0)  # an infinite feature is NaN, and its distances
+def _mine_by_differences(f: Tensor, labels: Tensor) -> BatchHardSaved:
+    """Find each anchor's farthest positive and nearest negative by Euclidean distances of all pairs."""
+    marked = f.add(f, alpha=0)  # makes infinite features NaN, and so their distances
     tile = torch.cdist(marked, marked, compute_mode="donot_use_mm_for_euclid_dist").clamp_(min=FLOOR)
     same = labels[:, None] == labels
     d_pos, positive = torch.where(same, tile, 0).max(-1)
-    # A distance that overflows still comes before the masked ones.
+    # A distance that overflows still ranks before the masked ones.
     d_neg, negative = tile.clamp_(max=torch.finfo(f.dtype).max).masked_fill_(same, INF).min(-1)
     # NaN where the anchor's square overflows, as in mining by products.
-    return d_pos.add_(f.square().sum(-1), alpha=0), d_neg, positive, negative.masked_fill_(d_neg == INF, -1)
+    d_pos.add_(f.square().sum(-1), alpha=0)
+    return BatchHardSaved(d_pos, d_neg, positive, negative.masked_fill_(d_neg == INF, -1))
 
 
-def _mine_by_products(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Distance and index of each anchor's farthest positive and nearest negative, (G, N)."""
+def _mine_by_products(f: Tensor, labels: Tensor, metric: str) -> BatchHardSaved:
+    """Find each anchor's farthest positive and nearest negative by matrix products."""
     farthest, positive, nearest, negative = _rank(f, labels, metric)
     group, index = _pairs(positive, negative)
     distances = _distances(f, f[group, index].view(*f.shape[:2], 2, -1), metric)
-    # NaN where the rank is, which the difference alone need not show.
+    # Propagate a NaN rank, which the difference of the two vectors alone may not have.
     d_pos, d_neg = distances[..., 0].add(farthest, alpha=0), distances[..., 1].add(nearest, alpha=0)
-    lonely = nearest == INF
-    return d_pos, d_neg.masked_fill_(lonely, INF), positive, negative.masked_fill_(lonely, -1)
+    no_negative = nearest == INF
+    d_neg.masked_fill_(no_negative, INF)
+    return BatchHardSaved(d_pos, d_neg, positive, negative.masked_fill_(no_negative, -1))
 
 
 def _rank(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank and index of each anchor's farthest positive and nearest negative, (G, N); rank inf without a negative.
+    """Return rank and index of each anchor's farthest positive and nearest negative, (G, N); inf without a negative.
 
-    The rank of b is |b|^2 - 2 ab, or -ab: the distance up to a constant of the anchor.
+    The rank of b is |b|^2 - 2 ab, or -ab: it orders as the distance does, up to a constant of the anchor.
     """
     groups, n, _ = f.shape
     if metric == "euclidean":
-        f = (f - _common_part(f)).add_(f, alpha=0)  # an infinite feature is NaN, and its distances
+        f = (f - _common_part(f)).add_(f, alpha=0)  # makes infinite features NaN, and so their distances
         offset, factor = f.square().sum(-1)[:, None], -2  # (G, 1, N)
     else:
         offset, factor = f.new_zeros(()), -1
@@ -117,7 +111,7 @@ def _rank(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
     for start in range(0, n, rows):
         anchors = slice(start, start + rows)
         tile = torch.baddbmm(offset, f[:, anchors], f.mT, alpha=factor)
-        # A rank that overflows still comes before the masked ones.
+        # A rank that overflows still orders before the masked ones.
         tile.clamp_(-largest, largest)
         same = labels[anchors, None] == labels
         torch.max(torch.where(same, tile, -INF), -1, out=(farthest[:, anchors], positive[:, anchors]))
@@ -126,9 +120,10 @@ def _rank(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tenso
 
 
 def _common_part(f: Tensor) -> Tensor:
-    """A vector (G, 1, D) that most of a group's features share, or 0: without it |b|^2 - 2 ab loses no digits.
+    """Return a vector (G, 1, D) that most of a group's features share, or 0.
 
-    It is the median of three medians of three features, where its norm is 4 times that of their range.
+    Subtracting it keeps the digits of |b|^2 - 2 ab. It is the median of three medians of three features, if its norm is
+    4 times that of their range.
     """
     n = f.shape[1]
     nine = torch.stack([f[:, i * n // 9] for i in range(9)])
@@ -139,20 +134,20 @@ def _common_part(f: Tensor) -> Tensor:
 
 
 def _pairs(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the partners' rows in (G, N, D): group (G, 1), and positive and negative alternating (G, 2N)."""
+    """Index the partners' rows of (G, N, D): group (G, 1), and positive and negative alternating (G, 2N)."""
     group = torch.arange(len(positive), device=positive.device)[:, None]
     return group, torch.stack((positive, negative), -1).flatten(1)
 
 
 def _distances(f: Tensor, others: Tensor, metric: str) -> Tensor:
-    """Distances (G, N, 2) of each anchor to its two partners (G, N, 2, D)."""
+    """Return distances (G, N, 2) of each anchor to its two partners (G, N, 2, D)."""
     if metric == "cosine":
         return 1 - (f[:, :, None] * others).sum(-1)
     return (f[:, :, None] - others).square().sum(-1).sqrt_().clamp_(min=FLOOR)
 
 
 def _add_rows(target: Tensor, group: Tensor, index: Tensor, rows: Tensor) -> None:
-    """target[group[g], index[g, m]] += rows[g, m], in the same order every time."""
+    """Add rows[g, m] to target[group[g], index[g, m]], in a deterministic order."""
     n, width = target.shape[1:]
     if target.is_cuda:  # index_add_ is atomic there; index_put_ sorts
         target.index_put_((group, index), rows, accumulate=True)

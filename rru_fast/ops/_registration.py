@@ -1,10 +1,10 @@
-"""What every operator's registration shares."""
+"""Code shared by the registrations of the operators."""
 
 from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +13,31 @@ from torch.library import CustomOpDef  # type: ignore[attr-defined]
 from rru_fast import backends, native, triton
 
 
-def kernels(op: str, composite: Any) -> dict[str, Any]:
-    """What runs operator `op`, by backend: objects with `forward` and `backward`."""
-    found = {"composite": composite}
+class Kernels(Protocol):
+    """A backend's kernels of one operator."""
+
+    forward: Any
+    backward: Any
+
+
+def kernels(op: str, composite: Any, cpu: Any) -> dict[str, Kernels]:
+    """Return the kernels of operator `op` by backend.
+
+    Args:
+        op: "refine", "strip_pool" or "batch_hard".
+        composite: kernels in plain PyTorch, which serve everywhere.
+        cpu: kernels in C++, if they have been built.
+    """
+    found: dict[str, Kernels] = {"composite": composite}
     if native.missing() is None:
-        found["cpu"] = native.kernels(op)
+        found["cpu"] = cpu
     if triton.missing() is None:
         found["triton"] = _Lazy(f"rru_fast.triton.{op}")
     return found
 
 
-def choose(kernels: dict[str, Any], backend: str, device: torch.device) -> Any:
-    """Choose the kernels that serve a call, when it runs: a program may have been exported where others could serve.
+def choose(kernels: dict[str, Kernels], backend: str, device: torch.device) -> Kernels:
+    """Choose the kernels of a call when it runs: the backends may differ from those where a program was exported.
 
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.
@@ -33,7 +46,7 @@ def choose(kernels: dict[str, Any], backend: str, device: torch.device) -> Any:
 
 
 class _Lazy:
-    """A module that is imported when it is first asked for something: importing the library imports no Triton."""
+    """Module imported at its first use, so that `import rru_fast` does not import Triton."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -43,13 +56,13 @@ class _Lazy:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which kernels compute in the dtype they chose: autocast reaches into Python implementations too."""
+    """Return a context in which kernels compute in the dtype they chose; autocast reaches into Python kernels too."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def forbid_second_order(op: CustomOpDef, name: str) -> None:
-    """Make differentiating the backward operator `op` an error that says so and names the way out."""
+    """Raise an error that names the way out when the backward operator `op` is differentiated."""
 
     def raise_second_order(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(

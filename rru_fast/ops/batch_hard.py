@@ -1,4 +1,4 @@
-"""rru_fast::batch_hard, eq. 8 and 10 an anchor at a time; the mean is left to the caller."""
+"""rru_fast::batch_hard, eq. 8 and 10 per anchor; the caller takes the mean."""
 
 from __future__ import annotations
 
@@ -7,63 +7,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, schema, unflatten, values
 from rru_fast.composite import batch_hard as composite
+from rru_fast.cpu import batch_hard as cpu
 from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
 
-KERNELS = kernels("batch_hard", composite)
+KERNELS = kernels("batch_hard", composite, cpu)
 
 
-@torch.library.custom_op("rru_fast::batch_hard", mutates_args=())
-def batch_hard(
-    features: Tensor, labels: Tensor, margin: float, soft: bool, metric: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """features (G, N, D) to loss, d_pos, d_neg (float32 at least), positive and negative (int64), each (G, N)."""
-    with without_autocast(features):
-        serving = choose(KERNELS, backend, features.device)
-        loss, d_pos, d_neg, positive, negative = serving.forward(features, labels, margin, soft, metric)
-    return loss, d_pos, d_neg, positive, negative
+@torch.library.custom_op(
+    "rru_fast::batch_hard",
+    mutates_args=(),
+    schema=f"({schema(BatchHardArguments)}, str backend) -> ({schema(BatchHardOutputs)})",
+)
+def batch_hard(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return `BatchHardOutputs` of `BatchHardArguments`."""
+    args, backend = unflatten(arguments, BatchHardArguments)
+    with without_autocast(args.features):
+        outputs = choose(KERNELS, backend, args.features.device).forward(args)
+    return values(outputs)
 
 
 @batch_hard.register_fake
-def _(
-    features: Tensor, labels: Tensor, margin: float, soft: bool, metric: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(features: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(features.dtype, torch.float32)
     loss, d_pos, d_neg = (features.new_empty(features.shape[:2], dtype=dtype) for _ in range(3))
     positive, negative = (features.new_empty(features.shape[:2], dtype=torch.int64) for _ in range(2))
     return loss, d_pos, d_neg, positive, negative
 
 
-@torch.library.custom_op("rru_fast::batch_hard_backward", mutates_args=())
-def batch_hard_backward(
-    d_loss: Tensor,
-    features: Tensor,
-    d_pos: Tensor,
-    d_neg: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    margin: float,
-    soft: bool,
-    metric: str,
-    backend: str,
-) -> Tensor:
-    """Gradient of the features, (G, N, D)."""
-    with without_autocast(features):
-        d_features: Tensor = choose(KERNELS, backend, features.device).backward(
-            d_loss, features, d_pos, d_neg, positive, negative, margin, soft, metric
-        )
+@torch.library.custom_op(
+    "rru_fast::batch_hard_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_loss, {schema(BatchHardSaved)}, {schema(BatchHardArguments)}, str backend) -> Tensor",
+)
+def batch_hard_backward(d_loss: Tensor, *arguments: Any) -> Tensor:
+    """Return the gradient of the features, (G, N, D)."""
+    saved, args, backend = unflatten(arguments, BatchHardSaved, BatchHardArguments)
+    with without_autocast(args.features):
+        d_features: Tensor = choose(KERNELS, backend, args.features.device).backward(d_loss, saved, args)
     return d_features
 
 
 @batch_hard_backward.register_fake
-def _(d_loss: Tensor, features: Tensor, *_: Any) -> Tensor:
-    return features.new_empty(features.shape)
+def _(d_loss: Tensor, d_pos: Tensor, d_neg: Tensor, positive: Tensor, negative: Tensor, f: Tensor, *_: Any) -> Tensor:
+    return f.new_empty(f.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, _, *ctx.options = inputs
-    ctx.save_for_backward(features, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    features, labels, *ctx.options = inputs
+    _loss, *saved = output
+    ctx.save_for_backward(*saved, features, labels)
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 

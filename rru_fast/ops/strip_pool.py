@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from rru_fast.composite import strip_pool as composite
+from rru_fast.cpu import strip_pool as cpu
 from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
 
-KERNELS = kernels("strip_pool", composite)
+KERNELS = kernels("strip_pool", composite, cpu)
 
 
 @torch.library.custom_op("rru_fast::strip_pool", mutates_args=())
 def strip_pool(s: Tensor, backend: str) -> Tensor:
-    """s (B, T, C, H, W) to its mean over time and width, (B, C, H)."""
+    """Average s (B, T, C, H, W) over time and width: (B, C, H)."""
     with without_autocast(s):
         strips: Tensor = choose(KERNELS, backend, s.device).forward(s)
     return strips
@@ -29,7 +30,7 @@ def _(s: Tensor, backend: str) -> Tensor:
 
 @torch.library.custom_op("rru_fast::strip_pool_backward", mutates_args=())
 def strip_pool_backward(d_strips: Tensor, frames: int, width: int, backend: str) -> Tensor:
-    """Gradient of s, (B, T, C, H, W)."""
+    """Return the gradient of s, (B, T, C, H, W)."""
     with without_autocast(d_strips):
         d_s: Tensor = choose(KERNELS, backend, d_strips.device).backward(d_strips, frames, width)
     return d_s

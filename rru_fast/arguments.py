@@ -1,0 +1,202 @@
+"""Arguments, outputs and gradients of the operators as every backend's kernels take and return them.
+
+csrc/cpu/kernels.h has the same structures in C++. The dispatcher's schemas are made of them: a field added to
+`RefineArguments` is an argument of the operator and of its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "str": "str",
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "list[int]": "int[]",
+}
+
+
+def schema(cls: type[Any]) -> str:
+    """Return a dataclass's fields as a list of arguments in torch.library's schema language."""
+    return ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in fields(cls))
+
+
+def values(instance: Any) -> tuple[Any, ...]:
+    """Return a dataclass's values in the order of its fields."""
+    return tuple(vars(instance).values())
+
+
+def unflatten(flat: Iterable[Any], *classes: type[Any]) -> tuple[Any, ...]:
+    """Build dataclasses of a flat list of their values, one after another; what is left of it follows as it is."""
+    rest = iter(flat)
+    return *[cls(*islice(rest, len(fields(cls)))) for cls in classes], *rest
+
+
+def is_tensor(field_type: Any) -> bool:
+    """Return True if a field of this type holds a tensor or None."""
+    return str(field_type).startswith("Tensor")
+
+
+@dataclass(frozen=True)
+class RefineArguments:
+    """Arguments of `refine`, checked; shapes as in `rru_fast.refine`."""
+
+    x: Tensor
+    """(B, T, C, H, W)."""
+    w: Tensor
+    """(D, C) or (D, 2C)."""
+    gamma: Tensor
+    beta: Tensor
+    w_s1: Tensor | None
+    w_s2: Tensor | None
+    w_c: Tensor | None
+    running_mean: Tensor | None
+    """(D,); read in eval mode only."""
+    running_var: Tensor | None
+    lengths: Tensor | None
+    """(B,), int64, on x's device."""
+    state_x: Tensor | None
+    """(B, C, H, W), the frame before the first, with state_s."""
+    state_s: Tensor | None
+    inputs: str
+    training: bool
+    eps: float
+    bn_groups: int
+    """1 in eval mode."""
+    process_group: str
+    """Name in torch.distributed of the ranks that share batch statistics; "" for this rank alone."""
+    elements_per_rank: list[int]
+    """Values per gate channel that each of these ranks contributes to a frame's statistics."""
+
+    @property
+    def steps(self) -> int:
+        """N, the number of frames with a gate: all but the first, which has none without a state."""
+        return self.x.shape[1] - (self.state_s is None)
+
+    def as_weights(self, **gradients: Tensor | None) -> dict[str, Tensor | None]:
+        """Cast gradients of weights, by name, to the weights' dtypes."""
+        weights = {name: getattr(self, name) for name in gradients}
+        return {name: None if d is None else d.to(weights[name].dtype) for name, d in gradients.items()}
+
+
+@dataclass(frozen=True)
+class RefineSaved:
+    """Tensors saved for the backward; in the arithmetic dtype, fp32 at least, but for the features."""
+
+    features: Tensor
+    """S (B, T, C, H, W), in x's dtype."""
+    mean: Tensor
+    """(T, groups, D), batch statistics; T = 0 in eval mode."""
+    var: Tensor
+    """(T, groups, D), biased."""
+    u: Tensor
+    """(N, B, D, P), in an order of the backend's own; N = 0 unless saving, as below."""
+    z_s: Tensor
+    """(N, B, P), eq. 2; N = 0 without spatial attention."""
+    z_c: Tensor
+    """(N, B, C), eq. 3; N = 0 without channel attention."""
+    h: Tensor
+    """(N, B, A), hidden units of the spatial attention; N = 0 without it."""
+
+
+@dataclass(frozen=True)
+class RefineOutputs:
+    """Outputs of the operator: the two that users see, and those saved for the backward."""
+
+    features: Tensor
+    strips: Tensor
+    """(B, C, H), in x's dtype."""
+    mean: Tensor
+    var: Tensor
+    u: Tensor
+    z_s: Tensor
+    z_c: Tensor
+    h: Tensor
+
+    @property
+    def saved(self) -> RefineSaved:
+        """All but the strips."""
+        return RefineSaved(**{name: value for name, value in vars(self).items() if name != "strips"})
+
+
+@dataclass(frozen=True)
+class RefineUpstream:
+    """Gradients of the two outputs; None for one that is not used."""
+
+    d_features: Tensor | None
+    d_strips: Tensor | None
+
+
+@dataclass(frozen=True)
+class RefineNeed:
+    """Which gradients to compute, beside those of a state."""
+
+    need_x: bool
+    need_weights: bool
+
+
+@dataclass(frozen=True)
+class RefineGradients:
+    """Gradients of the differentiable arguments; None where there is no such argument or it is not needed."""
+
+    x: Tensor | None = None
+    w: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    w_s1: Tensor | None = None
+    w_s2: Tensor | None = None
+    w_c: Tensor | None = None
+    state_x: Tensor | None = None
+    state_s: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchHardArguments:
+    """Arguments of `batch_hard_triplet`, checked."""
+
+    features: Tensor
+    """(G, N, D); unit vectors for "cosine"."""
+    labels: Tensor
+    """(N,), integers."""
+    margin: float
+    soft: bool
+    """softplus in place of hinge; the margin is not read."""
+    metric: str
+
+
+@dataclass(frozen=True)
+class BatchHardSaved:
+    """Each anchor's partners, saved for the backward."""
+
+    d_pos: Tensor
+    """(G, N), distance to the hardest positive, fp32 at least."""
+    d_neg: Tensor
+    """(G, N), distance to the hardest negative; inf without one."""
+    positive: Tensor
+    """(G, N), int64, index of the hardest positive."""
+    negative: Tensor
+    """(G, N), int64, index of the hardest negative; -1 without one."""
+
+
+@dataclass(frozen=True)
+class BatchHardOutputs:
+    """Outputs of the operator: the loss per anchor, (G, N), and what is saved for the backward."""
+
+    loss: Tensor
+    d_pos: Tensor
+    d_neg: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @property
+    def saved(self) -> BatchHardSaved:
+        """All but the loss."""
+        return BatchHardSaved(**{name: value for name, value in vars(self).items() if name != "loss"})
