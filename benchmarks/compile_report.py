@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 import rru_fast.triton
 from benchmarks import terminal
 from benchmarks.launches import Launch, Specializer, recording, refine_arguments
+from rru_fast.arguments import BatchHardArguments, RefineArguments, RefineNeed, RefineUpstream
 from rru_fast.reference import RRU
 from rru_fast.triton import batch_hard, refine, strip_pool
 
@@ -122,9 +123,10 @@ def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
             begin(f"refine, {variant}")
             x = _maps(variant.layout, dtype)
             call = _refine_arguments(x, variant)
-            features, _, *saved = refine.forward(*[*call, True])
-            for needed in ((True, True), (False, True), (True, False)):
-                refine.backward(*[_maps(variant.layout, dtype), strips, *needed, features, *saved, *call])
+            saved = refine.forward(call, save=True).saved
+            upstream = RefineUpstream(_maps(variant.layout, dtype), strips)
+            for need in (RefineNeed(True, True), RefineNeed(False, True), RefineNeed(True, False)):
+                refine.backward(upstream, saved, call, need)
         begin("strip_pool")
         for layout in LAYOUTS:
             strip_pool.forward(_maps(layout, dtype))
@@ -132,9 +134,9 @@ def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
         begin("batch_hard")
         for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256), (1, 1001, 77)):
             features, labels = torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
-            loss, *partners = batch_hard.forward(features, labels, 0.3, False, "euclidean")
-            options: tuple[Any, ...] = (*partners, 0.3, False, "euclidean")
-            batch_hard.backward(loss, features, *options)
+            args = BatchHardArguments(features, labels, 0.3, False, "euclidean")
+            outputs = batch_hard.forward(args)
+            batch_hard.backward(outputs.loss, outputs.saved, args)
     # What tuning tries beside the defaults: those first.
     return sorted(found, key=lambda launch: launch.tuning)
 
@@ -149,8 +151,7 @@ def _maps(layout: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(PAPER, dtype=dtype)
 
 
-def _refine_arguments(x: torch.Tensor, variant: Variant) -> list[Any]:
-    """The arguments of `refine`'s kernels, from x to counts."""
+def _refine_arguments(x: torch.Tensor, variant: Variant) -> RefineArguments:
     clips, _, channels, height, width = PAPER
     settings: dict[str, Any] = {"attention": variant.attention, "inputs": variant.inputs, "bn_groups": variant.groups}
     unit = RRU(channels, (height, width), **settings).to("meta", x.dtype).train(variant.mode == "training")
@@ -178,7 +179,7 @@ def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, A
         try:
             compiled = specialization.compile(specializer.target)
         except Exception as error:  # the compiler's passes raise anything
-            raise RuntimeError(f"{described} {launch.meta}: {error}") from error
+            raise RuntimeError(f"{described} {launch.arguments}: {error}") from error
         row = {
             **described,
             **_resources(compiled.asm["cubin"]),
@@ -218,7 +219,7 @@ def over_budget(row: dict[str, Any]) -> list[str]:
     limits = {"shared": MAX_SHARED[row["sm"]]} | ({} if row["dtype"] == "float64" else {"stack": MAX_STACK})
     told = [f"{who}: {what} {row[what]}, at most {most}" for what, most in limits.items() if row[what] > most]
     # Float32 as such has no matrix instruction; the products of the gate's vectors are always exact.
-    exact = row["dtype"] in ("float32 ieee", "float64") or row["kernel"] in ("outer", "pooled_backward")
+    exact = row["dtype"] in ("float32 ieee", "float64") or row["kernel"] in ("atb", "refine_bwd_pooled")
     if row["multiplies"] and not exact and not row["matrix instructions"]:
         told.append(f"{who}: no matrix instructions")
     if row["matrix instructions"] and row["dtype"] == "float32 tf32" and not row["rounds"]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.launch_stub import Stub, launched_by
 from benchmarks.launches import refine_arguments
+from rru_fast.arguments import RefineNeed, RefineUpstream
 from rru_fast.reference import RRU
 from rru_fast.triton import refine
 
@@ -32,7 +33,7 @@ def main() -> None:
         launches: list[bool] = []
 
         def count(stub: Stub, grid: tuple[int, ...], *arguments: Any, launches: list[bool] = launches) -> None:
-            launches.append(any(isinstance(value, Tensor) for value in arguments))
+            launches.append(_bound(arguments))
 
         with launched_by(count):
             forward, backward = _calls(dtype)
@@ -48,16 +49,21 @@ def main() -> None:
         )
 
 
+def _bound(arguments: tuple[Any, ...]) -> bool:
+    """Return True if Triton has bound these arguments, which it passes on as tensors."""
+    return any(isinstance(value, Tensor) or (isinstance(value, tuple) and _bound(value)) for value in arguments)
+
+
 def _calls(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
     clips, _, channels, height, width = SHAPE
     x = torch.randn(SHAPE).to(dtype)
     arguments = refine_arguments(RRU(channels, (height, width)).to(dtype), x)
-    run_forward, run_backward = cast(Any, refine.forward), cast(Any, refine.backward)
-    features, _, *saved = run_forward(*arguments, True)
-    upstream = torch.randn_like(x), torch.randn(clips, channels, height).to(dtype)
+    saved = refine.forward(arguments, save=True).saved
+    upstream = RefineUpstream(torch.randn_like(x), torch.randn(clips, channels, height).to(dtype))
+    need = RefineNeed(need_x=True, need_weights=True)
     return (
-        lambda: run_forward(*arguments, True),
-        lambda: run_backward(*upstream, True, True, features, *saved, *arguments),
+        lambda: refine.forward(arguments, save=True),
+        lambda: refine.backward(upstream, saved, arguments, need),
     )
 
 

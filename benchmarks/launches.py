@@ -16,9 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from rru_fast.arguments import RefineArguments
 from rru_fast.reference import RRU
-from rru_fast.triton import _host as host
-from rru_fast.triton import _launch, batch_hard, refine
+from rru_fast.triton import _device, _launch, batch_hard, refine
 from rru_fast.triton._autotune import Candidates, LaunchConfig
 
 NUM_SMS = 132  # an H100's
@@ -26,29 +26,31 @@ NUM_SMS = 132  # an H100's
 
 def refine_arguments(
     unit: RRU, x: Tensor, lengths: Tensor | None = None, state: tuple[Tensor | None, Tensor | None] = (None, None)
-) -> list[Any]:
-    """Arguments of `triton.refine`, from x to counts, as `unit` would pass them."""
+) -> RefineArguments:
+    """Return the arguments of `refine` that `unit` would pass to a backend's kernels."""
     weights = {name: weight.detach() for name, weight in unit.named_parameters()}
     norm = unit.transition_norm
-    return [
-        x,
-        weights["transition.weight"].flatten(1),
-        weights["transition_norm.weight"],
-        weights["transition_norm.bias"],
-        weights.get("spatial_attention.0.weight"),
-        weights.get("spatial_attention.2.weight"),
-        weights.get("channel_attention.weight"),
-        norm.running_mean,
-        norm.running_var,
-        lengths,
-        *state,
-        unit.inputs,
-        unit.training,
-        norm.eps,
-        unit.bn_groups,
-        "",
-        [],
-    ]
+    state_x, state_s = state
+    return RefineArguments(
+        x=x,
+        w=weights["transition.weight"].flatten(1),
+        gamma=weights["transition_norm.weight"],
+        beta=weights["transition_norm.bias"],
+        w_s1=weights.get("spatial_attention.0.weight"),
+        w_s2=weights.get("spatial_attention.2.weight"),
+        w_c=weights.get("channel_attention.weight"),
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        lengths=lengths,
+        state_x=state_x,
+        state_s=state_s,
+        inputs=unit.inputs,
+        training=unit.training,
+        eps=norm.eps,
+        bn_groups=unit.bn_groups if unit.training else 1,
+        process_group="",
+        elements_per_rank=[],
+    )
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Launch:
     op: str
     tuning: bool  # only autotuning launches it
     kernel: Any
-    arguments: tuple[Any, ...]
-    meta: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 class Recorder:
@@ -73,9 +74,9 @@ class Recorder:
         """Record the candidates of autotuning, too."""
         self._tuning = False
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         """Record a launch; stands in for `_launch.launch`."""
-        self.note(Launch(self.op, self._tuning, kernel, arguments, meta))
+        self.note(Launch(self.op, self._tuning, kernel, arguments))
 
     def autotune(
         self,
@@ -102,7 +103,7 @@ def recording(note: Callable[[Launch], object], num_sms: int = NUM_SMS) -> Itera
     recorder = Recorder(note)
     with (
         patch.object(_launch, "launch", recorder.launch),
-        patch.object(host, "processors", lambda tensor: num_sms),
+        patch.object(_device, "num_sms", lambda tensor: num_sms),
         patch.object(refine, "autotune", recorder.autotune),
         patch.object(batch_hard, "autotune", recorder.autotune),
     ):
@@ -138,13 +139,15 @@ class Specializer:
 
     def new(self, launch: Launch) -> Specialization | None:
         """Return the launch's specialization, None if an earlier launch had the same."""
-        kernel, meta = launch.kernel, {**launch.meta, "debug": False}
-        bound, specialized, options = self._bind(kernel)(*launch.arguments, **meta)
+        kernel, arguments = launch.kernel, {**launch.arguments, "debug": False}
+        bound, specialized, options = self._bind(kernel)(**arguments)
         key = f"{kernel.__name__} {specialized} {options}"
         if key in self._seen:
             return None
         self._seen.add(key)
-        packed, signature, constants, attributes = kernel._pack_args(self._backend, meta, bound, specialized, options)
+        packed, signature, constants, attributes = kernel._pack_args(
+            self._backend, arguments, bound, specialized, options
+        )
         function = kernel.fn
         return Specialization(
             function.__module__, function.__name__, signature, constants, attributes, dict(packed.__dict__)

@@ -39,10 +39,10 @@ def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _few_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch in Triton's interpreter, which runs its programs one by one, as for a small GPU: fewer programs."""
     if triton.interpreted():
-        monkeypatch.setattr("rru_fast.triton._host.processors", lambda tensor: 16)
+        monkeypatch.setattr("rru_fast.triton._device.num_sms", lambda tensor: 16)
 
 
 @pytest.fixture(autouse=True)

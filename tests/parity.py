@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 import rru_fast
 from benchmarks.parity import error
 from rru_fast import backends, triton
+from rru_fast.arguments import RefineArguments
 from rru_fast.reference import RRU
 from rru_fast.types import State
 
@@ -152,6 +153,28 @@ def make_call(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
         random(*case.shape), weights, buffers, lengths, state, random(*case.shape), random(clips, channels, height)
     )
     return call.map(lambda v: v.to(dtype).double())
+
+
+def operator_arguments(case: Case, call: Call) -> RefineArguments:
+    """Return the arguments of a call as a backend's kernels take them."""
+    names = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
+    running_mean, running_var = (buffer.detach() for buffer in call.buffers)
+    state_x, state_s = (None, None) if call.state is None else call.state
+    return RefineArguments(
+        x=call.x,
+        **{name: call.weights.get(name) for name in names},  # type: ignore[arg-type]
+        running_mean=running_mean,
+        running_var=running_var,
+        lengths=call.lengths,
+        state_x=state_x,
+        state_s=state_s,
+        inputs=case.inputs,
+        training=case.mode == "train",
+        eps=1e-3,
+        bn_groups=case.bn_groups,
+        process_group="",
+        elements_per_rank=[],
+    )
 
 
 def share(call: Call, first: int, end: int) -> Call:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import triton
+from rru_fast.arguments import RefineNeed, RefineUpstream
 from tests import parity
 from tests.parity import Case
 
@@ -21,24 +22,28 @@ pytest.importorskip("triton")
 
 from benchmarks.launch_stub import Stub, launched_by
 from rru_fast.triton import _launch, refine
-from rru_fast.triton._launch import Launches, Slices
+from rru_fast.triton._launch import Counter, Launches, Slices
 
 
-def plain(arguments: tuple[Any, ...]) -> list[Any]:
-    return [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+def plain(value: Any) -> Any:
+    """An argument as the driver takes it: tensors, also those in tuples, by their addresses."""
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def binds(arguments: tuple[Any, ...]) -> bool:
+    """Return True if Triton has bound these arguments, which it passes on as tensors."""
+    return any(isinstance(value, Tensor) or (isinstance(value, tuple) and binds(value)) for value in arguments)
 
 
 def run(case: Case, change: Callable[[parity.Call], parity.Call] = lambda call: call) -> None:
     """Forward and backward of a case, in float32 but for a change, by the Triton backend's host code."""
     call = change(parity.make_call(case, torch.float32).map(lambda v: v.float()))
-    w = call.weights
-    names = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
-    state = (None, None) if call.state is None else (call.state.x, call.state.s)
-    arguments = [call.x, *(w.get(name) for name in names), *call.buffers, call.lengths, *state]
-    arguments += [case.inputs, case.mode == "train", 1e-3, case.bn_groups, "", []]
-    arguments[1] = w["w"].flatten(1)
-    features, _strips, *saved = refine.forward(*arguments, True)
-    refine.backward(call.d_features, call.d_strips, True, True, features, *saved, *arguments)
+    args = parity.operator_arguments(case, call)
+    saved = refine.forward(args, save=True).saved
+    upstream = RefineUpstream(call.d_features, call.d_strips)
+    refine.backward(upstream, saved, args, RefineNeed(need_x=True, need_weights=True))
 
 
 EVEN = (3, 4, 8, 4, 4)  # frames, clips and gate channels are 16 bytes apart
@@ -56,23 +61,18 @@ class Compared:
     """Every launch by `Launches`, held to Triton's own of the same arguments: kernel, grid, and each value."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.passed: list[tuple[Stub, tuple[int, ...], list[Any]]] = []
+        self.passed: list[tuple[Stub, tuple[int, ...], Any]] = []
         self.prebound = 0
         call_it: Callable[..., None] = Launches.__call__
 
-        def compare(launches: Any, *slices: Any, integer: int = 0) -> None:
+        def compare(launches: Any, n: int) -> None:
             before, bound = launches._run, len(self.passed)
-            call_it(launches, *slices, integer=integer)
+            call_it(launches, n)
             if len(self.passed) > bound + 1:
                 return  # a known launch calls itself: compared already
             stub, *got = self.passed[-1]
             self.prebound += launches._run is not None and launches._run is before
-            arguments = launches._fixed | {
-                name: None if one is None else one[1].view(one[2])
-                for name, one in zip(launches._names, slices, strict=True)
-            }
-            if launches._integer is not None:
-                arguments[launches._integer] = integer
+            arguments = {name: _launch._plain(value, n) for name, value in launches._arguments.items()}
             assert _launch.launch(launches._kernel, launches._grid, **arguments) is stub
             _, *wanted = self.passed.pop()
             assert got == wanted
@@ -97,7 +97,8 @@ def test_a_prebound_launch_passes_what_triton_would_and_runs_the_kernel_it_would
 ) -> None:
     run(case)
     kernels = {stub.kernel.__name__ for stub, *_ in compared.passed}
-    assert {"transition_kernel", "gate_kernel", "maps_kernel", "gate_backward_kernel"} <= kernels
+    assert {"refine_fwd_transition_kernel", "refine_fwd_gate_kernel"} <= kernels
+    assert {"refine_bwd_recurrence_kernel", "refine_bwd_gate_kernel"} <= kernels
     assert (compared.prebound > 0) == (case.shape == EVEN)
 
 
@@ -124,7 +125,7 @@ def test_in_training_a_launch_goes_through_triton_once_a_kind_not_once_a_frame()
 
         def count(stub: Stub, grid: Any, *arguments: Any) -> None:
             nonlocal bound
-            bound += any(isinstance(value, Tensor) for value in arguments)
+            bound += binds(arguments)
 
         with launched_by(count):
             run(Case((2, frames, 16, 4, 4), hidden=8, spatial_hidden=4))
@@ -156,22 +157,21 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Bound:
 
 
 def test_slices_of_another_tensor_are_launched_at_their_own_addresses_and_bound_once(kernel: Bound) -> None:
-    launches = Launches(kernel, (5,), ("v",), "n")
     one, other = torch.zeros(3, 4), torch.zeros(3, 4)
     for tensor in (one, other):
-        slices = Slices(tensor)
+        launches = Launches(kernel, (5,), v=Slices(tensor), n=Counter(0))
         for n in range(3):
-            launches(slices[n], integer=n)
+            launches(n)
     rows = [tensor[n].data_ptr() for tensor in (one, other) for n in range(3)]
     assert kernel.seen == [rows[0], *(-address for address in rows[1:])]
 
 
 def test_slices_of_another_alignment_are_bound_anew(kernel: Bound) -> None:
-    launches = Launches(kernel, (5,), ("v",), "n")
     memory = torch.zeros(3, 8)
     for slices in (Slices(memory[:, :4]), Slices(memory[:, 1:5])):
-        launches(slices[0])
-        launches(slices[1])
+        launches = Launches(kernel, (5,), v=slices, n=Counter(0))
+        launches(0)
+        launches(1)
     assert [address > 0 for address in kernel.seen] == [True, False, True, False]
 
 
@@ -182,14 +182,14 @@ def test_each_device_and_each_grid_binds_its_own_kernel(kernel: Bound, monkeypat
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
         for grid in (5, 6):
             for _ in range(2):
-                Launches(kernel, (grid,), ("v",), "n")(slices[0])
+                Launches(kernel, (grid,), v=slices, n=Counter(0))(0)
     assert [address > 0 for address in kernel.seen] == [True, False] * 4
 
 
 class Broken:
     """A kernel that the compiler refuses."""
 
-    __name__ = "gate_kernel"
+    __name__ = "refine_fwd_gate_kernel"
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -209,9 +209,10 @@ def test_a_kernel_that_fails_names_itself_the_reason_and_the_backend_without_tri
     from rru_fast.triton.refine import forward_kernels as kernels
 
     error = PTXASError("Internal Triton PTX codegen error\nptxas stderr: ...")
-    monkeypatch.setattr(kernels, "gate_kernel", Broken(error))
+    monkeypatch.setattr(kernels, "refine_fwd_gate_kernel", Broken(error))
     wanted = (
-        r"backend: got 'triton', whose gate_kernel failed: PTXASError: PTXAS error: Internal Triton PTX codegen error; "
+        r"backend: got 'triton', whose refine_fwd_gate_kernel failed: PTXASError: "
+        r"PTXAS error: Internal Triton PTX codegen error; "
         r"wanted backend='composite', which needs no Triton"
     )
     with launched_by(lambda *_: None), pytest.raises(RuntimeError, match=wanted) as caught:

@@ -14,6 +14,7 @@ import torch
 
 import rru_fast
 from rru_fast import backends, cuda_graphs, triton
+from rru_fast.arguments import RefineNeed, RefineUpstream
 from tests import parity
 from tests.parity import Case
 
@@ -53,21 +54,21 @@ def test_on_a_cpu_auto_does_not_choose_the_interpreter() -> None:
 
 
 def test_distances_are_multiplied_as_matmuls_and_transitions_as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = pytest.importorskip("rru_fast.triton._host")
+    precisions = pytest.importorskip("rru_fast.triton._precision")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for asked, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             for allowed in (True, False):
                 torch.set_float32_matmul_precision(asked)
                 torch.backends.cudnn.allow_tf32 = allowed
-                assert host.matmul_precision(torch.float32) == wanted
-                assert host.conv_precision(torch.float32) == ("tf32" if allowed else "ieee")
-                for precision in (host.matmul_precision, host.conv_precision):
+                assert precisions.matmul_precision(torch.float32) == wanted
+                assert precisions.conv_precision(torch.float32) == ("tf32" if allowed else "ieee")
+                for precision in (precisions.matmul_precision, precisions.conv_precision):
                     assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-    for precision in (host.matmul_precision, host.conv_precision):
+    for precision in (precisions.matmul_precision, precisions.conv_precision):
         monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
         assert precision(torch.float32) == "tf32x3"
         monkeypatch.setenv("RRU_FAST_FLOAT32", "fast")
@@ -77,29 +78,29 @@ def test_distances_are_multiplied_as_matmuls_and_transitions_as_convolutions(mon
 
 def test_by_default_transitions_are_multiplied_in_tf32_and_distances_in_float32() -> None:
     code = (
-        "import torch; from rru_fast.triton import _host; "
-        "print(_host.conv_precision(torch.float32), _host.matmul_precision(torch.float32))"
+        "import torch; from rru_fast.triton import _precision; "
+        "print(_precision.conv_precision(torch.float32), _precision.matmul_precision(torch.float32))"
     )
     pytest.importorskip("triton")
     assert in_another_process(code, RRU_FAST_FLOAT32="").stdout.split() == ["tf32", "ieee"]
 
 
 def test_maps_are_addressed_where_they_lie_and_copied_only_where_positions_are_uneven() -> None:
-    host = pytest.importorskip("rru_fast.triton._host")
+    strided = pytest.importorskip("rru_fast.triton._strided")
     x = torch.randn(2, 3, 5, 4, 6)
     channels_last = x.movedim(2, -1).contiguous().movedim(-1, 2)
     for tensor in (x, channels_last, x[:, ::2], x[:, :, 1:4], x.transpose(0, 1), x[..., :1], x[..., :1, :]):
-        assert host.maps(tensor).tensor is tensor
+        assert strided.as_strided_maps(tensor).ptr is tensor
     for tensor in (x.transpose(3, 4), x[..., 1:], x[..., ::2, :]):
-        maps = host.maps(tensor)
-        assert maps.tensor.is_contiguous() and torch.equal(maps.tensor, tensor)
+        copy = strided.as_strided_maps(tensor).ptr
+        assert copy.is_contiguous() and torch.equal(copy, tensor)
 
 
 def test_offsets_beyond_31_bits_are_seen() -> None:
-    host = pytest.importorskip("rru_fast.triton._host")
-    for channels, wide in ((2**15, False), (2**15 + 1, True)):
+    strided = pytest.importorskip("rru_fast.triton._strided")
+    for channels, needed in ((2**15, False), (2**15 + 1, True)):
         tensor = torch.empty(1, 1, channels, 256, 256, device="meta")
-        assert host.maps(tensor).wide is wide
+        assert strided.needs_int64(strided.as_strided_maps(tensor)) is needed
 
 
 @interpreted
@@ -135,25 +136,25 @@ def test_factors_are_rounded_to_tf32_to_the_nearest_and_not_cut_off() -> None:
 
 @interpreted
 def test_splitting_the_channels_changes_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rru_fast.triton import _host
+    from rru_fast.triton import _device
 
     case = Case((3, 3, 100, 3, 3), hidden=20, bn_groups=3)
     call = parity.make_call(case)
     oracle = parity.run(case, call, "reference")
-    for processors in (1, 1000):  # one program for all channels; as many as there are blocks of them
-        monkeypatch.setattr(_host, "processors", lambda tensor, n=processors: n)
+    for num_sms in (1, 1000):  # one program for all channels; as many as there are blocks of them
+        monkeypatch.setattr(_device, "num_sms", lambda tensor, n=num_sms: n)
         for name, value in parity.run(case, call, "triton").items():
             assert parity.error(value, oracle[name]) <= parity.EXACT, name
 
 
 @interpreted
 def test_offsets_in_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rru_fast.triton._host import Maps
+    from rru_fast.triton.refine import arguments
 
     case = Case(mode="continued")
     call = parity.make_call(case)
     wanted = parity.run(case, call, "triton")
-    monkeypatch.setattr(Maps, "wide", property(lambda maps: True))
+    monkeypatch.setattr(arguments, "needs_int64", lambda maps: True)
     for name, value in parity.run(case, call, "triton").items():
         assert torch.equal(value, wanted[name]), name
 
@@ -302,17 +303,17 @@ def test_graphs_captured_by_two_threads_leave_torch_as_it_was(monkeypatch: pytes
 
 def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rru_fast.triton._launch")
+    from benchmarks.launches import refine_arguments
     from rru_fast.triton import _launch, refine, strip_pool
 
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *arguments, **meta: grids.append(grid))
-    shape, d = (70_000, 2, 16, 2, 2), 8
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, **arguments: grids.append(grid))
     with torch.device("meta"):
-        x, w = torch.empty(shape), torch.empty(d, 32)
-        small = [torch.empty(n) for n in (d, d, (4, 4), (4, 4), (16, d), d, d)]
-        arguments = [x, w, *small, None, None, None, "appearance+motion", True, 1e-3, 1, "", []]
-        features, strips, *saved = refine.forward(*arguments, True)
-        refine.backward(features, strips, True, True, features, *saved, *arguments)
+        x = torch.empty(70_000, 2, 16, 2, 2)
+        args = refine_arguments(rru_fast.reference.RRU(16, (2, 2), hidden=8, spatial_hidden=4), x)
+        outputs = refine.forward(args, save=True)
+        upstream = RefineUpstream(outputs.features, outputs.strips)
+        refine.backward(upstream, outputs.saved, args, RefineNeed(need_x=True, need_weights=True))
         strip_pool.backward(strip_pool.forward(x), 2, 2)
     assert max(grid[0] for grid in grids) >= 70_000
     assert max(size for grid in grids for size in grid[1:]) <= 65_535

@@ -27,12 +27,15 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from rru_fast.triton import _host as host
+from rru_fast.triton import _device
 
 KernelConfig = dict[str, int]
 """Block sizes, warps and stages of one kernel."""
 LaunchConfig = dict[str, KernelConfig]
-"""By kernel, its config."""
+"""Config of each kernel of a call, by the kernel's name."""
+
+# For kernels with about as many programs as fit at once: registers are not spilled to make room for more programs.
+ALL_REGISTERS = {"maxnreg": 255}
 
 
 class Candidates(NamedTuple):
@@ -40,16 +43,16 @@ class Candidates(NamedTuple):
 
     default: LaunchConfig
     others: Mapping[str, list[KernelConfig]]
-    """By kernel, alternatives to its default."""
+    """Alternatives to a kernel's default, by its name."""
 
 
-# Changing a config can change the order of sums, and with it the last bits: not for a difference within noise.
+# Required speed-up. A change of config can change the order of sums, and so the last bits: not within noise.
 MARGIN = 1.03
 ROUNDS = 7
 LONG = 5e-3  # seconds of host time from which a call is timed in fewer rounds
 LONGEST_WAIT = 0.05  # seconds
 CLOCK = 2e9  # Hz, of a GPU's multiprocessors at most
-# Tuned on known GPUs: lists of what the cache holds, one file per GPU.
+# Configs tuned on known GPUs: one file per GPU, a list of cache entries.
 SHIPPED = Path(__file__).parent / "tuned"
 
 _known: dict[tuple[Any, ...], LaunchConfig] = {}
@@ -74,15 +77,15 @@ def autotune(
     candidates: Callable[[], Candidates],
     run: Callable[[LaunchConfig], object],
 ) -> LaunchConfig:
-    """The fastest config for calls of this operator and these sizes; where tuning is off, the GPU's or the default.
+    """Return the fastest config for calls of this operator and these sizes; without tuning, the GPU's or the default.
 
     Args:
         op, sizes: the kind of call, with the dtype and the device of `tensor`.
         tensor: the call's main input.
-        candidates: makes the configs to choose from.
+        candidates: returns the configs to choose from.
         run: performs the call with a config.
     """
-    key = op, sizes, tensor.dtype, tensor.device, host.processors(tensor)
+    key = op, sizes, tensor.dtype, tensor.device, _device.num_sms(tensor)
     if key in _known:
         return _known[key]
     if not enabled(tensor) or not _tuning.acquire(blocking=False):
@@ -104,10 +107,10 @@ def autotune(
 
 
 def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu: bool) -> LaunchConfig:
-    """The fastest config of those that run here.
+    """Return the fastest config of those that run here.
 
     Raises:
-        RuntimeError: none runs; that of the default.
+        RuntimeError: none runs; the error of the default.
     """
     best: LaunchConfig | None = None
     failures: list[tuple[Exception, str]] = []
@@ -119,14 +122,14 @@ def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu:
                 best = trial
         except Exception as error:  # the compiler's passes raise anything
             cause = error.__cause__ or error
-            too_much = isinstance(cause, OutOfResources | torch.OutOfMemoryError)
-            if on_gpu and not too_much:
-                torch.cuda.current_stream().synchronize()  # raises where the GPU itself is lost: then the call is, too
+            needs_more_memory = isinstance(cause, OutOfResources | torch.OutOfMemoryError)
+            if on_gpu and not needs_more_memory:
+                torch.cuda.current_stream().synchronize()  # raises if the GPU itself is lost
             if best is None and isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-            # To need more memory than there is is no fault, and a fault of all candidates is one.
-            if not too_much and (best is not None or reason not in {known for _, known in failures}):
+            # Warn once of a failure that all candidates share, and of none that needs more memory than the device has.
+            if not needs_more_memory and (best is not None or reason not in {known for _, known in failures}):
                 failing = change or "the default"
                 warnings.warn(f"rru_fast: got a config that fails here, {failing}: {reason}", stacklevel=2)
             failures.append((error, reason))
@@ -136,7 +139,7 @@ def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu:
 
 
 def _changes(candidates: Candidates) -> Iterator[LaunchConfig]:
-    """Changes to try, one after another: none first, then each kernel's distinct alternatives."""
+    """Yield changes to try in order: none first, then each kernel's distinct alternatives."""
     yield {}
     for kernel, configs in candidates.others.items():
         seen = [candidates.default[kernel]]
@@ -151,7 +154,7 @@ def _faster(run: Callable[[LaunchConfig], object], trial: LaunchConfig, best: La
     if not on_gpu:
         return bool(_wall_seconds(run, best) >= MARGIN * _wall_seconds(run, trial))
     host_seconds = min(_wall_seconds(run, trial) for _ in range(2))
-    # The GPU waits until both calls are in its queue, or the host's time would be measured.
+    # The GPU waits until both calls are in its queue; otherwise the host's time would be measured.
     wait = int(min(4 * host_seconds, LONGEST_WAIT) * CLOCK)
     ratios = []
     for _ in range(ROUNDS if host_seconds < LONG else 3):
@@ -163,7 +166,7 @@ def _faster(run: Callable[[LaunchConfig], object], trial: LaunchConfig, best: La
 
 
 def _events(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Events on the current stream before and after a call."""
+    """Run a call and return the events on the current stream before and after it."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run(config)
@@ -178,13 +181,13 @@ def _wall_seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -
 
 
 def folder() -> Path:
-    """The folder of cached configs."""
+    """Return the folder of cached configs."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(parent) / "rru_fast" / "autotune"
 
 
 def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
-    """All that a config depends on, as text."""
+    """Return all that a config depends on, as text."""
     device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{op} {' '.join(map(str, sizes))} {dtype}, {device}, triton {triton.__version__}, kernels {_sources()}"
@@ -192,7 +195,7 @@ def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
 
 @cache
 def _sources() -> str:
-    """A hash of the kernels' code."""
+    """Hash the kernels' code."""
     files = [*Path(__file__).parent.rglob("*_kernels.py"), Path(__file__).with_name("_primitives.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
@@ -202,7 +205,7 @@ def _path(op: str, kind: str) -> Path:
 
 
 def _usable(entries: Any, kind: str, candidates: Candidates) -> LaunchConfig | None:
-    """The config of a kind among cached entries, {kind: config}, if it is made of candidates."""
+    """Return the config of a kind from cached entries, {kind: config}, if it is one of the candidates."""
     config = entries.get(kind) if isinstance(entries, dict) else None
     default, others = candidates
     if (
@@ -216,7 +219,7 @@ def _usable(entries: Any, kind: str, candidates: Candidates) -> LaunchConfig | N
 
 @cache
 def _shipped() -> dict[str, LaunchConfig]:
-    """Configs that come with the library, the default of their GPUs: lists of entries, a file per GPU."""
+    """Read the configs that are shipped with the library as defaults of their GPUs."""
     lists = (json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json")))
     return {kind: config for entries in lists for entry in entries for kind, config in entry.items()}
 
@@ -225,7 +228,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
-        return None  # none yet, or damaged: tuned again
+        return None  # missing or damaged: tune again
 
 
 def _write(op: str, kind: str, config: LaunchConfig) -> None:
@@ -236,4 +239,4 @@ def _write(op: str, kind: str, config: LaunchConfig) -> None:
             json.dump({kind: config}, file, indent=1)
         os.replace(file.name, path)
     except OSError:
-        pass  # a home that cannot be written: tuned again next time
+        pass  # the cache folder is not writable: tune again in the next process

@@ -1,4 +1,4 @@
-"""Launches of kernels: one, or many that differ in a few addresses."""
+"""Launches of kernels: one, or one per frame on that frame's slices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *positional: Any, **arguments: Any) -> Any:
-    """Run `kernel` on `grid` programs and return the compiled kernel, None in the interpreter.
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up; triton.cdiv takes 9 us on the host, half of a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of 2 that is at least n >= 1; triton.next_power_of_2 takes 7 us on the host."""
+    return 1 << (n - 1).bit_length()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Any:
+    """Run `kernel` on a grid of programs and return the compiled kernel, or None in the interpreter.
 
     Put the largest dimension on grid axis 0; axes 1 and 2 are limited to 65535.
 
@@ -17,7 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *positional: Any, **arguments: An
         RuntimeError: Triton could not compile or launch it; names the backend that needs no Triton.
     """
     try:
-        return kernel[grid](*positional, **arguments)
+        return kernel[grid](**arguments)
     except Exception as error:  # compiler passes, ptxas, gcc and the driver raise various types
         raise _failure(kernel, error) from error
 
@@ -30,114 +40,132 @@ def _failure(kernel: Any, error: Exception) -> RuntimeError:
     )
 
 
-def launch_again(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """`launch` for a kernel of many calls: one that has been launched alike is not bound again."""
-    Launches(kernel, grid, (), None, **arguments)()
+def launch_cached(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run `kernel` as `launch` does, without binding it again if an earlier launch was of the same kind."""
+    Launches(kernel, grid, **arguments)(0)
 
 
 class Slices:
-    """A tensor of which each launch takes one slice along `dim`.
+    """Argument that is another slice of a tensor at each launch: at launch n, slice `first + n` along `dim`.
 
-    `slices[n]` is that slice for `Launches`, which needs its address alone: a view costs over a microsecond.
+    A launch needs its address alone: a view of the tensor would cost over a microsecond.
     """
 
-    def __init__(self, tensor: Tensor, dim: int = 0) -> None:
-        self._tensor, self._dim = tensor, dim
-        self._address, self._bytes = tensor.data_ptr(), tensor.stride(dim) * tensor.element_size()
+    __slots__ = ("_dim", "_first", "_tensor", "base", "dtype", "stride")
 
-    def __getitem__(self, n: int) -> Slice:
-        return self._address + n * self._bytes, self, n
+    def __init__(self, tensor: Tensor, dim: int = 0, first: int = 0) -> None:
+        self._tensor, self._dim, self._first = tensor, dim, first
+        self.dtype = tensor.dtype
+        self.stride = tensor.stride(dim) * tensor.element_size()  # bytes
+        self.base = tensor.data_ptr() + first * self.stride
 
     def view(self, n: int) -> Tensor:
-        """Slice n as a tensor."""
-        return self._tensor.select(self._dim, n)
-
-    @property
-    def equally_aligned(self) -> bool:
-        """Return True if Triton specializes on all slices alike: it asks if an address is a multiple of 16."""
-        return self._bytes % 16 == 0
+        """Return the slice at launch n as a tensor."""
+        return self._tensor.select(self._dim, self._first + n)
 
 
-Slice = tuple[int, Slices, int]
-"""Address, tensor and index of a slice."""
+class Counter:
+    """Integer argument that is `first + n` at launch n. Triton must not specialize on it."""
+
+    __slots__ = ("first",)
+
+    def __init__(self, first: int) -> None:
+        self.first = first
 
 
 class Launches:
-    """Launches of one kernel that differ in slices and in one integer on which Triton does not specialize.
+    """Launches of one kernel, numbered by n, that differ in their `Slices` and `Counter` arguments alone.
 
     Triton binds, specializes and hashes all arguments at each launch. Here the first launch of a kind goes through
     Triton, and later ones run the kernel that it compiled, on other addresses.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], slices: tuple[str, ...], integer: str | None, **fixed: Any
-    ) -> None:
-        """slices, integer: names of the arguments that change; fixed: all others."""
-        self._kernel, self._grid, self._names, self._integer, self._fixed = kernel, grid, slices, integer, fixed
+    def __init__(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Take the kernel's arguments, of which NamedTuples may hold `Slices` too."""
+        self._kernel, self._grid, self._arguments = kernel, grid, arguments
         self._run: Any = None
         self._values: list[Any] = []
-        self._places: list[tuple[int, Slices | None]] = []
+        self._changing: list[tuple[int, Any]] = []
 
-    def __call__(self, *slices: Slice | None, integer: int = 0) -> None:
-        """Run on slices, in the order of their names; None for an argument that is None."""
-        if self._run is None:
-            self._first(slices, integer)
+    def __call__(self, n: int) -> None:
+        """Run launch n."""
+        if self._run is None and not self._find(n):
             return
         values = self._values
-        for (place, source), one in zip(self._places, slices, strict=True):
-            if one is None:
-                continue
-            if one[1] is not source:
-                self._first(slices, integer)
-                return
-            values[place] = one[0]
-        if self._integer is not None:
-            values[self._integer_place] = integer
+        for place, value in self._changing:
+            values[place] = _passed(value, n)
         try:
             self._run(*values)
         except Exception as error:
             raise _failure(self._kernel, error) from error
 
-    def _first(self, slices: tuple[Slice | None, ...], integer: int) -> None:
-        """Launch on tensors, and prepare the launches after it."""
-        arguments = self._fixed | {
-            name: None if one is None else one[1].view(one[2]) for name, one in zip(self._names, slices, strict=True)
-        }
-        own = {} if self._integer is None else {self._integer: integer}
-        sources = [None if one is None else one[1] for one in slices]
-        if any(source is not None and not source.equally_aligned for source in sources):
-            # Slices of various alignments need various kernels: each launch goes through Triton.
-            launch(self._kernel, self._grid, **arguments, **own)
-            return
-        key = (
-            id(self._kernel),
-            self._grid,
-            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,  # type: ignore[no-untyped-call]
-            *map(_specialization, arguments.values()),
-        )
-        known = key in _compiled
-        if not known:
-            compiled = launch(self._kernel, self._grid, **arguments, **own)
-            if compiled is None:  # the interpreter compiles nothing
-                return
-            if len(_compiled) >= MOST_COMPILED:
-                _compiled.clear()
-            _compiled[key] = compiled[(*self._grid, 1, 1)[:3]]
-        names = self._kernel.arg_names
-        arguments |= own
-        self._run = _compiled[key]
-        self._values = [v.data_ptr() if isinstance(v := arguments[name], Tensor) else v for name in names]
-        self._places = list(zip(map(names.index, self._names), sources, strict=True))
-        self._integer_place = 0 if self._integer is None else names.index(self._integer)
-        if known:
-            self(*slices, integer=integer)
+    def _find(self, n: int) -> bool:
+        """Find the compiled kernel of launch n and prepare to run it; return False if Triton has run it instead."""
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
+        key: list[Any] = [id(self._kernel), self._grid, device]
+        prepared = {name: _prepare(value, key) for name, value in self._arguments.items()}
+        kind = tuple(key)
+        if UNEQUALLY_ALIGNED in kind or kind not in _compiled:
+            compiled = launch(self._kernel, self._grid, **{k: _plain(value, n) for k, value in self._arguments.items()})
+            # Slices of various alignments need various kernels; the interpreter compiles none.
+            if compiled is not None and UNEQUALLY_ALIGNED not in kind:
+                if len(_compiled) >= MAX_COMPILED:
+                    _compiled.clear()
+                _compiled[kind] = compiled[(*self._grid, 1, 1)[:3]]
+            return False
+        self._values = [prepared[name] for name in self._kernel.arg_names]
+        self._changing = [(i, v) for i, v in enumerate(self._values) if type(v) in CHANGING]
+        self._run = _compiled[kind]
+        return True
 
 
-# By all that Triton specializes on, and more: a launch that Triton has bound once is not bound again.
-MOST_COMPILED = 4096
+CHANGING = frozenset((Slices, Counter, list))  # a list is a tuple that holds some of them
+UNEQUALLY_ALIGNED = "slices of various alignments"
+# By all that Triton specializes on, and more, so that a launch of a kind seen before is not bound again.
+MAX_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _specialization(value: Any) -> Any:
-    """A part of a key: the dtype and the alignment of a tensor, any other argument as it is."""
-    return (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+def _plain(value: Any, n: int) -> Any:
+    """Return an argument as Triton binds it at launch n."""
+    if isinstance(value, Slices):
+        return value.view(n)
+    if isinstance(value, Counter):
+        return value.first + n
+    return type(value)(*[_plain(item, n) for item in value]) if isinstance(value, tuple) else value
+
+
+def _prepare(value: Any, key: list[Any]) -> Any:
+    """Return an argument as the driver takes it, but for parts that change: those are left to `_passed`.
+
+    key: receives what Triton specializes on, and more: of a tensor dtype and alignment, of others the value.
+    """
+    kind = type(value)
+    if kind is int or value is None:
+        key.append(value)
+    elif kind is Slices:
+        key.append(value.dtype)
+        # Triton specializes on whether an address is a multiple of 16.
+        key.append(value.base % 16 == 0 if value.stride % 16 == 0 else UNEQUALLY_ALIGNED)
+    elif isinstance(value, tuple):
+        key.append(kind)
+        items = [_prepare(item, key) for item in value]
+        return items if not CHANGING.isdisjoint(map(type, items)) else tuple(items)
+    elif isinstance(value, Tensor):
+        address = value.data_ptr()
+        key.append(value.dtype)
+        key.append(address % 16 == 0)
+        return address
+    elif kind is not Counter:
+        key.append(value)
+    return value
+
+
+def _passed(value: Any, n: int) -> Any:
+    """Return an argument as the driver takes it at launch n."""
+    kind = type(value)
+    if kind is Slices:
+        return value.base + n * value.stride
+    if kind is Counter:
+        return value.first + n
+    return tuple([_passed(item, n) if type(item) in CHANGING else item for item in value])

@@ -1,4 +1,4 @@
-"""What the kernels share on the device."""
+"""Device functions that the kernels share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
-def narrowed(v, TYPE: tl.constexpr):
-    """v rounded to TYPE. Triton 3.6's interpreter cuts a float32 off at bfloat16 where a GPU rounds to nearest."""
-    if INTERPRETED and TYPE == tl.bfloat16 and v.dtype == tl.float32:
+def cast_rn(v, DTYPE: tl.constexpr):
+    """Round v to the nearest value of DTYPE. Triton 3.6's interpreter truncates fp32 to bf16, where a GPU rounds."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and v.dtype == tl.float32:
         bits = v.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
-    return v.to(TYPE)
+    return v.to(DTYPE)
 
 
 @triton.jit
 def to_tf32(v):
-    """v rounded to TF32's 10 bits of mantissa, ties away from 0, NaN kept: the matrix units just cut the rest off."""
+    """Round v to TF32's 10 bits of mantissa, ties away from 0, and keep NaN: tensor cores truncate."""
     if INTERPRETED:
         bits = (v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
@@ -33,8 +33,8 @@ def to_tf32(v):
 
 
 @triton.jit
-def product(v, w, acc, PRECISION: tl.constexpr):
-    """acc + v w. Triton 3.6's interpreter multiplies bfloat16's bits as integers: there the factors are widened."""
+def dot(v, w, acc, PRECISION: tl.constexpr):
+    """Return acc + v w. Triton 3.6's interpreter multiplies bf16's bits as integers: there operands are widened."""
     if PRECISION == "tf32":
         v = to_tf32(v)
         w = to_tf32(w)
@@ -45,25 +45,33 @@ def product(v, w, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def normalise(u, mean, var, gamma, beta, d, p, inside, D: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
-    """Uhat and Y = relu(gamma Uhat + beta) [BLOCK_D, BLOCK_P] of a clip's U (D, P), 0 outside; gamma r [BLOCK_D]."""
-    SUM: tl.constexpr = u.dtype.element_ty
-    here = d < D
-    r = tl.rsqrt(tl.load(var + d, here, 1.0).to(SUM) + EPS)
-    scale = tl.load(gamma + d, here, 0.0).to(SUM)
-    uhat = tl.load(u + d[:, None] * P + p[None, :], inside, 0.0) - tl.load(mean + d, here, 0.0).to(SUM)[:, None]
-    uhat = tl.where(inside, uhat * r[:, None], 0.0)
-    y = uhat * scale[:, None] + tl.load(beta + d, here, 0.0).to(SUM)[:, None]
-    return uhat, tl.where(inside & ~(y <= 0), y, 0.0), scale * r  # a NaN stays one
+def normalize(u, mean, var, gate, d, p, m_dp, D: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
+    """Return Uhat and Y = relu(gamma Uhat + beta), [BLOCK_D, BLOCK_P], of a clip's U (D, P), and gamma r, [BLOCK_D].
+
+    Args:
+        u: pointer to the clip's U.
+        mean, var: pointers to the statistics of the clip's group.
+        gate: gate weights, gamma and beta among them.
+        d, p, m_dp: indices, and the mask outside of which Uhat and Y are 0.
+    """
+    ACC: tl.constexpr = u.dtype.element_ty
+    m_d = d < D
+    r = tl.rsqrt(tl.load(var + d, m_d, 1.0).to(ACC) + EPS)
+    b_gamma = tl.load(gate.gamma + d, m_d, 0.0).to(ACC)
+    b_mean = tl.load(mean + d, m_d, 0.0).to(ACC)
+    uhat = tl.load(u + d[:, None] * P + p[None, :], m_dp, 0.0) - b_mean[:, None]
+    uhat = tl.where(m_dp, uhat * r[:, None], 0.0)
+    y = uhat * b_gamma[:, None] + tl.load(gate.beta + d, m_d, 0.0).to(ACC)[:, None]
+    return uhat, tl.where(m_dp & ~(y <= 0), y, 0.0), b_gamma * r  # keeps a NaN
 
 
 @triton.jit
-def last_to_arrive(arrivals, expected):
-    """Whether all other programs that call this on the same counter have; what they stored before can then be read.
+def grid_last_arrival(arrivals, expected):
+    """Return True in the last of `expected` programs to arrive at a counter, after which all their stores are visible.
 
     The counter is 0 again afterwards, for the next launch.
     """
-    tl.debug_barrier()  # of this program's threads: all have stored
+    tl.debug_barrier()  # all threads of this program have stored
     last = tl.atomic_add(arrivals, 1) == expected - 1
     if last:
         tl.store(arrivals, 0)

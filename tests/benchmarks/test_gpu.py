@@ -138,15 +138,15 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import warm
 from benchmarks.gpu.run import TOY
 from benchmarks.launches import NUM_SMS
-from rru_fast.triton import _host, _launch
+from rru_fast.triton import _device, _launch
 
 class Driver:
     get_current_target = staticmethod(lambda: target)
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
-def launch(kernel, grid, *arguments, **meta):
-    kernel.run(*arguments, grid=grid, warmup=True, **meta)
+def launch(kernel, grid, **arguments):
+    kernel.run(grid=grid, warmup=True, **arguments)
     launched.append(kernel.__name__)
 
 def calls(recorder):
@@ -158,8 +158,8 @@ jobs = warm.record(target, NUM_SMS, calls)
 assert [warm.compile_one(job, target, launcher=False) for job in jobs] == [None] * len(jobs)
 warmed = set(cache.rglob("*"))
 triton.runtime.driver.set_active(Driver())
-processors = patch.object(_host, "processors", lambda tensor: NUM_SMS)
-with warm.triton_on_cpu(), patch.object(_launch, "launch", launch), processors:
+num_sms = patch.object(_device, "num_sms", lambda tensor: NUM_SMS)
+with warm.triton_on_cpu(), patch.object(_launch, "launch", launch), num_sms:
     calls(None)
 print(len(jobs), len(set(launched)), len(warmed), len(set(cache.rglob("*")) - warmed))
 """

@@ -121,11 +121,15 @@ def test_a_sanitizers_errors_are_counted(output: str, errors: int | None) -> Non
 
 
 def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = [("gate_kernel", 2.0), ("Memcpy DtoD", 1.0), ("gate_kernel", 4.0)] * kernel_times.CALLS
+    events = [
+        ("atb_kernel", 2.0),
+        ("Memcpy DtoD", 1.0),
+        ("atb_kernel", 4.0),
+    ] * kernel_times.CALLS
     monkeypatch.setattr(kernel_times, "_device_events", lambda work: events)
     assert kernel_times.kernel_ms(lambda: None) == pytest.approx(7e-3)
     assert kernel_times.by_kernel(lambda: None, most=1) == {
         "us per call": 7.0,
         "launches per call": 3.0,
-        "kernels": [["gate_kernel", 2.0, 3.0]],
+        "kernels": [["atb_kernel", 2.0, 3.0]],
     }

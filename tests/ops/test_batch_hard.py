@@ -264,7 +264,7 @@ def test_opcheck(metric: str, backend: str) -> None:
         leaf = features.float().requires_grad_(requires_grad)
         torch.library.opcheck(ops.batch_hard.batch_hard, (leaf, labels, 0.3, False, metric, backend))
     loss, *saved = ops.batch_hard.batch_hard(features, labels, 0.3, False, metric, backend)
-    inputs = (torch.ones_like(loss), features, *saved, 0.3, False, metric, backend)
+    inputs = (torch.ones_like(loss), *saved, features, labels, 0.3, False, metric, backend)
     torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rru_fast.arguments import BatchHardArguments
 from rru_fast.composite import batch_hard
 from tests.ops import test_batch_hard as claims
 from tests.ops import test_batch_hard_partners as partners
@@ -48,11 +49,12 @@ def launches_of_composite(
     """Operators of the composite forward and backward for features (1, n, D) without data."""
     with FakeTensorMode():
         features, labels = torch.empty(1, n, D, device=device), torch.empty(n, dtype=torch.int64, device=device)
+        args = BatchHardArguments(features, labels, 0.3, soft, metric)
         with Launches(device) as forward:
-            loss, *saved = batch_hard.forward(features, labels, 0.3, soft, metric)
-        d_loss = torch.empty_like(loss)
+            outputs = batch_hard.forward(args)
+        d_loss = torch.empty_like(outputs.loss)
         with Launches(device) as backward:
-            batch_hard.backward(d_loss, features, *saved, 0.3, soft, metric)
+            batch_hard.backward(d_loss, outputs.saved, args)
     return forward.names, backward.names
 
 

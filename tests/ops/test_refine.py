@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import ops
+from rru_fast.arguments import RefineArguments, RefineOutputs, values
 from rru_fast.types import State
 from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
@@ -324,14 +325,13 @@ def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
     assert state.x.untyped_storage().nbytes() == state.x.nbytes
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if hasattr(ops.refine.KERNELS[name], "HOIST_BYTES")])
 @pytest.mark.parametrize("inputs", ["appearance+motion", "raw"])
-def test_blocks_of_time_do_not_show(inputs: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_time_do_not_show(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((3, 8, 6, 3, 2), inputs=inputs)
     call = parity.make_call(case)
-    whole = parity.run(case, call, backend)
-    monkeypatch.setattr(ops.refine.KERNELS[backend], "HOIST_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
-    for name, value in parity.run(case, call, backend).items():
+    whole = parity.run(case, call, "composite")
+    monkeypatch.setattr(ops.refine.KERNELS["composite"], "PROJECTION_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
+    for name, value in parity.run(case, call, "composite").items():
         assert parity.error(value, whole[name]) <= parity.EXACT, name
 
 
@@ -400,29 +400,25 @@ OPCHECK = [
 ]
 
 
-def operator_arguments(case: Case, backend: str, requires_grad: bool) -> tuple[object, ...]:
+def operator_arguments(case: Case, requires_grad: bool) -> RefineArguments:
     call = parity.make_call(case).map(lambda v: v.float().requires_grad_(requires_grad))
-    w_s1, w_s2, w_c = (call.weights.get(name) for name in ("w_s1", "w_s2", "w_c"))
-    mean, var = (buffer.detach() for buffer in call.buffers)
-    return (
-        *(call.x, call.weights["w"], call.weights["gamma"], call.weights["beta"], w_s1, w_s2, w_c),
-        *(mean, var, call.lengths, *(call.state or (None, None))),
-        *(case.inputs, case.mode == "train", 1e-3, case.bn_groups, "", [], True, backend),
-    )
+    return parity.operator_arguments(case, call)
 
 
 @default_backend_first
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck(case: Case, backend: str) -> None:
-    torch.library.opcheck(ops.refine.refine, operator_arguments(case, backend, requires_grad=True))
+    args = operator_arguments(case, requires_grad=True)
+    torch.library.opcheck(ops.refine.refine, (*values(args), True, backend))
 
 
 @default_backend_first
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
-    arguments = operator_arguments(case, backend, requires_grad=False)
-    features, strips, *saved = ops.refine.refine(*arguments)
-    inputs = (torch.rand_like(features), torch.rand_like(strips), True, True, features, *saved, *arguments)
+    args = operator_arguments(case, requires_grad=False)
+    outputs = RefineOutputs(*ops.refine.refine(*values(args), True, backend))
+    upstream = (torch.rand_like(outputs.features), torch.rand_like(outputs.strips))
+    inputs = (*upstream, *values(outputs.saved), *values(args), True, True, backend)
     torch.library.opcheck(ops.refine.refine_backward, inputs)
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from rru_fast.arguments import RefineNeed, RefineUpstream
 from rru_fast.composite import _products, refine
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Case
@@ -72,25 +73,16 @@ class LargeProducts(TorchDispatchMode):
 def transition_products(case: Case, dtype: torch.dtype, device: str) -> tuple[Counter[str], Counter[str]]:
     """Calls of the transition's products in `refine`, forward and backward, of tensors without data."""
     clips, _, channels, height, width = case.shape
-    positions, d, a = height * width, case.hidden, case.spatial_hidden
-    products = LargeProducts(clips * positions * channels * d)
+    products = LargeProducts(clips * height * width * channels * case.hidden)
     with FakeTensorMode():
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        w = empty(d, channels if case.inputs == "appearance" else 2 * channels)
-        maps = empty(clips, channels, height, width)
-        state = (maps, maps) if case.mode == "continued" else (None, None)
-        arguments: list[Any] = [empty(*case.shape), w, empty(d), empty(d)]
-        arguments += [empty(a, positions), empty(positions, a), empty(channels, d)]
-        arguments += [empty(d), empty(d), None, *state]
-        arguments += [case.inputs, case.mode == "train", 1e-3, case.bn_groups, "", []]
+        call = parity.make_call(case).map(lambda v: v.to(device, dtype))
+        args = parity.operator_arguments(case, call)
+        upstream = RefineUpstream(call.d_features, call.d_strips)
         with products:
-            features, strips, *saved = refine.forward(*arguments, True)
+            saved = refine.forward(args, save=True).saved
         forward, products.calls = products.calls, Counter()
         with products:
-            refine.backward(*[features, strips, True, True, features, *saved, *arguments])
+            refine.backward(upstream, saved, args, RefineNeed(need_x=True, need_weights=True))
     return +forward, +products.calls
 
 

@@ -1,290 +1,282 @@
-"""The forward of `refine`: which kernel is launched when, and on what."""
+"""Forward launches of `refine`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rru_fast.arguments import RefineOutputs
 from rru_fast.distributed import Ranks
-from rru_fast.triton import _host as host
-from rru_fast.triton._autotune import Candidates, KernelConfig, LaunchConfig
-from rru_fast.triton._host import Maps, all_frames, frame_strides, power_of_2
-from rru_fast.triton._launch import Launches, Slice, Slices, launch_again
+from rru_fast.triton import _device
+from rru_fast.triton._autotune import ALL_REGISTERS, Candidates, KernelConfig, LaunchConfig
+from rru_fast.triton._launch import Counter, Launches, Slices, cdiv, launch_cached, next_power_of_2
+from rru_fast.triton._precision import block_k, conv_precision, uses_tensor_cores
+from rru_fast.triton._strided import StridedMaps, StridedMatrix, as_strided_maps
 from rru_fast.triton.refine import forward_kernels as kernels
-from rru_fast.triton.refine.arguments import Call, Segment
+from rru_fast.triton.refine.arguments import Attention, Call, Operand, Statistics, frame_slices, one_frame
 
 
 def candidates(call: Call) -> Candidates:
-    """Configs of the forward's kernels."""
-    processors = host.processors(call.x.tensor)
-    dtype, how = call.x.tensor.dtype, host.conv_precision(call.x.tensor.dtype)
-    block_p = min(64, max(16, power_of_2(call.positions)))
-    columns = call.clips * -(-call.positions // block_p)
-    block_k, exact = host.depth(dtype, how), how == "ieee" and dtype.itemsize >= 4
+    """Return configs of the forward's kernels."""
+    dtype, num_sms = call.args.x.dtype, _device.num_sms(call.args.x)
+    precision = conv_precision(dtype)
+    tensor_cores, terms = uses_tensor_cores(dtype, precision), block_k(dtype, precision)
+    block_p = min(64, max(16, next_power_of_2(call.positions)))
+    p_tiles = call.clips * cdiv(call.positions, block_p)
 
-    def product(block_d: int, block_k: int, split: int, warps: int, stages: int) -> KernelConfig:
-        blocks = {"BLOCK_D": min(block_d, max(16, power_of_2(call.d))), "BLOCK_P": block_p, "BLOCK_K": block_k}
-        return {**blocks, "SPLIT": split, "num_warps": warps, "num_stages": stages, **host.ALL_REGISTERS}
+    def product(block_d: int, block_k: int, split: int, num_warps: int, num_stages: int) -> KernelConfig:
+        blocks = {"BLOCK_D": min(block_d, max(16, next_power_of_2(call.d))), "BLOCK_P": block_p, "BLOCK_K": block_k}
+        return {**blocks, "SPLIT": split, "num_warps": num_warps, "num_stages": num_stages, **ALL_REGISTERS}
 
-    def transition(block_d: int, block_k: int, waves: int, warps: int = 4, stages: int = 3) -> KernelConfig:
-        tiles = columns * -(-call.d // block_d)
-        split = max(1, min(waves * processors // tiles, -(-call.channels // block_k), 32))
-        return product(block_d, block_k, split, warps, stages)
+    def transition(block_d: int, waves: int, num_warps: int = 4) -> KernelConfig:
+        tiles = p_tiles * cdiv(call.d, block_d)
+        split = max(1, min(waves * num_sms // tiles, cdiv(call.channels, terms), 32))
+        return product(block_d, terms, split, num_warps, 3)
 
-    def gate(chunk: int, block_c: int, warps: int) -> KernelConfig:
-        q = power_of_2(call.height) * power_of_2(call.width)
-        chunk = max(16, min(chunk, power_of_2(call.channels)))
+    def gate(chunk: int, block_c: int, num_warps: int) -> KernelConfig:
+        positions = next_power_of_2(call.height) * next_power_of_2(call.width)
+        chunk = max(16, min(chunk, next_power_of_2(call.channels)))
         return {
             "CHUNK": chunk,
-            "BLOCK_C": min(chunk, max(1, min(block_c, 8192 // q))),
-            "BLOCK_D": max(1, min(32, power_of_2(call.d), 4096 // q)),
-            "BLOCK_A": max(1, min(32, power_of_2(max(1, call.a)), 4096 // q)),
-            "num_warps": warps,
-            **host.ALL_REGISTERS,
+            "BLOCK_C": min(chunk, max(1, min(block_c, 8192 // positions))),
+            "BLOCK_D": max(1, min(32, next_power_of_2(call.d), 4096 // positions)),
+            "BLOCK_A": max(1, min(32, next_power_of_2(max(1, call.num_attn)), 4096 // positions)),
+            "num_warps": num_warps,
+            **ALL_REGISTERS,
         }
 
-    # Without matrix units a tile is what the registers of 8 warps hold.
-    most = 64 if exact else 128
-    narrow = min(32 if columns * 8 < processors else most, most)
-    chunk = power_of_2(max(16, min(256, call.channels * call.clips // processors)))
+    # Without tensor cores a tile has as many elements as the registers of 8 warps hold.
+    largest = 128 if tensor_cores else 64
+    narrow = min(32 if p_tiles * 8 < num_sms else largest, largest)
+    chunk = next_power_of_2(max(16, min(256, call.channels * call.clips // num_sms)))
     default = {
-        "hoist": product(most, block_k, 1, 8, 3),
-        "transition": transition(narrow, block_k, 1, 8 if exact else 4),
+        "input_projection": product(largest, terms, 1, 8, 3),
+        "transition": transition(narrow, 1, 4 if tensor_cores else 8),
         "gate": gate(chunk, 64, 8),
     }
-    # U is read once a chunk: fewer chunks read less, more of them fill the GPU.
+    # U is read once per chunk: fewer chunks read less, more of them fill the GPU.
     gates = [gate(chunk, 64, 4), gate(chunk, 32, 8), gate(chunk // 2, 64, 8), gate(chunk // 4, 32, 4)]
     gates.append(gate(2 * chunk, 64, 8))
-    if exact:
+    if not tensor_cores:
         others = {
-            "hoist": [product(32, block_k, 1, 4, 3)],
-            "transition": [transition(64, block_k, 2, 8), transition(32, block_k, 1)],
+            "input_projection": [product(32, terms, 1, 4, 3)],
+            "transition": [transition(64, 2, 8), transition(32, 1)],
             "gate": gates,
         }
         return Candidates(default, others)
     others = {
-        "hoist": [
-            product(256, block_k, 1, 8, 3),
-            product(128, max(16, block_k // 2), 1, 4, 4),
-            product(64, block_k, 1, 4, 3),
+        "input_projection": [
+            product(256, terms, 1, 8, 3),
+            product(128, max(16, terms // 2), 1, 4, 4),
+            product(64, terms, 1, 4, 3),
         ],
-        "transition": [
-            transition(64, block_k, 1),
-            transition(64, block_k, 2),
-            transition(128, block_k, 2),
-            transition(256, block_k, 1, 8),
-        ],
+        "transition": [transition(64, 1), transition(64, 2), transition(128, 2), transition(256, 1, 8)],
         "gate": gates,
     }
     return Candidates(default, others)
 
 
-def run(
-    call: Call, config: LaunchConfig, mean: Tensor, var: Tensor, save: bool, ranks: Ranks | None
-) -> tuple[Tensor, ...]:
-    """features, strips, u, z_s, z_c, h; in training `mean` and `var` are filled, else they are the running ones.
+class TileStatistics(NamedTuple):
+    """Statistics of a tile of U, (B * p tiles, D): its mean, and the sum of squared differences from that mean."""
 
-    ranks: those that share the batch statistics. Autotuning passes none: each rank repeats its calls a different number
-    of times.
-    """
-    x = call.x.tensor
-    clips, channels, steps = call.clips, call.channels, call.steps
-    features = x.new_empty(x.shape)
-    refined = host.maps(features)
-    strips = call.empty(clips, channels, call.height)
-    u = call.empty(steps, clips, call.d, call.positions)
-    saved = steps if save else 0
-    h = call.empty(saved if call.w_s1 is not None else 0, clips, call.a)
-    z_s = call.empty(saved if call.w_s1 is not None else 0, clips, call.positions)
-    # `gate` passes z_c on to itself through memory, so there is always one.
-    z_c = call.empty((steps if save else 1) if call.w_c is not None else 0, clips, channels)
-    state = Maps(
-        call.empty(clips, 1, channels, call.height, call.width), channels * call.positions, 0, call.positions, 1
-    )
-
-    transition = _Transition(call, config, ranks, mean, var)
-    if call.w_x is not None:
-        for segment in call.input_segments(int(call.shares_first)):
-            transition.project_inputs(u[segment.first : segment.end], segment, call.start + segment.first)
-    if call.start == 1 and call.inputs == "raw" and call.training:
-        # The gate's input at the first frame is (X_1, X_1): only its statistics are needed.
-        first_u = call.empty(1, clips, call.d, call.positions)
-        transition.project_inputs(first_u, Segment(0, 1, call.x, None), 0)
-        transition.step(Slices(first_u), 0, 0, Slices(x, 1)[0], call.x)
-
-    gate = _Gate(call, config, refined, state if call.keeps_state else None, strips, mean, var)
-    vectors = [Slices(v) if len(v) else None for v in (h, z_s, z_c)]
-    u_steps, s_steps = Slices(u), Slices(state.tensor if call.keeps_state else features, 1)
-    if call.start == 1:
-        gate.first()
-    for n in range(steps):
-        t = call.start + n
-        s, s_maps = s_steps[0 if call.keeps_state else t - 1], state if call.keeps_state else refined
-        if t == 0:
-            assert call.state_s is not None
-            s, s_maps = Slices(call.state_s.tensor, 1)[0], call.state_s
-        transition.step(u_steps, n, t, s, s_maps)
-        gate.step(t, u_steps[n], [None if v is None else v[n if save else 0] for v in vectors], s, s_maps)
-    if call.lengths is None:
-        strips /= call.frames * call.width
-    else:
-        strips /= (call.lengths * call.width).to(call.sum)[:, None, None]
-    none_saved = call.empty(0, clips, call.d, call.positions)
-    return features, strips.to(x.dtype), u if save else none_saved, z_s, z_c[:saved], h
+    mean: Tensor
+    square: Tensor
 
 
-class _Transition:
-    """Launches of `transition`, with the scratch memory that they share."""
+class ForwardPass:
+    """Outputs of a forward pass, and the launches that fill them."""
 
-    def __init__(self, call: Call, config: LaunchConfig, ranks: Ranks | None, mean: Tensor, var: Tensor) -> None:
-        self.call, self.hoist, self.ranks, self.mean, self.var = call, config["hoist"], ranks, mean, var
+    def __init__(self, call: Call, config: LaunchConfig, save: bool, ranks: Ranks | None) -> None:
+        """Take the ranks that share the batch statistics, if any."""
+        args, clips, channels = call.args, call.clips, call.channels
+        self.call, self.config, self.ranks, self.save = call, config, ranks, save
+        self.features = args.x.new_empty(args.x.shape)
+        self.strips = call.empty(clips, channels, call.height)
+        self.u = call.empty(call.steps, clips, call.d, call.positions)
+        if args.training:
+            shape = (call.frames, call.groups, call.d)
+            self.statistics = Statistics(*(args.x.new_zeros(shape, dtype=call.acc_dtype) for _ in range(2)))
+        else:
+            self.statistics = call.running_statistics()
+        spatial, channel = args.w_s1 is not None, args.w_c is not None
+        saved = call.steps if save else 0
+        # The gate kernel hands z_c to its own threads through memory, so it is never without one.
+        self.attention = Attention(
+            h=call.empty(saved if spatial else 0, clips, call.num_attn),
+            z_s=call.empty(saved if spatial else 0, clips, call.positions),
+            z_c=call.empty((call.steps if save else 1) if channel else 0, clips, channels),
+        )
+        self.fp32_state = None
+        if call.keeps_fp32_state:
+            self.fp32_state = as_strided_maps(call.empty(clips, 1, channels, call.height, call.width))
         own = config["transition"]
-        d_tiles = -(-call.d // own["BLOCK_D"])
-        tiles = call.clips * -(-call.positions // own["BLOCK_P"])
-        self.shared: dict[str, Any] = {
-            "lengths": call.lengths,
+        d_tiles, p_tiles = cdiv(call.d, own["BLOCK_D"]), clips * cdiv(call.positions, own["BLOCK_P"])
+        self.transition_grid = p_tiles * d_tiles, own["SPLIT"]
+        self.partials = call.empty(p_tiles * d_tiles * own["SPLIT"] * own["BLOCK_D"] * own["BLOCK_P"])
+        self.arrivals = call.counters((p_tiles + call.groups) * d_tiles)
+        self.tile_statistics = TileStatistics(call.empty(p_tiles, call.d), call.empty(p_tiles, call.d))
+
+    def run(self) -> RefineOutputs:
+        """Launch all kernels and return the outputs."""
+        call, args = self.call, self.call.args
+        for first, end, operand in call.input_segments(int(call.shares_first)) if call.w_input is not None else ():
+            self._project_inputs(self.u[first:end], operand, call.start + first)
+        if call.start == 1:
+            self._first_frame()
+        for n in range(call.steps):
+            if n <= 1:  # the first step may read a state, or share its product
+                transition, gate = self._step_launches(n)
+            transition(n)
+            self._share_statistics(call.start + n)
+            gate(n)
+        if args.lengths is None:
+            self.strips /= call.frames * call.width
+        else:
+            self.strips /= (args.lengths * call.width).to(call.acc_dtype)[:, None, None]
+        h, z_s, z_c = self.attention
+        mean, var = self.statistics if args.training else [call.empty(0, args.bn_groups, call.d)] * 2
+        return RefineOutputs(
+            features=self.features,
+            strips=self.strips.to(args.x.dtype),
+            mean=mean,
+            var=var,
+            u=self.u if self.save else call.empty(0, call.clips, call.d, call.positions),
+            z_s=z_s,
+            z_c=z_c if self.save else z_c[:0],
+            h=h,
+        )
+
+    def _share_statistics(self, t: int) -> None:
+        if self.ranks is not None:
+            self.ranks.merge_(self.statistics.mean[t], self.statistics.var[t])
+
+    def _past(self, n: int) -> StridedMaps:
+        """Return S_{t-1} of the steps from n."""
+        call = self.call
+        if n == 0 and call.state_s is not None:
+            return one_frame(call.state_s, 0)
+        if self.fp32_state is not None:
+            return one_frame(self.fp32_state, 0)
+        return frame_slices(as_strided_maps(self.features), call.start - 1)
+
+    def _project_inputs(self, u: Tensor, operand: Operand, t_first: int) -> None:
+        """Set u (F, B, D, P) to w_input times the operand of F frames from t_first."""
+        call, config = self.call, self.config["input_projection"]
+        assert call.w_input is not None
+        tiles = cdiv(call.d, config["BLOCK_D"]) * cdiv(call.positions, config["BLOCK_P"])
+        launch_cached(
+            kernels.refine_fwd_transition_kernel,
+            (len(u) * call.clips * tiles, 1),
+            u=u,
+            x=operand.x,
+            subtracted=operand.subtracted,
+            w=call.w_input,
+            partials=None,
+            arrivals=None,
+            tile_statistics=None,
+            statistics=Statistics(None, None),
+            lengths=call.args.lengths,
+            t_first=t_first,
+            **self._transition_sizes(),
+            ACCUMULATE=False,
+            **config,
+        )
+
+    def _first_frame(self) -> None:
+        """Set S_1 = X_1, and its strips."""
+        call = self.call
+        if call.args.inputs == "raw" and call.args.training:
+            # The gate's input (X_1, X_1) is not zero: only its statistics are needed, for the running ones.
+            u = call.empty(1, call.clips, call.d, call.positions)
+            self._project_inputs(u, Operand(call.x, None), 0)
+            self._transition(u, one_frame(call.x, 0), call.w_recurrent, accumulate=True, start=0)(0)
+            self._share_statistics(0)
+        self._gate(None, first=True, start=0)(0)
+
+    def _step_launches(self, n: int) -> tuple[Launches, Launches]:
+        """Return the launches of the two kernels for the steps from n."""
+        call, past = self.call, self._past(n)
+        w = call.w_first if n == 0 and call.w_first is not None else call.w_recurrent
+        accumulate = call.w_input is not None and w is not call.w_first
+        transition = self._transition(self.u, past, w, accumulate, call.start)
+        return transition, self._gate(past, first=call.start + n == 0, start=call.start)
+
+    def _transition(self, u: Tensor, past: StridedMaps, w: StridedMatrix, accumulate: bool, start: int) -> Launches:
+        """Return launches that set u[n], or add to it, w times the operand that holds S; in training with statistics.
+
+        past: S_{t-1}; start: the frame of launch 0.
+        """
+        call = self.call
+        return Launches(
+            kernels.refine_fwd_transition_kernel,
+            self.transition_grid,
+            u=Slices(u),
+            x=past if call.args.inputs == "raw" else frame_slices(call.x, start),
+            subtracted=None if call.args.inputs == "raw" else past,
+            w=w,
+            partials=self.partials,
+            arrivals=self.arrivals,
+            tile_statistics=self.tile_statistics,
+            statistics=call.statistics_slices(self.statistics, start) if call.args.training else Statistics(None, None),
+            lengths=call.args.lengths,
+            t_first=Counter(start),
+            **self._transition_sizes(),
+            ACCUMULATE=accumulate,
+            **self.config["transition"],
+        )
+
+    def _transition_sizes(self) -> dict[str, Any]:
+        call = self.call
+        return {
             "clips": call.clips,
             "channels": call.channels,
             "clips_per_group": call.clips_per_group,
             "D": call.d,
             "P": call.positions,
-            "WIDE": call.wide,
-            "PRECISION": host.conv_precision(call.x.tensor.dtype),
+            "INT64_OFFSETS": call.int64_offsets,
+            "PRECISION": conv_precision(call.args.x.dtype),
         }
-        self.x = Slices(call.x.tensor, 1)
-        self.statistics = (Slices(mean), Slices(var)) if call.training else None
-        self.grid = tiles * d_tiles, own["SPLIT"]
-        self.of_step: dict[str, Any] = {
-            "x_frame": 0,
-            "y_frame": 0,
-            "partial": call.empty(tiles * d_tiles * own["SPLIT"] * own["BLOCK_D"] * own["BLOCK_P"]),
-            "arrivals": call.counters((tiles + call.groups) * d_tiles),
-            "tile_mean": call.empty(tiles, call.d),
-            "tile_square": call.empty(tiles, call.d),
-            **own,
-        }
-        self.launches: dict[tuple[bool, bool], Launches] = {}
 
-    def project_inputs(self, u: Tensor, segment: Segment, t: int) -> None:
-        """u (F, B, D, P) = W_x times the operand of all F frames of a segment, which begins with frame t."""
-        call, own = self.call, self.hoist
-        assert call.w_x is not None
-        tiles = -(-call.d // own["BLOCK_D"]) * -(-call.positions // own["BLOCK_P"])
-        launch_again(
-            kernels.transition_kernel,
-            (len(u) * call.clips * tiles, 1),
-            u=u,
-            **all_frames("x", segment.maps),
-            **all_frames("y", segment.subtracted),
-            w=call.w_x,
-            w_gate=call.w_x.stride(0),
-            partial=None,
-            arrivals=None,
-            tile_mean=None,
-            tile_square=None,
-            mean=None,
-            var=None,
-            first=t,
-            ADD=False,
-            **self.shared,
-            **own,
-        )
+    def _gate(self, past: StridedMaps | None, first: bool, start: int) -> Launches:
+        """Return launches that compute S_t and add it to the strips.
 
-    def step(self, u: Slices, n: int, t: int, s: Slice, s_maps: Maps) -> None:
-        """u[n] (B, D, P) += W_s times S_{t-1}, or times X_t - S_{t-1}; in training also the statistics of U."""
-        call = self.call
-        first = n == 0 and call.w_first is not None
-        kind = first, t == 0
-        if kind not in self.launches:
-            self.launches[kind] = self._launches(first, s_maps)
-        x = self.x[t]
-        mean, var = (None, None) if self.statistics is None else (v[t] for v in self.statistics)
-        self.launches[kind](u[n], *((s, None) if call.inputs == "raw" else (x, s)), mean, var, integer=t)
-        if self.ranks is not None:
-            self.ranks.merge_(self.mean[t], self.var[t])
-
-    def _launches(self, first: bool, s_maps: Maps) -> Launches:
-        call = self.call
-        w = call.w_first if first else call.w_s
-        assert w is not None
-        x, y = (s_maps, None) if call.inputs == "raw" else (call.x, s_maps)
+        past: S_{t-1}, None for S_1; first: t = 0; start: the frame of launch 0.
+        """
+        call, config = self.call, self.config["gate"]
+        attention, statistics = Attention(None, None, None), Statistics(None, None)
+        if past is not None:
+            statistics = call.statistics_slices(self.statistics, start)
+            attention = self._attention_slices()
         return Launches(
-            kernels.transition_kernel,
-            self.grid,
-            ("u", "x", "y", "mean", "var"),
-            "first",
-            **frame_strides("x", x),
-            **frame_strides("y", y),
-            w=w,
-            w_gate=w.stride(0),
-            ADD=call.w_x is not None and not first,
-            **self.shared,
-            **self.of_step,
-        )
-
-
-class _Gate:
-    """Launches of `gate`."""
-
-    def __init__(
-        self,
-        call: Call,
-        config: LaunchConfig,
-        refined: Maps,
-        state: Maps | None,
-        strips: Tensor,
-        mean: Tensor,
-        var: Tensor,
-    ) -> None:
-        self.call, self.config, self.state = call, config["gate"], state
-        self.x, self.out, self.strips = Slices(call.x.tensor, 1), Slices(refined.tensor, 1), strips
-        self.out_clip = refined.clip
-        self.statistics = (Slices(mean), Slices(var)) if call.training else None
-        self.running: dict[str, Tensor] = {} if call.training else {"mean": mean, "var": var}
-        self.launches: dict[tuple[bool, bool], Launches] = {}
-
-    def first(self) -> None:
-        """S_1 = X_1 and its strips."""
-        self.step(0, None, [None] * 3, None, None)
-
-    def step(self, t: int, u: Slice | None, vectors: list[Slice | None], s: Slice | None, s_maps: Maps | None) -> None:
-        """S_t and its strips from U_t (B, D, P) and S_{t-1}; vectors: outputs for h, z_s and z_c."""
-        kind = u is None, t == 0
-        if kind not in self.launches:
-            self.launches[kind] = self._launches(t, s_maps)
-        statistics = () if self.statistics is None else (v[t] for v in self.statistics)
-        self.launches[kind](self.out[t], self.x[t], s, u, *vectors, *statistics, integer=t)
-
-    def _launches(self, t: int, s_maps: Maps | None) -> Launches:
-        call = self.call
-        return Launches(
-            kernels.gate_kernel,
-            (call.clips, -(-call.channels // self.config["CHUNK"])),
-            ("out", "x", "s", "u", "h", "z_s", "z_c", *(() if self.running else ("mean", "var"))),
-            "t",
-            out_clip=self.out_clip,
-            state=None if self.state is None else self.state.tensor,
+            kernels.refine_fwd_gate_kernel,
+            (call.clips, cdiv(call.channels, config["CHUNK"])),
+            out=frame_slices(as_strided_maps(self.features), start),
+            state=None if self.fp32_state is None else self.fp32_state.ptr,
             strips=self.strips,
-            **frame_strides("x", call.x),
-            **frame_strides("s", s_maps),
-            **self.running,
-            gamma=call.gamma,
-            beta=call.beta,
-            w_s1=call.w_s1,
-            w_s2=call.w_s2,
-            w_c=call.w_c,
-            lengths=call.lengths,
+            x=frame_slices(call.x, start),
+            s=past,
+            u=None if past is None else Slices(self.u),
+            statistics=statistics,
+            gate=call.gate,
+            attention=attention,
+            lengths=call.args.lengths,
+            t=Counter(start),
             channels=call.channels,
             clips_per_group=call.clips_per_group,
             D=call.d,
-            A=call.a,
+            A=call.num_attn,
             H=call.height,
             W=call.width,
-            EPS=call.eps,
-            FIRST=t == 0,
-            WIDE=call.wide,
-            BLOCK_H=power_of_2(call.height),
-            BLOCK_W=power_of_2(call.width),
-            **self.config,
+            EPS=call.args.eps,
+            FIRST=first,
+            INT64_OFFSETS=call.int64_offsets,
+            **config,
         )
+
+    def _attention_slices(self) -> Attention:
+        """Return the attention vectors to be stored per step; without saving, z_c alone, in the same memory."""
+        h, z_s, z_c = self.attention
+        if not self.save:
+            return Attention(None, None, z_c[0] if len(z_c) else None)
+        return Attention(*(Slices(v) if len(v) else None for v in (h, z_s, z_c)))

@@ -1,131 +1,166 @@
-"""From dz_s and dz_c to dU: the gate's part of the backward of `refine`."""
+"""Launches from dz_s and dz_c to dU: the gate's part of the backward of `refine`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rru_fast.arguments import RefineSaved
 from rru_fast.distributed import Ranks
 from rru_fast.triton._autotune import KernelConfig, LaunchConfig
-from rru_fast.triton._launch import Launches, Slices
+from rru_fast.triton._launch import Launches, Slices, cdiv
 from rru_fast.triton.refine import backward_kernels as kernels
-from rru_fast.triton.refine.arguments import Call, Saved
-from rru_fast.triton.refine.weight_gradients import outer
+from rru_fast.triton.refine.arguments import Attention, Call, Statistics
+from rru_fast.triton.refine.weight_gradients import atb
+
+
+class Parts(NamedTuple):
+    """Parts of a sum, (B, num_parts, size)."""
+
+    ptr: Tensor
+    num_parts: int
+
+
+class DY(NamedTuple):
+    """dY's two parts: a, which depends on the position, and b, which depends on the gate channel."""
+
+    a: Tensor | None
+    """(B, P); None without spatial attention."""
+    b: Tensor
+    """(B, D)."""
+
+
+class YMeans(NamedTuple):
+    """Sums and means of Y that the weights' gradients need, of one frame or as slices per frame."""
+
+    positions: Any
+    """(B, d tiles, P), sums over a tile's gate channels; or None."""
+    channels: Any
+    """(B, D), means over positions; or None."""
+
+
+class NormSums(NamedTuple):
+    """Sums of dY and of dY Uhat over positions."""
+
+    dy: Any
+    dy_uhat: Any
 
 
 class GateBackward:
-    """Launches of `pooled_backward`, `gate_backward` and `norm_backward`, and their sums for the weights' gradients."""
+    """Launches of the pooled, gate and norm kernels, and the tensors of which the weights' gradients are computed."""
 
     def __init__(
         self,
         call: Call,
         config: LaunchConfig,
-        saved: Saved,
-        d_z_s_blocks: Tensor | None,
-        blocks: int,
+        saved: RefineSaved,
+        d_z_s_parts: Tensor | None,
         du: Tensor,
         need_weights: bool,
         ranks: Ranks | None,
     ) -> None:
+        """Take the recurrence's sums of dz_s over blocks of channels, (B, blocks, P), and dU (N, B, D, P), out."""
         self.call, self.saved, self.ranks = call, saved, ranks
+        steps, clips, d, training = call.steps, call.clips, call.d, call.args.training
+        spatial, channel = call.gate.w_s1 is not None, call.gate.w_c is not None
         gate, norm, pooled = config["gate"], config["norm"], config["pooled"]
-        steps, clips, d = call.steps, call.clips, call.d
-        tiles = -(-d // gate["BLOCK_D"])
-        spatial, channel = call.w_s1 is not None, call.w_c is not None
-        a, b = call.empty(clips, call.positions) if spatial else None, call.empty(clips, d)
+        d_tiles = cdiv(d, gate["BLOCK_D"])
+        self.d_z_s = call.empty(steps, clips, call.positions) if spatial else None
+        self.d_h = call.empty(steps, clips, call.num_attn) if spatial else None
+        self.d_z_c = call.empty(steps, clips, call.channels) if channel else None
+        self.y_positions = call.empty(steps, clips, d_tiles, call.positions) if need_weights else None
+        self.y_channels = call.empty(steps, clips, d) if need_weights else None
+        self.sums = NormSums(call.empty(steps, clips, d), call.empty(steps, clips, d))
+        self.group_sums = NormSums(None, None)
+        if training:
+            self.group_sums = NormSums(call.empty(call.groups, d), call.empty(call.groups, d))
         d_pooled = call.empty(clips, pooled["SPLIT"], d) if channel else None
-        self.group_dy, self.group_dy_uhat = (call.empty(call.groups, d) if call.training else None for _ in range(2))
-        d_z_s = call.empty(steps, clips, call.positions) if spatial else None
-        d_h = call.empty(steps, clips, call.a) if spatial else None
-        d_z_c = call.empty(steps, clips, call.channels) if channel else None
-        y_positions = call.empty(steps, clips, tiles, call.positions) if need_weights else None
-        y_channels = call.empty(steps, clips, d) if need_weights else None
-        dy, dy_uhat = call.empty(steps, clips, d), call.empty(steps, clips, d)
-        self.sums = (dy_uhat, dy, d_h, d_z_s, d_z_c, y_positions, y_channels)
-        self.du, self.u, self.h = Slices(du), Slices(saved.u), Slices(saved.h) if len(saved.h) else None
-        self.statistics = (Slices(saved.mean), Slices(saved.var)) if call.training else ()
-        self.d_z_c = None if d_z_c is None else Slices(d_z_c)
-        self.outputs = [None if v is None else Slices(v) for v in (d_z_s, d_h, y_positions, y_channels, dy, dy_uhat)]
-        means = ("mean", "var") if call.training else ()
-        shared: dict[str, Any] = {
-            **({} if call.training else {"mean": saved.mean, "var": saved.var}),
-            "group_dy": self.group_dy,
-            "group_dy_uhat": self.group_dy_uhat,
-            "gamma": call.gamma,
-            "beta": call.beta,
-            "a": a,
-            "b": b,
-            "clips_per_group": call.clips_per_group,
-            "D": d,
-            "P": call.positions,
-            "EPS": call.eps,
-        }
-        self.pooled_launches = Launches(
-            kernels.pooled_backward_kernel,
-            (-(-clips // pooled["BLOCK_B"]) * -(-d // pooled["BLOCK_D"]), pooled["SPLIT"]),
-            ("d_z_c",),
-            None,
-            d_pooled=d_pooled,
-            w_c=call.w_c,
-            clips=clips,
-            channels=call.channels,
+        d_y = DY(call.empty(clips, call.positions) if spatial else None, call.empty(clips, d))
+        own = Statistics(saved.mean, saved.var) if training else call.running_statistics()
+        statistics = call.statistics_slices(own, call.start)
+
+        def slices(tensor: Tensor | None) -> Slices | None:
+            return None if tensor is None else Slices(tensor)
+
+        self.pooled = None
+        if self.d_z_c is not None:
+            self.pooled = Launches(
+                kernels.refine_bwd_pooled_kernel,
+                (cdiv(clips, pooled["BLOCK_B"]) * cdiv(d, pooled["BLOCK_D"]), pooled["SPLIT"]),
+                d_pooled=d_pooled,
+                d_z_c=Slices(self.d_z_c),
+                w_c=call.gate.w_c,
+                clips=clips,
+                channels=call.channels,
+                D=d,
+                **pooled,
+            )
+        self.gate = Launches(
+            kernels.refine_bwd_gate_kernel,
+            (clips, d_tiles),
+            d_z_s_parts=None if d_z_s_parts is None else Parts(d_z_s_parts, d_z_s_parts.shape[1]),
+            d_pooled_parts=None if d_pooled is None else Parts(d_pooled, pooled["SPLIT"]),
+            u=Slices(saved.u),
+            statistics=statistics,
+            gate=call.gate,
+            h=Slices(saved.h) if spatial else None,
+            d_attention=Attention(h=slices(self.d_h), z_s=slices(self.d_z_s), z_c=None),
+            d_y=d_y,
+            y_means=YMeans(slices(self.y_positions), slices(self.y_channels)),
+            sums=NormSums(Slices(self.sums.dy), Slices(self.sums.dy_uhat)),
+            group_sums=self.group_sums,
+            du=None if training else Slices(du),
+            arrivals=call.counters(call.groups * d_tiles),
+            clips_per_group=call.clips_per_group,
             D=d,
-            **pooled,
-        )
-        self.gate_launches = Launches(
-            kernels.gate_backward_kernel,
-            (clips, tiles),
-            ("u", "h", "d_z_s", "d_h", "y_positions", "y_channels", "sum_dy", "sum_dy_uhat", "du", *means),
-            None,
-            d_z_s_blocks=d_z_s_blocks,
-            blocks=blocks,
-            d_pooled_parts=d_pooled,
-            parts=pooled["SPLIT"],
-            w_s1=call.w_s1,
-            w_s2=call.w_s2,
-            arrivals=call.counters(call.groups * tiles),
-            A=call.a,
-            **shared,
+            A=call.num_attn,
+            P=call.positions,
+            EPS=call.args.eps,
             **gate,
         )
-        self.norm_launches = Launches(
-            kernels.norm_backward_kernel,
-            (clips, -(-d // norm["BLOCK_D"])),
-            ("du", "u", *means),
-            None,
-            elements=call.clips_per_group * call.positions if ranks is None else ranks.elements,
-            **shared,
-            **norm,
-        )
+        self.norm = None
+        if training:
+            self.norm = Launches(
+                kernels.refine_bwd_norm_kernel,
+                (clips, cdiv(d, norm["BLOCK_D"])),
+                du=Slices(du),
+                u=Slices(saved.u),
+                statistics=statistics,
+                gate=call.gate,
+                d_y=d_y,
+                group_sums=self.group_sums,
+                elements=call.clips_per_group * call.positions if ranks is None else ranks.elements,
+                clips_per_group=call.clips_per_group,
+                D=d,
+                P=call.positions,
+                EPS=call.args.eps,
+                **norm,
+            )
 
     def step(self, n: int) -> None:
-        """dU of step n from the blocks' sums of dz_s, and from dz_c."""
-        call = self.call
-        u, statistics = self.u[n], [v[call.start + n] for v in self.statistics]
-        if self.d_z_c is not None:
-            self.pooled_launches(self.d_z_c[n])
-        self.gate_launches(
-            u,
-            None if self.h is None else self.h[n],
-            *[None if v is None else v[n] for v in self.outputs],
-            None if call.training else self.du[n],
-            *statistics,
-        )
-        if self.group_dy is not None and self.group_dy_uhat is not None:
+        """Compute dU of step n from the parts of dz_s, and from dz_c."""
+        if self.pooled is not None:
+            self.pooled(n)
+        self.gate(n)
+        if self.norm is not None:
             if self.ranks is not None:
-                sums = self.group_dy, self.group_dy_uhat
-                for own, total in zip(sums, self.ranks.total(*sums), strict=True):
+                for own, total in zip(self.group_sums, self.ranks.total(*self.group_sums), strict=True):
                     own.copy_(total)
-            self.norm_launches(self.du[n], u, *statistics)
+            self.norm(n)
 
-    def weight_gradients(self, config: KernelConfig) -> list[Tensor | None]:
-        """Of gamma, beta, w_s1, w_s2, w_c."""
-        dy_uhat, dy, d_h, d_z_s, d_z_c, y_positions, y_channels = self.sums
-        d_s1 = d_s2 = d_c = None
-        if d_h is not None and d_z_s is not None and y_positions is not None:
-            d_s1 = outer(d_h, y_positions.sum(2) / self.call.d, config)
-            d_s2 = outer(d_z_s, self.saved.h, config)
-        if d_z_c is not None and y_channels is not None:
-            d_c = outer(d_z_c, y_channels, config)
-        return [dy_uhat.sum((0, 1)), dy.sum((0, 1)), d_s1, d_s2, d_c]
+    def weight_gradients(self, config: KernelConfig) -> dict[str, Tensor | None]:
+        """Return the gradients of gamma, beta, w_s1, w_s2 and w_c by name."""
+        d_w_s1 = d_w_s2 = d_w_c = None
+        if self.d_h is not None and self.d_z_s is not None and self.y_positions is not None:
+            d_w_s1 = atb(self.d_h, self.y_positions.sum(2) / self.call.d, config)
+            d_w_s2 = atb(self.d_z_s, self.saved.h, config)
+        if self.d_z_c is not None and self.y_channels is not None:
+            d_w_c = atb(self.d_z_c, self.y_channels, config)
+        return {
+            "gamma": self.sums.dy_uhat.sum((0, 1)),
+            "beta": self.sums.dy.sum((0, 1)),
+            "w_s1": d_w_s1,
+            "w_s2": d_w_s2,
+            "w_c": d_w_c,
+        }

@@ -1,70 +1,73 @@
-"""The weights' gradients of `refine`, once all dU are known: which kernel is launched, and on what."""
+"""Launches of the weights' gradients of `refine`, once all dU are known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from rru_fast.triton import _host as host
 from rru_fast.triton._autotune import KernelConfig
-from rru_fast.triton._host import Maps, all_frames
-from rru_fast.triton._launch import launch_again
+from rru_fast.triton._launch import cdiv, launch_cached
+from rru_fast.triton._precision import grad_operand_dtype
+from rru_fast.triton._strided import StridedMaps, StridedMatrix
 from rru_fast.triton.refine import weight_gradient_kernels as kernels
-from rru_fast.triton.refine.arguments import Call, Segment
+from rru_fast.triton.refine.arguments import Call
 
 
-def outer(left: Tensor, right: Tensor, config: KernelConfig) -> Tensor:
-    """left^T right, (M, N), of (N steps, B, M) and (N steps, B, N), summed over steps and clips."""
-    m, n = left.shape[2], right.shape[2]
-    out = left.new_empty(m, n)
-    grid = (-(-m // config["BLOCK_M"]), -(-n // config["BLOCK_N"]))
-    k = left.shape[0] * left.shape[1]
-    launch_again(kernels.outer_kernel, grid, out=out, left=left, right=right, k_total=k, m_total=m, n_total=n, **config)
+def atb(a: Tensor, b: Tensor, config: KernelConfig) -> Tensor:
+    """Return a^T b, (M, N), of a (N steps, B, M) and b (N steps, B, N), summed over steps and clips."""
+    steps, clips, m = a.shape
+    n = b.shape[2]
+    out = a.new_empty(m, n)
+    launch_cached(
+        kernels.atb_kernel,
+        (cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"])),
+        out=out,
+        a=a,
+        b=b,
+        k_total=steps * clips,
+        m_total=m,
+        n_total=n,
+        **config,
+    )
     return out
 
 
-def w_gradient(call: Call, config: KernelConfig, refined: Maps, du: Tensor) -> Tensor:
-    """The gradient of w (D, C) or (D, 2C)."""
+def w_gradient(call: Call, config: KernelConfig, refined: StridedMaps, du: Tensor) -> Tensor:
+    """Return the gradient of w, (D, C) or (D, 2C), from S and dU (N, B, D, P)."""
     d_w = call.empty(*call.w.shape)
     if call.steps == 0:
         return d_w.zero_()
-    recurrent = call.recurrent_segments(refined)
-    inputs: Sequence[Segment | None] = [None] * len(recurrent) if call.w_x is None else call.input_segments()
-    s_half, x_half = call.halves(d_w)
-    columns = {"s_column": s_half.storage_offset(), "x_column": 0 if x_half is None else x_half.storage_offset()}
-    halves = 1 if x_half is None else 2
-    tiles = -(-call.d // config["BLOCK_D"]) * -(-call.channels // config["BLOCK_C"]) * halves
-    factor, how = host.grad_operand_dtype(call.x.tensor.dtype)
-    split = config["SPLIT"]
-    partial = call.empty(tiles * split * config["BLOCK_D"] * config["BLOCK_C"]) if split > 1 else None
+    d_recurrent, d_input = call.split(d_w)
+    halves, split = 1 if d_input is None else 2, config["SPLIT"]
+    tiles = cdiv(call.d, config["BLOCK_D"]) * cdiv(call.channels, config["BLOCK_C"]) * halves
+    partials = call.empty(tiles * split * config["BLOCK_D"] * config["BLOCK_C"]) if split > 1 else None
     arrivals = call.counters(tiles) if split > 1 else None
-    for s, x in zip(recurrent, inputs, strict=True):
-        launch_again(
-            kernels.weight_gradient_kernel,
+    operand_dtype, precision = grad_operand_dtype(call.args.x.dtype)
+    recurrent = call.recurrent_segments(refined)
+    for i, (recurrent_segment, input_segment) in enumerate(zip(recurrent, call.input_segments(), strict=True)):
+        first, end, operand = recurrent_segment
+        launch_cached(
+            kernels.refine_bwd_dw_kernel,
             (tiles, split),
-            d_w=d_w,
-            d_w_row=d_w.stride(0),
-            **columns,
-            partial=partial,
+            d_w=StridedMatrix(d_w, d_w.stride(0)),
+            recurrent_column=d_recurrent.ptr.storage_offset(),
+            input_column=0 if d_input is None else d_input.ptr.storage_offset(),
+            partials=partials,
             arrivals=arrivals,
-            du=du[s.first : s.end],
-            **all_frames("s", s.maps),
-            **all_frames("s_less", s.subtracted),
-            **all_frames("x", None if x is None else x.maps),
-            **all_frames("x_less", None if x is None else x.subtracted),
-            lengths=call.lengths,
-            first=call.start + s.first,
-            frames=s.end - s.first,
+            du=du[first:end],
+            recurrent_operand=operand,
+            input_operand=None if d_input is None else input_segment.operand,
+            lengths=call.args.lengths,
+            t_first=call.start + first,
+            frames=end - first,
             clips=call.clips,
             channels=call.channels,
             D=call.d,
             P=call.positions,
             HALVES=halves,
-            ADD=s.first > 0,
-            DOT=factor,
-            WIDE=call.wide,
-            PRECISION=how,
+            ACCUMULATE=i > 0,
+            OPERAND_DTYPE=operand_dtype,
+            INT64_OFFSETS=call.int64_offsets,
+            PRECISION=precision,
             **config,
         )
     return d_w
