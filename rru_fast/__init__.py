@@ -4,7 +4,7 @@
 `accelerate` swaps them into a model that uses the plain ones of `rru_fast.reference`.
 """
 
-from rru_fast import fork, reference
+from rru_fast import reference
 from rru_fast.backends import __version__, show_config
 from rru_fast.compat.accelerate import accelerate, restore
 from rru_fast.compat.weights import from_official
@@ -27,5 +27,3 @@ __all__ = [
     "show_config",
     "strip_pool",
 ]
-
-fork.let_threads_go_before_fork()

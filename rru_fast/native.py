@@ -6,6 +6,7 @@ loaded: it could crash the process instead of raising.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ _FOLDER = Path(__file__).parent
 _RECORD = _FOLDER / "_build.json"
 _BINARY = _FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the kernels of those before it
+_OMP_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0, 3.2.44
 
 # Fields of the record of a build, and their types.
 _FIELDS: dict[str, Any] = dict.fromkeys(("python", "torch", "compiler", "flags"), str)
@@ -98,7 +100,19 @@ def _load() -> tuple[str | None, dict[str, Any]]:
         reason = f"{what}; {mend}"
         warnings.warn(f"rru_fast runs without its native kernels: {reason}", NativeWarning, stacklevel=2)
         return reason, {}
+    _release_threads_before_fork()
     return None, built
+
+
+def _release_threads_before_fork() -> None:
+    """Release OpenMP's thread pool before each fork(); otherwise the child deadlocks waiting for threads it lacks.
+
+    Parent and child start new threads at their next parallel loop. The pool is shared with PyTorch's own operators, so
+    those work in the child too.
+    """
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)  # torch's OpenMP: its symbols are global
+    if pause is not None:
+        os.register_at_fork(before=lambda: pause(_OMP_PAUSE_HARD))
 
 
 def _usable(capabilities: list[str]) -> list[str]:

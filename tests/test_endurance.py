@@ -1,4 +1,4 @@
-"""What breaks last: many steps, several threads at once, a fork in the middle of things."""
+"""Long runs, concurrent threads, and fork() after use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import rru_fast
+from rru_fast import native
 from tests import parity
 
 every_backend = pytest.mark.parametrize("backend", parity.COMPILED)
@@ -31,7 +32,7 @@ def two_threads() -> Iterator[None]:
 
 
 class Training:
-    """Steps of a small unit with both losses that the paper puts on it."""
+    """Training of a small unit with the paper's two losses on it."""
 
     def __init__(self, backend: str, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -47,14 +48,14 @@ class Training:
         (loss + rru_fast.strip_pool(out.features, backend=self.unit.backend).square().mean()).backward()
         self.optimizer.step()
 
-    def after(self, steps: int) -> dict[str, Tensor]:
+    def state_after(self, steps: int) -> dict[str, Tensor]:
         for _ in range(steps):
             self.step()
         return {name: value.detach().clone() for name, value in self.unit.state_dict().items()}
 
 
-def resident() -> int:
-    """Bytes of memory that this process occupies."""
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * 4096
 
@@ -63,33 +64,33 @@ def resident() -> int:
 @pytest.mark.parametrize("steps", [1_000, pytest.param(10_000, marks=pytest.mark.nightly)])
 @every_backend
 @pytest.mark.exhaustive  # a thousand steps
-def test_training_takes_no_more_memory_step_by_step(backend: str, steps: int) -> None:
+def test_training_memory_does_not_grow_with_steps(backend: str, steps: int) -> None:
     training = Training(backend)
-    training.after(500)  # until the allocator has what it needs
-    grown = []
+    training.state_after(500)  # until the allocator's pools are filled
+    growth = []
     for _ in range(4):
         gc.collect()
-        objects, blocks, before = len(gc.get_objects()), sys.getallocatedblocks(), resident()
-        training.after(steps // 4)
+        objects, blocks, memory = len(gc.get_objects()), sys.getallocatedblocks(), resident_bytes()
+        training.state_after(steps // 4)
         gc.collect()
-        grown.append((resident() - before, len(gc.get_objects()) - objects, sys.getallocatedblocks() - blocks))
-    # What a step leaves behind it leaves in every quarter; what other parts of this process do is in some.
-    memory, objects, blocks = map(min, zip(*grown, strict=True))
-    assert memory < 1000 * steps // 4  # as many times any tensor of a step is more
+        growth.append((resident_bytes() - memory, len(gc.get_objects()) - objects, sys.getallocatedblocks() - blocks))
+    # The minimum over the quarters: a leak in the step grows every quarter, other parts of this process only some.
+    memory, objects, blocks = map(min, zip(*growth, strict=True))
+    assert memory < 1000 * steps // 4  # leaking any one tensor of each step would be more
     assert objects < 50
     assert blocks < steps / 8
 
 
 @default_backend_first
-def test_threads_that_train_at_once_get_what_each_gets_alone(backend: str, two_threads: None) -> None:
-    alone = [Training(backend, seed).after(20) for seed in range(4)]
+def test_concurrent_threads_train_as_each_does_alone(backend: str, two_threads: None) -> None:
+    alone = [Training(backend, seed).state_after(20) for seed in range(4)]
     trainings = [Training(backend, seed) for seed in range(4)]
     together: list[Any] = [None] * 4
     start = threading.Barrier(4)
 
     def train(i: int) -> None:
         start.wait()
-        together[i] = trainings[i].after(20)
+        together[i] = trainings[i].state_after(20)
 
     threads = [threading.Thread(target=train, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -106,10 +107,14 @@ def _send(connection: Any, function: Callable[[], Any]) -> None:
     connection.close()
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork()")
+@pytest.mark.skipif(
+    native.missing() is not None,
+    reason="OpenMP's threads are released before fork() only where the C++ kernels are loaded",
+)
 @pytest.mark.parametrize("backend", [*parity.DEFAULT_FIRST, pytest.param("reference", marks=pytest.mark.exhaustive)])
-def test_a_child_forked_after_use_gets_what_its_parent_gets(backend: str) -> None:
-    # In a process of its own: where autograd has started threads PyTorch refuses a backward in the child.
+def test_a_child_forked_after_use_computes_what_its_parent_computes(backend: str) -> None:
+    # In a new process: once autograd has started threads, PyTorch refuses a backward in a forked child.
     parent = multiprocessing.get_context("spawn").Process(target=_fork_after_use, args=(backend,))
     parent.start()
     parent.join()
@@ -118,9 +123,9 @@ def test_a_child_forked_after_use_gets_what_its_parent_gets(backend: str) -> Non
 
 def _fork_after_use(backend: str) -> None:
     torch.set_num_threads(2)
-    maps = torch.rand(8, 8, 64, 8, 8)  # enough for both threads
+    maps = torch.rand(8, 8, 64, 8, 8)  # large enough for both threads to work
 
-    def refined() -> dict[str, Tensor]:
+    def outputs_and_gradients() -> dict[str, Tensor]:
         torch.manual_seed(0)
         unit = rru_fast.RRU(64, (8, 8), hidden=16, backend=backend)
         out = unit(maps)
@@ -128,19 +133,19 @@ def _fork_after_use(backend: str) -> None:
         gradients = {name: parameter.grad for name, parameter in unit.named_parameters() if parameter.grad is not None}
         return {"features": out.features.detach(), **gradients}
 
-    wanted = refined()
+    wanted = outputs_and_gradients()
     context = multiprocessing.get_context("fork")
-    for _ in range(2):  # the second time from a parent whose threads were let go once
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_send, args=(theirs, refined))
+    for _ in range(2):  # the second time from a parent whose threads were released once
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_send, args=(sender, outputs_and_gradients))
         child.start()
-        theirs.close()
-        assert ours.poll(60), "the child hangs"
-        got = ours.recv()
+        sender.close()
+        assert receiver.poll(60), "the child hangs"
+        got = receiver.recv()
         child.join(60)
         assert child.exitcode == 0
         assert torch.get_num_threads() == 2
-        again = refined()
+        again = outputs_and_gradients()
         for name, value in wanted.items():
             assert torch.equal(torch.from_numpy(got[name]), value), name
             assert torch.equal(again[name], value), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,25 @@ def unusable() -> str:
     assert [str(w.message) for w in caught] == [f"rru_fast runs without its native kernels: {reason}"]
     assert reason.endswith(REMEDY.partition("run: ")[2])
     return reason
+
+
+@pytest.fixture
+def fork_hooks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Hooks that this test registers to run before fork(), in place of registering them."""
+    hooks: list[Callable[[], object]] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda before: hooks.append(before))
+    return hooks
+
+
+def test_kernels_that_do_not_load_leave_fork_alone(binary: Path, fork_hooks: list[Callable[[], object]]) -> None:
+    unusable()
+    assert not fork_hooks
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+def test_loading_the_kernels_registers_one_hook_before_fork(fork_hooks: list[Callable[[], object]]) -> None:
+    assert native._load()[0] is None
+    assert len(fork_hooks) == 1
 
 
 def test_a_binary_for_another_torch_is_refused(binary: Path) -> None:
