@@ -1,6 +1,6 @@
 """Load the compiled kernels, rru_fast/_C, if they fit this Python, PyTorch and processor.
 
-The build records in _build.json what it built, or why it did not. A binary that does not fit, or is cut short, is never
+The build records in _build.json what it built, or why it did not. A binary that does not fit or is truncated is never
 loaded: it could crash the process instead of raising.
 """
 
@@ -18,23 +18,25 @@ from typing import Any
 
 import torch
 
-_FOLDER = Path(__file__).parent
-_RECORD = _FOLDER / "_build.json"
-_BINARY = _FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs the kernels of those before it
+from rru_fast.install_hint import reinstall_command
+
+_PACKAGE = Path(__file__).parent
+_RECORD_PATH = _PACKAGE / "_build.json"
+_BINARY_PATH = _PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each includes those before it
 _OMP_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0, 3.2.44
 
-# Fields of the record of a build, and their types.
-_FIELDS: dict[str, Any] = dict.fromkeys(("python", "torch", "compiler", "flags"), str)
-_FIELDS |= {"capabilities": list, "cuda_architectures": list, "cuda": str | None, "nvcc": str | None}
+# Fields of the build record, and their types.
+_RECORD_TYPES: dict[str, Any] = dict.fromkeys(("python", "torch", "compiler", "flags"), str)
+_RECORD_TYPES |= {"capabilities": list, "cuda_architectures": list, "cuda": str | None, "nvcc": str | None}
 
 
 class NativeWarning(UserWarning):
-    """There are no usable native kernels, though nobody left them out on purpose: the composite backend serves."""
+    """The native kernels are unusable but were not disabled on purpose; the composite backend serves instead."""
 
 
 class _UnusableError(Exception):
-    """There are no kernels, or they do not fit here, or are damaged; `variables` begin the command that mends it."""
+    """The kernels are missing, damaged or for another environment; reinstalling with `variables` fixes that."""
 
     def __init__(self, reason: str, variables: str = "") -> None:
         super().__init__(reason)
@@ -47,7 +49,7 @@ def missing() -> str | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return True if `refine` multiplies bfloat16 in bfloat16 on this processor, False if in float32."""
+    """Return True if `refine` multiplies bf16 maps in bf16 on this processor, False if in fp32."""
     return bool(importlib.import_module("rru_fast._C").build_info()["bfloat16_here"])
 
 
@@ -55,53 +57,54 @@ def describe() -> list[str]:
     """Describe the build for `show_config`, as lines."""
     if _MISSING is not None:
         return []
-    cuda = f"built: nvcc {_BUILT['nvcc']}, sm {' '.join(_BUILT['cuda_architectures'])}"
+    record = _BUILD_RECORD
+    in_use = _supported_capabilities(record["capabilities"])[-1]
+    cuda = f"built: nvcc {record['nvcc']}, sm {' '.join(record['cuda_architectures'])}"
     return [
-        f"built for torch {_BUILT['torch']}, {_BUILT['python']}, by {_BUILT['compiler']}",
-        f"  flags {_BUILT['flags']}",
-        f"  SIMD {', '.join(_BUILT['capabilities'])}; in use: {_usable(_BUILT['capabilities'])[-1]}",
+        f"built for torch {record['torch']}, {record['python']}, by {record['compiler']}",
+        f"  flags {record['flags']}",
+        f"  SIMD {', '.join(record['capabilities'])}; in use: {in_use}",
         f"  bfloat16 is multiplied in {'bfloat16' if multiplies_bfloat16() else 'float32'}",
-        f"  CUDA sources {cuda if _BUILT['cuda'] is None else 'not built: ' + _BUILT['cuda']}",
+        f"  CUDA sources {cuda if record['cuda'] is None else 'not built: ' + record['cuda']}",
     ]
 
 
 def _read_record() -> dict[str, Any]:
     try:
-        built = dict(json.loads(_RECORD.read_text()))
+        record = dict(json.loads(_RECORD_PATH.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise _UnusableError(f"the record of the native build, {_RECORD.name}, cannot be read: {error}") from None
-    if built.get("native") is None:
-        for name, kind in _FIELDS.items():
-            if not isinstance(built.get(name), kind):
-                got, wanted = f"got {name} {built.get(name)!r}", f"wanted {getattr(kind, '__name__', kind)}"
-                raise _UnusableError(f"the record of the native build, {_RECORD.name}: {got}, {wanted}")
-    return built
+        raise _UnusableError(f"the record of the native build, {_RECORD_PATH.name}, cannot be read: {error}") from None
+    if record.get("native") is None:
+        for name, kind in _RECORD_TYPES.items():
+            if not isinstance(record.get(name), kind):
+                got, wanted = f"got {name} {record.get(name)!r}", f"wanted {getattr(kind, '__name__', kind)}"
+                raise _UnusableError(f"the record of the native build, {_RECORD_PATH.name}: {got}, {wanted}")
+    return record
 
 
 def _load() -> tuple[str | None, dict[str, Any]]:
-    """Load the extension; return None and the record of its build, or the reason why not."""
+    """Load the extension; return None and its build record, or the reason why it is unusable and {}."""
     try:
-        if not _RECORD.exists() and not _BINARY.exists():
+        if not _RECORD_PATH.exists() and not _BINARY_PATH.exists():
             raise _UnusableError("native kernels have not been built")
-        built = _read_record()
-        if (why := built.get("native")) is not None:
-            reason = f"native kernels were not built: {why}"
-            if built.get("on_purpose"):
+        record = _read_record()
+        if (failure := record.get("native")) is not None:
+            reason = f"native kernels were not built: {failure}"
+            if record.get("on_purpose"):
                 return reason, {}
             raise _UnusableError(reason)
-        _check(built)
+        _check(record)
         importlib.import_module("rru_fast._C")
     # A binary that passes the check may still lack a library or a symbol of its own: ImportError.
     except (_UnusableError, OSError, ImportError) as error:
-        from rru_fast.remedy import remedy
-
-        what = str(error) if isinstance(error, _UnusableError) else f"the native kernels do not load: {error!r}"
-        mend = remedy(_FOLDER).replace("run: ", f"run: {getattr(error, 'variables', '')}", 1)
-        reason = f"{what}; {mend}"
+        if isinstance(error, _UnusableError):
+            reason = f"{error}; {reinstall_command(_PACKAGE, error.variables)}"
+        else:
+            reason = f"the native kernels do not load: {error!r}; {reinstall_command(_PACKAGE)}"
         warnings.warn(f"rru_fast runs without its native kernels: {reason}", NativeWarning, stacklevel=2)
         return reason, {}
     _release_threads_before_fork()
-    return None, built
+    return None, record
 
 
 def _release_threads_before_fork() -> None:
@@ -115,55 +118,58 @@ def _release_threads_before_fork() -> None:
         os.register_at_fork(before=lambda: pause(_OMP_PAUSE_HARD))
 
 
-def _usable(capabilities: list[str]) -> list[str]:
-    """The SIMD capabilities of a build that run here, the best last; ATen's choice, as in bindings.cpp."""
-    here = torch.backends.cpu.get_cpu_capability()
-    level = _CAPABILITIES.index(here) if here in _CAPABILITIES else 0  # other processors have names of their own
+def _supported_capabilities(capabilities: list[str]) -> list[str]:
+    """SIMD capabilities of a build that this processor supports, the best last, by the same rule as in bindings.cpp."""
+    current = torch.backends.cpu.get_cpu_capability()
+    # ATen has other names too, such as SVE256: on those processors DEFAULT runs.
+    level = _CAPABILITIES.index(current) if current in _CAPABILITIES else 0
     return [name for name in _CAPABILITIES[: level + 1] if name in capabilities]
 
 
-def _check(built: dict[str, Any]) -> None:
-    """Raise _UnusableError unless the binary is whole, and for this Python, PyTorch and processor."""
+def _check(record: dict[str, Any]) -> None:
+    """Raise _UnusableError unless the binary is whole and fits this Python, PyTorch and processor."""
     python = sysconfig.get_config_var("SOABI")
-    for name, wanted, here in (("Python", built["python"], python), ("torch", built["torch"], str(torch.__version__))):
-        if wanted != here:
-            raise _UnusableError(f"the native kernels were built for {name} {wanted}, this is {name} {here}")
-    if not _usable(built["capabilities"]):
-        runs = f"this processor (or ATEN_CPU_CAPABILITY) runs {torch.backends.cpu.get_cpu_capability()}"
-        why = f"the native kernels were built for {', '.join(built['capabilities'])}, {runs}"
-        raise _UnusableError(why, variables="RRU_FAST_CAPABILITIES=all ")
-    if not _BINARY.exists():
-        raise _UnusableError(f"the native kernels were built, but {_BINARY.name} does not exist")
-    if _cut_short(_BINARY):
-        raise _UnusableError(f"{_BINARY.name} is damaged: it is shorter than its headers say")
-    if "-fsanitize" in built["flags"] and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+    torch_version = str(torch.__version__)
+    for name, built, current in (("Python", record["python"], python), ("torch", record["torch"], torch_version)):
+        if built != current:
+            raise _UnusableError(f"the native kernels were built for {name} {built}, this is {name} {current}")
+    if not _supported_capabilities(record["capabilities"]):
+        processor = f"this processor (or ATEN_CPU_CAPABILITY) runs {torch.backends.cpu.get_cpu_capability()}"
+        reason = f"the native kernels were built for {', '.join(record['capabilities'])}, {processor}"
+        raise _UnusableError(reason, variables="RRU_FAST_CAPABILITIES=all")
+    if not _BINARY_PATH.exists():
+        raise _UnusableError(f"the native kernels were built, but {_BINARY_PATH.name} does not exist")
+    if _is_truncated(_BINARY_PATH):
+        raise _UnusableError(f"{_BINARY_PATH.name} is damaged: it is shorter than its headers say")
+    if "-fsanitize" in record["flags"] and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         # The sanitizer's runtime would end the process.
         raise _UnusableError("the native kernels are sanitized, and LD_PRELOAD has no libasan; make sanitize sets it")
 
 
-def _cut_short(path: Path) -> bool:
+def _is_truncated(path: Path) -> bool:
     """Return True if a 64-bit ELF file ends before its segments or its section table do.
 
-    The loader maps them unchecked, and a touch of a page past the end kills the process. It rejects other files itself.
+    The loader maps them unchecked, and access to a page past the end of the file kills the process. Other files are
+    rejected by the loader itself.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         identity = file.read(16)
         if identity[:5] != b"\x7fELF\x02":
             return False
-        order = "<" if identity[5] == 1 else ">"
+        byte_order = "<" if identity[5] == 1 else ">"
         try:
-            header = struct.unpack(order + "HHIQQQIHHHHHH", file.read(48))
+            header = struct.unpack(byte_order + "HHIQQQIHHHHHH", file.read(48))
             segments, sections = header[4:6]  # offsets of the tables; then the size and the number of entries of each
             segment_size, segment_count, section_size, section_count = header[8:12]
             ends: list[int] = [sections + section_size * section_count]
             for i in range(segment_count):
                 file.seek(segments + i * segment_size)
-                _, _, offset, _, _, length, _, _ = struct.unpack(order + "IIQQQQQQ", file.read(56))
+                _, _, offset, _, _, length, _, _ = struct.unpack(byte_order + "IIQQQQQQ", file.read(56))
                 ends.append(offset + length)
         except struct.error:
             return True
     return max(ends) > size
 
 
-_MISSING, _BUILT = _load()
+_MISSING, _BUILD_RECORD = _load()

@@ -1,4 +1,4 @@
-"""Binaries that do not fit are refused with one warning and the remedy, and the composite backend serves."""
+"""Unusable native binaries are refused with one warning and the reinstall command; the composite backend serves."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ import torch
 import rru_fast
 from build_tools import toolchain
 from rru_fast import native
-from rru_fast.remedy import remedy
+from rru_fast.install_hint import reinstall_command
 
 ROOT = Path(__file__).resolve().parents[1]
-REMEDY = remedy(Path(native.__file__).parent)
+HINT = reinstall_command(Path(native.__file__).parent)
 
 ELF = Path(torch.__file__).parent / "lib/libc10.so"
 
 
 @pytest.fixture
 def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where rru_fast.native looks for the extension in this test; its record lies beside it."""
-    monkeypatch.setattr(native, "_RECORD", tmp_path / "_build.json")
-    monkeypatch.setattr(native, "_BINARY", tmp_path / "_C.so")
+    """The path from which rru_fast.native loads the extension in this test; its build record is in the same folder."""
+    monkeypatch.setattr(native, "_RECORD_PATH", tmp_path / "_build.json")
+    monkeypatch.setattr(native, "_BINARY_PATH", tmp_path / "_C.so")
     return tmp_path / "_C.so"
 
 
-def record(binary: Path, **changed: Any) -> None:
-    """Write the record of a good build, with changes."""
-    good = {
+def write_record(binary: Path, **changes: Any) -> None:
+    """Write the record of a usable build, with changes."""
+    usable = {
         "native": None,
         "python": sysconfig.get_config_var("SOABI"),
         "torch": torch.__version__,
@@ -48,16 +48,16 @@ def record(binary: Path, **changed: Any) -> None:
         "nvcc": None,
         "cuda_architectures": [],
     }
-    binary.with_name("_build.json").write_text(json.dumps(good | changed))
+    binary.with_name("_build.json").write_text(json.dumps(usable | changes))
 
 
-def unusable() -> str:
-    """The reason `_load` warns of and returns."""
+def unusable_reason() -> str:
+    """Return the reason that `_load` returns, after checking that it warns of it once, with the reinstall command."""
     with pytest.warns(native.NativeWarning) as caught:
         reason, _ = native._load()
     assert reason is not None
     assert [str(w.message) for w in caught] == [f"rru_fast runs without its native kernels: {reason}"]
-    assert reason.endswith(REMEDY.partition("run: ")[2])
+    assert reason.endswith(HINT.partition("run: ")[2])
     return reason
 
 
@@ -70,7 +70,7 @@ def fork_hooks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
 
 def test_kernels_that_do_not_load_leave_fork_alone(binary: Path, fork_hooks: list[Callable[[], object]]) -> None:
-    unusable()
+    unusable_reason()
     assert not fork_hooks
 
 
@@ -82,57 +82,57 @@ def test_loading_the_kernels_registers_one_hook_before_fork(fork_hooks: list[Cal
 
 def test_a_binary_for_another_torch_is_refused(binary: Path) -> None:
     binary.touch()
-    record(binary, torch="2.0.1+cu118")
-    assert f"were built for torch 2.0.1+cu118, this is torch {torch.__version__};" in unusable()
+    write_record(binary, torch="2.0.1+cu118")
+    assert f"were built for torch 2.0.1+cu118, this is torch {torch.__version__};" in unusable_reason()
 
 
 def test_a_binary_for_another_python_is_refused(binary: Path) -> None:
     binary.with_name("_C.cpython-39-x86_64-linux-gnu.so").touch()
-    record(binary, python="cpython-39-x86_64-linux-gnu")
-    assert "were built for Python cpython-39-x86_64-linux-gnu, this is Python cpython-3" in unusable()
+    write_record(binary, python="cpython-39-x86_64-linux-gnu")
+    assert "were built for Python cpython-39-x86_64-linux-gnu, this is Python cpython-3" in unusable_reason()
 
 
-def test_a_record_without_its_binary_is_named(binary: Path) -> None:
-    record(binary)
-    assert "were built, but _C.so does not exist" in unusable()
+def test_a_record_without_its_binary_is_refused(binary: Path) -> None:
+    write_record(binary)
+    assert "were built, but _C.so does not exist" in unusable_reason()
 
 
 def test_a_binary_without_its_record_is_refused(binary: Path) -> None:
     binary.touch()
-    assert "_build.json, cannot be read" in unusable()
+    assert "_build.json, cannot be read" in unusable_reason()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 def test_an_unreadable_record_is_no_crash(binary: Path, text: str) -> None:
     binary.with_name("_build.json").write_text(text)
-    unusable()
+    unusable_reason()
 
 
 def test_a_record_of_another_version_is_no_crash(binary: Path) -> None:
     binary.with_name("_build.json").write_text('{"native": null}')
-    unusable()
+    unusable_reason()
 
 
 @pytest.mark.parametrize(("name", "value"), [("flags", None), ("capabilities", "AVX2"), ("compiler", 12), ("nvcc", 13)])
 def test_a_record_with_a_wrong_field_is_no_crash(name: str, value: Any, binary: Path) -> None:
     binary.touch()
-    record(binary, **{name: value})
-    assert f"_build.json: got {name} {value!r}, wanted " in unusable()
+    write_record(binary, **{name: value})
+    assert f"_build.json: got {name} {value!r}, wanted " in unusable_reason()
 
 
 @pytest.mark.skipif(not ELF.exists(), reason="no shared library of 64 bits")
 @pytest.mark.parametrize("end", [-5, 200_000, 100, 30])
-def test_a_binary_cut_short_is_refused_before_it_is_loaded(binary: Path, end: int) -> None:
-    record(binary)
+def test_a_truncated_binary_is_refused_before_it_is_loaded(binary: Path, end: int) -> None:
+    write_record(binary)
     whole = ELF.read_bytes()
     binary.write_bytes(whole)
-    assert not native._cut_short(binary)
+    assert not native._is_truncated(binary)
     binary.write_bytes(whole[:end])
-    assert "_C.so is damaged: it is shorter than its headers say" in unusable()
+    assert "_C.so is damaged: it is shorter than its headers say" in unusable_reason()
 
 
 @pytest.mark.parametrize(
-    ("built", "here", "used"),
+    ("built", "current", "used"),
     [
         (["AVX2"], "DEFAULT", None),
         (["AVX512"], "AVX2", None),
@@ -144,42 +144,40 @@ def test_a_binary_cut_short_is_refused_before_it_is_loaded(binary: Path, end: in
         (["DEFAULT", "AVX512"], "AVX2", "DEFAULT"),
     ],
 )
-def test_kernels_for_a_better_processor_are_refused(
-    built: list[str], here: str, used: str | None, binary: Path, monkeypatch: pytest.MonkeyPatch
+def test_kernels_that_this_processor_does_not_support_are_refused(
+    built: list[str], current: str, used: str | None, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
-    assert native._usable(built)[-1:] == ([used] if used else [])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: current)
+    assert native._supported_capabilities(built)[-1:] == ([used] if used else [])
     if used is None:
-        record(binary, capabilities=built)
+        write_record(binary, capabilities=built)
         binary.touch()
-        runs = f"this processor (or ATEN_CPU_CAPABILITY) runs {here}"
-        mend = REMEDY.replace("run: ", "run: RRU_FAST_CAPABILITIES=all ")
-        assert unusable() == f"the native kernels were built for {built[0]}, {runs}; {mend}"
+        processor = f"this processor (or ATEN_CPU_CAPABILITY) runs {current}"
+        hint = HINT.replace("run: ", "run: RRU_FAST_CAPABILITIES=all ")
+        assert unusable_reason() == f"the native kernels were built for {built[0]}, {processor}; {hint}"
 
 
-def test_sanitized_kernels_are_refused_where_they_would_end_the_process(
-    binary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sanitized_kernels_are_refused_without_their_runtime(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     binary.touch()
-    record(binary, flags="-O1 -fsanitize=address,undefined")
-    assert "the native kernels are sanitized, and LD_PRELOAD has no libasan" in unusable()
+    write_record(binary, flags="-O1 -fsanitize=address,undefined")
+    assert "the native kernels are sanitized, and LD_PRELOAD has no libasan" in unusable_reason()
 
 
-def test_kernels_left_out_on_purpose_are_a_reason_and_no_warning(binary: Path) -> None:
-    record(binary, native="RRU_FAST_NATIVE=0 when it was installed", on_purpose=True)
+def test_kernels_disabled_on_purpose_are_a_reason_and_no_warning(binary: Path) -> None:
+    write_record(binary, native="RRU_FAST_NATIVE=0 when it was installed", on_purpose=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native._load()[0] == "native kernels were not built: RRU_FAST_NATIVE=0 when it was installed"
 
 
 def test_kernels_that_could_not_be_built_are_a_warning(binary: Path) -> None:
-    record(binary, native="c++ failed on csrc/bindings.cpp: error: no", on_purpose=False)
-    assert unusable().startswith("native kernels were not built: c++ failed on csrc/bindings.cpp: error: no; ")
+    write_record(binary, native="c++ failed on csrc/bindings.cpp: error: no", on_purpose=False)
+    assert unusable_reason().startswith("native kernels were not built: c++ failed on csrc/bindings.cpp: error: no; ")
 
 
 def test_a_checkout_that_was_never_built_says_so(binary: Path) -> None:
-    assert unusable() == f"native kernels have not been built; {REMEDY}"
+    assert unusable_reason() == f"native kernels have not been built; {HINT}"
 
 
 @pytest.fixture
@@ -223,26 +221,26 @@ UV = "uv pip install --no-build-isolation --no-deps --reinstall --no-cache"
         ("uv", '{"url": "file:///a", "dir_info": {}}', f"run: {UV} /a"),
     ],
 )
-def test_the_remedy_is_a_command_of_the_installer(
+def test_the_reinstall_command_is_the_installers(
     installer: str, url: str | None, wanted: str, install: Callable[[str, str | None], Path]
 ) -> None:
-    assert remedy(install(installer, url)) == wanted
+    assert reinstall_command(install(installer, url)) == wanted
 
 
 @pytest.mark.parametrize(("installer", "wanted"), [("pip", "pip install --no-deps -e"), ("uv", f"{UV} -e")])
-def test_the_remedy_of_an_editable_installation_is_editable(
+def test_the_reinstall_command_of_an_editable_installation_is_editable(
     installer: str, wanted: str, install: Callable[[str, str | None], Path], tmp_path: Path
 ) -> None:
     install(installer, json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
-    assert remedy(tmp_path / "rru_fast") == f"run: {wanted} {tmp_path}"
+    assert reinstall_command(tmp_path / "rru_fast") == f"run: {wanted} {tmp_path}"
 
 
 def test_a_package_with_a_binary_that_does_not_load_warns_once_and_serves_by_composite(tmp_path: Path) -> None:
-    here = Path(rru_fast.__file__).parent
-    package = shutil.copytree(here, tmp_path / "rru_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    binary = package / native._BINARY.name
+    source = Path(rru_fast.__file__).parent
+    package = shutil.copytree(source, tmp_path / "rru_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    binary = package / native._BINARY_PATH.name
     binary.write_bytes(b"not a library")
-    record(binary)
+    write_record(binary)
     code = (
         "import rru_fast, torch; rru_fast.show_config();"
         "print(rru_fast.strip_pool(torch.ones(1, 2, 3, 4, 5)).sum().item());"
@@ -271,7 +269,7 @@ def test_this_checkout_has_native_kernels_wherever_there_is_a_compiler() -> None
 def test_the_library_imports_silently_without_numpy() -> None:
     code = "import sys, warnings; sys.modules['numpy'] = None; import torch; "
     code += "warnings.simplefilter('error'); warnings.filterwarnings('ignore', '.*native kernels'); import rru_fast"
-    command = [sys.executable, "-W", "ignore", "-c", code]  # torch itself warns
+    command = [sys.executable, "-W", "ignore", "-c", code]  # torch itself warns without numpy
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
