@@ -1,4 +1,4 @@
-"""Build backend: that of setuptools, which is imported only if it is new enough to read pyproject.toml.
+"""Build backend: that of setuptools, imported only if it is new enough to read pyproject.toml.
 
 Without build isolation nothing else checks its version, and an old one fails with an error about project.license.
 """
@@ -15,4 +15,4 @@ except PackageNotFoundError:
 if got == "none" or int(got.split(".")[0]) < int(WANTED):
     raise SystemExit(f"setuptools: got {got}, wanted {WANTED} or newer: install 'setuptools>={WANTED}' and ninja first")
 
-from setuptools.build_meta import *  # noqa: E402, F403 - the hooks
+from setuptools.build_meta import *  # noqa: E402, F403 - the hooks of PEP 517

@@ -1,4 +1,4 @@
-"""Check that a command's extra of pyproject.toml is installed."""
+"""Check that an extra of pyproject.toml is installed when a command starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ MODULES = {
 
 
 def require(extra: str) -> None:
-    """Exit with one line if the system or modules of an extra are missing; call it before a command's own imports."""
+    """Exit with status 2 and one line if the system is not supported or modules of `extra` are missing.
+
+    A command calls it first in its file, under `if __name__ == "__main__":`, before it imports those modules.
+    """
     if find_spec("fcntl") is None:
         wanted = (
             "Linux or macOS, whose Python has fcntl; the library alone, without compiled kernels, runs elsewhere too"
