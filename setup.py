@@ -1,4 +1,4 @@
-"""Build entry point: adds the native kernels, which build_tools makes, to what stands in pyproject.toml."""
+"""Build entry point: add the native kernels, built by build_tools, to the package that pyproject.toml describes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from setuptools.dist import Distribution
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pip runs this file without its folder on the path
 
 from build_tools import native, toolchain
+from build_tools.ninja_build import BINARY
+
+FILES = (BINARY, "_build.json")  # of the package, written by a build
 
 for variable in ("RRU_FAST_NATIVE", "RRU_FAST_CUDA", "RRU_FAST_SANITIZE"):
-    toolchain.asked(variable)  # a wrong value is an error at once, whatever pip goes on to run
-toolchain.capabilities(in_place=False)
-toolchain.jobs()
+    toolchain.read_switch(variable)  # raises at once for a wrong value, whichever command pip runs
+toolchain.capabilities_to_build(in_place=False)
+toolchain.max_jobs()
 
 
 class BuildNative(Command):
     """Build rru_fast/_C and its record.
 
-    A command of its own, not build_ext: that one cannot compile a source several times with different flags, and does
-    not run, and so could not record why, where there is no extension to build.
+    Not build_ext, which cannot compile a source several times with different flags, and does not run if there is no
+    extension to build, so that it could not record the reason.
     """
 
     user_options: ClassVar[list[tuple[str, str | None, str]]] = []
@@ -47,13 +50,13 @@ class BuildNative(Command):
         return []  # MANIFEST.in has them
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for name in (native.BINARY, "_build.json") if (path := self._package() / name).exists()]
+        return [str(path) for name in FILES if (path := self._package() / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.editable_mode:
             return {}
-        here = toolchain.ROOT / "rru_fast"
-        return {str(self._package() / n): str(here / n) for n in (native.BINARY, "_build.json") if (here / n).exists()}
+        source = toolchain.ROOT / "rru_fast"
+        return {str(self._package() / name): str(source / name) for name in FILES if (source / name).exists()}
 
 
 class Build(build):
@@ -61,10 +64,10 @@ class Build(build):
 
 
 class NativeDistribution(Distribution):
-    """Without native kernels, a wheel for any Python and platform."""
+    """A distribution whose wheel, without native kernels, is for any Python and platform."""
 
     def has_ext_modules(self) -> bool:
-        return native.skipped() is None
+        return native.skip_reason() is None
 
 
 setup(distclass=NativeDistribution, cmdclass={"build": Build, "build_native": BuildNative})

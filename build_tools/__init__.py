@@ -1,6 +1,6 @@
 """Build rru_fast/_C.
 
-`toolchain` finds what there is to build with, `native` compiles, links and records, `backend` is the build backend.
-None imports torch. setup.py puts the result into an install, `python -m build_tools` builds in place. `extras` checks
-the requirements of the commands in training and benchmarks.
+`toolchain` finds the tools, `ninja_build` compiles and links with them, `native` builds the extension and writes its
+record, `backend` is the build backend. None imports torch. setup.py builds for an install, `python -m build_tools` in
+place. `extras` checks the requirements of the commands in training and benchmarks.
 """

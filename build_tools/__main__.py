@@ -2,4 +2,4 @@
 
 from build_tools import native, toolchain
 
-native.build(toolchain.ROOT / "rru_fast", keep=True)
+native.build(toolchain.ROOT / "rru_fast", keep_last=True)

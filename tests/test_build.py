@@ -21,7 +21,7 @@ from tests.build_tree import ROOT, VARIABLES, Tree, environment, real_tree, run,
 
 try:
     COMPILER = toolchain.find_compiler().command
-except toolchain.MissingError:
+except toolchain.BuildError:
     COMPILER = []
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
@@ -58,7 +58,7 @@ def test_all_capabilities_are_compiled_and_recorded_where_asked(tree: Tree) -> N
     done = tree.build(RRU_FAST_CAPABILITIES="all")
     units = [
         "csrc/bindings.cpp",
-        *(f"csrc/cpu/{k}.cpp ({c})" for k in ("first", "second") for c in native.CAPABILITIES),
+        *(f"csrc/cpu/{k}.cpp ({c})" for k in ("first", "second") for c in toolchain.CAPABILITIES),
     ]
     lines = done.stdout.splitlines()
     total = len(units) + 1
@@ -192,7 +192,7 @@ def test_native_0_builds_nothing_and_takes_away_what_was_built(built: Tree) -> N
 
 def test_without_ninja_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(toolchain.MissingError, match=r"^no ninja: install ninja first$"):
+    with pytest.raises(toolchain.BuildError, match=r"^no ninja: install ninja first$"):
         toolchain.find_ninja()
 
 
@@ -210,7 +210,7 @@ def test_a_torch_that_is_too_old_is_refused_at_once(
         assert toolchain.find_torch().version == version
     else:
         with pytest.raises(
-            toolchain.MissingError, match=rf"^torch: got {version}, wanted 2\.11 or newer: install it first$"
+            toolchain.BuildError, match=rf"^torch: got {version}, wanted 2\.11 or newer: install it first$"
         ):
             toolchain.find_torch()
 
@@ -346,7 +346,7 @@ def test_a_build_waits_for_the_compilers_of_one_that_was_killed(built: Tree, sto
 
 @needs_compiler
 def test_old_temporary_files_of_killed_builds_are_deleted(built: Tree) -> None:
-    week_ago = time.time() - (native.KEPT_DAYS + 1) * 86400
+    week_ago = time.time() - (native.TEMP_FILE_DAYS + 1) * 86400
     for name in (f"rru_fast/{native.BINARY}.1.tmp", "rru_fast/_build.json.1.tmp"):
         built.write(name, "half")
         os.utime(built.root / name, (week_ago, week_ago))

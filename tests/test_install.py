@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from build_tools import toolchain
-from build_tools.native import BINARY
+from build_tools.ninja_build import BINARY
 from tests.build_tree import Tree, run, stand_in_tree, write_stand_in_torch
 
 try:
     toolchain.find_compiler()
-except toolchain.MissingError:
+except toolchain.BuildError:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 MISSING = "from rru_fast import native; print(native.__file__); print(native.missing())"
@@ -185,7 +185,7 @@ def test_an_sdist_carries_all_that_a_native_wheel_takes(
 ) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    build_tools = {f"build_tools/{name}.py" for name in ("backend", "native", "toolchain")}
+    build_tools = {f"build_tools/{name}.py" for name in ("backend", "native", "ninja_build", "toolchain")}
     assert {"csrc/cpu/kernels.h", "csrc/cpu/first.cpp", "constraints.txt", *build_tools} <= names
     assert not {name for name in names if name.endswith((".so", ".o", ".json"))}
     succeed(uv_command(python, *UV_OPTIONS, "--no-build-isolation", str(sdist)), tmp_path)
