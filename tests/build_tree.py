@@ -1,4 +1,4 @@
-"""Copies of this repository to build in, with stand-in kernels that compile in a second and need no torch header."""
+"""Copies of this repository for test builds, with stand-in kernels that compile in a second without torch headers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import torch
 from build_tools import toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILD_COMMAND = [sys.executable, "-m", "build_tools"]
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
-# What decides about a build, beside what a test sets itself.
+# Environment variables that control a build: tests start from none of them.
 VARIABLES = ("RRU_FAST_NATIVE", "RRU_FAST_CUDA", "RRU_FAST_SANITIZE", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
 VARIABLES += ("RRU_FAST_CAPABILITIES", "ATEN_CPU_CAPABILITY", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
 
-STAND_INS = {
+STAND_IN_SOURCES = {
     "csrc/bindings.cpp": """
         #include <Python.h>
         #include "cpu/kernels.h"
@@ -71,7 +72,7 @@ STAND_IN_TORCH = """
 
 
 def write_stand_in_torch(site: Path) -> None:
-    """Put a torch into a site-packages folder that is imported at once, and has the headers and libraries of torch."""
+    """Put a stand-in torch into a site-packages folder: it imports at once, and has torch's headers and libraries."""
     folder = site / "torch"
     folder.mkdir()
     (folder / "__init__.py").write_text(dedent(STAND_IN_TORCH).format(capability=toolchain.native_capability()))
@@ -92,8 +93,20 @@ class Tree:
         target.write_text(text)
 
     def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        """`python -m build_tools`, as `make setup` runs it."""
-        return run([sys.executable, "-m", "build_tools"], self.root, **variables)
+        """Build in place and wait."""
+        return run(BUILD_COMMAND, self.root, **variables)
+
+    def start_build(self, **variables: str) -> subprocess.Popen[str]:
+        """Start a build in place, in a process group of its own."""
+        return subprocess.Popen(
+            BUILD_COMMAND,
+            cwd=self.root,
+            env=environment(**variables),
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def record(self) -> dict[str, Any]:
         return dict(json.loads((self.root / "rru_fast/_build.json").read_text()))
@@ -102,16 +115,16 @@ class Tree:
         return list((self.root / "rru_fast").glob("_C*"))
 
     def leftovers(self) -> list[str]:
-        """Temporary files that were never moved to their place."""
+        """Temporary files that no build has renamed or deleted."""
         return [path.name for path in (self.root / "rru_fast").glob("*.tmp")]
 
     def copy(self, root: Path) -> Tree:
-        """A copy with all that was built; what is up to date here is so there too."""
+        """Copy the tree with its build output, which is up to date in the copy too."""
         shutil.copytree(self.root, root)
         return Tree(root)
 
     def call(self, function: str) -> str:
-        """What a function of the built extension returns, in a process without torch."""
+        """Call a function of the built extension in a process without torch."""
         code = f"import sys; sys.path.insert(0, 'rru_fast'); import _C; print(_C.{function}())"
         done = run([sys.executable, "-c", code], self.root)
         assert done.returncode == 0, done.stderr
@@ -119,7 +132,7 @@ class Tree:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment with none of the variables that decide about a build but those given."""
+    """The environment without the variables that control a build, plus those given."""
     return {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
 
 
@@ -138,16 +151,16 @@ def _copy_repository(root: Path, *folders: str) -> None:
 
 
 def real_tree(root: Path) -> Tree:
-    """The repository as it is, without what was built in it."""
+    """Copy the repository without build output."""
     _copy_repository(root, "csrc")
     return Tree(root)
 
 
 def stand_in_tree(root: Path) -> Tree:
-    """The repository with stand-in kernels, and a package that is only rru_fast.native."""
+    """Copy the repository with stand-in kernels and a package that imports rru_fast.native only."""
     _copy_repository(root)
     tree = Tree(root)
     tree.write("rru_fast/__init__.py", "from rru_fast import native\n")
-    for path, text in STAND_INS.items():
+    for path, text in STAND_IN_SOURCES.items():
         tree.write(path, text)
     return tree

@@ -1,4 +1,4 @@
-"""Build native kernels in copies of the repository."""
+"""Builds of stand-in kernels in copies of the repository: what is compiled, recorded, refused and interrupted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 import torch
 
 from build_tools import native, toolchain
-from tests.build_tree import ROOT, VARIABLES, Tree, environment, real_tree, run, stand_in_tree
+from tests.build_tree import ROOT, VARIABLES, Tree, real_tree, run, stand_in_tree
 
 try:
     COMPILER = toolchain.find_compiler().command
@@ -26,19 +25,16 @@ except toolchain.BuildError:
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
 
-NATIVE = toolchain.native_capability()
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    return stand_in_tree(tmp_path / "a tree")  # each test of this file builds in a path with a space
+    return stand_in_tree(tmp_path / "a tree")  # with a space, which commands must quote
 
 
 @pytest.fixture(scope="module")
 def first_build(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """A tree that was built; tests take copies."""
+    """A built tree, which tests copy."""
     tree = stand_in_tree(tmp_path_factory.mktemp("built") / "a tree")
-    assert compiled(tree.build()) == {"bindings", "first", "second"}
+    assert compiled_sources(tree.build()) == {"bindings", "first", "second"}
     return tree
 
 
@@ -47,23 +43,21 @@ def built(first_build: Tree, tmp_path: Path) -> Tree:
     return first_build.copy(tmp_path / "a copy")
 
 
-def compiled(done: subprocess.CompletedProcess[str]) -> set[str]:
-    """Names of the sources that a build compiled."""
+def compiled_sources(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Names of the sources that a build compiled; it must have succeeded."""
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^rru_fast: \[\d+/\d+\] csrc/(?:cpu/)?(\w+)\.cpp", done.stdout, re.MULTILINE))
 
 
 @needs_compiler
-def test_all_capabilities_are_compiled_and_recorded_where_asked(tree: Tree) -> None:
+def test_all_capabilities_are_compiled_and_recorded_on_request(tree: Tree) -> None:
     done = tree.build(RRU_FAST_CAPABILITIES="all")
-    units = [
-        "csrc/bindings.cpp",
-        *(f"csrc/cpu/{k}.cpp ({c})" for k in ("first", "second") for c in toolchain.CAPABILITIES),
-    ]
+    labels = ["csrc/bindings.cpp", "linking"]
+    labels += [f"csrc/cpu/{name}.cpp ({c})" for name in ("first", "second") for c in toolchain.CAPABILITIES]
     lines = done.stdout.splitlines()
-    total = len(units) + 1
+    total = len(labels)
     assert [line.split("]")[0] for line in lines[:-1]] == [f"rru_fast: [{i + 1}/{total}" for i in range(total)]
-    assert sorted(line.split("] ")[1] for line in lines[:-1]) == sorted([*units, "linking"])
+    assert sorted(line.split("] ")[1] for line in lines[:-1]) == sorted(labels)
     assert tree.call("sum") == "42"
     assert tree.record()["capabilities"] == list(toolchain.CAPABILITIES)
 
@@ -75,66 +69,40 @@ def test_a_build_in_place_is_for_this_machine_and_recorded(built: Tree) -> None:
     assert record["native"] is None
     assert record["cuda"] == "csrc/cuda holds no kernels yet"
     assert record["torch"] == torch.__version__
-    assert record["capabilities"] == [NATIVE]
+    assert record["capabilities"] == [toolchain.native_capability()]
     assert built.call("flags") == f"{record['flags']}; {torch.__version__}"
 
 
-@pytest.mark.skipif("AVX2" not in toolchain.CAPABILITIES, reason="of x86-64")
-@pytest.mark.parametrize(
-    ("flags", "capability"),
-    [
-        ("fpu sse4_2 avx fma", "DEFAULT"),
-        ("avx avx2", "DEFAULT"),
-        ("avx avx2 fma", "AVX2"),
-        ("avx2 fma avx512f avx512dq avx512vl", "AVX2"),
-        ("avx2 fma avx512f avx512bw avx512dq avx512vl", "AVX512"),
-    ],
-)
-def test_the_capability_of_this_machine_is_chosen_as_by_aten(flags: str, capability: str, tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: avx512bw\n\n" * 2)
-    assert toolchain.native_capability(cpuinfo) == capability
-
-
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the choice is overridden")
-@pytest.mark.skipif("AVX2" not in toolchain.CAPABILITIES, reason="of x86-64")
-def test_the_capability_of_this_machine_is_that_of_its_torch() -> None:
-    assert torch.backends.cpu.get_cpu_capability() == NATIVE
-
-
 @needs_compiler
-def test_only_what_changed_is_compiled_again(built: Tree) -> None:
-    assert compiled(built.build()) == set()  # though it is another folder
+def test_only_changed_sources_are_compiled_again(built: Tree) -> None:
+    assert compiled_sources(built.build()) == set()  # although the folder was copied
     built.write("csrc/cpu/second.cpp", "namespace rru::CPU_CAPABILITY { int second() { return 3; } }")
-    assert compiled(built.build()) == {"second"}
+    assert compiled_sources(built.build()) == {"second"}
     assert built.call("sum") == "43"
     built.write("csrc/cpu/kernels.h", (built.root / "csrc/cpu/kernels.h").read_text() + "\n// changed")
-    assert compiled(built.build()) == {"bindings", "first"}
+    assert compiled_sources(built.build()) == {"bindings", "first"}
 
 
 @needs_compiler
-def test_another_version_of_the_compiler_compiles_all_again(built: Tree) -> None:
+def test_another_compiler_version_compiles_everything_again(built: Tree) -> None:
     script = built.root / "c++"
-    for version, again in (
-        ("1", {"bindings", "first", "second"}),
-        ("1", set()),
-        ("2", {"bindings", "first", "second"}),
-    ):
+    everything = {"bindings", "first", "second"}
+    for version, wanted in (("1", everything), ("1", set()), ("2", everything)):
         script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo {version}\nexec {COMPILER[0]} "$@"\n')
         script.chmod(0o755)
-        assert compiled(built.build(CXX=f"'{script}'")) == again
+        assert compiled_sources(built.build(CXX=f"'{script}'")) == wanted
 
 
 @needs_compiler
 def test_a_damaged_binary_is_replaced(built: Tree) -> None:
     (binary,) = built.binaries()
     binary.write_bytes(binary.read_bytes()[:5000])
-    assert compiled(built.build()) == set()
+    assert compiled_sources(built.build()) == set()
     assert built.call("sum") == "42"
 
 
 @pytest.mark.parametrize("variables", [{"PATH": ""}, {"CXX": "false"}, {"CXX": "no such compiler"}], ids=str)
-def test_without_a_compiler_the_build_says_so_and_succeeds(tree: Tree, variables: dict[str, str]) -> None:
+def test_without_a_compiler_the_build_succeeds_and_records_the_reason(tree: Tree, variables: dict[str, str]) -> None:
     done = tree.build(**variables)
     assert done.returncode == 0
     assert done.stdout.startswith("rru_fast: built without native kernels: no C++ compiler: ")
@@ -144,28 +112,29 @@ def test_without_a_compiler_the_build_says_so_and_succeeds(tree: Tree, variables
 
 
 @needs_compiler
-def test_a_missing_tool_costs_no_kernels_that_were_built_before(tree: Tree) -> None:
-    compiled(tree.build())
+def test_a_missing_tool_keeps_the_kernels_of_the_last_build(tree: Tree) -> None:
+    compiled_sources(tree.build())
     before = tree.record()
     done = tree.build(CXX="false")
     assert (done.returncode, tree.record(), tree.call("sum")) == (1, before, "42")
-    why = "no C++ compiler: CXX=false does not run"
-    assert done.stderr == f"rru_fast: the last build is kept, the kernels cannot be built again: {why}\n"
+    reason = "no C++ compiler: CXX=false does not run"
+    assert done.stderr == f"rru_fast: the last build is kept, the kernels cannot be built again: {reason}\n"
 
 
 @needs_compiler
-def test_a_source_that_does_not_compile_is_named_with_the_compilers_error(tree: Tree) -> None:
+def test_a_compile_error_is_recorded_with_its_source(tree: Tree) -> None:
     tree.write("csrc/cpu/second.cpp", "int second() { return three; }")
     assert tree.build().returncode == 0
-    why = tree.record()["native"]
-    assert "failed on csrc/cpu/second.cpp: " in why and "error: " in why and "three" in why and "\n" not in why
+    reason = tree.record()["native"]
+    assert "failed on csrc/cpu/second.cpp: " in reason and "error: " in reason and "three" in reason
+    assert "\n" not in reason
     assert tree.record()["on_purpose"] is False
     assert not tree.binaries()
 
 
 @needs_compiler
 @pytest.mark.parametrize("compiler", ["false", "true"])
-def test_a_compiler_that_stops_working_is_no_crash(tree: Tree, compiler: str) -> None:
+def test_a_compiler_that_fails_without_output_is_recorded(tree: Tree, compiler: str) -> None:
     script = tree.root / "c++"
     script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo fine\nexec {compiler}\n')
     script.chmod(0o755)
@@ -173,7 +142,7 @@ def test_a_compiler_that_stops_working_is_no_crash(tree: Tree, compiler: str) ->
     assert re.match(r"c\+\+ failed on (csrc/|linking: no output)", tree.record()["native"])
 
 
-def test_what_is_demanded_and_cannot_be_built_is_an_error(tree: Tree) -> None:
+def test_required_kernels_that_cannot_be_built_are_an_error(tree: Tree) -> None:
     done = tree.build(RRU_FAST_NATIVE="1", CXX="false")
     assert done.returncode == 1
     assert done.stderr == (
@@ -183,36 +152,11 @@ def test_what_is_demanded_and_cannot_be_built_is_an_error(tree: Tree) -> None:
 
 
 @needs_compiler
-def test_native_0_builds_nothing_and_takes_away_what_was_built(built: Tree) -> None:
-    assert compiled(built.build(RRU_FAST_NATIVE="0")) == set()
+def test_native_0_builds_nothing_and_removes_the_last_build(built: Tree) -> None:
+    assert compiled_sources(built.build(RRU_FAST_NATIVE="0")) == set()
     assert built.record()["native"] == "RRU_FAST_NATIVE=0 when it was installed"
     assert built.record()["on_purpose"] is True
     assert not built.binaries()
-
-
-def test_without_ninja_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(toolchain.BuildError, match=r"^no ninja: install ninja first$"):
-        toolchain.find_ninja()
-
-
-@pytest.mark.parametrize(
-    ("version", "serves"), [("2.10.1", False), ("2.9", False), ("2.11.0a0+git1", True), ("3.0", True)]
-)
-def test_a_torch_that_is_too_old_is_refused_at_once(
-    version: str, serves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "torch/include/ATen").mkdir(parents=True)
-    (tmp_path / "torch/__init__.py").touch()
-    (tmp_path / "torch/version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
-    if serves:
-        assert toolchain.find_torch().version == version
-    else:
-        with pytest.raises(
-            toolchain.BuildError, match=rf"^torch: got {version}, wanted 2\.11 or newer: install it first$"
-        ):
-            toolchain.find_torch()
 
 
 @pytest.mark.parametrize(
@@ -226,20 +170,20 @@ def test_a_torch_that_is_too_old_is_refused_at_once(
         ("MAX_JOBS", "many", "a positive integer or unset"),
     ],
 )
-def test_a_variable_of_no_meaning_is_one_clear_error(
+def test_an_invalid_variable_is_an_error_of_one_line(
     variable: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as raised:
         runpy.run_path(str(ROOT / "setup.py"))
-    assert told.value.code == f"{variable}: got {value!r}, wanted {wanted}"
+    assert raised.value.code == f"{variable}: got {value!r}, wanted {wanted}"
 
 
 @needs_compiler
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_max_jobs_is_how_many_compilers_run(tree: Tree, jobs: int) -> None:
+def test_max_jobs_compilers_run_at_once(tree: Tree, jobs: int) -> None:
     running = tree.root / "running"
     running.mkdir()
     script = tree.root / "counting c++"
@@ -248,24 +192,25 @@ def test_max_jobs_is_how_many_compilers_run(tree: Tree, jobs: int) -> None:
         f'{COMPILER[0]} "$@"; status=$?; rm -f running/$$; exit $status\n'
     )
     script.chmod(0o755)
-    compiled(tree.build(MAX_JOBS=str(jobs), CXX=f"'{script}'"))
+    compiled_sources(tree.build(MAX_JOBS=str(jobs), CXX=f"'{script}'"))
     assert max(map(int, (tree.root / "counts").read_text().split())) == jobs
 
 
 @needs_compiler
-def test_builds_that_run_at_once_do_not_harm_each_other(tree: Tree) -> None:
-    command = [sys.executable, "-m", "build_tools"]
-    builds = [subprocess.Popen(command, cwd=tree.root, env=environment(), stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [build.wait() for build in builds] == [0, 0, 0]
+def test_concurrent_builds_do_not_harm_each_other(tree: Tree) -> None:
+    builds = [tree.start_build() for _ in range(3)]
+    for build in builds:
+        _, stderr = build.communicate()
+        assert build.returncode == 0, stderr
     assert tree.call("sum") == "42"
-    assert compiled(tree.build()) == set()
+    assert compiled_sources(tree.build()) == set()
     assert tree.leftovers() == []
 
 
 @pytest.fixture
-def stoppable(built: Tree) -> dict[str, str]:
-    """CXX: a compiler that, if $AT is an argument, writes half of its output and its pid to `started`, and waits."""
-    script = built.root / "stoppable c++"
+def hanging_compiler(built: Tree) -> dict[str, str]:
+    """CXX: a compiler that, if $AT is an argument, writes half of its output and its pid to `started`, and hangs."""
+    script = built.root / "hanging c++"
     script.write_text(
         '#!/bin/sh\ncase " $* " in *" $AT "*) while [ "$1" != -o ]; do shift; done; echo half > "$2"; '
         f'echo $$ > pid; mv pid started; exec sleep 100;; *) exec {COMPILER[0]} "$@";; esac\n'
@@ -274,30 +219,19 @@ def stoppable(built: Tree) -> dict[str, str]:
     return {"CXX": f"'{script}'"}
 
 
-def stopped(tree: Tree, how: signal.Signals, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A build that is sent a signal once its compiler waits; all its processes, as a terminal does it."""
-    build = subprocess.Popen(
-        [sys.executable, "-m", "build_tools"],
-        cwd=tree.root,
-        env=environment(**variables),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (tree.root / "started").exists():
+def start_hanging_build(tree: Tree, **variables: str) -> tuple[subprocess.Popen[str], int]:
+    """Start a build and wait until its compiler hangs; return the build and the compiler's pid."""
+    build = tree.start_build(**variables)
+    started = tree.root / "started"
+    while not started.exists():
         assert build.poll() is None
         time.sleep(0.01)
-    os.killpg(build.pid, how)
-    if how == signal.SIGKILL:  # as where a container ends; ninja gives each compiler a group of its own
-        os.kill(int((tree.root / "started").read_text()), how)
-    stdout, stderr = build.communicate(timeout=60)
-    return subprocess.CompletedProcess(build.args, build.returncode, stdout, stderr)
+    return build, int(started.read_text())
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("at", "how"),
+    ("argument", "signum"),
     [
         ("-c", signal.SIGINT),
         ("-shared", signal.SIGKILL),
@@ -305,59 +239,55 @@ def stopped(tree: Tree, how: signal.Signals, **variables: str) -> subprocess.Com
         pytest.param("-shared", signal.SIGINT, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_stopped_build_leaves_the_whole_of_the_last_and_the_next_one_succeeds(
-    built: Tree, at: str, how: signal.Signals, stoppable: dict[str, str]
+def test_a_stopped_build_leaves_the_last_one_whole_and_the_next_one_succeeds(
+    built: Tree, argument: str, signum: signal.Signals, hanging_compiler: dict[str, str]
 ) -> None:
     binary = built.root / "rru_fast" / native.BINARY
     before, record = binary.read_bytes(), built.record()
     built.write("csrc/cpu/second.cpp", "namespace rru::CPU_CAPABILITY { int second() { return 3; } }")
-    done = stopped(built, how, AT=at, MAX_JOBS="1", **stoppable)
+    build, compiler = start_hanging_build(built, **hanging_compiler, AT=argument, MAX_JOBS="1")
+    os.killpg(build.pid, signum)  # all its processes, as a terminal does
+    if signum == signal.SIGKILL:  # as when a container ends; ninja starts each compiler in its own process group
+        os.kill(compiler, signum)
+    _, stderr = build.communicate(timeout=60)
     assert (binary.read_bytes(), built.record()) == (before, record)
     assert built.call("sum") == "42"
-    if how == signal.SIGINT:
-        said = "rru_fast: the build was interrupted; the next one continues it\n"
-        assert (done.returncode, done.stderr) == (130, said)
+    if signum == signal.SIGINT:
+        message = "rru_fast: the build was interrupted; the next one continues it\n"
+        assert (build.returncode, stderr) == (130, message)
         assert built.leftovers() == []
-    compiled(built.build())
+    compiled_sources(built.build())
     assert built.call("sum") == "43"
 
 
 @needs_compiler
-def test_a_build_waits_for_the_compilers_of_one_that_was_killed(built: Tree, stoppable: dict[str, str]) -> None:
-    build = subprocess.Popen(
-        [sys.executable, "-m", "build_tools"],
-        cwd=built.root,
-        env=environment(**stoppable, AT="-c", MAX_JOBS="1"),
-    )
-    started = built.root / "started"
-    while not started.exists():
-        time.sleep(0.01)
-    build.kill()
-    build.wait()
-    following = subprocess.Popen(
-        [sys.executable, "-m", "build_tools"], cwd=built.root, env=environment(), stdout=subprocess.PIPE, text=True
-    )
+def test_a_build_waits_for_the_compilers_of_a_killed_one(built: Tree, hanging_compiler: dict[str, str]) -> None:
+    killed, compiler = start_hanging_build(built, **hanging_compiler, AT="-c", MAX_JOBS="1")
+    killed.kill()
+    killed.communicate()
+    following = built.start_build()
     assert following.stdout is not None
     assert following.stdout.readline() == "rru_fast: waiting for another build in this folder\n"
-    os.kill(int(started.read_text()), signal.SIGKILL)
-    assert following.wait() == 0
+    os.kill(compiler, signal.SIGKILL)
+    _, stderr = following.communicate()
+    assert following.returncode == 0, stderr
     assert built.call("sum") == "42"
 
 
 @needs_compiler
 def test_old_temporary_files_of_killed_builds_are_deleted(built: Tree) -> None:
-    week_ago = time.time() - (native.TEMP_FILE_DAYS + 1) * 86400
+    expired = time.time() - (native.TEMP_FILE_DAYS + 1) * 86400
     for name in (f"rru_fast/{native.BINARY}.1.tmp", "rru_fast/_build.json.1.tmp"):
         built.write(name, "half")
-        os.utime(built.root / name, (week_ago, week_ago))
-    built.write(f"rru_fast/{native.BINARY}.2.tmp", "of a build under way")
-    compiled(built.build())
+        os.utime(built.root / name, (expired, expired))
+    built.write(f"rru_fast/{native.BINARY}.2.tmp", "of a running build")
+    compiled_sources(built.build())
     assert built.leftovers() == [f"{native.BINARY}.2.tmp"]
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("mistake", "found"),
+    ("bug", "finding"),
     [
         ("int* p = new int[4]; delete[] p; return *static_cast<volatile int*>(p);", "heap-use-after-free"),
         pytest.param(
@@ -367,34 +297,34 @@ def test_old_temporary_files_of_killed_builds_are_deleted(built: Tree) -> None:
         ),
     ],
 )
-def test_a_sanitized_build_stops_at_a_mistake(built: Tree, mistake: str, found: str) -> None:
+def test_sanitized_kernels_stop_at_a_bug(built: Tree, bug: str, finding: str) -> None:
     names = ("libasan.so", "libstdc++.so")
     libraries = [run([*COMPILER, f"-print-file-name={name}"], built.root).stdout.strip() for name in names]
     if not os.path.isabs(libraries[0]):
         pytest.skip("the compiler has no libasan.so")
-    built.write("csrc/cpu/second.cpp", f"namespace rru::CPU_CAPABILITY {{ int second() {{ {mistake} }} }}")
-    assert compiled(built.build(RRU_FAST_SANITIZE="1")) == {"bindings", "first", "second"}
+    built.write("csrc/cpu/second.cpp", f"namespace rru::CPU_CAPABILITY {{ int second() {{ {bug} }} }}")
+    assert compiled_sources(built.build(RRU_FAST_SANITIZE="1")) == {"bindings", "first", "second"}
     code = "import sys; sys.path.insert(0, 'rru_fast'); import _C; _C.sum()"
     options = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     options["LD_LIBRARY_PATH"] = str(Path(torch.__file__).parent / "lib")
     done = run([sys.executable, "-c", code], built.root, **options)
     assert done.returncode != 0
-    assert found in done.stderr and "second.cpp" in done.stderr
-    assert compiled(built.build()) == {"second"}  # both kinds of objects are kept
+    assert finding in done.stderr and "second.cpp" in done.stderr
+    assert compiled_sources(built.build()) == {"second"}  # the objects that are not sanitized were kept
 
 
 @needs_compiler
-@pytest.mark.nightly  # every other test of the kernels uses those of this checkout
-def test_the_kernels_of_this_checkout_build_in_three_minutes_of_two_cores_and_serve(tmp_path: Path) -> None:
+@pytest.mark.nightly  # slow; all other tests of the kernels use those built in this checkout
+def test_the_real_kernels_build_in_three_minutes_of_two_cores_and_run(tmp_path: Path) -> None:
     tree = real_tree(tmp_path / "a tree")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = tree.build(RRU_FAST_NATIVE="1", RRU_FAST_CAPABILITIES="all")
     assert done.returncode == 0, done.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2 * 180  # of processor time
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 2 * 180  # seconds of processor time
     code = (
         "import rru_fast, torch; from rru_fast import native; assert native.missing() is None, native.missing();"
         "print(rru_fast.strip_pool(torch.ones(1, 2, 3, 4, 5), backend='cpu').sum().item()); rru_fast.show_config()"
     )
-    served = run([sys.executable, "-W", "error", "-c", code], tree.root)
-    assert served.stdout.startswith("12.0\n"), served.stderr
-    assert f"built for torch {torch.__version__}" in served.stdout
+    done = run([sys.executable, "-W", "error", "-c", code], tree.root)
+    assert done.stdout.startswith("12.0\n"), done.stderr
+    assert f"built for torch {torch.__version__}" in done.stdout
