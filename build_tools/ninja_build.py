@@ -22,7 +22,7 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-DNDE
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # As ATen builds its kernels: no errno from sqrt and the like, so that loops over them vectorize.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-# -O1 with frame pointers for readable stacks. Overflow in torch's own inlined headers is reported as ours would be.
+# -O1 with frame pointers for readable stacks. Overflow in code inlined from torch's headers is reported too.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
