@@ -104,6 +104,7 @@ FOOT = {"types", "distributed", "checks"}
 MAY_IMPORT = {
     "types.py": set(),
     "distributed.py": set(),
+    "testing.py": set(),
     "checks.py": {"types", "distributed"},
     "reference": FOOT,
     "composite": {"distributed"},

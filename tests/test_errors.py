@@ -22,6 +22,7 @@ from torch import nn
 import rru_fast
 from rru_fast import backends, cuda_graphs, native, ops, reference
 from rru_fast.compat import weights
+from rru_fast.testing import relative_error
 from rru_fast.types import State
 from tests import their_code
 from tests.good_call import A, B, C, D, H, T, W, arguments
@@ -208,6 +209,7 @@ OF_REFINE: Calls = {
 
 OF_OTHERS: Calls = {
     "ValueError: s: got shape (2, 3), wanted (B, T, C, H, W)": lambda: rru_fast.strip_pool(torch.zeros(2, 3)),
+    "ValueError: got: got shape (2, 1), wanted (2,)": lambda: relative_error(torch.zeros(2, 1), torch.zeros(2)),
     "ValueError: features: got shape (4,), wanted (N, D) or (G, N, D)": lambda: triplet(features=torch.randn(4)),
     "ValueError: labels: got shape (5,), wanted (4,) = (N,), one a feature": lambda: triplet(labels=torch.arange(5)),
     "TypeError: labels: got list, wanted a tensor (N,), one a feature": lambda: triplet(labels=[0, 0, 1, 1]),
@@ -342,6 +344,7 @@ ELSEWHERE = {
     "_failure(": "tests/test_launch.py: of a kernel that Triton refuses",
     "failures[0][0]": "tests/test_autotune.py: of a kernel that Triton refuses with each config",
     "_UnusableError(": "tests/test_native.py: a reason that show_config gives",
+    "AssertionError(": "tests/test_testing.py: of an implementation that is wrong",
 } | (
     dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
     if native.missing()
