@@ -18,6 +18,7 @@ Compared = dict[str, tuple[float, float]]
 
 SETTLED = 4  # epsilons of a dtype; what is summed in it seldom moves as far
 DRAWS = 20  # of maps and weights at most, until one is settled
+SEEDS = range(DRAWS)
 
 
 class _Kinks(TorchFunctionMode):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import native
+from rru_fast.testing import assert_parity, gradients
 from tests import parity
-from tests.parity import EXACT, Case, Results
+from tests.parity import Case, Results
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASES = [
@@ -26,21 +27,20 @@ CASES = [
 ]
 
 
-def gradient(f: Tensor, leaf: Tensor) -> Tensor:
-    weights = torch.linspace(0.5, 1.5, f.numel(), dtype=torch.float64).view(f.shape).to(f)
-    return torch.autograd.grad((f * weights).sum(), leaf)[0]
+def weights(f: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, f.numel(), dtype=torch.float64).view(f.shape).to(f)
 
 
 def strip_pool(s: Tensor, backend: str) -> Results:
     leaf = s.clone().requires_grad_()
     strips = rru_fast.strip_pool(leaf, backend=backend)
-    return {"strips": strips.detach(), "d_s": gradient(strips, leaf)}
+    return {"strips": strips.detach(), **gradients([strips], [weights(strips)], {"s": leaf})}
 
 
 def batch_hard(features: Tensor, backend: str) -> Results:
     leaf, labels = features.clone().requires_grad_(), torch.arange(features.shape[1]) % 7
     loss = rru_fast.batch_hard_triplet(leaf, labels, reduction="none", backend=backend)
-    return {"loss": loss.detach(), "d_features": gradient(loss, leaf)}
+    return {"loss": loss.detach(), **gradients([loss], [weights(loss)], {"features": leaf})}
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
             for _ in range(5):
                 x = torch.randn(shape).to(dtype)
                 drawn.append((op(x, "cpu"), op(x, "reference"), op(x.double(), "reference")))
-            parity.assert_parity(drawn, rounding=EXACT if dtype == torch.float64 else torch.finfo(dtype).eps)
+            assert_parity(drawn)
     print(torch.backends.cpu.get_cpu_capability(), native.multiplies_bfloat16())  # noqa: T201
 
 

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import rru_fast
 from rru_fast import reference
 from rru_fast.compat import accelerate as swap
-from tests import parity, their_code
+from rru_fast.testing import EXACT, relative_error
+from tests import their_code
 from tests.units import SIZES
 
 
@@ -219,7 +220,7 @@ def test_a_model_swapped_before_or_after_it_is_wrapped_trains_on_and_back(name: 
         assert parameter is parameters[key]
     state = {inside(key): value for key, value in wrapped.state_dict().items()}
     for key, trained in plain.state_dict().items():
-        assert parity.error(state[key].double(), trained.double()) <= parity.EXACT, key
+        assert relative_error(state[key].double(), trained.double()) <= EXACT, key
     assert training(wrapped, 1) == pytest.approx(training(plain, 1), rel=1e-9)
 
 
@@ -237,7 +238,7 @@ def test_a_model_in_half_precision_is_swapped_as_it_is(dtype: torch.dtype) -> No
             loss = copy.deepcopy(model)(x, PEOPLE)
             assert loss.dtype == dtype
             loss.backward()
-            errors[name].append(parity.error(loss.detach().double(), oracle.detach()))
+            errors[name].append(relative_error(loss.detach().double(), oracle.detach()))
     assert sorted(errors["fast"])[2] <= 2 * sorted(errors["plain"])[2] + torch.finfo(dtype).eps
 
 
@@ -250,7 +251,7 @@ def test_state_dicts_load_both_ways() -> None:
         x = a_batch()
         for mode in (True, False):
             wanted, got = source.train(mode)(x, PEOPLE), target.train(mode)(x, PEOPLE)
-            assert parity.error(got.detach(), wanted.detach()) <= parity.EXACT
+            assert relative_error(got.detach(), wanted.detach()) <= EXACT
         source.train(), target.train()
 
 
@@ -267,9 +268,9 @@ def test_an_average_of_a_swapped_model_is_the_average_of_the_plain_one_and_is_fa
     of_plain, of_fast = averages
     assert swapped(of_fast) == SWAPPED
     for (name, wanted), got in zip(of_plain.state_dict().items(), of_fast.state_dict().values(), strict=True):
-        assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
+        assert relative_error(got.double(), wanted.double()) <= EXACT, name
     x = a_batch()
-    assert parity.error(of_fast.eval()(x, PEOPLE), of_plain.eval()(x, PEOPLE)) <= parity.EXACT
+    assert relative_error(of_fast.eval()(x, PEOPLE), of_plain.eval()(x, PEOPLE)) <= EXACT
     assert swapped(rru_fast.restore(of_fast)) == set()
 
 
@@ -288,4 +289,4 @@ def test_a_model_of_theirs_compiled_before_the_swap_runs_the_fast_forward_after_
         if state == "plain":
             rru_fast.restore(model)
         for got, wanted in zip(compiled(x), before, strict=True):
-            assert parity.error(got, wanted) <= 1e-6
+            assert relative_error(got, wanted) <= 1e-6

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 import rru_fast
 from rru_fast.compat import third_party as foreign
+from rru_fast.testing import EXACT, relative_error
 from tests import parity, their_code
 from tests.look_alikes import LOOK_ALIKES
 from tests.units import PEOPLE, SIZES, through_a_file
@@ -56,7 +57,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert list(got) == list(wanted)
     for name, value in wanted.items():
         assert got[name].dtype == value.dtype, name
-        assert parity.error(got[name].double(), value.double()) <= parity.EXACT, name
+        assert relative_error(got[name].double(), value.double()) <= EXACT, name
 
 
 @every_unit
@@ -82,7 +83,7 @@ def test_the_authors_unit_trains_as_before(make: Callable[[], nn.Module], norm: 
         ):  # one clip without its dimension
             assert ours.shape == one.shape == theirs.shape
             assert ours.stride() == theirs.stride()
-            assert parity.error(ours, theirs) <= parity.EXACT
+            assert relative_error(ours, theirs) <= EXACT
             assert torch.equal(one, ours)
 
 
@@ -95,8 +96,8 @@ def test_the_authors_unit_at_its_own_sizes_is_as_near_the_oracle_as_theirs_in_ev
         oracle, theirs = copy.deepcopy(plain)(low.double()), copy.deepcopy(plain).to(dtype)(low)
         for wanted, their, ours in zip(oracle, theirs, copy.deepcopy(fast).to(dtype)(low), strict=True):
             assert ours.dtype == dtype
-            limit = max(2 * parity.error(their.double(), wanted), torch.finfo(dtype).eps, parity.EXACT)
-            assert parity.error(ours.double(), wanted) <= limit
+            limit = max(2 * relative_error(their.double(), wanted), torch.finfo(dtype).eps, EXACT)
+            assert relative_error(ours.double(), wanted) <= limit
 
 
 @pytest.mark.parametrize("loss", [their_code.TripletLoss, their_code.BatchHardTripletLoss])
@@ -117,7 +118,7 @@ def test_torchreids_loss_and_the_authors_are_the_same_with_their_gradients(
             results.append((value, gradient))
         for theirs, ours in zip(*results, strict=True):
             assert theirs.shape == ours.shape
-            assert parity.error(ours, theirs) <= parity.EXACT
+            assert relative_error(ours, theirs) <= EXACT
 
 
 def test_a_margin_changed_after_the_swap_is_the_margin() -> None:
@@ -284,8 +285,8 @@ def test_a_copy_is_as_fast_has_weights_of_its_own_and_comes_back(
             next(module.parameters()).mul_(2)  # not the swapped module's
     x = maps()
     for got, wanted, not_wanted in zip(*(outputs(m.eval()(x)) for m in (other, plain, fast)), strict=True):
-        assert parity.error(got, wanted) <= parity.EXACT
-        assert parity.error(not_wanted, wanted) > 1e-6
+        assert relative_error(got, wanted) <= EXACT
+        assert relative_error(not_wanted, wanted) > 1e-6
     assert type(rru_fast.restore(other)) is type(plain)
 
 
@@ -295,7 +296,7 @@ def test_the_backend_is_the_one_asked_for_and_can_be_changed() -> None:
     x = maps()
     composite = module.eval()(x)
     for backend in [*parity.COMPILED, "reference"]:
-        assert parity.error(rru_fast.accelerate(module, backend=backend)(x), composite) <= parity.EXACT
+        assert relative_error(rru_fast.accelerate(module, backend=backend)(x), composite) <= EXACT
         assert f"rru_fast backend={backend!r}" in repr(module)
 
 

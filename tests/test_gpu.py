@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import parity as parity_of_benchmarks
 from rru_fast import backends, reference
+from rru_fast.testing import EXACT, assert_parity, poisoned_memory, relative_error
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
 
@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-_, *BACKENDS = backends.serving(torch.device("cuda"))
+CUDA = torch.device("cuda")
+_, *BACKENDS = backends.serving(CUDA)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PAPER = Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128)
 LARGE = [
@@ -63,14 +64,16 @@ def tf32(_exact: None) -> None:
 def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
     call = parity.make_call(case)
     oracle = parity.run(case, call, "reference")
-    with parity.poisoned():
+    with poisoned_memory():
         got = parity.run(case, on_gpu(call), backend)
     for name, wanted in oracle.items():
-        assert parity.error(got[name].cpu(), wanted) <= parity.EXACT, name
+        assert relative_error(got[name].cpu(), wanted) <= EXACT, name
 
 
-def judged(case: Case, dtype: torch.dtype, backend: str, seeds: Iterable[int], rounding: float | None = None) -> None:
-    """Hold a case to twice the reference's error plus `rounding`, an epsilon of the dtype unless it is given."""
+def assert_case_parity(
+    case: Case, dtype: torch.dtype, backend: str, seeds: Iterable[int], rounding: float | None = None
+) -> None:
+    """Hold a case to twice the reference's error plus `rounding`, by default one of the dtype."""
     draws = []
     for seed in seeds:
         call = on_gpu(parity.make_call(case, dtype, seed))
@@ -78,7 +81,7 @@ def judged(case: Case, dtype: torch.dtype, backend: str, seeds: Iterable[int], r
         draws.append(
             (parity.run(case, low, backend), parity.run(case, low, "reference"), parity.run(case, call, "reference"))
         )
-    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps if rounding is None else rounding)
+    assert_parity(draws, rounding)
 
 
 @every_backend
@@ -87,33 +90,23 @@ def judged(case: Case, dtype: torch.dtype, backend: str, seeds: Iterable[int], r
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Of fp32 tensors of a handful of elements by as much more as the GPU's approximate functions are off."""
     if dtype == torch.float32:
-        judged(case, dtype, backend, range(15), parity.APPROXIMATE)
+        assert_case_parity(case, dtype, backend, range(15), parity.APPROXIMATE)
     else:
-        judged(case, dtype, backend, range(5))
-
-
-def settled_seed(case: Case, dtype: torch.dtype) -> int:
-    """That of a draw whose gradients do not hang on the rounding of one sign."""
-
-    def settled(seed: int) -> bool:
-        call = on_gpu(parity.make_call(case, dtype, seed))
-        return parity_of_benchmarks.settled(lambda: parity.run(case, call, "reference"), dtype)
-
-    return next(filter(settled, range(parity_of_benchmarks.DRAWS)), 0)
+        assert_case_parity(case, dtype, backend, range(5))
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_error_at_full_size(case: Case, dtype: torch.dtype, backend: str) -> None:
-    judged(case, dtype, backend, [settled_seed(case, dtype)])
+    assert_case_parity(case, dtype, backend, [parity.stable_seed(case, dtype, CUDA)])
 
 
 @every_backend
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.usefixtures("tf32")
 def test_error_at_full_size_in_tf32(case: Case, backend: str) -> None:
-    judged(case, torch.float32, backend, [settled_seed(case, torch.float32)])
+    assert_case_parity(case, torch.float32, backend, [parity.stable_seed(case, torch.float32, CUDA)])
 
 
 @every_backend
@@ -138,7 +131,7 @@ def test_channels_last_maps_give_the_same(mode: str, backend: str) -> None:
     wanted = parity.run(case, call, backend)
     call.x = call.x.movedim(2, -1).contiguous().movedim(-1, 2)
     for name, value in parity.run(case, call, backend).items():
-        assert parity.error(value, wanted[name]) <= parity.EXACT, name
+        assert relative_error(value, wanted[name]) <= EXACT, name
 
 
 @every_backend
@@ -149,7 +142,7 @@ def test_maps_of_more_than_31_bits(backend: str) -> None:
     with torch.inference_mode():
         out = rru(x)
     assert torch.equal(out.features[:, -1], x[:, -1])  # nothing moves
-    assert parity.error(out.strips, x[:, 0].mean(3)) <= 2 * torch.finfo(torch.bfloat16).eps
+    assert relative_error(out.strips, x[:, 0].mean(3)) <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 @every_backend
@@ -179,9 +172,9 @@ def test_graphed_training_equals_plain(attention: str, backend: str) -> None:
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter -= 0.01 * parameter.grad  # type: ignore[operator]
-        assert parity.error(*gradients) <= parity.EXACT, step  # type: ignore[arg-type]
+        assert relative_error(*gradients) <= EXACT, step  # type: ignore[arg-type]
     for name, wanted in plain.state_dict().items():
-        assert parity.error(graphed.state_dict()[name], wanted) <= parity.EXACT, name
+        assert relative_error(graphed.state_dict()[name], wanted) <= EXACT, name
 
 
 @every_backend
@@ -197,7 +190,7 @@ def test_graphed_gradients_add_up_until_they_are_zeroed(backend: str) -> None:
             module(leaf).features.square().sum().backward()
         gradients.append([*(p.grad for p in module.parameters()), *(leaf.grad for leaf in leaves)])
     for wanted, got in zip(*gradients, strict=True):
-        assert parity.error(got, wanted) <= parity.EXACT
+        assert relative_error(got, wanted) <= EXACT
 
 
 @every_backend
@@ -222,7 +215,7 @@ def test_a_graphed_module_follows_the_precision_it_is_given(backend: str) -> Non
     with torch.no_grad():
         for allowed in (False, True, False):
             torch.backends.cudnn.allow_tf32 = allowed
-            assert parity.error(graphed(x).features, plain(x).features) <= 1e-6, allowed  # TF32 is 1e-4 off
+            assert relative_error(graphed(x).features, plain(x).features) <= 1e-6, allowed  # TF32 is 1e-4 off
 
 
 @every_backend
@@ -231,7 +224,7 @@ def test_by_default_the_transition_is_multiplied_in_tf32_as_the_convolution_it_r
     call = on_gpu(parity.make_call(PAPER, torch.float32))
     low, oracle = call.map(lambda v: v.float()), parity.run(PAPER, call, "reference")
     ours, eager = parity.run(PAPER, low, backend), parity.run(PAPER, low, "reference")
-    error = {name: (parity.error(ours[name], v), parity.error(eager[name], v)) for name, v in oracle.items()}
+    error = {name: (relative_error(ours[name], v), relative_error(eager[name], v)) for name, v in oracle.items()}
     assert 0.25 < error["features"][0] / error["features"][1] <= 2
 
 
@@ -253,7 +246,7 @@ def test_tuned_calls_are_right_plain_and_graphed(tmp_path: Path, monkeypatch: py
         module(leaf).features.square().sum().backward()
         results.append([leaf.grad, *(parameter.grad for parameter in module.parameters())])
     for ours in results[1:]:
-        assert max(parity.error(got, best) for got, best in zip(ours, results[0], strict=True)) <= 1e-5
+        assert max(relative_error(got, best) for got, best in zip(ours, results[0], strict=True)) <= 1e-5
     files = (tmp_path / "rru_fast/autotune").iterdir()
     assert {next(iter(json.loads(file.read_text()))).partition(" ")[0] for file in files} == {
         "refine",
@@ -269,7 +262,7 @@ def test_three_products_of_tf32_are_at_least_ten_times_as_exact_as_one(monkeypat
     for precision in ("tf32", "tf32x3"):
         monkeypatch.setenv("RRU_FAST_FLOAT32", precision)
         got = parity.run(PAPER, call.map(lambda v: v.float()), "triton")
-        errors[precision] = {name: parity.error(got[name], wanted) for name, wanted in oracle.items()}
+        errors[precision] = {name: relative_error(got[name], wanted) for name, wanted in oracle.items()}
     for name in ("features", "d_x", "d_w"):
         assert 10 * errors["tf32x3"][name] <= errors["tf32"][name], name
 
@@ -294,7 +287,7 @@ def test_graphed_eval_in_chunks_equals_plain(backend: str) -> None:
             out = graphed(chunk, state=state)
             parts.append(out.features.clone())
             state = rru_fast.State(*(v.clone() for v in out.state))
-        assert parity.error(torch.cat(parts, 1), plain(x).features) <= 1e-6
+        assert relative_error(torch.cat(parts, 1), plain(x).features) <= 1e-6
 
 
 @every_backend
@@ -306,7 +299,7 @@ def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
         leaf = x.clone().requires_grad_()
         f(leaf).features.square().sum().backward()
         results.append(leaf.grad)
-    assert parity.error(*results) <= 1e-6
+    assert relative_error(*results) <= 1e-6
 
 
 @every_backend
@@ -326,9 +319,9 @@ def test_batch_hard(shape: tuple[int, int, int], dtype: torch.dtype, metric: str
     got, again, oracle = run(features, backend), run(features, backend), run(features.double(), "reference")
     assert all(torch.equal(value, again[name]) for name, value in got.items())
     if dtype == torch.float64:
-        assert all(parity.error(got[name], wanted) <= parity.EXACT for name, wanted in oracle.items())
+        assert all(relative_error(got[name], wanted) <= EXACT for name, wanted in oracle.items())
     else:
-        parity.assert_parity([(got, run(features, "reference"), oracle)], rounding=torch.finfo(dtype).eps)
+        assert_parity([(got, run(features, "reference"), oracle)])
 
 
 @every_backend
@@ -339,7 +332,7 @@ def test_strip_pool(dtype: torch.dtype, backend: str) -> None:
     upstream = torch.randn_like(strips)
     (gradient,) = torch.autograd.grad(strips, s, upstream)
     wanted = reference.strip_pool(s.detach().double())
-    rounding = parity.EXACT if dtype == torch.float64 else torch.finfo(dtype).eps
-    assert parity.error(strips, wanted) <= rounding
+    rounding = EXACT if dtype == torch.float64 else torch.finfo(dtype).eps
+    assert relative_error(strips, wanted) <= rounding
     spread = (upstream.double() / 64)[:, None, :, :, None].expand(s.shape)
-    assert parity.error(gradient, spread) <= rounding
+    assert relative_error(gradient, spread) <= rounding

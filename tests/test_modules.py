@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rru_fast
 from rru_fast import reference
+from rru_fast.testing import EXACT, relative_error
 from tests import parity
 from tests.ranks import in_ranks
 
@@ -66,7 +67,7 @@ def test_three_training_steps_leave_twins_equal(inputs: str, attention: str, bn_
                     parameter -= 0.01 * parameter.grad  # type: ignore[operator]
         assert fast.transition_norm.num_batches_tracked == 5 * (step + 1)
     for name, wanted in plain.state_dict().items():
-        assert parity.error(fast.state_dict()[name], wanted) <= parity.EXACT, name
+        assert relative_error(fast.state_dict()[name], wanted) <= EXACT, name
 
 
 def test_running_statistics_take_every_step() -> None:
@@ -96,7 +97,7 @@ def test_without_a_momentum_statistics_are_the_mean_over_all_frames(backend: str
         for frames in range(1, x.shape[1] + 1):
             plain.train()(x[:, :frames])
             steps.append(plain.transition_norm.running_var.clone())
-    assert parity.error(fast.transition_norm.running_var, torch.stack(steps).mean(0)) <= parity.EXACT
+    assert relative_error(fast.transition_norm.running_var, torch.stack(steps).mean(0)) <= EXACT
 
 
 @pytest.mark.parametrize("old_style", [nn.utils.weight_norm, nn.utils.spectral_norm, pruned], ids=lambda f: f.__name__)
@@ -111,7 +112,7 @@ def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: 
     for module in (fast, plain):
         train(module, x)
     for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
-        assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
+        assert relative_error(got.double(), wanted.double()) <= EXACT, name
     # The made weight is that of its parts, not the one before them.
     made = fast.channel_attention.weight.detach().clone()
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_what_is_pruned_of_the_norm_is_made_before_each_call_too() -> None:
             prune.remove(module.transition_norm, name)
         assert torch.equal(module(x).features, before)
     for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
-        assert parity.error(got.double(), wanted.double()) <= parity.EXACT, name
+        assert relative_error(got.double(), wanted.double()) <= EXACT, name
     assert (fast.transition_norm.weight == 0).sum() == (fast.transition_norm.bias == 0).sum() == 2
 
 
@@ -168,7 +169,7 @@ def test_a_frozen_norm_in_a_training_model_uses_and_keeps_its_running_statistics
         module.transition_norm.eval()
     before = fast.transition_norm.running_mean.clone()  # type: ignore[union-attr]
     x = torch.randn(2, 3, 6, 3, 2, dtype=torch.float64)
-    assert parity.error(fast(x).features, plain(x).features) <= parity.EXACT
+    assert relative_error(fast(x).features, plain(x).features) <= EXACT
     assert torch.equal(fast.transition_norm.running_mean, before)
     assert fast.transition_norm.num_batches_tracked == 0
 
@@ -197,10 +198,10 @@ def test_synchronised_batch_norm_alone_is_batch_norm_copied_and_swapped() -> Non
         synchronised = change(synchronised)
         assert isinstance(synchronised.transition_norm, nn.SyncBatchNorm)
         x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
-        assert parity.error(synchronised(x).features, plain(x).features) <= parity.EXACT
+        assert relative_error(synchronised(x).features, plain(x).features) <= EXACT
     assert list(synchronised.state_dict()) == list(plain.state_dict())
     for name, wanted in plain.state_dict().items():
-        assert parity.error(synchronised.state_dict()[name], wanted) <= parity.EXACT, name
+        assert relative_error(synchronised.state_dict()[name], wanted) <= EXACT, name
     assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(fast), rru_fast.RRU)
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rru_fast
+from rru_fast.testing import EXACT, assert_parity, gradients, relative_error
 from rru_fast.types import State
 from tests import parity
 from tests.good_call import B, C, H, T, W, arguments
@@ -139,17 +140,17 @@ def refinings(draw: st.DrawFn) -> Refining:
 
 
 def assert_parity_over_draws(call: Refining | Pooling | Mining, backend: str) -> None:
-    """`parity.assert_parity` over a few draws; where they fail, over so many that it is a fault and no bad luck."""
+    """`assert_parity` over a few draws; where they fail, over so many that it is a fault and no bad luck."""
 
     def draw(seed: int) -> tuple[Results, Results, Results]:
         got, low = (call.run(name, call.dtype, seed) for name in (backend, "reference"))
         return got, low, call.run("reference", torch.float64, seed)
 
-    rounding = parity.EXACT if call.dtype == torch.float64 else torch.finfo(call.dtype).eps
+    rounding = torch.finfo(call.dtype).eps  # also for float32 gradients of weights beside 16-bit maps
     try:
-        parity.assert_parity([draw(call.seed + i) for i in range(9)], rounding)
+        assert_parity([draw(call.seed + i) for i in range(9)], rounding)
     except AssertionError:
-        parity.assert_parity([draw(call.seed + i) for i in range(99)], rounding)
+        assert_parity([draw(call.seed + i) for i in range(99)], rounding)
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -171,7 +172,7 @@ def test_refine_equals_the_oracle(count: int, backend: str) -> None:
         elif call.dtype == torch.float64:
             got = call.run(backend, torch.float64, call.seed)
             for name, wanted in oracle.items():
-                assert parity.error(got[name], wanted) <= parity.EXACT, name
+                assert relative_error(got[name], wanted) <= EXACT, name
         else:
             assert_parity_over_draws(call, backend)
 
@@ -194,8 +195,7 @@ class Pooling:
         s, upstream = (torch.randn(v, generator=g).to(self.dtype) for v in (self.shape, (clips, channels, height)))
         leaf = self.maps(s.to(dtype)).detach().requires_grad_()
         strips = rru_fast.strip_pool(leaf, backend=backend)
-        (gradient,) = torch.autograd.grad(strips, leaf, self.upstream(upstream.to(dtype)))
-        return {"strips": strips.detach(), "d_s": gradient}
+        return {"strips": strips.detach(), **gradients([strips], [self.upstream(upstream.to(dtype))], {"s": leaf})}
 
 
 poolings = st.builds(
@@ -276,7 +276,7 @@ def test_batch_hard_triplet_equals_the_oracle(count: int, backend: str) -> None:
             for name in ("positive", "negative"):
                 assert torch.equal(got.pop(name), oracle.pop(name)), name
             for name, wanted in oracle.items():
-                assert parity.error(got[name], wanted) <= parity.EXACT, name
+                assert relative_error(got[name], wanted) <= EXACT, name
             return
         assert_parity_over_draws(call, backend)
 

@@ -15,6 +15,7 @@ import torch
 import rru_fast
 from rru_fast import backends, cuda_graphs, triton
 from rru_fast.arguments import RefineNeed, RefineUpstream
+from rru_fast.testing import EXACT, relative_error
 from tests import parity
 from tests.parity import Case
 
@@ -112,7 +113,7 @@ def test_every_precision_has_its_own_error(precision: str, monkeypatch: pytest.M
     got = parity.run(case, call.map(lambda v: v.float()), "triton")
     # The interpreter multiplies TF32 in three parts as float32; TF32 rounds factors to 11 bits: 2^-12 on average.
     least, most = (1e-6, 2e-3) if precision == "tf32" else (0, 2e-6)
-    errors = {name: parity.error(got[name], wanted) for name, wanted in parity.run(case, call, "reference").items()}
+    errors = {name: relative_error(got[name], wanted) for name, wanted in parity.run(case, call, "reference").items()}
     assert max(errors.values()) <= most
     assert errors["d_w"] > least
 
@@ -144,7 +145,7 @@ def test_splitting_the_channels_changes_no_more_than_rounding(monkeypatch: pytes
     for num_sms in (1, 1000):  # one program for all channels; as many as there are blocks of them
         monkeypatch.setattr(_device, "num_sms", lambda tensor, n=num_sms: n)
         for name, value in parity.run(case, call, "triton").items():
-            assert parity.error(value, oracle[name]) <= parity.EXACT, name
+            assert relative_error(value, oracle[name]) <= EXACT, name
 
 
 @interpreted
@@ -172,7 +173,7 @@ def test_a_tuned_config_is_on_disk_and_changes_no_more_than_rounding(
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "1")
     monkeypatch.setattr(_autotune, "_known", {})
     for name, value in parity.run(case, call, "triton").items():
-        assert parity.error(value, oracle[name]) <= parity.EXACT, name
+        assert relative_error(value, oracle[name]) <= EXACT, name
     files = sorted((tmp_path / "rru_fast" / "autotune").iterdir())
     assert [next(iter(json.loads(file.read_text()))).split()[0] for file in files] == ["refine", "refine_backward"]
     monkeypatch.setattr(_autotune, "_known", {})

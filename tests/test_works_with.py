@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rru_fast
 from rru_fast import reference
-from tests import parity, their_code
+from rru_fast.testing import EXACT, relative_error
+from tests import their_code
 from tests.units import PLAIN, SIZES, every_unit, first_two, loss_of, maps
 
 
@@ -63,7 +64,7 @@ def test_autocast_trains_as_near_to_float64_as_the_plain_model(dtype: torch.dtyp
         _, oracle = train(copy.deepcopy(plain).double())
         for name, model in (("plain", plain), ("fast", fast)):
             _, weights = train(model, dtype=dtype)
-            errors[name].append(parity.error(weights - before, oracle - before))
+            errors[name].append(relative_error(weights - before, oracle - before))
     assert sorted(errors["fast"])[1] <= 2 * sorted(errors["plain"])[1] + torch.finfo(dtype).eps
 
 
@@ -85,11 +86,11 @@ def test_checkpointed_gradients_are_the_same_and_statistics_take_both_forwards_a
         (part(leaf) if module is once else checkpoint(part, leaf, use_reentrant=False)).backward()
         results.append((leaf.grad, *(p.grad for p in module.parameters())))
     for name, wanted in slow.state_dict().items():
-        assert parity.error(fast.state_dict()[name].double(), wanted.double()) <= parity.EXACT, name
+        assert relative_error(fast.state_dict()[name].double(), wanted.double()) <= EXACT, name
         if name.endswith("num_batches_tracked"):
             assert wanted == 2 * once.state_dict()[name]
     for wanted_, got, without in zip(*results, strict=True):
-        assert parity.error(got, wanted_) <= parity.EXACT
+        assert relative_error(got, wanted_) <= EXACT
         assert torch.equal(got, without)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import rru_fast
-from tests import parity
+from rru_fast.testing import EXACT, relative_error
 from tests.units import PLAIN, maps
 
 
@@ -44,10 +44,10 @@ def test_vmap_is_a_loop_with_gradients(name: str) -> None:
     ours, plain, three = operators()[name]
     leaf, plain_leaf = three.clone().requires_grad_(), three.clone().requires_grad_()
     got, wanted = vmap(ours)(leaf), torch.stack([plain(v) for v in plain_leaf])
-    assert parity.error(got, wanted) <= parity.EXACT
+    assert relative_error(got, wanted) <= EXACT
     got.square().sum().backward()
     wanted.square().sum().backward()
-    assert parity.error(leaf.grad, plain_leaf.grad) <= parity.EXACT
+    assert relative_error(leaf.grad, plain_leaf.grad) <= EXACT
 
 
 @pytest.mark.parametrize("name", ["refine", "strip_pool", "batch_hard_triplet"])

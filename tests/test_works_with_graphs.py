@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import rru_fast
-from tests import parity, their_code
+from rru_fast.testing import relative_error
+from tests import their_code
 from tests.units import every_unit, first_two, maps
 
 
@@ -38,7 +39,7 @@ def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
         for clips in (2, 5, 8):
             x = maps(clips)
             for got, wanted in zip(first_two(compiled(x)), first_two(eager(x)), strict=True):
-                assert parity.error(got, wanted) <= 1e-6
+                assert relative_error(got, wanted) <= 1e-6
 
 
 def test_losses_and_pooling_compiled_take_any_batch_without_recompiling() -> None:
@@ -72,7 +73,7 @@ def test_an_exported_model_takes_any_number_of_clips(plain: Callable[[], nn.Modu
     for number in (2, 5):
         x = maps(number)
         for got, wanted in zip(first_two(loaded(x)), first_two(module(x)), strict=True):
-            assert parity.error(got, wanted) <= 1e-6
+            assert relative_error(got, wanted) <= 1e-6
 
 
 def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> None:
@@ -106,14 +107,14 @@ def test_a_traced_model_takes_any_batch_with_and_without_gradients(differentiate
     arguments = (x, torch.arange(6) // 2)
     with torch.no_grad():
         for got, wanted in zip(traced(*arguments), module(*arguments), strict=True):
-            assert parity.error(got, wanted) <= 1e-6
+            assert relative_error(got, wanted) <= 1e-6
     if differentiated:
         leaf = x.clone().requires_grad_()
         got, wanted = (
             torch.autograd.grad(sum(v.square().sum() for v in run(leaf, arguments[1])), leaf)[0]
             for run in (traced, module)
         )
-        assert parity.error(got, wanted) <= 1e-6
+        assert relative_error(got, wanted) <= 1e-6
 
 
 class EveryOperator(nn.Module):
@@ -165,7 +166,7 @@ def test_a_program_exported_with_kernels_runs_where_there_are_none(tmp_path: Pat
     done = without_kernels(tmp_path, f"{run} torch.save(results, 'results.pt')")
     assert done.returncode == 0, done.stderr
     for got, right in zip(torch.load(tmp_path / "results.pt"), wanted, strict=True):
-        assert parity.error(got, right) <= 1e-6
+        assert relative_error(got, right) <= 1e-6
 
 
 @needs_kernels
@@ -178,9 +179,9 @@ def test_a_program_exported_without_kernels_runs_by_them_where_there_are_any(tmp
     assert operators_run(lambda: program(x, people)) >= COMPILED
     wanted = EveryOperator().eval()(x, people)
     for got, right in zip(program(x, people), wanted, strict=True):
-        assert parity.error(got, right) <= 1e-6
+        assert relative_error(got, right) <= 1e-6
     gradients = [torch.autograd.grad(sum(v.square().sum() for v in out), x)[0] for out in (program(x, people), wanted)]
-    assert parity.error(*gradients) <= 1e-6
+    assert relative_error(*gradients) <= 1e-6
 
 
 @needs_kernels

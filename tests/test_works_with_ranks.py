@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rru_fast
-from tests import parity
+from rru_fast.testing import EXACT, relative_error
 from tests.ranks import in_ranks
 from tests.units import PLAIN, first_two, maps
 
@@ -72,7 +72,7 @@ def test_two_ranks_train_as_plain_modules_under_ddp(how: str, name: str, two: li
     for found in two:
         assert list(found[f"{name} {how}"]) == list(found[f"{name} plain ddp"])
         for parameter, wanted in found[f"{name} plain ddp"].items():
-            assert parity.error(found[f"{name} {how}"][parameter], wanted) <= parity.EXACT, parameter
+            assert relative_error(found[f"{name} {how}"][parameter], wanted) <= EXACT, parameter
 
 
 @pytest.mark.parametrize("name", PLAIN)

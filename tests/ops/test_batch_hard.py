@@ -11,6 +11,7 @@ from torch import Tensor
 import rru_fast
 from benchmarks.measure import peak_bytes
 from rru_fast import ops, triton
+from rru_fast.testing import EXACT, assert_parity, gradients, poisoned_memory, relative_error
 from tests import parity
 from tests.parity import BACKENDS
 
@@ -33,8 +34,8 @@ def run(features: Tensor, labels: Tensor, backend: str, **options: Any) -> parit
     assert isinstance(out, tuple)
     loss, positive, negative = out
     weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).view(loss.shape).to(loss)
-    (gradient,) = torch.autograd.grad((loss * weight).sum(), leaf)
-    return {"loss": loss.detach(), "d_features": gradient, "positive": positive, "negative": negative}
+    found = gradients([loss], [weight], {"features": leaf})
+    return {"loss": loss.detach(), **found, "positive": positive, "negative": negative}
 
 
 @every_backend
@@ -60,13 +61,13 @@ def test_float64_equals_the_oracle(
 ) -> None:
     features, labels = random_batch(shape)
     options = {"margin": margin, "metric": metric, "reduction": reduction}
-    with parity.poisoned():
+    with poisoned_memory():
         got = run(features, labels, backend, **options)
     oracle = run(features, labels, "reference", **options)
     assert torch.equal(got.pop("positive"), oracle.pop("positive"))
     assert torch.equal(got.pop("negative"), oracle.pop("negative"))
     for name, wanted in oracle.items():
-        assert parity.error(got[name], wanted) <= parity.EXACT, name
+        assert relative_error(got[name], wanted) <= EXACT, name
 
 
 @every_backend
@@ -90,7 +91,7 @@ def test_error_is_at_most_twice_the_references(margin: Any, metric: str, dtype: 
         oracle = run(low.double(), labels, "reference", **options)
         results = [{name: r[name] for name in ("loss", "d_features")} for r in (*runs, oracle)]
         draws.append((results[0], results[1], results[2]))
-    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+    assert_parity(draws)
 
 
 @every_backend
@@ -98,7 +99,7 @@ def test_groups_are_independent_losses(backend: str) -> None:
     features, labels = random_batch((5, 12, 6))
     together = rru_fast.batch_hard_triplet(features, labels, backend=backend)
     apart = torch.stack([rru_fast.batch_hard_triplet(group, labels, backend=backend) for group in features])
-    assert parity.error(together, apart.mean()) <= parity.EXACT
+    assert relative_error(together, apart.mean()) <= EXACT
 
 
 @every_backend
@@ -118,7 +119,7 @@ def test_points_nearer_than_the_floor_have_its_distance_and_no_gradient(backend:
     got, oracle = run(features, labels, backend, **options), run(features, labels, "reference", **options)
     assert float(got["loss"][0]) == pytest.approx(1 + 1e-6 - 2e-6, abs=1e-12)
     for name in ("loss", "d_features"):
-        assert parity.error(got[name], oracle[name]) <= 1e-6, name  # the oracle's matrix form rounds at 1e-16 / 1e-6
+        assert relative_error(got[name], oracle[name]) <= 1e-6, name  # the oracle's matrix form rounds at 1e-16 / 1e-6
 
 
 @every_backend
@@ -157,7 +158,7 @@ def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> No
     whole = run(features, labels, "composite")
     monkeypatch.setattr(ops.batch_hard.KERNELS["composite"], "TILE_BYTES", 3 * 50 * 8 * 7)  # seven anchors at a time
     for name, value in run(features, labels, "composite").items():
-        assert parity.error(value, whole[name]) <= 1e-14, name
+        assert relative_error(value, whole[name]) <= 1e-14, name
 
 
 @default_backend_first
@@ -215,11 +216,11 @@ def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
     for layout, same in layouts.items():
         assert torch.equal(same, features)
         for name, value in run(same, labels, backend).items():
-            assert parity.error(value, wanted[name]) <= parity.EXACT, (layout, name)
+            assert relative_error(value, wanted[name]) <= EXACT, (layout, name)
     shared = features[:1].expand(4, -1, -1)
     for name, value in run(shared, labels, backend, reduction="none").items():
         alone = run(shared.clone(), labels, backend, reduction="none")
-        assert parity.error(value, alone[name]) <= parity.EXACT, name
+        assert relative_error(value, alone[name]) <= EXACT, name
 
 
 @every_backend
@@ -279,7 +280,7 @@ def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
         value.backward()
         results.append((value, leaf.grad))
     for eager, compiled in zip(*results, strict=True):
-        assert parity.error(compiled, eager) <= 1e-6
+        assert relative_error(compiled, eager) <= 1e-6
 
 
 @every_backend

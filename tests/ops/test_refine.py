@@ -11,6 +11,7 @@ from torch import Tensor
 import rru_fast
 from rru_fast import ops
 from rru_fast.arguments import RefineArguments, RefineOutputs, values
+from rru_fast.testing import EXACT, poisoned_memory, relative_error
 from rru_fast.types import State
 from tests import parity
 from tests.parity import BACKENDS, GROUPS, ODD_SHAPES, VARIANTS, Case
@@ -35,11 +36,11 @@ LARGE = 4000  # elements of x that take Triton's interpreter half a minute
 )
 def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
     call = parity.make_call(case)
-    with parity.poisoned():
+    with poisoned_memory():
         got = parity.run(case, call, backend)
     oracle = parity.run(case, call, "reference")
     for name, wanted in oracle.items():
-        assert parity.error(got[name], wanted) <= parity.EXACT, name
+        assert relative_error(got[name], wanted) <= EXACT, name
 
 
 def decides(case: Case, dtype: torch.dtype) -> bool:
@@ -89,7 +90,7 @@ def test_float32_weights_serve_16_bit_maps(dtype: torch.dtype, backend: str) -> 
     assert got["d_w"].dtype == torch.float32
     # Only the maps are rounded, so the weights' gradients lose at most a few roundings of S.
     for name, wanted in oracle.items():
-        assert parity.error(got[name], wanted) <= 8 * torch.finfo(dtype).eps, name
+        assert relative_error(got[name], wanted) <= 8 * torch.finfo(dtype).eps, name
 
 
 def channels_last(v: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def test_any_strides_give_the_same(layout: str, mode: str, backend: str) -> None
     assert call.x.stride() != wanted["features"].stride() or call.x.storage_offset() > 0
     got = parity.run(case, call, backend)
     for name in wanted:
-        assert parity.error(got[name], wanted[name]) <= parity.EXACT, name
+        assert relative_error(got[name], wanted[name]) <= EXACT, name
 
 
 @every_backend
@@ -125,7 +126,7 @@ def test_an_expanded_video_is_read_as_it_is(backend: str) -> None:
     call = parity.make_call(case)
     call.x = call.x[:, :1].expand(case.shape)
     got, oracle = parity.run(case, call, backend), parity.run(case, call, "reference")
-    assert parity.error(got["d_w"], oracle["d_w"]) <= parity.EXACT
+    assert relative_error(got["d_w"], oracle["d_w"]) <= EXACT
     assert torch.equal(got["features"], call.x)  # nothing moves: A_t = 0
 
 
@@ -137,7 +138,7 @@ def test_gradients_of_some_inputs_only(frozen: tuple[str, ...], backend: str) ->
     got, oracle = parity.run(case, call, backend, frozen), parity.run(case, call, "reference", frozen)
     assert got.keys() == oracle.keys()
     for name, wanted in oracle.items():
-        assert parity.error(got[name], wanted) <= parity.EXACT, name
+        assert relative_error(got[name], wanted) <= EXACT, name
 
 
 @every_backend
@@ -150,7 +151,7 @@ def test_a_loss_on_one_output_alone(used: str, backend: str) -> None:
         x = call.x.requires_grad_()
         out = rru_fast.refine(x, **call.weights, training=True, backend=name)
         (gradients[name],) = torch.autograd.grad(getattr(out, used).square().sum(), x)
-    assert parity.error(gradients[backend], gradients["reference"]) <= parity.EXACT
+    assert relative_error(gradients[backend], gradients["reference"]) <= EXACT
 
 
 @every_backend
@@ -203,7 +204,7 @@ def test_bfloat16_needs_no_onednn() -> None:
     parity.run(case, call, "cpu")
     with torch.backends.mkldnn.flags(enabled=False):
         for name, value in parity.run(case, call, "cpu").items():
-            assert parity.error(value, oracle[name]) <= 20 * torch.finfo(torch.bfloat16).eps, name
+            assert relative_error(value, oracle[name]) <= 20 * torch.finfo(torch.bfloat16).eps, name
 
 
 @every_backend
@@ -257,9 +258,9 @@ def test_a_video_in_chunks_equals_one_go(dtype: torch.dtype, backend: str) -> No
         state = out.state
     assert state is not None
     allowed = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps}[dtype]
-    assert parity.error(torch.cat(parts, 1), whole.features) <= allowed
+    assert relative_error(torch.cat(parts, 1), whole.features) <= allowed
     assert whole.state is not None
-    assert parity.error(state.s, whole.state.s) <= allowed
+    assert relative_error(state.s, whole.state.s) <= allowed
 
 
 @every_backend
@@ -272,7 +273,7 @@ def test_gradients_flow_through_chunks(backend: str) -> None:
     first = rru_fast.refine(x[:, :2], **arguments)
     second = rru_fast.refine(x[:, 2:], **arguments, state=first.state)
     (got,) = torch.autograd.grad(second.features[:, -1].square().sum(), x)
-    assert parity.error(got, wanted) <= parity.EXACT
+    assert relative_error(got, wanted) <= EXACT
 
 
 @pytest.mark.parametrize("backend", ["reference", *parity.BACKENDS])
@@ -290,7 +291,7 @@ def test_what_lies_past_a_clips_length_does_not_matter(backend: str) -> None:
     single = rru_fast.refine(
         alone.x[1:2, :2], **alone.weights, running_mean=alone.buffers[0], running_var=alone.buffers[1], backend=backend
     )
-    assert parity.error(got["strips"][1:2], single.strips) <= parity.EXACT
+    assert relative_error(got["strips"][1:2], single.strips) <= EXACT
     assert got["features"][1, 2:].abs().max() == 0
 
 
@@ -307,7 +308,7 @@ def test_lengths_of_any_integer_dtype_are_the_same_lengths(dtype: torch.dtype, b
     for name in (backend, "reference"):
         got = parity.run(case, call, name)
         for key in ("features", "strips", "next_x", "next_s"):
-            assert parity.error(got[key], wanted[key]) <= parity.EXACT, key
+            assert relative_error(got[key], wanted[key]) <= EXACT, key
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -320,7 +321,7 @@ def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
         state = rru_fast.refine(buffer, **arguments).state
     buffer.copy_(call.x[:, 3:])
     call.weights["w"].requires_grad_()
-    assert parity.error(rru_fast.refine(buffer, **arguments, state=state).features, wanted) <= parity.EXACT
+    assert relative_error(rru_fast.refine(buffer, **arguments, state=state).features, wanted) <= EXACT
     assert state is not None
     assert state.x.untyped_storage().nbytes() == state.x.nbytes
 
@@ -332,7 +333,7 @@ def test_blocks_of_time_do_not_show(inputs: str, monkeypatch: pytest.MonkeyPatch
     whole = parity.run(case, call, "composite")
     monkeypatch.setattr(ops.refine.KERNELS["composite"], "PROJECTION_BYTES", 3 * 3 * 6 * 6 * 8)  # three frames
     for name, value in parity.run(case, call, "composite").items():
-        assert parity.error(value, whole[name]) <= parity.EXACT, name
+        assert relative_error(value, whole[name]) <= EXACT, name
 
 
 @every_backend
@@ -435,6 +436,6 @@ def test_compiled_without_a_graph_break_equals_eager(mode: str, backend: str) ->
         (out.features.square().sum() + out.strips.sum()).backward()
         results.append((out.features, out.strips, x.grad))
     for eager, graph in zip(*results, strict=True):
-        assert parity.error(graph, eager) <= 1e-6
+        assert relative_error(graph, eager) <= 1e-6
     for name, value in modules[0].state_dict().items():
         assert torch.allclose(value, modules[1].state_dict()[name], rtol=1e-6), name

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from rru_fast.arguments import RefineNeed, RefineUpstream
 from rru_fast.composite import _products, refine
+from rru_fast.testing import EXACT, poisoned_memory, relative_error
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Case
 
@@ -28,10 +29,10 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", [*VARIANTS, *GROUPS, *ODD_SHAPES], ids=str)
 def test_convolutions_in_float64_equal_the_oracle(case: Case) -> None:
     call = parity.make_call(case)
-    with parity.poisoned():
+    with poisoned_memory():
         got = parity.run(case, call, "composite")
     for name, wanted in parity.run(case, call, "reference").items():
-        assert parity.error(got[name], wanted) <= parity.EXACT, name
+        assert relative_error(got[name], wanted) <= EXACT, name
 
 
 @pytest.mark.usefixtures("convolutions")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rru_fast
 from rru_fast import reference, triton
+from rru_fast.testing import EXACT, assert_parity, relative_error
 from tests import parity
 from tests.parity import Case, Results
 from tests.ranks import in_ranks
@@ -222,7 +223,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def assert_as_one_process(job: Job, results: list[Results]) -> None:
     oracle = parity.run(job.case, job.call(), "reference")
     for name, value in together(results).items():
-        assert parity.error(value, oracle[name]) <= parity.EXACT, name
+        assert relative_error(value, oracle[name]) <= EXACT, name
 
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -261,7 +262,7 @@ def test_error_is_at_most_twice_that_of_the_reference_in_one_process(
         got = together([found[f"{job} {backend}"] for found in two])
         low = parity.run(job.case, job.call().map(lambda v: v.to(dtype)), "reference")
         draws.append((got, low, parity.run(job.case, job.call(), "reference")))
-    parity.assert_parity(draws, rounding=torch.finfo(dtype).eps)
+    assert_parity(draws)
 
 
 @every_backend
@@ -322,7 +323,7 @@ def test_training_under_ddp_swapped_on_the_way_is_that_of_one_process(two: list[
     for found in two:
         assert list(found["steps"]) == list(wanted)
         for name, value in wanted.items():
-            assert parity.error(found["steps"][name], value) <= parity.EXACT, name
+            assert relative_error(found["steps"][name], value) <= EXACT, name
 
 
 @pytest.mark.parametrize("of", COMPILED)
@@ -330,7 +331,7 @@ def test_compiled_it_runs_outside_of_graphs_or_says_so(of: str, two: list[dict[s
     for found in two:
         assert "process_group: got one inside torch.compile, wanted fullgraph=False" in found[f"fullgraph {of}"]
         for eager, compiled in zip(*found[f"compiled {of}"], strict=True):
-            assert parity.error(compiled, eager) <= parity.EXACT
+            assert relative_error(compiled, eager) <= EXACT
 
 
 def of_triton(rank: int) -> list[Results]:

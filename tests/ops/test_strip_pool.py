@@ -7,6 +7,7 @@ import torch
 
 import rru_fast
 from rru_fast import ops
+from rru_fast.testing import assert_parity, gradients, poisoned_memory
 from tests import parity
 from tests.parity import BACKENDS
 
@@ -43,13 +44,13 @@ def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, backend: 
         runs = []
         for name, leaf in ((backend, s.clone()), ("reference", s.clone()), ("reference", s.double())):
             leaf.requires_grad_()
-            with parity.poisoned():
+            with poisoned_memory():
                 strips = rru_fast.strip_pool(leaf, backend=name)
-                (gradient,) = torch.autograd.grad(strips, leaf, upstream.to(leaf.dtype))
-            assert strips.dtype == gradient.dtype == leaf.dtype
-            runs.append({"strips": strips, "d_s": gradient})
+                found = {"strips": strips, **gradients([strips], [upstream.to(leaf.dtype)], {"s": leaf})}
+            assert strips.dtype == found["d_s"].dtype == leaf.dtype
+            runs.append(found)
         draws.append((runs[0], runs[1], runs[2]))
-    parity.assert_parity(draws, rounding=parity.EXACT if dtype == torch.float64 else torch.finfo(dtype).eps)
+    assert_parity(draws)
 
 
 @every_backend
