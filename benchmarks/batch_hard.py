@@ -25,9 +25,11 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, parity, terminal
+from benchmarks import measure, terminal
+from benchmarks.parity import report_parity
 from benchmarks.table import Row
 from rru_fast import backends
+from rru_fast.testing import compare, gradients
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 PEER = "pytorch-metric-learning"
@@ -120,7 +122,7 @@ def results(loss: Loss, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Forward and backward: the loss and its gradient."""
     leaf = _leaf(features)
     value = loss(leaf, labels)
-    return parity.gradients([value], [torch.ones_like(value)], {"features": leaf})
+    return {"loss": value.detach(), **gradients([value], [torch.ones_like(value)], {"features": leaf})}
 
 
 def check(losses: Mapping[str, Loss], features: Tensor, labels: Tensor) -> None:
@@ -132,7 +134,7 @@ def check(losses: Mapping[str, Loss], features: Tensor, labels: Tensor) -> None:
     eager = losses["eager"]
     in_dtype, oracle = results(eager, features, labels), results(eager, features.double(), labels)
     for name, loss in losses.items():
-        parity.demand(name, results(loss, features, labels), in_dtype, oracle)
+        report_parity(name, [compare(results(loss, features, labels), in_dtype, oracle)])
 
 
 def _measure(losses: Mapping[str, Loss], features: Tensor, labels: Tensor, repeats: int, calls: int) -> list[Row]:

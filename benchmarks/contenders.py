@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import parity
+from benchmarks.parity import SEEDS, report_parity
 from rru_fast import backends, reference
+from rru_fast.testing import Error, compare, gradients, no_relu_near_zero
 
 AUTHORS, REFERENCE, COMPILED = "eager, authors", "eager, reference", "torch.compile, reference"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,8 +72,9 @@ class Contender:
         if not self.x.requires_grad:
             features, strips, _ = self.forward()
             return {"features": features, "strips": strips}
-        leaves = {"x": self.x, **dict(self.module.named_parameters())}
-        return parity.gradients(self.module(self.x)[:2], self.upstream, leaves)
+        features, strips, _ = self.module(self.x)
+        found = gradients([features, strips], self.upstream, {"x": self.x, **dict(self.module.named_parameters())})
+        return {"features": features.detach(), "strips": strips.detach(), **found}
 
     def twin(self, cls: type[reference.RRU], **settings: Any) -> Contender:
         """Another implementation with weights of its own, equal to this one's, on the same maps."""
@@ -108,9 +110,9 @@ def contenders(
     hidden: tuple[int, int] = HIDDEN,
 ) -> dict[str, Contender]:
     """By name, the two eager ones and every backend that can serve on the device."""
-    for seed in range(parity.DRAWS):
+    for seed in SEEDS:
         eager = _drawn(shape, dtype, device, training, channels_last, hidden, seed)
-        if not training or parity.settled(eager.in_double().forward, eager.x.dtype):
+        if not training or no_relu_near_zero(eager.in_double().forward, eager.x.dtype):
             break
     _, *fast = backends.serving(device)
     return {
@@ -149,7 +151,7 @@ def check(field: Mapping[str, Contender]) -> None:
         SystemExit: one is wrong.
     """
     for draws in _draws(field).values():
-        parity.judge(*draws)
+        report_parity(*draws)
 
 
 def sifted(field: Mapping[str, Contender], draws: int = DRAWS) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -166,7 +168,7 @@ def sifted(field: Mapping[str, Contender], draws: int = DRAWS) -> tuple[dict[str
             del right[name]
     for name, compared in _draws(right, draws).items():
         try:
-            parity.judge(*compared)
+            report_parity(*compared)
         except SystemExit as refusal:
             refused[name] = str(refusal)
             del right[name]
@@ -180,16 +182,19 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _draws(field: Mapping[str, Contender], count: int = DRAWS) -> dict[str, tuple[str, list[parity.Compared]]]:
-    """What `parity.judge` takes, of each contender but the eager reference: a title, and draws as its size asks for."""
+def _draws(field: Mapping[str, Contender], count: int = DRAWS) -> dict[str, tuple[str, list[dict[str, Error]]]]:
+    """Arguments of `report_parity` for each contender but the eager reference: a title, and draws.
+
+    count: draws of inputs of fewer elements than `LARGE`.
+    """
     eager = field[REFERENCE]
     dtype = str(eager.x.dtype).removeprefix("torch.")
-    draws: dict[str, tuple[str, list[parity.Compared]]]
+    draws: dict[str, tuple[str, list[dict[str, Error]]]]
     draws = {name: (f"{name}, {dtype}", []) for name in field if name != REFERENCE}
     for turn in range(1 if eager.x.numel() >= LARGE else count):
         drawn = eager if turn == 0 else eager.redrawn()
         in_dtype, oracle = drawn.results(), drawn.in_double().results()
         for name, (_, found) in draws.items():
             own = replace(drawn, module=field[name].module)
-            found.append(parity.compare(own.results(), in_dtype, oracle))
+            found.append(compare(own.results(), in_dtype, oracle))
     return draws

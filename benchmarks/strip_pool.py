@@ -20,10 +20,12 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, parity, table, terminal
+from benchmarks import measure, table, terminal
 from benchmarks.contenders import Shape
+from benchmarks.parity import report_parity
 from benchmarks.table import Row
 from rru_fast import backends
+from rru_fast.testing import compare, gradients
 
 
 @dataclass
@@ -80,7 +82,8 @@ def implementations(device: torch.device) -> dict[str, str]:
 def results(backend: str, s: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     """Forward and backward: the strips and the gradient of the maps."""
     leaf = s.detach().requires_grad_()
-    return parity.gradients([rru_fast.strip_pool(leaf, backend=backend)], [upstream.to(s.dtype)], {"s": leaf})
+    strips = rru_fast.strip_pool(leaf, backend=backend)
+    return {"strips": strips.detach(), **gradients([strips], [upstream.to(s.dtype)], {"s": leaf})}
 
 
 def check(backends: Mapping[str, str], s: Tensor, upstream: Tensor) -> None:
@@ -91,7 +94,7 @@ def check(backends: Mapping[str, str], s: Tensor, upstream: Tensor) -> None:
     """
     in_dtype, oracle = results("reference", s, upstream), results("reference", s.double(), upstream)
     for name, backend in backends.items():
-        parity.demand(name, results(backend, s, upstream), in_dtype, oracle)
+        report_parity(name, [compare(results(backend, s, upstream), in_dtype, oracle)])
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, measure, parity
+from benchmarks import contenders, measure
 from benchmarks.gpu.run import PRECISIONS, Run, Sizes, Work, faster, left_out, set_precision, times
+from benchmarks.parity import report_parity
 from benchmarks.table import Row
 from rru_fast import backends, reference
+from rru_fast.testing import compare, gradients
 
 MARGIN = 0.4
 EAGER = "eager"
@@ -85,7 +87,7 @@ def results(function: Function, inputs: Mapping[str, Tensor], dtype: torch.dtype
     """The function's value and the gradients of its inputs, computed in `dtype`."""
     leaves = {name: v.to(dtype).detach().requires_grad_() for name, v in inputs.items()}
     out = function(*leaves.values())
-    return parity.gradients([out], [torch.ones_like(out)], leaves)
+    return {"value": out.detach(), **gradients([out], [torch.ones_like(out)], leaves)}
 
 
 def _backends(device: torch.device) -> list[str]:
@@ -112,10 +114,8 @@ def _compared(
     refused: dict[str, str] = {}
     for name, function in functions.items():
         try:
-            compared = (
-                parity.compare(results(function, own), *in_both) for own, in_both in zip(drawn, eager, strict=True)
-            )
-            parity.judge(name, list(compared))
+            draws = zip(drawn, eager, strict=True)
+            report_parity(name, [compare(results(function, own), *in_both) for own, in_both in draws])
         except SystemExit as refusal:
             refused[name] = str(refusal)
         except Exception as error:  # whatever it is, the others can be measured

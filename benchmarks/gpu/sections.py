@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, measure, parity, roofline
+from benchmarks import contenders, measure, roofline
 from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE, Contender
 from benchmarks.gpu import losses
 from benchmarks.gpu.run import PRECISIONS, Run, Work, faster, left_out, set_precision, times
 from benchmarks.table import Row
 from rru_fast import reference
+from rru_fast.testing import gradients
 
 GRAPHED = "eager, graphed"
 OURS, OURS_GRAPHED = "triton", "triton, graphed"
@@ -50,10 +51,10 @@ class Autocast(Contender):
         """Outputs and gradients, for parity."""
         with torch.autocast(self.x.device.type, torch.bfloat16):
             features, strips, _ = self.module(self.x)
-        leaves = {"x": self.x, **dict(self.module.named_parameters())}
         outputs = [features, strips]
         upstream = [u.to(o.dtype) for u, o in zip(self.upstream, outputs, strict=True)]
-        return parity.gradients(outputs, upstream, leaves)
+        found = gradients(outputs, upstream, {"x": self.x, **dict(self.module.named_parameters())})
+        return {"features": features.detach(), "strips": strips.detach(), **found}
 
 
 class GraphedReference(rru_fast.RRU):

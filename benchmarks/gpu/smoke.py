@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, parity
+from benchmarks import contenders
 from benchmarks.gpu.run import Sizes, set_precision
-from tests.parity import GROUPS, ODD_SHAPES, Call, Case, make_call, run
+from rru_fast.testing import compare, median_errors
+from tests.parity import GROUPS, ODD_SHAPES, Case, make_call, run, stable_seed
 
 Results = Mapping[str, Tensor]
 PAPER = Case((20, 8, 2048, 8, 8), hidden=256, spatial_hidden=128)
@@ -86,29 +86,19 @@ def _tried(title: str, check: Callable[[], tuple[dict[str, Any], list[str]]]) ->
 def _float64(case: Case, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     call = make_call(case)
     got, oracle = run(case, call.map(lambda v: v.to(device)), "triton"), run(case, call, "reference")
-    return _judged([({name: value.cpu() for name, value in got.items()}, oracle, oracle)])
+    return _compared([({name: value.cpu() for name, value in got.items()}, oracle, oracle)])
 
 
 def _full(plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     draws = []
-    for seed in _seeds(plan, dtype, device):
+    # A single draw decides only if rounding switches none of its ReLUs.
+    seeds = range(plan.draws) if plan.draws > 1 else [stable_seed(plan.full, dtype, device)]
+    for seed in seeds:
         call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
         low = call.map(lambda v: v.to(dtype))
         got = run(plan.full, low, "triton")
         draws.append((got, run(plan.full, low, "reference"), run(plan.full, call, "reference")))
-    return _repeated(*_judged(draws), got, run(plan.full, low, "triton"))
-
-
-def _seeds(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[int]:
-    """Of several draws the first ones; of a single one that whose ReLUs rounding does not switch."""
-
-    def settled(seed: int) -> bool:
-        call: Call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
-        return parity.settled(lambda: run(plan.full, call, "reference"), dtype)
-
-    if plan.draws > 1:
-        return list(range(plan.draws))
-    return [next(filter(settled, range(parity.DRAWS)), 0)]
+    return _repeated(*_compared(draws), got, run(plan.full, low, "triton"))
 
 
 def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
@@ -119,7 +109,7 @@ def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
         tensor = torch.randn(shape, device=device).to(dtype)
         got = function(tensor, "triton", sizes)
         draws.append((got, function(tensor, "reference", sizes), function(tensor.double(), "reference", sizes)))
-    return _repeated(*_judged(draws), got, function(tensor, "triton", sizes))
+    return _repeated(*_compared(draws), got, function(tensor, "triton", sizes))
 
 
 def batch_hard(features: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
@@ -140,16 +130,13 @@ def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
 OTHERS = {"batch_hard": batch_hard, "strip_pool": strip_pool}
 
 
-def _judged(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:
-    """[error, eager's] of each tensor, medians over draws of (got, eager, oracle); and those that are off by more."""
+def _compared(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:
+    """Medians over draws of (got, eager, oracle): [error, eager's error] by tensor name, and a sentence per failure."""
     found, wrong = {}, []
-    compared = [parity.compare(*draw) for draw in draws]
-    for name in draws[0][2]:
-        off, allowed = (median(own[name][i] for own in compared) for i in (0, 1))
-        eager = median(parity.error(in_dtype[name], oracle[name]) for _, in_dtype, oracle in draws)
-        found[name] = [float(f"{value:.2e}") for value in (off, eager)]
-        if off > allowed:
-            wrong.append(f"{name} is off by {off:.1e}, allowed {allowed:.1e}")
+    for name, error in median_errors([compare(*draw) for draw in draws]).items():
+        found[name] = [float(f"{value:.2e}") for value in (error.got, error.reference)]
+        if error.got > error.allowed:
+            wrong.append(f"{name} is off by {error.got:.1e}, allowed {error.allowed:.1e}")
     return found, wrong
 
 
