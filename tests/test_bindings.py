@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rru_fast import native
-from tests.good_call import A, B, C, D, H, T, W, arguments
+from tests.helpers.valid_args import A, B, C, D, H, T, W, arguments
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
 

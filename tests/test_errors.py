@@ -24,8 +24,8 @@ from rru_fast import backends, cuda_graphs, native, ops, reference
 from rru_fast.compat import weights
 from rru_fast.testing import relative_error
 from rru_fast.types import State
-from tests import their_code
-from tests.good_call import A, B, C, D, H, T, W, arguments
+from tests.helpers import third_party
+from tests.helpers.valid_args import A, B, C, D, H, T, W, arguments
 
 USABLE = ", ".join(repr(name) for name, why in backends.BACKENDS.items() if why is None)
 META = torch.device("meta")
@@ -93,7 +93,7 @@ def replaced(**layers: nn.Module) -> object:
 
 
 def other_maps() -> object:
-    model = rru_fast.accelerate(their_code.RRU(C, size=2, hidden=D, spatial_hidden=A))
+    model = rru_fast.accelerate(third_party.RRU(C, size=2, hidden=D, spatial_hidden=A))
     return model(torch.randn(B, T, C, 1, 4))
 
 
@@ -337,8 +337,8 @@ ELSEWHERE = {
     "got none on any rank": "tests/test_modules.py: of several ranks",
     "over several ranks": "tests/ops/test_refine_sync.py: of several ranks",
     "got the same for every call of vmap": "tests/test_works_with_func.py: of a transform",
-    "runs no CUDA graphs": "tests/test_foreign.py: of other people's modules",
-    "that accelerate made": "tests/test_accelerate.py: of a model that was sharded",
+    "runs no CUDA graphs": "tests/compat/test_third_party.py: of other people's modules",
+    "that accelerate made": "tests/compat/test_accelerate.py: of a model that was sharded",
     "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
     "_failure(": "tests/test_launch.py: of a kernel that Triton refuses",

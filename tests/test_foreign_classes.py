@@ -13,24 +13,24 @@ from torch import nn
 
 import rru_fast
 from rru_fast.compat import third_party as foreign
-from tests import their_code
-from tests.units import PEOPLE, through_a_file
+from tests.helpers import third_party
+from tests.helpers.modules import PEOPLE, through_a_file
 
 
 def test_another_one_made_by_the_class_of_a_swapped_one_is_fast_too() -> None:
     features = torch.randn(12, 6, dtype=torch.float64)
-    other = type(rru_fast.accelerate(their_code.TripletLoss(0.3)))(5.0)
+    other = type(rru_fast.accelerate(third_party.TripletLoss(0.3)))(5.0)
     assert "rru_fast backend='auto'" in repr(other)
-    wanted = their_code.TripletLoss(5.0)(features, PEOPLE).item()
+    wanted = third_party.TripletLoss(5.0)(features, PEOPLE).item()
     assert other(features, PEOPLE).item() == pytest.approx(wanted, rel=1e-12)
     assert rru_fast.accelerate(other, backend="composite") is other and "'composite'" in repr(other)
-    assert type(rru_fast.restore(other)) is their_code.TripletLoss
+    assert type(rru_fast.restore(other)) is third_party.TripletLoss
 
 
 known_classes: dict[str, type] = {}
 
 
-class Registered(their_code.TripletLoss):
+class Registered(third_party.TripletLoss):
     def __init_subclass__(cls, *, alias: str) -> None:
         known_classes[alias] = cls
 
@@ -52,7 +52,7 @@ class Final(type):
         return super().__new__(cls, name, bases, names)
 
 
-class Underivable(their_code.TripletLoss, metaclass=Final):
+class Underivable(third_party.TripletLoss, metaclass=Final):
     pass
 
 
@@ -60,16 +60,16 @@ def test_a_class_that_cannot_be_derived_from_is_left_alone() -> None:
     with pytest.warns(
         UserWarning, match=r"left alone: it cannot be run as one \(TypeError: Underivable cannot be derived"
     ):
-        model = rru_fast.accelerate(nn.Sequential(Underivable(), their_code.TripletLoss()))
+        model = rru_fast.accelerate(nn.Sequential(Underivable(), third_party.TripletLoss()))
     assert type(model[0]) is Underivable and isinstance(model[1], foreign.Foreign)
 
 
-class Reduced(their_code.TripletLoss):
+class Reduced(third_party.TripletLoss):
     def __reduce__(self) -> Any:
         return Reduced, (self.margin,)
 
 
-class Made(their_code.TripletLoss):
+class Made(third_party.TripletLoss):
     def __new__(cls, margin: float) -> Any:
         return super().__new__(cls)
 
@@ -77,7 +77,7 @@ class Made(their_code.TripletLoss):
         return (self.margin,)
 
 
-class Noted(their_code.TripletLoss):
+class Noted(third_party.TripletLoss):
     """Notes what is set, in a list that has to be there first; and has a `kind` of its own."""
 
     def __init__(self, margin: float) -> None:
@@ -90,7 +90,7 @@ class Noted(their_code.TripletLoss):
         super().__setattr__(name, value)
 
 
-class Derived(their_code.TripletLoss):
+class Derived(third_party.TripletLoss):
     @classmethod
     def make(cls, margin: float) -> Any:
         return cls(margin)
@@ -99,7 +99,7 @@ class Derived(their_code.TripletLoss):
         return type(self).make, (self.margin,)
 
 
-class Copied(their_code.TripletLoss):
+class Copied(third_party.TripletLoss):
     def __deepcopy__(self, memo: Any) -> Any:
         return type(self)(self.margin)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rru_fast
-from tests.good_call import C, D, H, W, arguments
+from tests.helpers.valid_args import C, D, H, W, arguments
 
 
 def test_a_bad_call_loses_nothing() -> None:

@@ -22,7 +22,7 @@ import rru_fast
 from rru_fast.testing import EXACT, assert_parity, gradients, relative_error
 from rru_fast.types import State
 from tests import parity
-from tests.good_call import B, C, H, T, W, arguments
+from tests.helpers.valid_args import B, C, H, T, W, arguments
 from tests.parity import Call, Case, Results
 
 every_backend = pytest.mark.parametrize("backend", parity.COMPILED)

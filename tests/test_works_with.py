@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import rru_fast
 from rru_fast import reference
 from rru_fast.testing import EXACT, relative_error
-from tests import their_code
-from tests.units import PLAIN, SIZES, every_unit, first_two, loss_of, maps
+from tests.helpers import third_party
+from tests.helpers.modules import PLAIN, SIZES, every_unit, first_two, loss_of, maps
 
 
 class Video(nn.Module):
@@ -24,8 +24,8 @@ class Video(nn.Module):
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
         self.backbone = nn.Conv2d(3, channels, 1)
-        self.fuse_net = their_code.FuseNet(channels, 7, **SIZES)
-        self.loss = their_code.TripletLoss(margin=2.0)
+        self.fuse_net = third_party.FuseNet(channels, 7, **SIZES)
+        self.loss = third_party.TripletLoss(margin=2.0)
 
     def forward(self, frames: Tensor, people: Tensor) -> Tensor:
         maps = self.backbone(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
@@ -143,7 +143,7 @@ EMPTY: dict[str, tuple[Callable[[], Any], str]] = {
     "refine, by module": (lambda: rru_fast.RRU(6, (4, 4))(maps(0)), r"x: got shape \(0, 4, 6, 4, 4\)"),
     "refine, by the plain module": (lambda: reference.RRU(6, (4, 4))(maps(0)), r"x: got shape \(0, 4, 6, 4, 4\)"),
     "refine, by their module": (
-        lambda: rru_fast.accelerate(their_code.RRU(6, **SIZES))(maps(0)),
+        lambda: rru_fast.accelerate(third_party.RRU(6, **SIZES))(maps(0)),
         r"x: got shape \(0, 4, 6, 4, 4\)",
     ),
     "strip_pool": (lambda: rru_fast.strip_pool(maps(0)), r"s: got shape \(0, 4, 6, 4, 4\)"),
@@ -156,7 +156,7 @@ EMPTY: dict[str, tuple[Callable[[], Any], str]] = {
             "function": rru_fast.batch_hard_triplet,
             "module": rru_fast.BatchHardTripletLoss(),
             "the plain module": reference.BatchHardTripletLoss(),
-            "their module": lambda *batch: rru_fast.accelerate(their_code.TripletLoss())(*batch),
+            "their module": lambda *batch: rru_fast.accelerate(third_party.TripletLoss())(*batch),
         }.items()
     },
 }

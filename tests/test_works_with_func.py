@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 import rru_fast
 from rru_fast.testing import EXACT, relative_error
-from tests.units import PLAIN, maps
+from tests.helpers.modules import PLAIN, maps
 
 
 def operators() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]]:

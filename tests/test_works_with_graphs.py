@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import rru_fast
 from rru_fast.testing import relative_error
-from tests import their_code
-from tests.units import every_unit, first_two, maps
+from tests.helpers import third_party
+from tests.helpers.modules import every_unit, first_two, maps
 
 
 @every_unit
@@ -44,7 +44,7 @@ def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
 
 def test_losses_and_pooling_compiled_take_any_batch_without_recompiling() -> None:
     torch._dynamo.reset()
-    theirs = rru_fast.accelerate(their_code.TripletLoss())
+    theirs = rru_fast.accelerate(third_party.TripletLoss())
     ours = rru_fast.BatchHardTripletLoss()
 
     def everything(features: Tensor, people: Tensor, s: Tensor) -> Tensor:

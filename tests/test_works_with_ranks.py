@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rru_fast
 from rru_fast.testing import EXACT, relative_error
+from tests.helpers.modules import PLAIN, first_two, maps
 from tests.ranks import in_ranks
-from tests.units import PLAIN, first_two, maps
 
 
 def steps_on_ranks(rank: int) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import rru_fast
-from tests import their_code
+from tests.helpers import third_party
 
 
 @pytest.fixture
-def theirs() -> their_code.RRU:
-    module = their_code.RRU(12).double()
+def theirs() -> third_party.RRU:
+    module = third_party.RRU(12).double()
     for name, value in module.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "var" in name else torch.randn_like(value) * 0.2)
@@ -22,7 +22,7 @@ def theirs() -> their_code.RRU:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_converted_weights_compute_what_the_official_unit_computes(theirs: their_code.RRU, training: bool) -> None:
+def test_converted_weights_compute_what_the_official_unit_computes(theirs: third_party.RRU, training: bool) -> None:
     ours = rru_fast.RRU(12).double()
     ours.load_state_dict(rru_fast.from_official(theirs.state_dict()))
     x = torch.randn(3, 5, 12, 8, 8, dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_converted_weights_compute_what_the_official_unit_computes(theirs: their
     assert torch.allclose(ours.transition_norm.running_var, theirs.reduce_dim_z.bn.running_var)
 
 
-def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touched(theirs: their_code.RRU) -> None:
+def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touched(theirs: third_party.RRU) -> None:
     network = nn.ModuleDict({"base": nn.Conv2d(3, 12, 1), "fuse_net": theirs})
     before = theirs.reduce_dim_z.conv.weight.clone()
     converted = rru_fast.from_official(network.state_dict())
@@ -41,19 +41,19 @@ def test_the_unit_is_found_inside_a_whole_network_and_its_weights_are_not_touche
     assert torch.equal(theirs.reduce_dim_z.conv.weight, before)
 
 
-def test_entries_that_are_not_the_units_may_be_anything(theirs: their_code.RRU) -> None:
+def test_entries_that_are_not_the_units_may_be_anything(theirs: third_party.RRU) -> None:
     state: dict[Any, Any] = {"epoch": 3, 7: None, **theirs.state_dict()}
     assert rru_fast.from_official(state).keys() == rru_fast.from_official(theirs.state_dict()).keys()
 
 
-def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: their_code.RRU) -> None:
+def test_weights_saved_by_an_old_pytorch_load_without_its_counter(theirs: third_party.RRU) -> None:
     old = {name: value for name, value in theirs.state_dict().items() if "num_batches" not in name}
     ours = rru_fast.RRU(12)
     ours.load_state_dict(rru_fast.from_official(old))
     assert torch.equal(ours.transition_norm.running_var, theirs.reduce_dim_z.bn.running_var.float())
 
 
-def test_what_does_not_fit_is_named(theirs: their_code.RRU) -> None:
+def test_what_does_not_fit_is_named(theirs: third_party.RRU) -> None:
     state = theirs.state_dict()
     with pytest.raises(ValueError, match=r"got no 'c_atten_z\.1\.weight'"):
         rru_fast.from_official({name: value for name, value in state.items() if "c_atten" not in name})

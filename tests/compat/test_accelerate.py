@@ -17,8 +17,8 @@ import rru_fast
 from rru_fast import reference
 from rru_fast.compat import accelerate as swap
 from rru_fast.testing import EXACT, relative_error
-from tests import their_code
-from tests.units import SIZES
+from tests.helpers import third_party
+from tests.helpers.modules import SIZES
 
 
 class Video(nn.Module):
@@ -133,10 +133,10 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         unit = reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5)
-        theirs = their_code.FuseNet(6, 7, **SIZES)
+        theirs = third_party.FuseNet(6, 7, **SIZES)
         self.branches = nn.ModuleDict({"ours": nn.Sequential(nn.Identity(), unit), "theirs": nn.ModuleList([theirs])})
         self.unit, self.theirs = unit, theirs
-        self.losses = nn.ModuleList([reference.BatchHardTripletLoss(0.4), their_code.TripletLoss(0.4)])
+        self.losses = nn.ModuleList([reference.BatchHardTripletLoss(0.4), third_party.TripletLoss(0.4)])
 
     def forward(self, x: torch.Tensor, people: torch.Tensor) -> torch.Tensor:
         maps = self.branches["ours"](x).features
@@ -276,7 +276,7 @@ def test_an_average_of_a_swapped_model_is_the_average_of_the_plain_one_and_is_fa
 
 def test_a_model_of_theirs_compiled_before_the_swap_runs_the_fast_forward_after_it() -> None:
     torch._dynamo.reset()
-    model = their_code.FuseNet(6, 7, **SIZES).eval()
+    model = third_party.FuseNet(6, 7, **SIZES).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = a_batch(torch.float32)
     before = compiled(x)

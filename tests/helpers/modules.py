@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rru_fast import reference
-from tests import their_code
+from tests.helpers import third_party
 
 PEOPLE = torch.arange(12) // 3
 SIZES = {"size": 4, "hidden": 8, "spatial_hidden": 5}
 # Plain modules from maps (B, T, 6, 4, 4); what accelerate makes of them is under test.
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5),
-    "theirs": lambda: their_code.FuseNet(6, 7, **SIZES),
+    "theirs": lambda: third_party.FuseNet(6, 7, **SIZES),
 }
 every_unit = pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN.keys())
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tests import their_code
-from tests.units import SIZES
+from tests.helpers import third_party
+from tests.helpers.modules import SIZES
 
 
-class Leaky(their_code.RRU):
+class Leaky(third_party.RRU):
     def gate(self, v: Tensor) -> Tensor:
         block = self.reduce_dim_z
         y = nn.functional.leaky_relu(block.bn(block.conv(v)), 0.1)
@@ -19,14 +19,14 @@ class Leaky(their_code.RRU):
         return torch.sigmoid(where * self.c_atten_z(y))
 
 
-class Truncated(their_code.RRU):
+class Truncated(third_party.RRU):
     """Its outputs are the same, its gradients are not."""
 
     def gate(self, v: Tensor) -> Tensor:
         return super().gate(v.detach())
 
 
-class ForgetsFirst(their_code.RRU):
+class ForgetsFirst(third_party.RRU):
     """The same but for what the norm remembers: its first frame goes uncounted."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,40 +36,40 @@ class ForgetsFirst(their_code.RRU):
         return out
 
 
-class FramesFirst(their_code.RRU):
+class FramesFirst(third_party.RRU):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).transpose(1, 2)
 
 
-class WithStrips(their_code.RRU):
+class WithStrips(third_party.RRU):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out = super().forward(x)
         return out, out.mean((2, 4))
 
 
-class Normalised(their_code.TripletLoss):
+class Normalised(third_party.TripletLoss):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return super().forward(nn.functional.normalize(inputs), targets)
 
 
-class Squared(their_code.TripletLoss):
+class Squared(third_party.TripletLoss):
     def distances(self, inputs: Tensor) -> Tensor:
         return super().distances(inputs).square()
 
 
-class Unclamped(their_code.TripletLoss):
+class Unclamped(third_party.TripletLoss):
     """Differs only for a person who is seen once: 0 where the floor is 1e-6."""
 
     def distances(self, inputs: Tensor) -> Tensor:
         return (inputs[:, None] - inputs).square().sum(2).clamp(min=1e-30).sqrt()
 
 
-class Weighted(their_code.TripletLoss):
+class Weighted(third_party.TripletLoss):
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         return super().forward(inputs, targets)
 
 
-class Remembers(their_code.TripletLoss):
+class Remembers(third_party.TripletLoss):
     """The same but for what it keeps of a call."""
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,12 +77,12 @@ class Remembers(their_code.TripletLoss):
         return self.last
 
 
-class NamedOnly(their_code.RRU):
+class NamedOnly(third_party.RRU):
     def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)
 
 
-class Hingeless(their_code.TripletLoss):
+class Hingeless(third_party.TripletLoss):
     """The same where every anchor is active."""
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -93,38 +93,38 @@ class Hingeless(their_code.TripletLoss):
 
 
 def _parametrized() -> nn.Module:
-    module = their_code.TripletLoss()
+    module = third_party.TripletLoss()
     module.weight = nn.Parameter(torch.ones(2))
     nn.utils.parametrize.register_parametrization(module, "weight", nn.Softplus())
     return module
 
 
 def _hooked() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
+    module = third_party.RRU(6, **SIZES)
     module.s_atten_z[0].register_forward_hook(lambda *call: None)
     return module
 
 
 def _spectral_normed() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
+    module = third_party.RRU(6, **SIZES)
     nn.utils.parametrizations.spectral_norm(module.reduce_dim_z.conv)  # a step of its iteration a frame
     return module
 
 
 def _patched() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
+    module = third_party.RRU(6, **SIZES)
     module.forward = lambda x: x  # type: ignore[method-assign]
     return module
 
 
 def _summed() -> nn.Module:
-    loss = their_code.TripletLoss()
+    loss = third_party.TripletLoss()
     loss.ranking_loss.reduction = "sum"
     return loss
 
 
 def _shallow() -> nn.Module:
-    module = their_code.RRU(6, **SIZES)
+    module = third_party.RRU(6, **SIZES)
     module.s_atten_z = module.s_atten_z[:2]
     return module
 

@@ -16,13 +16,14 @@ from torch.optim.swa_utils import update_bn
 import rru_fast
 from rru_fast.compat import third_party as foreign
 from rru_fast.testing import EXACT, relative_error
-from tests import parity, their_code
-from tests.look_alikes import LOOK_ALIKES
-from tests.units import PEOPLE, SIZES, through_a_file
+from tests import parity
+from tests.helpers import third_party
+from tests.helpers.modules import PEOPLE, SIZES, through_a_file
+from tests.helpers.near_misses import LOOK_ALIKES
 
 UNITS: dict[str, Callable[[], nn.Module]] = {
-    "RRU": lambda: their_code.RRU(6, **SIZES),
-    "FuseNet": lambda: their_code.FuseNet(6, 7, **SIZES),
+    "RRU": lambda: third_party.RRU(6, **SIZES),
+    "FuseNet": lambda: third_party.FuseNet(6, 7, **SIZES),
 }
 every_unit = pytest.mark.parametrize("make", UNITS.values(), ids=UNITS.keys())
 
@@ -89,7 +90,7 @@ def test_the_authors_unit_trains_as_before(make: Callable[[], nn.Module], norm: 
 
 @pytest.mark.exhaustive  # every dtype at 2048 channels
 def test_the_authors_unit_at_its_own_sizes_is_as_near_the_oracle_as_theirs_in_every_dtype() -> None:
-    plain, fast = twins(their_code.FuseNet(16, 256))
+    plain, fast = twins(third_party.FuseNet(16, 256))
     x = torch.randn(2, 3, 16, 8, 8, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         low = x.to(dtype)
@@ -100,11 +101,11 @@ def test_the_authors_unit_at_its_own_sizes_is_as_near_the_oracle_as_theirs_in_ev
             assert relative_error(ours.double(), wanted) <= limit
 
 
-@pytest.mark.parametrize("loss", [their_code.TripletLoss, their_code.BatchHardTripletLoss])
+@pytest.mark.parametrize("loss", [third_party.TripletLoss, third_party.BatchHardTripletLoss])
 @pytest.mark.parametrize("margin", [0.0, 0.3, 5.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torchreids_loss_and_the_authors_are_the_same_with_their_gradients(
-    loss: type[their_code.TripletLoss], margin: float, reduction: str
+    loss: type[third_party.TripletLoss], margin: float, reduction: str
 ) -> None:
     plain = loss(margin)
     plain.ranking_loss.reduction = reduction
@@ -122,7 +123,7 @@ def test_torchreids_loss_and_the_authors_are_the_same_with_their_gradients(
 
 
 def test_a_margin_changed_after_the_swap_is_the_margin() -> None:
-    plain = their_code.TripletLoss(0.3)
+    plain = third_party.TripletLoss(0.3)
     fast = rru_fast.accelerate(copy.deepcopy(plain))
     plain.ranking_loss.margin = fast.ranking_loss.margin = 2.0
     features = torch.randn(12, 5)
@@ -148,7 +149,7 @@ def test_the_very_module_and_parameters_stay(make: Callable[[], nn.Module]) -> N
 
 
 def test_looking_at_a_module_changes_nothing_and_runs_no_hooks() -> None:
-    module = their_code.FuseNet(6, 7, **SIZES).requires_grad_(False).eval()
+    module = third_party.FuseNet(6, 7, **SIZES).requires_grad_(False).eval()
     module.t_info.append(nn.Dropout3d())  # draws from the generator that is looked at below
     seen: list[Any] = []
     module.register_forward_hook(lambda *call: seen.append(call[0]))
@@ -168,7 +169,7 @@ def test_looking_at_a_module_changes_nothing_and_runs_no_hooks() -> None:
 @pytest.mark.parametrize(("make", "why"), LOOK_ALIKES, ids=[why[:50] for _, why in LOOK_ALIKES])
 def test_a_look_alike_is_left_alone_with_a_line_that_says_why(make: Callable[[], nn.Module], why: str) -> None:
     module = make()
-    model = nn.ModuleDict({"head": module, "unit": their_code.TripletLoss()})
+    model = nn.ModuleDict({"head": module, "unit": third_party.TripletLoss()})
     cls, own = type(module), dict(vars(module))
     with pytest.warns(
         UserWarning, match=rf"^accelerate: head \({cls.__name__}\) looks like .* and is left alone: {why}"
@@ -190,7 +191,7 @@ def test_statistics_over_all_batches_are_theirs(make: Callable[[], nn.Module]) -
     assert_same(fast.state_dict(), plain.state_dict())
 
 
-class Renamed(their_code.TripletLoss):
+class Renamed(third_party.TripletLoss):
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
         return super().forward(feats, labels)
 
@@ -206,12 +207,12 @@ def test_arguments_keep_the_names_they_had() -> None:
 
 def test_under_autocast_the_loss_is_float32_as_theirs() -> None:
     features = torch.randn(12, 6, dtype=torch.bfloat16, requires_grad=True)
-    fast = rru_fast.accelerate(their_code.TripletLoss(5.0))
+    fast = rru_fast.accelerate(third_party.TripletLoss(5.0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = fast(features, PEOPLE)
     loss.backward()
     assert loss.dtype == torch.float32 and features.grad is not None and features.grad.dtype == torch.bfloat16
-    exact = their_code.TripletLoss(5.0)(features.double(), PEOPLE)
+    exact = third_party.TripletLoss(5.0)(features.double(), PEOPLE)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
@@ -229,12 +230,12 @@ def test_a_unit_without_data_yet_is_swapped(make: Callable[[], nn.Module]) -> No
 
 def test_a_scripted_module_beside_a_unit_is_passed_by() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
-    model = rru_fast.accelerate(nn.Sequential(scripted, their_code.RRU(6, **SIZES)))
+    model = rru_fast.accelerate(nn.Sequential(scripted, third_party.RRU(6, **SIZES)))
     assert isinstance(model[1], foreign.Foreign) and isinstance(model[0], torch.jit.ScriptModule)
 
 
 def test_a_weight_that_is_made_before_each_call_is_made_after_the_swap_too() -> None:
-    plain, fast = twins(their_code.RRU(6, **SIZES))
+    plain, fast = twins(third_party.RRU(6, **SIZES))
     for module in (plain, fast):
         prune.l1_unstructured(module.c_atten_z[1], "weight", 0.5)
     for module in (plain, fast):
@@ -258,7 +259,7 @@ def test_names_alone_mean_nothing() -> None:
 def test_a_loss_is_swapped_whatever_its_margin(margin: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(rru_fast.accelerate(their_code.TripletLoss(margin)), foreign.Foreign)
+        assert isinstance(rru_fast.accelerate(third_party.TripletLoss(margin)), foreign.Foreign)
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -291,7 +292,7 @@ def test_a_copy_is_as_fast_has_weights_of_its_own_and_comes_back(
 
 
 def test_the_backend_is_the_one_asked_for_and_can_be_changed() -> None:
-    module = rru_fast.accelerate(their_code.RRU(6, **SIZES).double(), backend="composite")
+    module = rru_fast.accelerate(third_party.RRU(6, **SIZES).double(), backend="composite")
     assert "rru_fast backend='composite'" in repr(module)
     x = maps()
     composite = module.eval()(x)
@@ -301,15 +302,15 @@ def test_the_backend_is_the_one_asked_for_and_can_be_changed() -> None:
 
 
 def test_graphs_are_refused_for_their_unit_before_anything_is_swapped() -> None:
-    model = nn.ModuleList([rru_fast.reference.RRU(6, (4, 4)), their_code.TripletLoss(), their_code.RRU(6, **SIZES)])
+    model = nn.ModuleList([rru_fast.reference.RRU(6, (4, 4)), third_party.TripletLoss(), third_party.RRU(6, **SIZES)])
     wanted = r"cuda_graph: got True with 2 \(RRU\), wanted False: rru-reid's RRU runs no CUDA graphs"
     with pytest.raises(ValueError, match=wanted):
         rru_fast.accelerate(model, cuda_graph=True)
-    assert [type(module) for module in model] == [rru_fast.reference.RRU, their_code.TripletLoss, their_code.RRU]
+    assert [type(module) for module in model] == [rru_fast.reference.RRU, third_party.TripletLoss, third_party.RRU]
 
 
 def test_an_attribute_that_is_called_backend_stays_the_modules_own() -> None:
-    module = their_code.TripletLoss()
+    module = third_party.TripletLoss()
     module.backend = "gloo"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
