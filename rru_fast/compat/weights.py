@@ -1,4 +1,4 @@
-"""Weights of the authors' own code, rru-reid and person-reid-lib, under this library's names and signs."""
+"""Conversion of weights from the authors' code, rru-reid and person-reid-lib, to this library's names and signs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor
 
-# theirs (inside `RRU`, or `fuse_net` of the whole network) -> ours
-ATTENTION = {  # 1x1 and full-size convolutions, that become matrices
+# Official names, inside `RRU` or the network's `fuse_net`, to those of `rru_fast.RRU`.
+ATTENTION = {  # 1x1 and full-size convolutions, flattened to matrices
     "s_atten_z.0.weight": "spatial_attention.0.weight",
     "s_atten_z.2.weight": "spatial_attention.2.weight",
     "c_atten_z.1.weight": "channel_attention.weight",
@@ -22,23 +22,24 @@ NAMES = {
     "reduce_dim_z.bn.num_batches_tracked": "transition_norm.num_batches_tracked",
     **ATTENTION,
 }
-OPTIONAL = {"reduce_dim_z.bn.num_batches_tracked"}  # not in weights saved before PyTorch 0.4.1
+OPTIONAL = {"reduce_dim_z.bn.num_batches_tracked"}  # PyTorch before 0.4.1 did not save it
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert an RRU's weights from the authors' code, for `rru_fast.RRU(channels).load_state_dict`.
+    """Convert the weights of the authors' RRU for `rru_fast.RRU(channels).load_state_dict`.
 
-    The authors feed the gate h - x_t where the paper has X_t - S_{t-1}: that half of the transition's weights changes
-    sign, and the outputs are the same.
+    The authors' gate takes S_{t-1} - X_t where the paper has X_t - S_{t-1}, so that half of the transition's weights
+    is negated; the outputs are the same.
 
     Args:
-        state_dict: of their `RRU`, of a module that holds one, or of the whole network; other entries are ignored.
+        state_dict: of the authors' `RRU`, of a module that contains one, or of the whole network; other entries are
+            ignored.
 
     Returns:
-        Our state_dict, with copies of the tensors.
+        A state_dict for `rru_fast.RRU`, with copies of the tensors.
 
     Raises:
-        TypeError: it is no mapping, or an entry of the RRU is no tensor.
+        TypeError: state_dict is not a mapping, or an entry of the RRU is not a tensor.
         ValueError: an entry is missing, there is more than one RRU, or a weight has another shape.
 
     >>> import rru_fast, torch
@@ -60,26 +61,27 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if len(prefixes) > 1:
         raise ValueError(f"state_dict: got {len(prefixes)} RRUs, under {prefixes}, wanted one")
     prefix = prefixes[0]
-    ours = {}
-    for theirs, name in NAMES.items():
-        if prefix + theirs in state_dict:
-            value = state_dict[prefix + theirs]
+    converted = {}
+    for official, name in NAMES.items():
+        if prefix + official in state_dict:
+            value = state_dict[prefix + official]
             if not isinstance(value, Tensor):
-                raise TypeError(f"state_dict[{prefix + theirs!r}]: got {type(value).__name__}, wanted a tensor")
-            ours[name] = value.detach().clone()
-        elif theirs not in OPTIONAL:
-            raise ValueError(f"state_dict: got no {prefix + theirs!r}, {wanted}")
-    _check_shapes(ours, prefix)
-    transition = ours["transition.weight"]
+                raise TypeError(f"state_dict[{prefix + official!r}]: got {type(value).__name__}, wanted a tensor")
+            converted[name] = value.detach().clone()
+        elif official not in OPTIONAL:
+            raise ValueError(f"state_dict: got no {prefix + official!r}, {wanted}")
+    _check_shapes(converted, prefix)
+    transition = converted["transition.weight"]
     transition[:, : transition.shape[1] // 2].neg_()
     for name in ATTENTION.values():
-        ours[name] = ours[name].flatten(1)
-    return ours
+        converted[name] = converted[name].flatten(1)
+    return converted
 
 
-def _check_shapes(ours: dict[str, Tensor], prefix: str) -> None:
-    """Hold the tensors, still as the authors' convolutions have them, to each other; -1 is any size."""
-    shapes = {name: tuple(value.shape) for name, value in ours.items()}
+def _check_shapes(tensors: dict[str, Tensor], prefix: str) -> None:
+    """Raise ValueError unless the tensors, in the authors' shapes, fit each other."""
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    # -1 is any size, and fills up shapes of too few dimensions, which the loop refuses.
     d, channels, *_ = (*shapes["transition.weight"], -1, -1)
     hidden, _, *spatial = (*shapes["spatial_attention.0.weight"], -1, -1)
     wanted = {
@@ -89,8 +91,8 @@ def _check_shapes(ours: dict[str, Tensor], prefix: str) -> None:
         "channel_attention.weight": ("(C, D, 1, 1)", (channels // 2, d, 1, 1)),
         "transition_norm.num_batches_tracked": ("()", ()),
     }
-    for theirs, name in NAMES.items():
+    for official, name in NAMES.items():
         meaning, sizes = wanted.get(name, ("(D,)", (d,)))
         got = shapes.get(name, sizes)
         if len(got) != len(sizes) or any(size not in (-1, n) for n, size in zip(got, sizes, strict=True)):
-            raise ValueError(f"{prefix}{theirs}: got shape {got}, wanted {meaning}")
+            raise ValueError(f"{prefix}{official}: got shape {got}, wanted {meaning}")

@@ -1,4 +1,4 @@
-"""A small call of `refine` with nothing wrong in it, to be spoilt one argument at a time."""
+"""Valid arguments of a small `refine` call, for tests to change one at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ B, T, C, H, W, D, A = 2, 3, 4, 3, 2, 5, 3
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """Tensors by name, some of them changed or added."""
-    good = {
+    """Tensors by name, with some of them changed or added."""
+    valid = {
         "x": torch.randn(B, T, C, H, W),
         "w": torch.randn(D, 2 * C),
         "gamma": torch.ones(D),
@@ -22,4 +22,4 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "running_mean": torch.zeros(D),
         "running_var": torch.ones(D),
     }
-    return {**good, **changes}
+    return {**valid, **changes}
