@@ -96,7 +96,7 @@ def test_checkpointed_gradients_are_the_same_and_statistics_take_both_forwards_a
 
 def test_a_unit_that_ends_the_checkpointed_part_counts_once() -> None:
     # Nothing after it is saved for the backward, so the second forward stops inside of it.
-    module = rru_fast.accelerate(PLAIN["ours"]())
+    module = rru_fast.accelerate(PLAIN["reference"]())
     x = maps(3).requires_grad_()
     checkpoint(lambda v: module(v).strips, x, use_reentrant=False).square().sum().backward()
     assert module.state_dict()["transition_norm.num_batches_tracked"] == 4

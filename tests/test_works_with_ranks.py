@@ -79,7 +79,7 @@ def test_two_ranks_train_as_plain_modules_under_ddp(how: str, name: str, two: li
 def test_a_module_that_is_sharded_itself_is_not_restored_but_one_inside_is(
     name: str, two: list[dict[str, Any]]
 ) -> None:
-    cls = "RRU" if name == "ours" else "FuseNet"
+    cls = "RRU" if name == "reference" else "FuseNet"
     for found in two:
         assert found[f"{name} restored"].startswith(f"restore: got a FSDP{cls}, wanted the {cls} that accelerate made")
         assert found[f"{name} inside"]

@@ -1,1 +1,1 @@
-"""Other people's code: models whose modules are swapped in place, and weights under other names."""
+"""Models of third-party code, swapped in place, and weights of the authors' code."""

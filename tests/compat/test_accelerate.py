@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,49 +17,86 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rru_fast
 from rru_fast import reference
-from rru_fast.compat import accelerate as swap
 from rru_fast.testing import EXACT, relative_error
+from tests import parity
 from tests.helpers import third_party
-from tests.helpers.modules import SIZES
+from tests.helpers.modules import PLAIN, SIZES, bound_backend, first_two, loss_of, maps
 
 
-class Video(nn.Module):
-    """A model of somebody's own."""
+class Mixed(nn.Module):
+    """Nested and shared modules of both kinds, from maps (B, T, 6, 4, 4) to a loss."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.refine = nn.Sequential(nn.Identity(), reference.RRU(6, (3, 2), hidden=5))
-        self.again = self.refine[1]  # shared
-        self.loss = reference.BatchHardTripletLoss(margin=0.4)
+        self.unit, self.fuse_net = (
+            reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5),
+            third_party.FuseNet(6, 7, **SIZES),
+        )
+        self.branches = nn.ModuleList([nn.Sequential(nn.Identity(), self.unit), nn.Sequential(self.fuse_net)])
+        self.losses = nn.ModuleList([reference.BatchHardTripletLoss(0.4), third_party.TripletLoss(0.4)])
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        out = self.again(self.refine(x).features)
-        return self.loss(out.strips.permute(2, 0, 1), labels) + self.loss(out.features.mean((1, 3, 4)), labels)
+    def forward(self, x: torch.Tensor, people: torch.Tensor) -> torch.Tensor:
+        maps = self.branches[0](x).features
+        clips, strips = self.branches[1](maps)
+        again, _ = self.fuse_net(self.unit(x).features)
+        strip_loss, clip_loss = self.losses
+        return strip_loss(strips.permute(2, 0, 1), people) + clip_loss(clips, people) + clip_loss(again, people)
 
 
-def test_a_swapped_model_gives_the_same_losses_and_gradients_and_comes_back() -> None:
-    model, labels = Video().double(), torch.tensor([0, 0, 1, 1])
-    x = torch.randn(4, 3, 6, 3, 2, dtype=torch.float64)
+PEOPLE = torch.arange(6) // 2
+SWAPPED = {"unit", "fuse_net", "losses.0", "losses.1"}
+
+
+def a_batch(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return maps(6, 3, dtype=torch.float64).to(dtype)
+
+
+def without_wrapper(name: str) -> str:
+    return name.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def swapped(model: nn.Module) -> set[str]:
+    """The names of the modules that accelerate swapped."""
+    return {without_wrapper(name) for name, module in model.named_modules() if "_accelerated_from" in vars(module)}
+
+
+def training(model: nn.Module, steps: int) -> list[float]:
+    """Losses of steps of SGD, on the same maps for every model."""
+    torch.manual_seed(3)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(a_batch(next(model.parameters()).dtype), PEOPLE)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_swapped_model_gives_the_same_losses_and_gradients_and_is_restored() -> None:
+    model, x = Mixed().double(), a_batch()
     parameters = dict(model.named_parameters())
-    before = model(x, labels)
+    before = model(x, PEOPLE)
     wanted = torch.autograd.grad(before, list(parameters.values()))
-    keys = list(model.state_dict())
+    keys, own = list(model.state_dict()), {name: dict(vars(module)) for name, module in model.named_modules()}
 
     assert rru_fast.accelerate(model) is model
-    assert type(model.again) is rru_fast.RRU
-    assert type(model.loss) is rru_fast.BatchHardTripletLoss
-    after = model(x, labels)
+    assert swapped(model) == SWAPPED
+    assert type(model.unit) is rru_fast.RRU
+    assert type(model.losses[0]) is rru_fast.BatchHardTripletLoss
+    assert type(model.fuse_net) is third_party.FuseNet
+    after = model(x, PEOPLE)
     for got, want in zip(torch.autograd.grad(after, list(parameters.values())), wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
     assert torch.allclose(after, before, rtol=1e-12)
     assert list(model.state_dict()) == keys
 
     assert rru_fast.restore(model) is model
-    assert type(model.again) is reference.RRU
-    assert type(model.loss) is reference.BatchHardTripletLoss
+    assert type(model.unit) is reference.RRU
+    assert type(model.losses[0]) is reference.BatchHardTripletLoss
+    assert {name: vars(module) for name, module in model.named_modules()} == own
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name]
-    assert vars(model.loss).keys() == vars(reference.BatchHardTripletLoss()).keys()
 
 
 def test_hooks_and_optimizers_survive() -> None:
@@ -73,17 +112,24 @@ def test_hooks_and_optimizers_survive() -> None:
     assert not torch.equal(model.transition.weight, weight)
 
 
-def test_the_chosen_backend_is_what_runs() -> None:
-    model = rru_fast.accelerate(reference.RRU(6, (3, 2), hidden=5), backend="composite")
-    assert model.backend == "composite"
+def test_the_backend_is_the_one_asked_for_and_can_be_changed() -> None:
     with pytest.raises(ValueError, match="backend: got 'warp', wanted 'auto' or one of"):
         rru_fast.accelerate(reference.RRU(6, (3, 2)), backend="warp")
+    model = rru_fast.accelerate(Mixed().double(), backend="composite").eval()
+    x = a_batch()
+    composite = model(x, PEOPLE)
+    for backend in [*parity.COMPILED, "reference"]:
+        assert relative_error(rru_fast.accelerate(model, backend=backend)(x, PEOPLE), composite) <= EXACT
+        assert model.unit.backend == bound_backend(model.fuse_net) == backend
+    assert swapped(rru_fast.restore(model)) == set()
 
 
-def test_accelerating_again_changes_the_backend() -> None:
-    model = rru_fast.accelerate(reference.RRU(6, (3, 2)), backend="reference")
-    assert rru_fast.accelerate(model, backend="composite").backend == "composite"
-    assert type(rru_fast.restore(model)) is reference.RRU
+def test_cuda_graphs_are_refused_for_a_third_party_unit_before_anything_is_swapped() -> None:
+    model = nn.ModuleList([reference.RRU(6, (4, 4)), third_party.TripletLoss(), third_party.RRU(6, **SIZES)])
+    wanted = r"cuda_graph: got True with 2 \(RRU\), wanted False: rru-reid's RRU runs no CUDA graphs"
+    with pytest.raises(ValueError, match=wanted):
+        rru_fast.accelerate(model, cuda_graph=True)
+    assert swapped(model) == set()
 
 
 def test_modules_built_fast_stay_fast_through_restore() -> None:
@@ -109,72 +155,6 @@ def test_nothing_to_restore_warns() -> None:
 def test_copies_of_an_accelerated_model_can_be_restored() -> None:
     model = copy.deepcopy(rru_fast.accelerate(reference.RRU(6, (3, 2))))
     assert type(rru_fast.restore(model)) is reference.RRU
-
-
-def test_a_model_compiled_before_the_swap_runs_the_fast_forward_after_it() -> None:
-    model = reference.RRU(6, (3, 2), hidden=5).eval()
-    compiled = torch.compile(model, backend="aot_eager")
-    x = torch.randn(2, 3, 6, 3, 2)
-    before = compiled(x).features
-    rru_fast.accelerate(model)
-    model.backend = "nonsense"  # only the fast forward looks at it
-    with pytest.raises(Exception, match="nonsense"):
-        compiled(x)
-    model.backend = "auto"
-    assert torch.allclose(compiled(x).features, before, atol=1e-6)
-    # The error left the compiler in the middle of our registration; a plain backward must not feel it.
-    model.train()(x).strips.square().sum().backward()
-    assert model.transition.weight.grad.abs().max() > 0
-
-
-class Mixed(nn.Module):
-    """Modules of both kinds, nested, and one of each shared; from maps (B, T, 6, 4, 4) to a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        unit = reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5)
-        theirs = third_party.FuseNet(6, 7, **SIZES)
-        self.branches = nn.ModuleDict({"ours": nn.Sequential(nn.Identity(), unit), "theirs": nn.ModuleList([theirs])})
-        self.unit, self.theirs = unit, theirs
-        self.losses = nn.ModuleList([reference.BatchHardTripletLoss(0.4), third_party.TripletLoss(0.4)])
-
-    def forward(self, x: torch.Tensor, people: torch.Tensor) -> torch.Tensor:
-        maps = self.branches["ours"](x).features
-        clips, strips = self.branches["theirs"][0](maps)
-        again, _ = self.theirs(self.unit(x).features)
-        ours, theirs = self.losses
-        return ours(strips.permute(2, 0, 1), people) + theirs(clips, people) + theirs(again, people)
-
-
-PEOPLE = torch.arange(6) // 2
-SWAPPED = {"branches.ours.1", "branches.theirs.0", "losses.0", "losses.1"}
-
-
-def a_batch(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(6, 3, 6, 4, 4).to(dtype)
-
-
-def inside(name: str) -> str:
-    """A name without what wrappers put before it."""
-    return name.removeprefix("_orig_mod.").removeprefix("module.")
-
-
-def swapped(model: nn.Module) -> set[str]:
-    """Names of the modules that are fast."""
-    return {inside(name) for name, module in model.named_modules() if swap._accelerated(module)}
-
-
-def training(model: nn.Module, steps: int) -> list[float]:
-    """Losses of steps of SGD, on the same maps for every model."""
-    torch.manual_seed(3)
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(a_batch(next(model.parameters()).dtype), PEOPLE)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 @pytest.fixture
@@ -218,7 +198,7 @@ def test_a_model_swapped_before_or_after_it_is_wrapped_trains_on_and_back(name: 
     assert swapped(wrapped) == set()
     for key, parameter in wrapped.named_parameters():
         assert parameter is parameters[key]
-    state = {inside(key): value for key, value in wrapped.state_dict().items()}
+    state = {without_wrapper(key): value for key, value in wrapped.state_dict().items()}
     for key, trained in plain.state_dict().items():
         assert relative_error(state[key].double(), trained.double()) <= EXACT, key
     assert training(wrapped, 1) == pytest.approx(training(plain, 1), rel=1e-9)
@@ -274,19 +254,28 @@ def test_an_average_of_a_swapped_model_is_the_average_of_the_plain_one_and_is_fa
     assert swapped(rru_fast.restore(of_fast)) == set()
 
 
-def test_a_model_of_theirs_compiled_before_the_swap_runs_the_fast_forward_after_it() -> None:
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_model_compiled_before_the_swap_runs_the_fast_forward_after_it(kind: str) -> None:
     torch._dynamo.reset()
-    model = third_party.FuseNet(6, 7, **SIZES).eval()
+    model: Any = PLAIN[kind]().eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = a_batch(torch.float32)
-    before = compiled(x)
+    x = maps(2)
+    before = first_two(compiled(x))
+
+    def use(backend: str) -> None:
+        if kind == "reference":
+            model.backend = backend
+        else:
+            model.forward = partial(model.forward.func, model, backend)
+
     rru_fast.accelerate(model)
-    model._accelerated_backend = "nonsense"  # only the fast forward looks at it
+    use("nonsense")  # only the fast forward reads it
     with pytest.raises(Exception, match="nonsense"):
         compiled(x)
-    model._accelerated_backend = "auto"
-    for state in ("fast", "plain"):
-        if state == "plain":
-            rru_fast.restore(model)
-        for got, wanted in zip(compiled(x), before, strict=True):
+    use("auto")
+    for change in (rru_fast.accelerate, rru_fast.restore):
+        for got, wanted in zip(first_two(change(model) and compiled(x)), before, strict=True):
             assert relative_error(got, wanted) <= 1e-6
+    # The error left the compiler in the middle of an operator's registration; a plain backward must not be affected.
+    loss_of(rru_fast.accelerate(model).train()(x)).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())

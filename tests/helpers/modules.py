@@ -1,4 +1,4 @@
-"""Small units of both kinds, this library's and other people's, and maps for them."""
+"""Small plain modules, of the reference and third-party, that accelerate swaps, and clips for them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.helpers import third_party
 
 PEOPLE = torch.arange(12) // 3
 SIZES = {"size": 4, "hidden": 8, "spatial_hidden": 5}
-# Plain modules from maps (B, T, 6, 4, 4); what accelerate makes of them is under test.
 PLAIN: dict[str, Callable[[], nn.Module]] = {
-    "ours": lambda: reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5),
-    "theirs": lambda: third_party.FuseNet(6, 7, **SIZES),
+    "reference": lambda: reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5),
+    "third-party": lambda: third_party.FuseNet(6, 7, **SIZES),
 }
 every_unit = pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN.keys())
 
 
 def maps(clips: int, frames: int = 4, **options: Any) -> Tensor:
+    """Random clips (B, T, 6, 4, 4)."""
     return torch.randn(clips, frames, 6, 4, 4, **options)
 
 
@@ -38,9 +38,15 @@ def loss_of(out: Any) -> Tensor:
 
 
 def through_a_file(module: nn.Module) -> nn.Module:
-    """The module as another process would load it."""
+    """Save the module and load it as another process would."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
     loaded: nn.Module = torch.load(file, weights_only=False)
     return loaded
+
+
+def bound_backend(module: nn.Module) -> str | None:
+    """The backend of the fast forward that accelerate bound to a third-party module; None without one."""
+    forward = vars(module).get("forward")
+    return forward.args[1] if "_accelerated_from" in vars(module) and forward is not None else None

@@ -1,4 +1,4 @@
-"""The unit of the RRU's authors and torchreid's loss, as a user would have them: by their names, shapes and layouts."""
+"""Third-party modules as users have them, in names, shapes and layouts: the authors' units and batch-hard losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ConvNormReLU(nn.Module):
 
 
 class RRU(nn.Module):
-    """rru-reid: attention by convolutions, the appearance difference as past minus present, (B, C, T, H, W) out."""
+    """rru-reid: attention by convolutions, the appearance difference S - X_t; returns (B, C, T, H, W)."""
 
     def __init__(self, input_size: int, size: int = 8, hidden: int = 256, spatial_hidden: int = 128) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RRU(nn.Module):
 
 
 class FuseNet(RRU):
-    """person-reid-lib: the unit with convolutions over space and time behind it; clips (B, hidden_size) and strips."""
+    """person-reid-lib: the unit, then convolutions over space and time; returns clips (B, hidden_size) and strips."""
 
     def __init__(self, input_size: int, hidden_size: int, size: int = 8, hidden: int = 256, spatial_hidden: int = 128):
         super().__init__(input_size, size, hidden, spatial_hidden)
@@ -72,7 +72,7 @@ class FuseNet(RRU):
 
 
 class TripletLoss(nn.Module):
-    """torchreid: batch-hard, Euclidean, the distances' squares clamped, the hinge by MarginRankingLoss."""
+    """torchreid: batch-hard with Euclidean distances, their squares clamped, and MarginRankingLoss."""
 
     def __init__(self, margin: float = 0.3) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class TripletLoss(nn.Module):
 
 
 class BatchHardTripletLoss(TripletLoss):
-    """person-reid-lib's own, of batches with as many images of each person."""
+    """person-reid-lib: the same for batches with equally many images of each person."""
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         distances, same = self.distances(inputs), targets[:, None] == targets[None]
