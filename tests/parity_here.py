@@ -1,6 +1,6 @@
-"""Hold the C++ kernels to the oracle in this process, as the environment caps it: `python -m tests.parity_here`.
+"""Test the C++ kernels against the oracle at the SIMD capability that the environment allows.
 
-Prints the SIMD capability and whether bfloat16 is multiplied in bfloat16; raises where a result is off.
+`python -m tests.parity_here` prints the capability and True if bf16 is multiplied in bf16; it raises on a mismatch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CASES = [
     Case(mode="continued", attention="channel"),
     Case((6, 3, 5, 2, 2), inputs="raw", bn_groups=3),
     Case((2, 3, 7, 1, 1), hidden=3),  # one position
-    Case((3, 3, 70, 9, 8), hidden=70),  # more positions, channels and gate channels than a tile has
-    Case((5, 2, 600, 4, 4), hidden=66, inputs="raw"),  # a product in several runs
+    Case((3, 3, 70, 9, 8), hidden=70),  # more positions, channels and gate channels than a tile
+    Case((5, 2, 600, 4, 4), hidden=66, inputs="raw"),  # the product's inner dimension takes several blocks
 ]
 
 

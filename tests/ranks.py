@@ -1,4 +1,4 @@
-"""A function run in several processes at once, the ranks of a gloo group, and what each of them returned."""
+"""Run a function on several ranks of a gloo group, each a process, and collect the results."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch.multiprocessing as mp
 
 
 def in_ranks(size: int, folder: Path, function: Callable[[int], Any]) -> list[Any]:
-    """function(rank) of every rank; an error in one ends all and is raised here."""
+    """Return function(rank) of every rank, in order; an error on one rank ends all and is raised here."""
     mp.spawn(_rank, (size, folder, function), nprocs=size)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def _rank(rank: int, size: int, folder: Path, function: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
-    # Ranks that wait for one that never comes give up, so that a test fails where it would hang.
+    # A rank that waits for one that died gives up, so that the test fails instead of hanging.
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
     torch.save(function(rank), folder / f"{rank}.pt")
-    dist.barrier()  # none leaves while another still listens to it
+    dist.barrier()  # no rank exits while another may still receive from it
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the interpreter's own end aborts where a thread of gloo's is still inside PyTorch
+    os._exit(0)  # normal interpreter shutdown aborts if a gloo thread is still inside PyTorch

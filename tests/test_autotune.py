@@ -1,4 +1,4 @@
-"""Autotuning by itself, on calls that take as long as a test says."""
+"""Autotuning, on calls whose durations the tests set."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tune(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[LaunchConfig], float], others: Any, sizes: tuple[Any, ...] = ()
 ) -> tuple[LaunchConfig, list[LaunchConfig]]:
-    """The config found where a call takes `seconds`, and all that were tried."""
+    """Return the config found where a call takes `seconds(config)`, and the configs tried."""
     tried: list[LaunchConfig] = []
 
     def run(config: LaunchConfig) -> None:
@@ -172,7 +172,7 @@ def test_every_candidate_of_every_operator_is_read_back(monkeypatch: pytest.Monk
 
 
 class Clock:
-    """A GPU's queue in place of torch.cuda: events, calls and waits in order."""
+    """Simulated GPU stream in place of torch.cuda: events, calls and waits in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.waits = 0.0, 0

@@ -1,4 +1,4 @@
-"""show_config, the package's face, and the examples in its docstrings."""
+"""Backends and show_config, the public names, docstring examples, and imports between layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import rru_fast
 from rru_fast import backends
 
-# Not the extension: rru_fast.native decides whether it may be loaded.
+# Without the extension: only rru_fast.native loads it, after its checks.
 MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast.") if m.name[-3:] != "._C")]
 
 
@@ -49,14 +49,14 @@ def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: 
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-def test_what_auto_runs_is_an_available_backend(device: str) -> None:
+def test_auto_chooses_an_available_backend(device: str) -> None:
     chosen = backends.choose("auto", torch.device(device))
     assert backends.BACKENDS[chosen] is None
     assert chosen != "reference"
 
 
 @pytest.mark.parametrize(("missing", "chosen"), [(None, "cpu"), ("no compiler", "composite")])
-def test_auto_runs_the_native_kernels_on_a_cpu_where_they_serve(
+def test_auto_chooses_the_native_kernels_on_a_cpu_where_available(
     missing: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cpu", missing)
@@ -64,13 +64,13 @@ def test_auto_runs_the_native_kernels_on_a_cpu_where_they_serve(
     assert backends.choose("auto", torch.device("cuda")) == "composite"
 
 
-def test_a_backend_of_the_cpu_serves_tensors_on_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_backend_serves_only_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cpu", None)
     assert {"reference", "composite", "cpu"} <= set(backends.serving(torch.device("cpu")))
     assert "cpu" not in backends.serving(torch.device("cuda"))
 
 
-def test_the_cpu_backend_refuses_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_backend_refuses_tensors_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cpu", None)
     with pytest.raises(ValueError, match=r"^backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on"):
         rru_fast.strip_pool(torch.empty(1, 1, 1, 1, 1, device="meta"), backend="cpu")
@@ -89,7 +89,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of ours that a file imports, as dotted names."""
+    """First-party modules that a file imports, as dotted names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -99,7 +99,7 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("rru_fast", "training", "benchmarks")}
 
 
-# By layer, all of this package that it may import; of a package, its own files too.
+# What each layer may import of rru_fast; a package may also import its own files.
 FOOT = {"types", "distributed", "checks"}
 MAY_IMPORT = {
     "types.py": set(),
@@ -119,7 +119,7 @@ MAY_IMPORT = {
 
 
 @pytest.mark.parametrize("layer", MAY_IMPORT)
-def test_arrows_run_one_way(layer: str) -> None:
+def test_layers_import_only_lower_layers(layer: str) -> None:
     root = Path(rru_fast.__file__).parent
     files = [root / layer] if layer.endswith(".py") else list((root / layer).rglob("*.py"))
     assert files

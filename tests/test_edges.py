@@ -1,7 +1,7 @@
-"""Values at the edges: all equal, large, huge, denormal, infinite and NaN, in maps, weights and features.
+"""Extreme values: all equal, large, huge, denormal, infinite and NaN, in maps, weights and features.
 
-What comes out is what the reference gives, NaN and infinities in the same places, but for what is said in each test.
-16-bit tensors are held to the reference in float32 on the same values, since that is the arithmetic of the kernels.
+Results equal those of the reference, NaN and infinities in the same places; each test states its exceptions. 16-bit
+tensors are compared with the reference in fp32 on the same values, since kernels compute in fp32.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ every_value = pytest.mark.parametrize("value", list(VALUES[torch.float32]))
 WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
 
-def kinds(v: Tensor) -> Tensor:
-    """0 for a number, 1 for an infinity, 2 for NaN."""
+def value_classes(v: Tensor) -> Tensor:
+    """Classify each value: 0 if finite, 1 if infinite, 2 if NaN."""
     return torch.where(v.isnan(), 2, v.isinf().int())
 
 
 def assert_same(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """NaN and infinities are in the same places, and the numbers are near."""
+    """Assert that NaN and infinities are in the same places and finite values are close."""
     wanted = wanted.to(got.dtype)
-    assert torch.equal(kinds(got), kinds(wanted)), name
+    assert torch.equal(value_classes(got), value_classes(wanted)), name
     numbers = wanted.isfinite()
     got, wanted = got[numbers].double(), wanted[numbers].double()
     if numbers.any():
@@ -47,8 +47,8 @@ def assert_same(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> Non
         assert torch.allclose(got, wanted, rtol=tolerance, atol=nearly), name
 
 
-def spoilt_calls(value: str, mode: str) -> Iterator[tuple[str, Case, Call, float]]:
-    """Calls of `refine` with the value in one number of X, all over X, and in each of the weights; their tolerance."""
+def calls_with(value: str, mode: str) -> Iterator[tuple[str, Case, Call, float]]:
+    """Yield calls of `refine` with the value in one element of X, all over X, and in each weight; with tolerances."""
     case = Case((4, 4, 6, 3, 2), mode=mode)
     for dtype, values in VALUES.items():
         number = values[value]
@@ -63,11 +63,11 @@ def spoilt_calls(value: str, mode: str) -> Iterator[tuple[str, Case, Call, float
             yield f"{where}, {dtype}", case, call, TOLERANCE[dtype]
 
 
-def from_the_second_frame(call: Call) -> Results:
-    """The reference in float32 told that S_1 = X_1, as it is; eval mode.
+def reference_with_exact_first_frame(call: Call) -> Results:
+    """Run the reference in fp32 and eval mode from the second frame, with S_1 = X_1 as its state.
 
-    Left to itself it runs the gate at t = 1 too, for S_1 = X_1 + Z_1 (X_1 - X_1): a Z_1 that is NaN makes S_1 NaN and
-    all that follows. The other backends leave that step out.
+    Otherwise the reference also runs the gate at t = 1, S_1 = X_1 + Z_1 (X_1 - X_1), where a NaN in Z_1 makes S_1 and
+    all later frames NaN. The other backends skip that step.
     """
     low = call.map(lambda v: v.float())
     first = low.x[:, 0]
@@ -80,53 +80,53 @@ def from_the_second_frame(call: Call) -> Results:
 
 @every_backend
 @every_value
-def test_in_eval_mode_refine_gives_what_the_reference_gives(value: str, backend: str) -> None:
-    for where, case, call, tolerance in spoilt_calls(value, "eval"):
+def test_in_eval_mode_refine_equals_the_reference(value: str, backend: str) -> None:
+    for where, case, call, tolerance in calls_with(value, "eval"):
         if value == "infinite" and where.startswith("gamma"):
-            continue  # F.batch_norm takes beta - mean gamma r, infinity minus infinity; the others (u - mean) r first
+            continue  # F.batch_norm computes beta - mean gamma r, inf - inf; the backends multiply (u - mean) r first
         got = parity.run(case, call, backend)
-        for name, wanted in from_the_second_frame(call).items():
+        for name, wanted in reference_with_exact_first_frame(call).items():
             assert_same(f"{name}, {where}", got[name], wanted, tolerance)
 
 
 @every_backend
 @every_value
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_refine_is_a_number_where_the_reference_is_one(mode: str, value: str, backend: str) -> None:
-    """Outputs and gradients; more may be, where the reference's gate at t = 1 or its variances' gradients overflow."""
-    for where, case, call, _ in spoilt_calls(value, mode):
+def test_refine_is_finite_where_the_reference_is(mode: str, value: str, backend: str) -> None:
+    """Outputs and gradients. The reference overflows more often: in its gate at t = 1 and in gradients of variances."""
+    for where, case, call, _ in calls_with(value, mode):
         got = parity.run(case, call, backend)
         low = call.map(lambda v: v.float())
         for name, wanted in parity.run(case, low, "reference").items():
             lost = wanted.to(got[name].dtype).isfinite() & ~got[name].isfinite()
             assert not lost.any(), f"{name}, {where}"
-        assert torch.equal(kinds(got["features"][:, 0]), kinds(call.x[:, 0])), where
+        assert torch.equal(value_classes(got["features"][:, 0]), value_classes(call.x[:, 0])), where
 
 
 @every_backend
 @every_value
-def test_in_training_refine_gives_what_the_reference_gives(value: str, backend: str) -> None:
-    for where, case, call, tolerance in spoilt_calls(value, "train"):
+def test_in_training_refine_equals_the_reference(value: str, backend: str) -> None:
+    for where, case, call, tolerance in calls_with(value, "train"):
         if not where.startswith(("one number", "x", "w,")):
-            continue  # NaN in the reference's S_1: see above
+            continue  # NaN in the reference's S_1: see reference_with_exact_first_frame
         names = ["running_mean", "running_var"]
-        if value != "huge":  # of float32 maps a variance beyond float32 is infinite here, and float64 in F.batch_norm
+        if value != "huge":  # a variance beyond fp32 is infinite here, but finite in F.batch_norm, which has fp64
             names += ["features", "strips"]
         got = parity.run(case, call, backend)
         wanted = parity.run(case, call.map(lambda v: v.float()), "reference")
         for name in names:
-            ours, theirs = got[name], wanted[name]
+            result, expected = got[name], wanted[name]
             if name == "features":
-                ours, theirs = ours[:, 1:], theirs[:, 1:]
-            assert_same(f"{name}, {where}", ours, theirs, 2 * tolerance)
+                result, expected = result[:, 1:], expected[:, 1:]
+            assert_same(f"{name}, {where}", result, expected, 2 * tolerance)
 
 
 @every_backend
 @every_value
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("margin", [0.3, "soft"])
-def test_batch_hard_triplet_gives_the_references_losses(margin: Any, metric: str, value: str, backend: str) -> None:
-    """And a gradient that is no number wherever a loss is none; of ties, which partner moves is each backend's own."""
+def test_batch_hard_triplet_equals_the_reference(margin: Any, metric: str, value: str, backend: str) -> None:
+    """Losses, and NaN in the gradient wherever a loss is NaN; among ties backends may move different partners."""
     for dtype, values in VALUES.items():
         for where in ("one number", "a feature", "everywhere"):
             for seed in range(3):
@@ -150,8 +150,8 @@ def test_batch_hard_triplet_gives_the_references_losses(margin: Any, metric: str
 
 @every_backend
 @every_value
-def test_strip_pool_gives_what_the_reference_gives(value: str, backend: str) -> None:
-    """The C++ sums in float64, and so does not overflow before the mean does: it is held to the reference in that."""
+def test_strip_pool_equals_the_reference(value: str, backend: str) -> None:
+    """The C++ kernel sums in fp64, where only the mean can overflow: it is compared with the reference in fp64."""
     for dtype, values in VALUES.items():
         for number in (values[value], torch.finfo(dtype).max * 0.9 if value == "huge" else values[value]):
             for where in ("one number", "everywhere"):

@@ -1,7 +1,7 @@
-"""Every error that the library raises for what it is given: the call, and the message word by word.
+"""Errors of the library's argument checks: each call, and the exact message.
 
-A message names the argument, what it got and what it wanted. The last tests hold the table to the sources: each raise
-is listed here, or named with where else it is tested.
+A message names the argument, what it got and what it wanted. The last test compares the tables with the sources: every
+raise statement is listed here, or in ELSEWHERE with the file that tests it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OFFICIAL = {
     "s_atten_z.0.weight": torch.zeros(5, 1, 2, 3),
     "s_atten_z.2.weight": torch.zeros(6, 5, 1, 1),
 }
-LAST = "c_atten_z.1.weight"  # of the authors' names
+LAST = "c_atten_z.1.weight"  # the authors' name of the channel attention
 Calls = dict[str, Callable[[], object]]
-"""By what they end in, the error's type and its message."""
+"""Calls by the error's type and message."""
 
 
 def refine(**changes: Any) -> object:
@@ -69,12 +69,12 @@ def group_of_one() -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group()
 
 
-def in_groups_and_ranks() -> None:
+def groups_of_ranks() -> None:
     with group_of_one() as process_group:
         train(bn_groups=2, process_group=process_group)
 
 
-def synchronised_in_groups() -> None:
+def groups_with_sync_norm() -> None:
     module = unit(bn_groups=2)
     module.transition_norm = nn.SyncBatchNorm(256)  # type: ignore[assignment]
     module(torch.randn(B, T, C, H, W))
@@ -85,14 +85,14 @@ class Adapted(nn.Linear):
         return super().forward(input) + 1
 
 
-def replaced(**layers: nn.Module) -> object:
+def with_layers(**layers: nn.Module) -> object:
     module = unit()
     for name, layer in layers.items():
         setattr(module, name, layer)
     return module(torch.randn(B, T, C, H, W))
 
 
-def other_maps() -> object:
+def maps_of_another_size() -> object:
     model = rru_fast.accelerate(third_party.RRU(C, size=2, hidden=D, spatial_hidden=A))
     return model(torch.randn(B, T, C, 1, 4))
 
@@ -108,7 +108,7 @@ def forward_mode() -> None:
     torch.func.jvp(rru_fast.strip_pool, (s,), (s,))
 
 
-def unsaved() -> None:
+def backward_without_save() -> None:
     good = arguments(w=torch.randn(D, 2 * C, requires_grad=True))
     ops.refine.refine(*good.values(), None, None, None, "appearance+motion", False, 1e-3, 1, "", [], False, "composite")
 
@@ -172,7 +172,7 @@ OF_REFINE: Calls = {
     "ValueError: eps: got nan, wanted a number above 0": lambda: refine(eps=float("nan")),
     "ValueError: eps: got 0.0, wanted a number above 0": lambda: refine(eps=0.0),
     "ValueError: bn_groups: got 0, wanted an integer of at least 1": lambda: refine(bn_groups=0),
-    "ValueError: bn_groups: got 2 with a process_group, wanted 1: statistics are of all clips": in_groups_and_ranks,
+    "ValueError: bn_groups: got 2 with a process_group, wanted 1: statistics are of all clips": groups_of_ranks,
     "TypeError: process_group: got 'world', wanted a torch.distributed.ProcessGroup of this rank's, or None": (
         lambda: refine(process_group="world")
     ),
@@ -186,7 +186,7 @@ OF_REFINE: Calls = {
         state=State(torch.zeros(B, C, H, W), torch.zeros(B, C, H, W))
     ),
     "ValueError: x: got 2 clips, wanted a multiple of bn_groups=3": lambda: train(bn_groups=3),
-    # As torch's BatchNorm says it, word by word.
+    # The exact message of torch's BatchNorm.
     "ValueError: Expected more than 1 value per channel when training, got input size torch.Size([1, 5, 1, 1])": (
         lambda: train(x=torch.randn(1, T, C, 1, 1), w_s1=torch.randn(A, 1), w_s2=torch.randn(1, A))
     ),
@@ -229,7 +229,7 @@ OF_OTHERS: Calls = {
     "RuntimeError: rru_fast.strip_pool: got a backend whose forward-mode and torch.func derivatives are not "
     "implemented, wanted backend='reference'": forward_mode,
     "RuntimeError: rru_fast::refine: got inputs that require gradients in a program that was exported under "
-    "torch.no_grad(), wanted it called under torch.no_grad() too (save=False)": unsaved,
+    "torch.no_grad(), wanted it called under torch.no_grad() too (save=False)": backward_without_save,
     "TypeError: s: got a nested tensor, wanted a dense tensor (B, T, C, H, W)": lambda: rru_fast.strip_pool(
         torch.nested.nested_tensor([torch.randn(3, 4, 2, 2), torch.randn(2, 4, 2, 2)])
     ),
@@ -276,20 +276,20 @@ OF_MODULES: Calls = {
     "ValueError: x: got 3 clips, wanted a multiple of bn_groups=2": lambda: unit(bn_groups=2)(
         torch.randn(3, 3, 4, 3, 2)
     ),
-    "ValueError: transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2": synchronised_in_groups,
+    "ValueError: transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2": groups_with_sync_norm,
     "ValueError: lengths, state: got them with batch statistics (training), wanted running ones (eval mode)": (
         lambda: reference.RRU(4, (3, 2))(torch.randn(2, 3, 4, 3, 2), lengths=torch.tensor([1, 2]))
     ),
-    "TypeError: transition_norm: got GroupNorm, wanted a BatchNorm2d or SyncBatchNorm": lambda: replaced(
+    "TypeError: transition_norm: got GroupNorm, wanted a BatchNorm2d or SyncBatchNorm": lambda: with_layers(
         transition_norm=nn.GroupNorm(1, 256)
     ),
     "TypeError: transition: got Conv2d, wanted a Conv2d without bias: its weight is read, its forward not called": (
-        lambda: replaced(transition=nn.Conv2d(2 * C, 256, 1))
+        lambda: with_layers(transition=nn.Conv2d(2 * C, 256, 1))
     ),
     "TypeError: channel_attention: got Adapted, wanted a Linear without bias: its weight is read, its forward not "
-    "called": lambda: replaced(channel_attention=Adapted(256, C, bias=False)),
+    "called": lambda: with_layers(channel_attention=Adapted(256, C, bias=False)),
     "TypeError: spatial_attention.1: got GELU, wanted a ReLU: its weight is read, its forward not called": lambda: (
-        replaced(spatial_attention=nn.Sequential(nn.Linear(6, 3, False), nn.GELU(), nn.Linear(3, 6, False)))
+        with_layers(spatial_attention=nn.Sequential(nn.Linear(6, 3, False), nn.GELU(), nn.Linear(3, 6, False)))
     ),
     "TypeError: gather: got 'no', wanted True or False": lambda: rru_fast.BatchHardTripletLoss(gather="no"),  # type: ignore[arg-type]
     "ValueError: margin: got inf, wanted a finite number or 'soft'": lambda: rru_fast.BatchHardTripletLoss(
@@ -309,7 +309,7 @@ OF_MODULES: Calls = {
 OF_OFFICIAL_WEIGHTS: Calls = {
     "TypeError: state_dict: got list, wanted a mapping of names to tensors": lambda: rru_fast.from_official([]),
     f"TypeError: state_dict[{LAST!r}]: got int, wanted a tensor": lambda: rru_fast.from_official({**OFFICIAL, LAST: 3}),
-    "ValueError: x: got shape (2, 3, 4, 1, 4), wanted (B, T, 4, 2, 2)": other_maps,
+    "ValueError: x: got shape (2, 3, 4, 1, 4), wanted (B, T, 4, 2, 2)": maps_of_another_size,
     "ValueError: state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or "
     "person-reid-lib": lambda: rru_fast.from_official({}),
     "ValueError: state_dict: got 2 RRUs, under ['a.', 'b.'], wanted one": lambda: rru_fast.from_official(
@@ -330,21 +330,20 @@ OF_OFFICIAL_WEIGHTS: Calls = {
 
 ERRORS = [*OF_REFINE.items(), *OF_OTHERS.items(), *OF_MODULES.items(), *OF_OFFICIAL_WEIGHTS.items()]
 ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
-# Raised where one process without a GPU does not come.
+# Raise statements that a single process without a GPU does not reach, by a part of their text.
 ELSEWHERE = {
-    "RuntimeError(OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: of several ranks",
-    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_modules.py: of several ranks",
-    "got none on any rank": "tests/test_modules.py: of several ranks",
-    "over several ranks": "tests/ops/test_refine_sync.py: of several ranks",
-    "got the same for every call of vmap": "tests/test_works_with_func.py: of a transform",
-    "runs no CUDA graphs": "tests/compat/test_accelerate.py: of third-party modules",
-    "that accelerate made": "tests/test_works_with_ranks.py: of a model that was sharded",
-    "RRU_FAST_FLOAT32": "tests/test_triton.py: of the Triton kernels",
-    "RRU_FAST_AUTOTUNE": "tests/test_triton.py: of the Triton kernels",
-    "_failure(": "tests/test_launch.py: of a kernel that Triton refuses",
-    "failures[0][0]": "tests/test_autotune.py: of a kernel that Triton refuses with each config",
-    "_UnusableError(": "tests/test_native.py: a reason that show_config gives",
-    "AssertionError(": "tests/test_testing.py: of an implementation that is wrong",
+    "RuntimeError(OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: several ranks",
+    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_modules.py: several ranks",
+    "got none on any rank": "tests/test_modules.py: several ranks",
+    "over several ranks": "tests/ops/test_refine_sync.py: several ranks",
+    "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
+    "runs no CUDA graphs": "tests/test_foreign.py: third-party modules",
+    "that accelerate made": "tests/test_accelerate.py: a sharded model",
+    "RRU_FAST_FLOAT32": "tests/test_triton.py: the Triton kernels",
+    "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",
+    "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
+    "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
+    "_UnusableError(": "tests/test_native.py: the reason that show_config prints",
 } | (
     dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
     if native.missing()
@@ -352,9 +351,9 @@ ELSEWHERE = {
 )
 
 
-@pytest.mark.parametrize(("said", "call"), ERRORS, ids=[said.partition(": ")[2][:60] for said, _ in ERRORS])
-def test_an_error_says_its_name_what_it_got_and_what_it_wanted(said: str, call: Callable[[], object]) -> None:
-    kind, _, message = said.partition(": ")
+@pytest.mark.parametrize(("expected", "call"), ERRORS, ids=[expected.partition(": ")[2][:60] for expected, _ in ERRORS])
+def test_an_error_names_the_argument_what_it_got_and_what_it_wanted(expected: str, call: Callable[[], object]) -> None:
+    kind, _, message = expected.partition(": ")
     with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
         call()
     assert (type(caught.value).__name__, str(caught.value)) == (kind, message)
@@ -364,14 +363,14 @@ def test_an_error_says_its_name_what_it_got_and_what_it_wanted(said: str, call: 
 
 
 def raised_at(call: Callable[[], object]) -> tuple[str, int]:
-    """Where in the library the call's error was raised: file and line."""
+    """File and line of the library where the call's error was raised."""
     try:
         call()
     except (ValueError, TypeError, RuntimeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-    ours = [(frame.filename, frame.lineno) for frame in frames if Path(frame.filename).is_relative_to(LIBRARY)]
-    assert ours and ours[-1][1] is not None
-    return ours[-1][0], ours[-1][1]
+    places = [(frame.filename, frame.lineno) for frame in frames if Path(frame.filename).is_relative_to(LIBRARY)]
+    assert places and places[-1][1] is not None
+    return places[-1][0], places[-1][1]
 
 
 LIBRARY = Path(rru_fast.__file__).parent

@@ -1,4 +1,4 @@
-"""Bad arguments lose nothing, and none gets past the checks; every message is in tests/test_errors.py."""
+"""Bad arguments are caught before anything changes; tests/test_errors.py has every message."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import rru_fast
 from tests.helpers.valid_args import C, D, H, W, arguments
 
 
-def test_a_bad_call_loses_nothing() -> None:
+def test_a_bad_call_leaves_running_statistics_unchanged() -> None:
     call = arguments(training=True, w_c=torch.randn(D, C))
     with pytest.raises(ValueError, match="w_c"):
         rru_fast.refine(**call)
     assert torch.equal(call["running_mean"], torch.zeros(D))
 
 
-def test_a_loss_that_cannot_work_is_not_built() -> None:
+def test_bad_arguments_of_the_losses_raise() -> None:
     for loss in (rru_fast.BatchHardTripletLoss, rru_fast.reference.BatchHardTripletLoss):
         with pytest.raises(ValueError, match="margin: got inf, wanted a finite number or 'soft'"):
             loss(margin=float("inf"))
@@ -31,7 +31,7 @@ def test_a_loss_that_cannot_work_is_not_built() -> None:
 
 
 @pytest.mark.parametrize("module", [rru_fast.RRU, rru_fast.reference.RRU], ids=["fast", "reference"])
-def test_maps_that_do_not_fit_the_unit_are_named(module: type[rru_fast.RRU]) -> None:
+def test_maps_of_the_wrong_shape_raise(module: type[rru_fast.RRU]) -> None:
     unit = module(4, (3, 2), bn_groups=2)
     with pytest.raises(TypeError, match=r"x: got list, wanted a tensor \(B, T, C, H, W\)"):
         unit([1.0])
@@ -51,7 +51,7 @@ def test_wrong_shapes_never_get_past_the_checks(data: st.DataObject) -> None:
     shape = tuple(call[name].shape)
     wrong = data.draw(st.lists(st.integers(0, 7), min_size=0, max_size=6).map(tuple))
     call[name] = torch.zeros(wrong)
-    # A transition of another width is another unit only where nothing else fixes it; here gamma does.
+    # x may have any number of clips and frames; w may not have another D, which gamma fixes.
     if wrong == shape or (name == "x" and len(wrong) == 5 and wrong[2:] == (C, H, W) and min(wrong) > 0):
         return
     with pytest.raises((ValueError, TypeError)) as caught:

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels past Triton's own binding, held to it argument by argument."""
+"""Prebound launches of Triton kernels, compared with Triton's own launches argument by argument."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def binds(arguments: tuple[Any, ...]) -> bool:
 
 
 def run(case: Case, change: Callable[[parity.Call], parity.Call] = lambda call: call) -> None:
-    """Forward and backward of a case, in float32 but for a change, by the Triton backend's host code."""
+    """Run forward and backward of a case by the Triton backend's host code, in fp32 unless `change` casts the call."""
     call = change(parity.make_call(case, torch.float32).map(lambda v: v.float()))
     args = parity.operator_arguments(case, call)
     saved = refine.forward(args, save=True).saved
@@ -46,7 +46,7 @@ def run(case: Case, change: Callable[[parity.Call], parity.Call] = lambda call: 
     refine.backward(upstream, saved, args, RefineNeed(need_x=True, need_weights=True))
 
 
-EVEN = (3, 4, 8, 4, 4)  # frames, clips and gate channels are 16 bytes apart
+EVEN = (3, 4, 8, 4, 4)  # strides of frames, clips and gate channels are multiples of 16 bytes
 CASES = [
     Case(EVEN, hidden=8, spatial_hidden=4),
     Case(EVEN, hidden=8, spatial_hidden=4, inputs="raw"),
@@ -58,7 +58,7 @@ CASES = [
 
 
 class Compared:
-    """Every launch by `Launches`, held to Triton's own of the same arguments: kernel, grid, and each value."""
+    """Compare every launch by `Launches` with Triton's own for the same arguments: kernel, grid and each value."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed: list[tuple[Stub, tuple[int, ...], Any]] = []
@@ -69,7 +69,7 @@ class Compared:
             before, bound = launches._run, len(self.passed)
             call_it(launches, n)
             if len(self.passed) > bound + 1:
-                return  # a known launch calls itself: compared already
+                return  # a nested call of the same launch has been compared already
             stub, *got = self.passed[-1]
             self.prebound += launches._run is not None and launches._run is before
             arguments = {name: _launch._plain(value, n) for name, value in launches._arguments.items()}
@@ -80,7 +80,7 @@ class Compared:
         monkeypatch.setattr(Launches, "__call__", compare)
 
     def note(self, stub: Stub, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Take a launch in place of the GPU."""
+        """Record a launch in place of the GPU."""
         self.passed.append((stub, grid, plain(arguments)))
 
 
@@ -103,7 +103,7 @@ def test_a_prebound_launch_passes_what_triton_would_and_runs_the_kernel_it_would
 
 
 def misaligned(call: parity.Call) -> parity.Call:
-    """The same call with maps that begin 4 bytes past a multiple of 16."""
+    """Return the call with x at 4 bytes past a multiple of 16."""
     memory = torch.empty(call.x.numel() + 1, dtype=call.x.dtype)
     x = memory[1:].view(call.x.shape).copy_(call.x)
     return replace(call, x=x)
@@ -134,7 +134,7 @@ def test_in_training_a_launch_goes_through_triton_once_a_kind_not_once_a_frame()
 
 
 class Bound:
-    """A kernel that notes the addresses that Triton binds, and negated those that a prebound launch passes."""
+    """Kernel that records addresses: positive where Triton binds them, negative where a prebound launch passes them."""
 
     __name__ = "kernel"
     arg_names = ("v", "n")
@@ -187,7 +187,7 @@ def test_each_device_and_each_grid_binds_its_own_kernel(kernel: Bound, monkeypat
 
 
 class Broken:
-    """A kernel that the compiler refuses."""
+    """Kernel that fails to compile."""
 
     __name__ = "refine_fwd_gate_kernel"
 

@@ -1,4 +1,4 @@
-"""The fast modules against their reference twins, and as citizens of PyTorch."""
+"""Fast modules against their reference twins, and with PyTorch's own tools: pruning, autocast, copies, ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def twins(**settings: Any) -> tuple[rru_fast.RRU, reference.RRU]:
 
 
 def train(module: nn.Module, x: Tensor) -> None:
-    """Three steps of SGD, each of which reaches every parameter."""
+    """Take three steps of SGD; assert that every parameter has a gradient in each."""
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
@@ -89,7 +89,7 @@ def test_without_a_momentum_statistics_are_the_mean_over_all_frames(backend: str
         update_bn(batches, module)
     assert fast.transition_norm.num_batches_tracked == plain.transition_norm.num_batches_tracked == 8
     arguments = reference.modules.norm_arguments(fast.eval().transition_norm, 3)
-    assert arguments["momentum"] == 0  # a number: calls can be replayed
+    assert arguments["momentum"] == 0  # a number, not a list: CUDA graphs can replay the call
     # With a momentum of 1 the statistics are the last frame's.
     steps = []
     plain.transition_norm.momentum = 1.0
@@ -101,7 +101,7 @@ def test_without_a_momentum_statistics_are_the_mean_over_all_frames(backend: str
 
 
 @pytest.mark.parametrize("old_style", [nn.utils.weight_norm, nn.utils.spectral_norm, pruned], ids=lambda f: f.__name__)
-def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: Any) -> None:
+def test_reparametrized_weights_are_recomputed_before_each_call_and_trained(old_style: Any) -> None:
     fast, plain = twins()
     for module in (fast, plain):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: 
         train(module, x)
     for (name, got), wanted in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
         assert relative_error(got.double(), wanted.double()) <= EXACT, name
-    # The made weight is that of its parts, not the one before them.
+    # The weight follows a change of the parameters that it is computed from.
     made = fast.channel_attention.weight.detach().clone()
     with torch.no_grad():
         next(p for n, p in fast.channel_attention.named_parameters() if "weight" in n).mul_(2)
@@ -121,7 +121,7 @@ def test_weights_that_are_made_before_each_call_are_made_and_trained(old_style: 
     assert old_style is nn.utils.spectral_norm or not torch.equal(fast.channel_attention.weight, made)
 
 
-def test_what_is_pruned_of_the_norm_is_made_before_each_call_too() -> None:
+def test_a_pruned_norm_is_recomputed_before_each_call() -> None:
     fast, plain = twins()
     torch.manual_seed(0)
     with_pruned_norm(fast)
@@ -163,7 +163,7 @@ def test_parameters_have_the_documented_names_and_shapes() -> None:
     }
 
 
-def test_a_frozen_norm_in_a_training_model_uses_and_keeps_its_running_statistics() -> None:
+def test_a_frozen_norm_in_a_training_model_uses_its_running_statistics_unchanged() -> None:
     fast, plain = twins()
     for module in (fast, plain):
         module.transition_norm.eval()
@@ -174,7 +174,7 @@ def test_a_frozen_norm_in_a_training_model_uses_and_keeps_its_running_statistics
     assert fast.transition_norm.num_batches_tracked == 0
 
 
-def test_groups_bind_only_where_batch_statistics_are_used() -> None:
+def test_bn_groups_must_divide_the_clips_only_with_batch_statistics() -> None:
     x = torch.randn(3, 3, 6, 3, 2, dtype=torch.float64)
     for module in twins(bn_groups=2):
         module.transition_norm.eval()
@@ -184,33 +184,33 @@ def test_groups_bind_only_where_batch_statistics_are_used() -> None:
             module.eval().train()(x)
 
 
-def test_a_batch_of_one_value_raises_what_batch_norm_raises() -> None:
+def test_one_value_per_channel_raises_the_error_of_batch_norm() -> None:
     for module in (cls(4, (1, 1), hidden=3) for cls in (rru_fast.RRU, reference.RRU)):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
             module(torch.randn(1, 3, 4, 1, 1))
 
 
 # Over several ranks: tests/ops/test_refine_sync.py.
-def test_synchronised_batch_norm_alone_is_batch_norm_copied_and_swapped() -> None:
+def test_sync_batch_norm_in_one_process_equals_batch_norm_through_copies_and_swaps() -> None:
     fast, plain = twins()
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
     for change in (copy.deepcopy, rru_fast.accelerate, copy.deepcopy, rru_fast.restore):
-        synchronised = change(synchronised)
-        assert isinstance(synchronised.transition_norm, nn.SyncBatchNorm)
+        synchronized = change(synchronized)
+        assert isinstance(synchronized.transition_norm, nn.SyncBatchNorm)
         x = torch.randn(4, 5, 6, 3, 2, dtype=torch.float64)
-        assert relative_error(synchronised(x).features, plain(x).features) <= EXACT
-    assert list(synchronised.state_dict()) == list(plain.state_dict())
+        assert relative_error(synchronized(x).features, plain(x).features) <= EXACT
+    assert list(synchronized.state_dict()) == list(plain.state_dict())
     for name, wanted in plain.state_dict().items():
-        assert relative_error(synchronised.state_dict()[name], wanted) <= EXACT, name
+        assert relative_error(synchronized.state_dict()[name], wanted) <= EXACT, name
     assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(fast), rru_fast.RRU)
 
 
-def test_synchronised_batch_norm_with_groups_of_clips_is_refused() -> None:
+def test_sync_batch_norm_with_bn_groups_is_refused() -> None:
     for module in twins(bn_groups=2):
-        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         with pytest.raises(ValueError, match="transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2"):
-            synchronised(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
-        synchronised.eval()(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
+            synchronized(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
+        synchronized.eval()(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -227,7 +227,7 @@ def test_autocast_takes_16_bit_maps_with_float32_weights(dtype: torch.dtype) -> 
     assert module.transition.weight.grad.abs().max() > 0
 
 
-def test_autocast_does_not_reach_into_the_kernels() -> None:
+def test_autocast_does_not_change_results() -> None:
     fast, _ = twins()
     fast.float()
     x = torch.randn(2, 4, 6, 3, 2)
@@ -258,7 +258,7 @@ def save(module: nn.Module) -> io.BytesIO:
 
 
 class Saves(TorchDispatchMode):
-    """Notes, for every call of the operator, whether it was asked to keep anything for a backward."""
+    """Record the `save` argument of every call of the refine operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,14 +288,14 @@ def test_inference_and_no_grad_save_nothing_and_agree() -> None:
 
 
 def with_strips(loss: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-    strips = features.unflatten(1, (3, 2)).permute(2, 0, 1)  # (G, N, D), strides of another order
+    strips = features.unflatten(1, (3, 2)).permute(2, 0, 1)  # (G, N, D), not contiguous
     total: Tensor = loss(features, labels) + loss(strips, labels)
     return total
 
 
 def gathered_losses(rank: int) -> None:
-    """That a rank's loss and its model's gradients are those of one process with the clips of all."""
-    for ends in ([4, 8, 12], [1, 10, 12], [0, 5, 12]):  # even numbers of clips, uneven ones, and none on the first rank
+    """Assert that loss and gradients on each rank equal those of one process with the clips of all ranks."""
+    for ends in ([4, 8, 12], [1, 10, 12], [0, 5, 12]):  # equal numbers of clips, unequal ones, and none on rank 0
         _gathered_loss(rank, ends)
 
 
@@ -319,12 +319,12 @@ def _gathered_loss(rank: int, ends: list[int]) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_gathered_loss_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
+def test_gathered_loss_of_several_processes_equals_that_of_one(processes: int, tmp_path: Path) -> None:
     in_ranks(processes, tmp_path, gathered_losses)
 
 
-def misfits(rank: int) -> dict[str, str]:
-    """Errors by what does not fit the other rank, where each is followed by a call that fits."""
+def mismatch_errors(rank: int) -> dict[str, str]:
+    """Return the error of each call that mismatches the other rank; a matching call after each still works."""
     f, labels = torch.randn(4, 6), torch.arange(4) // 2
     calls = {
         "columns": (f[:, : 5 + rank], labels),
@@ -345,10 +345,10 @@ def misfits(rank: int) -> dict[str, str]:
     return found
 
 
-def test_ranks_that_do_not_fit_together_raise_on_every_one(tmp_path: Path) -> None:
-    told = in_ranks(2, tmp_path, misfits)
-    assert told[0] == told[1]
-    assert told[0] == {
+def test_mismatched_ranks_raise_on_every_rank(tmp_path: Path) -> None:
+    messages = in_ranks(2, tmp_path, mismatch_errors)
+    assert messages[0] == messages[1]
+    assert messages[0] == {
         "columns": "features: got [5, 6] columns on the ranks, wanted as many on every rank",
         "groups": "features: got [2, 3] groups on the ranks, wanted as many on every rank",
         "dimensions": "features: got [3, 2] dimensions on the ranks, wanted as many on every rank",

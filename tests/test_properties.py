@@ -1,6 +1,6 @@
-"""Any call there is: a backend gives what the float64 oracle gives, or refuses it in the reference's own words.
+"""Random calls: every backend gives the results of the fp64 oracle, or raises the error that the reference raises.
 
-A few examples of each property in every run, the same ones each time; 10,000 new ones where `-m nightly` asks for them.
+By default a few fixed examples of each property; with `-m nightly`, 10,000 new ones.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ NIGHTLY = 10_000
 
 
 def examples(few: int) -> pytest.MarkDecorator:
-    """A third of so many examples of a property, so many in `make test-all`, and 10,000 in the nightly run."""
+    """Run `few` // 3 examples of a property by default, `few` in `make test-all` and 10,000 in the nightly run."""
     more = [pytest.param(few, marks=pytest.mark.exhaustive), pytest.param(NIGHTLY, marks=pytest.mark.nightly)]
     return pytest.mark.parametrize("count", [few // 3, *more])
 
 
-def hold(count: int, strategy: st.SearchStrategy[Any], claim: Callable[[Any], None]) -> None:
-    """The claim, of `count` examples."""
+def check(count: int, strategy: st.SearchStrategy[Any], claim: Callable[[Any], None]) -> None:
+    """Check the claim on `count` examples."""
     fixed = count < NIGHTLY
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run = settings(
@@ -48,12 +48,12 @@ def hold(count: int, strategy: st.SearchStrategy[Any], claim: Callable[[Any], No
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory."""
+    """Memory layout of a tensor."""
 
     order: tuple[int, ...]  # its dimensions, outermost first
-    gaps: int | None  # the dimension that is every second of a longer one
-    offset: bool  # whether something lies before it
-    same: int | None  # the dimension that is one slice, with a stride of 0; changes the values
+    gaps: int | None  # the dimension sliced with step 2 from one twice as long
+    offset: bool  # True for a storage offset above 0
+    same: int | None  # the dimension expanded from its first slice, with a stride of 0; changes the values
 
     def __call__(self, v: Tensor) -> Tensor:
         shape = v.shape
@@ -75,7 +75,7 @@ def layouts(dims: int, same: bool = False) -> st.SearchStrategy[Layout]:
 
 @dataclass(frozen=True)
 class Refining:
-    """A call of `refine`: what, in which dtype, and how its tensors lie in memory."""
+    """A call of `refine`: case, dtype and memory layouts."""
 
     case: Case
     dtype: torch.dtype
@@ -83,11 +83,13 @@ class Refining:
     upstream: Layout
     state: Layout
     matrices: Layout
-    wide: bool  # float32 weights beside 16-bit maps
+    wide: bool  # float32 weights with 16-bit maps
     frozen: tuple[str, ...]
     seed: int
 
-    def lay(self, call: Call) -> Call:
+    def set_layouts(self, call: Call) -> Call:
+        """Return the call with its tensors in their layouts, and weights in float32 if `wide`."""
+
         def weight(v: Tensor) -> Tensor:
             v = v.float() if self.wide and v.dtype in (torch.float16, torch.bfloat16) else v
             return self.matrices(v) if v.dim() == 2 else v
@@ -102,12 +104,12 @@ class Refining:
 
     def run(self, backend: str, dtype: torch.dtype, seed: int) -> Results:
         call = parity.make_call(self.case, self.dtype, seed).map(lambda v: v.to(dtype))
-        return parity.run(self.case, self.lay(call), backend, self.frozen)
+        return parity.run(self.case, self.set_layouts(call), backend, self.frozen)
 
 
 @st.composite
 def refinings(draw: st.DrawFn) -> Refining:
-    """Calls of `refine` that may only be refused for want of a second value a channel."""
+    """Calls of `refine` that are valid unless a channel has a single value."""
     mode = draw(st.sampled_from(["train", "train", "eval", "ragged", "continued"]))
     groups = draw(st.integers(1, 3)) if mode == "train" else 1
     clips = groups * draw(st.integers(1, 4))
@@ -122,7 +124,7 @@ def refinings(draw: st.DrawFn) -> Refining:
         bn_groups=groups,
     )
     maps = draw(layouts(5, same=True))
-    # Of values that are all the same, the deviation from their mean is noise, and so is all that is divided by it.
+    # Where all values of a channel are equal, their deviation is rounding noise, and so are quotients by it.
     if {0: height * width, 3: clips // groups * width, 4: clips // groups * height}.get(maps.same, 2) == 1:
         maps = replace(maps, same=None)
     frozen = draw(st.lists(st.sampled_from(["x", "w", "gamma", "beta", "w_s1", "w_c", "state_x"]), unique=True))
@@ -140,7 +142,7 @@ def refinings(draw: st.DrawFn) -> Refining:
 
 
 def assert_parity_over_draws(call: Refining | Pooling | Mining, backend: str) -> None:
-    """`assert_parity` over a few draws; where they fail, over so many that it is a fault and no bad luck."""
+    """Assert `assert_parity` over 9 draws, or where those fail over 99, which excludes bad luck."""
 
     def draw(seed: int) -> tuple[Results, Results, Results]:
         got, low = (call.run(name, call.dtype, seed) for name in (backend, "reference"))
@@ -153,8 +155,8 @@ def assert_parity_over_draws(call: Refining | Pooling | Mining, backend: str) ->
         assert_parity([draw(call.seed + i) for i in range(99)], rounding)
 
 
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the error that it ends in."""
+def result_or_error(call: Callable[[], Any]) -> Any:
+    """Return the call's result, or the type and message of its error."""
     try:
         return call()
     except (ValueError, TypeError) as error:
@@ -165,10 +167,10 @@ def outcome(call: Callable[[], Any]) -> Any:
 @examples(60)
 def test_refine_equals_the_oracle(count: int, backend: str) -> None:
     def claim(call: Refining) -> None:
-        oracle = outcome(lambda: call.run("reference", torch.float64, call.seed))
-        if refused(oracle):
+        oracle = result_or_error(lambda: call.run("reference", torch.float64, call.seed))
+        if is_error(oracle):
             assert oracle[1].startswith("Expected more than 1 value per channel when training")
-            assert outcome(lambda: call.run(backend, call.dtype, call.seed)) == oracle
+            assert result_or_error(lambda: call.run(backend, call.dtype, call.seed)) == oracle
         elif call.dtype == torch.float64:
             got = call.run(backend, torch.float64, call.seed)
             for name, wanted in oracle.items():
@@ -176,7 +178,7 @@ def test_refine_equals_the_oracle(count: int, backend: str) -> None:
         else:
             assert_parity_over_draws(call, backend)
 
-    hold(count, refinings(), claim)
+    check(count, refinings(), claim)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def test_strip_pool_equals_the_oracle(count: int, backend: str) -> None:
     def claim(call: Pooling) -> None:
         assert_parity_over_draws(call, backend)
 
-    hold(count, poolings, claim)
+    check(count, poolings, claim)
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,8 @@ class Mining:
     """A call of `batch_hard_triplet`."""
 
     shape: tuple[int, ...]
-    people: int
-    names: torch.dtype  # of the labels
+    identities: int
+    label_dtype: torch.dtype
     dtype: torch.dtype
     layout: Layout
     margin: Any
@@ -234,7 +236,7 @@ class Mining:
     def run(self, backend: str, dtype: torch.dtype, seed: int) -> Results:
         g = torch.Generator().manual_seed(seed)
         features = torch.randn(self.shape, generator=g, dtype=torch.float64).to(self.dtype)
-        labels = torch.randint(0, self.people, (2 * self.shape[-2],), generator=g).to(self.names)[::2]
+        labels = torch.randint(0, self.identities, (2 * self.shape[-2],), generator=g).to(self.label_dtype)[::2]
         leaf = self.layout(features.to(dtype)).detach().requires_grad_()
         options = {"margin": self.margin, "metric": self.metric, "reduction": self.reduction}
         out = rru_fast.batch_hard_triplet(leaf, labels, return_indices=True, backend=backend, **options)
@@ -247,12 +249,12 @@ class Mining:
 
 @st.composite
 def minings(draw: st.DrawFn) -> Mining:
-    """Calls of `batch_hard_triplet` without ties: those of points that coincide stand in its own tests."""
+    """Calls of `batch_hard_triplet` without ties; tests/ops/test_batch_hard.py has coincident points."""
     groups = draw(st.lists(st.integers(1, 5), max_size=1))
     n = draw(st.integers(1, 20) | st.integers(60, 140))
     shape = (*groups, n, draw(st.integers(2, 20) | st.integers(60, 70)))
     layout = draw(layouts(len(shape), same=True))
-    if layout.same is not None and layout.same != len(shape) - 3:  # points or numbers all the same: ties
+    if layout.same is not None and layout.same != len(shape) - 3:  # equal points or equal components: ties
         layout = replace(layout, same=None)
     return Mining(
         shape,
@@ -280,12 +282,12 @@ def test_batch_hard_triplet_equals_the_oracle(count: int, backend: str) -> None:
             return
         assert_parity_over_draws(call, backend)
 
-    hold(count, minings(), claim)
+    check(count, minings(), claim)
 
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...] = ()) -> Tensor:
-    """Any tensor; often of the shape given, which may be the one thing right about it."""
+    """Tensors of any shape, dtype, layout and device, often of the given shape."""
     sizes = draw(st.just(shape) | st.lists(st.integers(0, 7), max_size=6).map(tuple))
     dtype = draw(st.sampled_from([torch.float32, *DTYPES, torch.int64, torch.uint8, torch.bool, torch.complex64]))
     made = draw(st.sampled_from(["dense", "dense", "sparse", "meta", "leaf"]))
@@ -298,7 +300,7 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...] = ()) -> Tensor:
 
 
 def anything(good: Any) -> st.SearchStrategy[Any]:
-    """What somebody may pass where `good` was wanted."""
+    """Values of any type that a caller may pass in place of `good`."""
     shape = tuple(good.shape) if isinstance(good, Tensor) else ()
     numbers = st.sampled_from([0, 1, 2, -1, True, 0.5, -0.5, 1e300, float("inf"), float("nan"), 10**400])
     others = st.sampled_from([Fraction(1, 2), np.float32(0.5), np.int64(2), np.ones(2), np.ones((2, 3, 4, 3, 2)), 1j])
@@ -310,8 +312,8 @@ def anything(good: Any) -> st.SearchStrategy[Any]:
     return st.one_of(numbers, others, words, states, small, tensors(shape), tensors((B,)))
 
 
-def spoilt(good: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """The arguments of a good call, but for one."""
+def with_one_replaced(good: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of a valid call with one of them replaced."""
     return st.sampled_from(list(good)).flatmap(lambda name: anything(good[name]).map(lambda v: {**good, name: v}))
 
 
@@ -342,42 +344,43 @@ CALLS: dict[Callable[..., Any], list[dict[str, Any]]] = {
 
 @every_backend
 @examples(100)
-def test_a_wrong_argument_is_served_or_refused_as_the_reference_does(count: int, backend: str) -> None:
+def test_any_argument_gives_the_result_or_the_error_of_the_reference(count: int, backend: str) -> None:
     calls = [(function, good) for function, goods in CALLS.items() for good in goods]
-    strategy = st.sampled_from(calls).flatmap(lambda call: st.tuples(st.just(call[0]), spoilt(call[1])))
+    strategy = st.sampled_from(calls).flatmap(lambda call: st.tuples(st.just(call[0]), with_one_replaced(call[1])))
 
     def claim(call: tuple[Callable[..., Any], dict[str, Any]]) -> None:
         function, given_ = call
         got, wanted = (
-            outcome(lambda name=name: function(**copied(given_), backend=name)) for name in (backend, "reference")
+            result_or_error(lambda name=name: function(**copy_buffers(given_), backend=name))
+            for name in (backend, "reference")
         )
-        if refused(wanted):
+        if is_error(wanted):
             assert READS.match(wanted[1]), wanted
             assert got == wanted
             return
-        if refused(got):  # a reason of the backend's own
+        if is_error(got):  # only the backend refuses it
             assert got[1].startswith(f"backend: got {backend!r} with tensors on meta, wanted"), got
             return
-        for ours, theirs in zip(flat(got), flat(wanted), strict=True):
-            if theirs.device.type == "meta":
-                assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        for value, expected in zip(flatten_tensors(got), flatten_tensors(wanted), strict=True):
+            if expected.device.type == "meta":
+                assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
             else:
-                assert torch.allclose(ours.double(), theirs.double(), rtol=1e-2, atol=1e-2, equal_nan=True)
+                assert torch.allclose(value.double(), expected.double(), rtol=1e-2, atol=1e-2, equal_nan=True)
 
-    hold(count, strategy, claim)
+    check(count, strategy, claim)
 
 
-def refused(result: Any) -> bool:
+def is_error(result: Any) -> bool:
     return isinstance(result, tuple) and isinstance(result[0], type)
 
 
-def copied(given_: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with buffers of their own, which a call in training changes."""
+def copy_buffers(given_: dict[str, Any]) -> dict[str, Any]:
+    """Clone the buffers among the arguments, which a call in training updates in place."""
     return {name: v.clone() if isinstance(v, Tensor) and not v.requires_grad else v for name, v in given_.items()}
 
 
-def flat(returned: Any) -> list[Tensor]:
-    """The tensors that a call returned; asserts that it returned some."""
+def flatten_tensors(returned: Any) -> list[Tensor]:
+    """List the tensors in a call's result, nested or not."""
     if isinstance(returned, Tensor):
         return [returned]
-    return [v for part in returned if part is not None for v in flat(part)]
+    return [v for part in returned if part is not None for v in flatten_tensors(part)]

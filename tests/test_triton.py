@@ -1,4 +1,4 @@
-"""The Triton backend as such: what runs where, how float32 is multiplied, and what tuning keeps."""
+"""The Triton backend: availability, precision of fp32 products, addressing, autotuning and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_every_precision_has_its_own_error(precision: str, monkeypatch: pytest.M
     case = Case()
     call = parity.make_call(case, torch.float32)
     got = parity.run(case, call.map(lambda v: v.float()), "triton")
-    # The interpreter multiplies TF32 in three parts as float32; TF32 rounds factors to 11 bits: 2^-12 on average.
+    # The interpreter multiplies tf32x3 in fp32. TF32 rounds operands to 11 bits: 2^-12 on average.
     least, most = (1e-6, 2e-3) if precision == "tf32" else (0, 2e-6)
     errors = {name: relative_error(got[name], wanted) for name, wanted in parity.run(case, call, "reference").items()}
     assert max(errors.values()) <= most
@@ -122,11 +122,13 @@ def test_every_precision_has_its_own_error(precision: str, monkeypatch: pytest.M
 def test_factors_are_rounded_to_tf32_to_the_nearest_and_not_cut_off() -> None:
     from tests.rounding_kernel import rounding_kernel
 
-    ulp = 2.0**-10  # of TF32, beside 1
+    ulp = 2.0**-10  # of TF32, at 1
     special = [1.0, 1 + 0.49 * ulp, 1 + 0.5 * ulp, 1 + 0.51 * ulp, -1 - 0.5 * ulp, 0.0, float("inf"), -float("inf")]
     wanted = [1.0, 1.0, 1 + ulp, 1 + ulp, -1 - ulp, 0.0, float("inf"), -float("inf")]
     v = torch.tensor([*special, *torch.randn(118).tolist(), float("nan"), float("nan")])
-    v[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # the NaN that a GPU makes: adding to its bits would change its sign
+    v[-1:].view(torch.int32).fill_(
+        0x7FFFFFFF
+    )  # the NaN of NVIDIA GPUs: rounding by adding to its bits would overflow into the sign
     out = torch.empty_like(v)
     rounding_kernel[(1,)](out, v, N=128)
     assert out[: len(wanted)].tolist() == wanted
@@ -142,7 +144,7 @@ def test_splitting_the_channels_changes_no_more_than_rounding(monkeypatch: pytes
     case = Case((3, 3, 100, 3, 3), hidden=20, bn_groups=3)
     call = parity.make_call(case)
     oracle = parity.run(case, call, "reference")
-    for num_sms in (1, 1000):  # one program for all channels; as many as there are blocks of them
+    for num_sms in (1, 1000):  # one program for all channels; one per block of channels
         monkeypatch.setattr(_device, "num_sms", lambda tensor, n=num_sms: n)
         for name, value in parity.run(case, call, "triton").items():
             assert relative_error(value, oracle[name]) <= EXACT, name
@@ -177,7 +179,7 @@ def test_a_tuned_config_is_on_disk_and_changes_no_more_than_rounding(
     files = sorted((tmp_path / "rru_fast" / "autotune").iterdir())
     assert [next(iter(json.loads(file.read_text()))).split()[0] for file in files] == ["refine", "refine_backward"]
     monkeypatch.setattr(_autotune, "_known", {})
-    monkeypatch.setattr(_autotune, "_best", None)  # nothing that is on disk is measured again
+    monkeypatch.setattr(_autotune, "_best", None)  # fails if a config on disk is measured again
     parity.run(case, call, "triton")
 
 
@@ -213,9 +215,9 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
         return cuda_graphs.kind({"w": w}, [], {"x": x}, (setting,))
 
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)  # what nobody has set yet is neither
+    torch.set_float32_matmul_precision(before)  # before it is first set, fp32_precision is "none"
     first = kind()
-    assert kind(x=torch.rand(2, 4)) == first  # maps are copied in
+    assert kind(x=torch.rand(2, 4)) == first  # inputs are copied in
     for changed in (kind(w=other), kind(x=torch.rand(3, 4)), kind(x=x.double()), kind(setting="spatial")):
         assert changed != first
     try:
@@ -281,7 +283,9 @@ def test_graphs_captured_by_two_threads_leave_torch_as_it_was(monkeypatch: pytes
 
     def older(number: int, samples: object, allow_unused_input: bool = False) -> object:
         began[number].set()
-        (began[1] if number == 0 else ended[0]).wait(0.3)  # the first goes on when the second has begun, and ends first
+        (began[1] if number == 0 else ended[0]).wait(
+            0.3
+        )  # the first continues once the second has begun, and ends first
         return number
 
     def capture(number: int) -> None:

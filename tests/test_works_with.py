@@ -1,4 +1,4 @@
-"""The operators, and other people's modules swapped for them, under what else of PyTorch a model meets."""
+"""Operators and accelerated third-party modules under autocast, checkpointing, inference mode and the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.modules import PLAIN, SIZES, every_unit, first_two, loss_of, 
 
 
 class Video(nn.Module):
-    """A model of a user's own: a backbone, their unit, and torchreid's loss on clips and strips."""
+    """A user's model: a backbone, a third-party unit, and torchreid's loss on clips and strips."""
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
@@ -27,15 +27,15 @@ class Video(nn.Module):
         self.fuse_net = third_party.FuseNet(channels, 7, **SIZES)
         self.loss = third_party.TripletLoss(margin=2.0)
 
-    def forward(self, frames: Tensor, people: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
         maps = self.backbone(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         clips, strips = self.fuse_net(maps)
-        parts = [self.loss(strips[:, :, row].float(), people) for row in range(strips.shape[2])]
-        return self.loss(clips.float(), people) + torch.stack(parts).mean()
+        parts = [self.loss(strips[:, :, row].float(), labels) for row in range(strips.shape[2])]
+        return self.loss(clips.float(), labels) + torch.stack(parts).mean()
 
 
 def train(model: nn.Module, steps: int = 3, dtype: torch.dtype | None = None) -> tuple[list[float], Tensor]:
-    """Losses and all weights after steps of SGD, under autocast to `dtype` and in float16 with a GradScaler."""
+    """Return losses and final weights of SGD under autocast to `dtype`, with a GradScaler in float16."""
     torch.manual_seed(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype == torch.float16)
@@ -69,10 +69,10 @@ def test_autocast_trains_as_near_to_float64_as_the_plain_model(dtype: torch.dtyp
 
 
 @every_unit
-def test_checkpointed_gradients_are_the_same_and_statistics_take_both_forwards_as_batch_norms_do(
+def test_checkpointing_keeps_gradients_and_updates_statistics_twice_as_batch_norm_does(
     plain: Callable[[], nn.Module],
 ) -> None:
-    # PyTorch's checkpointing runs the forward again, and nn.BatchNorm counts both, silently. So does the unit.
+    # Checkpointing runs the forward twice, and nn.BatchNorm silently counts both. So does the unit.
     slow = plain().double()
     fast, once = rru_fast.accelerate(copy.deepcopy(slow)), rru_fast.accelerate(copy.deepcopy(slow))
     x = maps(3, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_checkpointed_gradients_are_the_same_and_statistics_take_both_forwards_a
 
 
 def test_a_unit_that_ends_the_checkpointed_part_counts_once() -> None:
-    # Nothing after it is saved for the backward, so the second forward stops inside of it.
+    # Nothing after the unit is saved for the backward, so the second forward stops inside the unit.
     module = rru_fast.accelerate(PLAIN["reference"]())
     x = maps(3).requires_grad_()
     checkpoint(lambda v: module(v).strips, x, use_reentrant=False).square().sum().backward()
@@ -142,7 +142,7 @@ def test_on_the_meta_device_shapes_and_strides_are_those_of_the_real_ones(
 EMPTY: dict[str, tuple[Callable[[], Any], str]] = {
     "refine, by module": (lambda: rru_fast.RRU(6, (4, 4))(maps(0)), r"x: got shape \(0, 4, 6, 4, 4\)"),
     "refine, by the plain module": (lambda: reference.RRU(6, (4, 4))(maps(0)), r"x: got shape \(0, 4, 6, 4, 4\)"),
-    "refine, by their module": (
+    "refine, by the third-party module": (
         lambda: rru_fast.accelerate(third_party.RRU(6, **SIZES))(maps(0)),
         r"x: got shape \(0, 4, 6, 4, 4\)",
     ),
@@ -156,14 +156,14 @@ EMPTY: dict[str, tuple[Callable[[], Any], str]] = {
             "function": rru_fast.batch_hard_triplet,
             "module": rru_fast.BatchHardTripletLoss(),
             "the plain module": reference.BatchHardTripletLoss(),
-            "their module": lambda *batch: rru_fast.accelerate(third_party.TripletLoss())(*batch),
+            "the third-party module": lambda *batch: rru_fast.accelerate(third_party.TripletLoss())(*batch),
         }.items()
     },
 }
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_an_empty_batch_is_refused_by_all(name: str) -> None:
+def test_an_empty_batch_is_refused(name: str) -> None:
     call, message = EMPTY[name]
     with pytest.raises(ValueError, match=message + "(, wanted|$)"):
         call()

@@ -1,4 +1,4 @@
-"""The operators under torch.func: vmap runs them, grad is told no."""
+"""Operators under torch.func: vmap works, grad raises."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.helpers.modules import PLAIN, maps
 
 
 def operators() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]]:
-    """A function of one tensor by each operator, by the reference, and three inputs for it."""
+    """Map each operator to a function of one tensor, the same by the reference, and three stacked inputs."""
     unit = PLAIN["reference"]().double().eval()
-    fast, people = rru_fast.accelerate(copy.deepcopy(unit)), torch.arange(6) // 2
+    fast, labels = rru_fast.accelerate(copy.deepcopy(unit)), torch.arange(6) // 2
 
     def triplet(v: Tensor, backend: str) -> Tensor:
-        loss = rru_fast.batch_hard_triplet(v, people, margin=3.0, backend=backend)
+        loss = rru_fast.batch_hard_triplet(v, labels, margin=3.0, backend=backend)
         assert isinstance(loss, Tensor)
         return loss
 
@@ -40,10 +40,10 @@ def operators() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
 
 
 @pytest.mark.parametrize("name", ["refine", "strip_pool", "batch_hard_triplet"])
-def test_vmap_is_a_loop_with_gradients(name: str) -> None:
-    ours, plain, three = operators()[name]
+def test_vmap_equals_a_loop_in_values_and_gradients(name: str) -> None:
+    fast_operator, plain, three = operators()[name]
     leaf, plain_leaf = three.clone().requires_grad_(), three.clone().requires_grad_()
-    got, wanted = vmap(ours)(leaf), torch.stack([plain(v) for v in plain_leaf])
+    got, wanted = vmap(fast_operator)(leaf), torch.stack([plain(v) for v in plain_leaf])
     assert relative_error(got, wanted) <= EXACT
     got.square().sum().backward()
     wanted.square().sum().backward()
@@ -52,7 +52,7 @@ def test_vmap_is_a_loop_with_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["refine", "strip_pool", "batch_hard_triplet"])
 def test_torch_func_grad_is_refused_inside_and_outside_of_vmap(name: str) -> None:
-    ours, plain, three = operators()[name]
+    fast_operator, plain, three = operators()[name]
     for transform in (
         lambda f: grad(lambda v: f(v).sum())(three[0]),
         lambda f: grad(lambda v: vmap(f)(v).sum())(three),
@@ -63,12 +63,12 @@ def test_torch_func_grad_is_refused_inside_and_outside_of_vmap(name: str) -> Non
             "wanted backend='reference'"
         )
         with pytest.raises(RuntimeError, match=wanted):
-            transform(ours)
-        if name != "refine":  # BatchNorm's own rules differ with the transforms
+            transform(fast_operator)
+        if name != "refine":  # nn.BatchNorm has its own limits under these transforms
             assert transform(plain).abs().max() > 0
 
 
-def test_an_ensemble_runs_and_learns_under_vmap() -> None:
+def test_an_ensemble_under_vmap_equals_its_members() -> None:
     members = [rru_fast.RRU(6, (4, 4), hidden=8).eval() for _ in range(3)]
     weights, buffers = stack_module_state(members)  # type: ignore[arg-type]
     skeleton, x = copy.deepcopy(members[0]).to("meta"), maps(2)
@@ -81,7 +81,7 @@ def test_an_ensemble_runs_and_learns_under_vmap() -> None:
         assert torch.allclose(weights["transition.weight"].grad[n], member.transition.weight.grad, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # vmap's own loop is what is wanted
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # vmap falls back to a loop, as intended
 def test_vmap_does_not_mix_the_running_statistics_of_its_calls() -> None:
     unit = rru_fast.RRU(6, (4, 4), hidden=8)
     x = torch.stack([maps(2), maps(2)])

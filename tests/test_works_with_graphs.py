@@ -1,4 +1,4 @@
-"""The operators, and other people's modules swapped for them, under torch.compile and torch.export."""
+"""Operators and accelerated third-party modules under torch.compile, torch.export and torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.modules import every_unit, first_two, maps
 @pytest.mark.parametrize(
     ("training", "marked"), [(True, False), (False, True)], ids=["training, noticed", "eval, marked"]
 )
-def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
+def test_a_compiled_unit_takes_any_number_of_clips_without_recompiling(
     plain: Callable[[], nn.Module], training: bool, marked: bool
 ) -> None:
     torch._dynamo.reset()
@@ -32,7 +32,7 @@ def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
     started = maps(3)
     if marked:
         torch._dynamo.mark_dynamic(started, 0)
-    # Without the mark it is the second size that tells the compiler.
+    # Without the mark, the second size makes the dimension dynamic.
     for x in (started,) if marked else (started, maps(4)):
         eager(x), compiled(x)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -44,12 +44,12 @@ def test_compiled_in_one_graph_it_takes_any_number_of_clips_without_recompiling(
 
 def test_losses_and_pooling_compiled_take_any_batch_without_recompiling() -> None:
     torch._dynamo.reset()
-    theirs = rru_fast.accelerate(third_party.TripletLoss())
-    ours = rru_fast.BatchHardTripletLoss()
+    accelerated = rru_fast.accelerate(third_party.TripletLoss())
+    fast = rru_fast.BatchHardTripletLoss()
 
-    def everything(features: Tensor, people: Tensor, s: Tensor) -> Tensor:
+    def everything(features: Tensor, labels: Tensor, s: Tensor) -> Tensor:
         strips = rru_fast.strip_pool(s)
-        return theirs(features, people) + ours(features, people) + ours(strips.permute(2, 0, 1), people)
+        return accelerated(features, labels) + fast(features, labels) + fast(strips.permute(2, 0, 1), labels)
 
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
 
@@ -83,7 +83,7 @@ def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> Non
         torch.export.Dim("frames"),
     )
     x, sizes = maps(5, 7), {0: clips, 1: frames}
-    with torch.no_grad():  # with gradients a program keeps what their backward needs, and wants 3 frames or more
+    with torch.no_grad():  # with gradients the program also saves tensors for the backward, and needs at least 3 frames
         ragged = torch.export.export(
             unit, (maps(2), torch.tensor([1, 4])), dynamic_shapes={"x": sizes, "lengths": {0: clips}}
         )
@@ -100,9 +100,9 @@ def test_an_exported_unit_takes_ragged_batches_and_chunks_of_any_length() -> Non
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_a_traced_model_takes_any_batch_with_and_without_gradients(differentiated: bool) -> None:
-    module, people = EveryOperator().eval(), torch.tensor([0, 0, 1, 1])
+    module, labels = EveryOperator().eval(), torch.tensor([0, 0, 1, 1])
     with torch.set_grad_enabled(differentiated):
-        traced = torch.jit.trace(module, (maps(4), people))
+        traced = torch.jit.trace(module, (maps(4), labels))
     x = maps(6, 5)
     arguments = (x, torch.arange(6) // 2)
     with torch.no_grad():
@@ -124,14 +124,14 @@ class EveryOperator(nn.Module):
         self.unit = rru_fast.RRU(6, (4, 4), hidden=8, backend=backend)
         self.loss = rru_fast.BatchHardTripletLoss(0.5, backend=backend)
 
-    def forward(self, x: Tensor, people: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         refined = self.unit(x)
         strips = rru_fast.strip_pool(x, backend=self.unit.backend)
-        return refined.features, strips, self.loss(strips.permute(2, 0, 1), people)
+        return refined.features, strips, self.loss(strips.permute(2, 0, 1), labels)
 
 
-def without_kernels(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script where the library is installed without its compiled kernels."""
+def run_without_kernels(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with a copy of the library that has no compiled kernels."""
     library, tests_ = Path(rru_fast.__file__).parent, Path(__file__).parent
     for package in (library, tests_):
         shutil.copytree(
@@ -155,42 +155,42 @@ COMPILED = {"rru_fast::refine_cpu", "rru_fast::strip_pool_cpu", "rru_fast::batch
 
 
 @needs_kernels
-def test_a_program_exported_with_kernels_runs_where_there_are_none(tmp_path: Path) -> None:
-    module, x, people = EveryOperator().eval(), maps(4), torch.tensor([0, 0, 1, 1])
+def test_a_program_exported_with_kernels_runs_without_them(tmp_path: Path) -> None:
+    module, x, labels = EveryOperator().eval(), maps(4), torch.tensor([0, 0, 1, 1])
     with torch.no_grad():
-        torch.export.save(torch.export.export(module, (x, people)), tmp_path / "model.pt2")
-        wanted = module(x, people)
-    torch.save((x, people), tmp_path / "inputs.pt")
+        torch.export.save(torch.export.export(module, (x, labels)), tmp_path / "model.pt2")
+        wanted = module(x, labels)
+    torch.save((x, labels), tmp_path / "inputs.pt")
     run = "torch.set_grad_enabled(False); program = torch.export.load('model.pt2').module(); "
     run += "results = program(*torch.load('inputs.pt')); "
-    done = without_kernels(tmp_path, f"{run} torch.save(results, 'results.pt')")
+    done = run_without_kernels(tmp_path, f"{run} torch.save(results, 'results.pt')")
     assert done.returncode == 0, done.stderr
     for got, right in zip(torch.load(tmp_path / "results.pt"), wanted, strict=True):
         assert relative_error(got, right) <= 1e-6
 
 
 @needs_kernels
-def test_a_program_exported_without_kernels_runs_by_them_where_there_are_any(tmp_path: Path) -> None:
+def test_a_program_exported_without_kernels_uses_them_where_available(tmp_path: Path) -> None:
     write = "x = maps(4), torch.tensor([0, 0, 1, 1]); program = torch.export.export(EveryOperator().eval(), x); "
-    done = without_kernels(tmp_path, f"{write} torch.export.save(program, 'model.pt2')")
+    done = run_without_kernels(tmp_path, f"{write} torch.export.save(program, 'model.pt2')")
     assert done.returncode == 0, done.stderr
     program = torch.export.load(tmp_path / "model.pt2").module()
-    x, people = maps(4).requires_grad_(), torch.tensor([0, 0, 1, 1])
-    assert operators_run(lambda: program(x, people)) >= COMPILED
-    wanted = EveryOperator().eval()(x, people)
-    for got, right in zip(program(x, people), wanted, strict=True):
+    x, labels = maps(4).requires_grad_(), torch.tensor([0, 0, 1, 1])
+    assert operators_run(lambda: program(x, labels)) >= COMPILED
+    wanted = EveryOperator().eval()(x, labels)
+    for got, right in zip(program(x, labels), wanted, strict=True):
         assert relative_error(got, right) <= 1e-6
-    gradients = [torch.autograd.grad(sum(v.square().sum() for v in out), x)[0] for out in (program(x, people), wanted)]
+    gradients = [torch.autograd.grad(sum(v.square().sum() for v in out), x)[0] for out in (program(x, labels), wanted)]
     assert relative_error(*gradients) <= 1e-6
 
 
 @needs_kernels
-def test_a_program_exported_for_one_backend_names_it_where_it_cannot_serve(tmp_path: Path) -> None:
+def test_a_program_exported_for_an_unavailable_backend_names_it(tmp_path: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(EveryOperator("cpu").eval(), (maps(4), torch.tensor([0, 0, 1, 1])))
     torch.export.save(program, tmp_path / "model.pt2")
     run = "torch.set_grad_enabled(False); torch.export.load('model.pt2').module()(maps(4), torch.tensor([0, 0, 1, 1]))"
-    done = without_kernels(tmp_path, run)
+    done = run_without_kernels(tmp_path, run)
     assert done.stderr.splitlines()[-1].startswith(
         "ValueError: backend: got 'cpu', wanted 'auto' or one of 'reference'"
     )

@@ -1,4 +1,4 @@
-"""Swapped modules on several ranks: under DistributedDataParallel and FSDP2. One spawn of ranks runs everything."""
+"""Accelerated modules under DistributedDataParallel and FSDP2. One spawn of two ranks runs everything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ranks import in_ranks
 
 
 def steps_on_ranks(rank: int) -> dict[str, Any]:
-    """Three steps on this rank's clips, each way; and what FSDP2 and swapping say to each other."""
+    """Take three steps on this rank's clips under DDP and FSDP2, and restore modules that FSDP2 has sharded."""
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {}
     for name, plain in PLAIN.items():
@@ -67,19 +67,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_ranks_train_as_plain_modules_under_ddp(how: str, name: str, two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_ranks_train_as_plain_modules_under_ddp(wrapper: str, name: str, two: list[dict[str, Any]]) -> None:
     for found in two:
-        assert list(found[f"{name} {how}"]) == list(found[f"{name} plain ddp"])
+        assert list(found[f"{name} {wrapper}"]) == list(found[f"{name} plain ddp"])
         for parameter, wanted in found[f"{name} plain ddp"].items():
-            assert relative_error(found[f"{name} {how}"][parameter], wanted) <= EXACT, parameter
+            assert relative_error(found[f"{name} {wrapper}"][parameter], wanted) <= EXACT, parameter
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_module_that_is_sharded_itself_is_not_restored_but_one_inside_is(
-    name: str, two: list[dict[str, Any]]
-) -> None:
-    cls = "RRU" if name == "reference" else "FuseNet"
+def test_restore_refuses_a_sharded_module_but_restores_one_inside_it(name: str, two: list[dict[str, Any]]) -> None:
+    cls = "RRU" if name == "ours" else "FuseNet"
     for found in two:
         assert found[f"{name} restored"].startswith(f"restore: got a FSDP{cls}, wanted the {cls} that accelerate made")
         assert found[f"{name} inside"]

@@ -1,4 +1,4 @@
-"""`batch_hard_triplet` of every backend against the float64 oracle and against the definition."""
+"""`batch_hard_triplet` of every backend against the fp64 oracle and the definition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(features: Tensor, labels: Tensor, backend: str, **options: Any) -> parit
 
 @every_backend
 @pytest.mark.parametrize("others", [(0.0, 1.0), (-1.0, 1.0), (-2.0, -1.0)], ids=str)
-def test_an_infinite_feature_leaves_no_loss_a_number(others: tuple[float, float], backend: str) -> None:
+def test_an_infinite_feature_makes_every_loss_nan(others: tuple[float, float], backend: str) -> None:
     features = torch.tensor([*others, float("inf")])[:, None]
     assert run(features, torch.tensor([0, 0, 1]), backend, reduction="none")["loss"].isnan().all()
 
@@ -48,7 +48,7 @@ def test_an_infinite_feature_leaves_no_loss_a_number(others: tuple[float, float]
 @every_backend
 @pytest.mark.parametrize(
     ("margin", "reduction"),
-    [  # the mean is taken of what any margin gives
+    [  # the mean is taken of the same losses whatever the margin
         pytest.param(margin, reduction, marks=pytest.mark.exhaustive if reduction == "mean" and margin != 0.3 else ())
         for margin in MARGINS
         for reduction in ("mean", "none")
@@ -112,14 +112,15 @@ def test_coincident_points_have_loss_and_no_gradient(metric: str, backend: str) 
 
 
 @every_backend
-def test_points_nearer_than_the_floor_have_its_distance_and_no_gradient(backend: str) -> None:
+def test_distances_below_the_floor_are_clamped_and_have_no_gradient(backend: str) -> None:
     features = torch.tensor([[0.0, 0.0], [3e-7, 0.0], [2e-6, 0.0], [1.0, 0.0]], dtype=torch.float64)
     labels = torch.tensor([0, 0, 1, 1])
     options = {"margin": 1.0, "reduction": "none"}
     got, oracle = run(features, labels, backend, **options), run(features, labels, "reference", **options)
     assert float(got["loss"][0]) == pytest.approx(1 + 1e-6 - 2e-6, abs=1e-12)
     for name in ("loss", "d_features"):
-        assert relative_error(got[name], oracle[name]) <= 1e-6, name  # the oracle's matrix form rounds at 1e-16 / 1e-6
+        # The oracle takes squared distances from products, which round at 1e-16, against distances of 1e-6.
+        assert relative_error(got[name], oracle[name]) <= 1e-6, name
 
 
 @every_backend
@@ -153,7 +154,7 @@ def test_gradcheck(backend: str) -> None:
             )
 
 
-def test_the_composites_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tile_size_of_the_composite_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = random_batch((3, 50, 8))
     whole = run(features, labels, "composite")
     monkeypatch.setattr(ops.batch_hard.KERNELS["composite"], "TILE_BYTES", 3 * 50 * 8 * 7)  # seven anchors at a time
@@ -171,7 +172,7 @@ def test_extra_memory_grows_with_n_not_with_its_square(backend: str) -> None:
 
 
 @every_backend
-def test_inputs_are_left_alone_and_runs_are_bitwise_equal(backend: str) -> None:
+def test_inputs_are_unchanged_and_runs_are_bitwise_equal(backend: str) -> None:
     features, labels = random_batch((3, 300, 8))
     before = features.clone()
     first, second = run(features, labels, backend), run(features, labels, backend)
@@ -184,7 +185,9 @@ def test_inputs_are_left_alone_and_runs_are_bitwise_equal(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(8, 20, 100), (2, 300, 70)], ids=str)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype, metric: str, shape: tuple[int, ...], backend: str) -> None:
+def test_results_are_bitwise_equal_for_any_number_of_threads(
+    dtype: torch.dtype, metric: str, shape: tuple[int, ...], backend: str
+) -> None:
     features, labels = random_batch(shape)
     before = torch.get_num_threads()
     results = []
@@ -203,11 +206,11 @@ def test_threads_change_no_bit(dtype: torch.dtype, metric: str, shape: tuple[int
 @pytest.mark.parametrize(
     "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.bfloat16], ids=str
 )
-def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
+def test_strides_do_not_change_results(dtype: torch.dtype, backend: str) -> None:
     features, labels = random_batch((4, 20, 6))
     features = features.to(dtype)
     layouts = {
-        "strips": features.permute(1, 2, 0).contiguous().permute(2, 0, 1),  # how (B, C, H) strips arrive
+        "strips": features.permute(1, 2, 0).contiguous().permute(2, 0, 1),  # the layout of (B, C, H) strips
         "every second": features.repeat_interleave(2, 2)[:, :, ::2],
         "cut from wider": torch.cat([features, features], 2)[:, :, :6],
         "groups last": features.transpose(0, 1).contiguous().transpose(0, 1),
@@ -225,11 +228,11 @@ def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_labels_are_only_names(dtype: torch.dtype, backend: str) -> None:
+def test_only_the_equality_of_labels_matters(dtype: torch.dtype, backend: str) -> None:
     features, labels = random_batch((2, 40, 6))
     wanted = run(features, labels, backend)
     ends = torch.iinfo(dtype)
-    names = torch.randperm(100)[: int(labels.max()) + 1] + ends.min  # negative where the dtype has that
+    names = torch.randperm(100)[: int(labels.max()) + 1] + ends.min  # negative if the dtype is signed
     names[0] = ends.max
     for name, value in run(features, names.to(dtype)[labels], backend).items():
         assert torch.equal(value, wanted[name]), name
@@ -239,9 +242,7 @@ def test_labels_are_only_names(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 1e-40], ids=str)
 @pytest.mark.parametrize("where", ["one number", "a feature", "everywhere"])
-def test_values_beyond_the_ordinary_give_the_references_loss(
-    where: str, value: float, metric: str, backend: str
-) -> None:
+def test_extreme_values_give_the_loss_of_the_reference(where: str, value: float, metric: str, backend: str) -> None:
     for seed in range(5):
         features, labels = random_batch((1, 70, 6), seed)
         features = features.float()

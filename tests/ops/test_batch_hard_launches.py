@@ -1,4 +1,4 @@
-"""The composite `batch_hard` on a GPU: its number of launches, and small batches mined by differences alone."""
+"""Kernel launches of the composite `batch_hard` on a GPU, and its mining of small batches by differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_s
 
 
 class Launches(TorchDispatchMode):
-    """Names of the operators that compute a tensor of `device`, each at least one kernel there.
+    """Record the names of the operators that compute a tensor on `device`; each launches at least one kernel.
 
     Views and allocations are left out. Operators of several kernels (index_put_, sort, an out-of-place masked_fill)
     count once.
@@ -46,7 +46,7 @@ class Launches(TorchDispatchMode):
 def launches_of_composite(
     metric: str = "euclidean", n: int = N, device: str = "cuda", soft: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Operators of the composite forward and backward for features (1, n, D) without data."""
+    """Operators of the composite forward and backward for fake features (1, n, D)."""
     with FakeTensorMode():
         features, labels = torch.empty(1, n, D, device=device), torch.empty(n, dtype=torch.int64, device=device)
         args = BatchHardArguments(features, labels, 0.3, soft, metric)
@@ -59,7 +59,7 @@ def launches_of_composite(
 
 
 def eager(features: Tensor, labels: Tensor, metric: str) -> Tensor:
-    """The loss per anchor as vectorized PyTorch has it, in one matrix of distances."""
+    """Loss per anchor in vectorized PyTorch, from one distance matrix."""
     if metric == "cosine":
         d = 1 - features @ features.t()
     else:
@@ -72,7 +72,7 @@ def eager(features: Tensor, labels: Tensor, metric: str) -> Tensor:
 
 
 def launches_of_eager(metric: str) -> tuple[list[str], list[str]]:
-    """Operators of `eager` and of its backward by autograd, which needs no GPU on the meta device."""
+    """Operators of `eager` and of its backward by autograd, on the meta device: needs no GPU."""
     features = torch.empty(N, D, device="meta", requires_grad=True)
     with Launches("meta") as forward:
         loss = eager(features, torch.empty(N, dtype=torch.int64, device="meta"), metric)
@@ -89,9 +89,9 @@ def test_launches_of_a_small_batch_are_bounded() -> None:
         assert len(backward) <= BACKWARD + soft, backward
 
 
-def test_a_small_batch_takes_three_quarters_of_eagers_launches() -> None:
-    ours, theirs = (sum(map(len, launches)) for launches in (launches_of_composite(), launches_of_eager("euclidean")))
-    assert 4 * ours <= 3 * theirs, (ours, theirs)
+def test_a_small_batch_takes_at_most_three_quarters_of_the_launches_of_eager() -> None:
+    composite, eager_ = (sum(map(len, names)) for names in (launches_of_composite(), launches_of_eager("euclidean")))
+    assert 4 * composite <= 3 * eager_, (composite, eager_)
 
 
 @pytest.mark.parametrize(("metric", "n", "bound"), [("cosine", N, 33), ("euclidean", 200, 51)])
@@ -127,30 +127,30 @@ CLAIMS = [
         for dtype in (torch.float32, torch.bfloat16)
     ),
     *(
-        partial(claims.test_an_infinite_feature_leaves_no_loss_a_number, others)
+        partial(claims.test_an_infinite_feature_makes_every_loss_nan, others)
         for others in ((0.0, 1.0), (-1.0, 1.0), (-2.0, -1.0))
     ),
     claims.test_groups_are_independent_losses,
     partial(claims.test_coincident_points_have_loss_and_no_gradient, "euclidean"),
-    claims.test_points_nearer_than_the_floor_have_its_distance_and_no_gradient,
+    claims.test_distances_below_the_floor_are_clamped_and_have_no_gradient,
     claims.test_an_anchor_without_a_negative_has_no_loss,
     claims.test_nan_features_give_a_nan_loss,
-    claims.test_inputs_are_left_alone_and_runs_are_bitwise_equal,
-    partial(claims.test_any_strides_give_the_same, torch.float64),
-    partners.test_where_distances_overflow_partners_are_still_of_the_right_people,
+    claims.test_inputs_are_unchanged_and_runs_are_bitwise_equal,
+    partial(claims.test_strides_do_not_change_results, torch.float64),
+    partners.test_partners_have_the_right_identity_where_distances_overflow,
     *(
         partial(partners.test_partners_are_right_under_a_large_common_vector, own, 100.0, torch.float32)
         for own in (0.03, 0.001)
     ),
-    partial(partners.test_partners_among_dark_clips_are_right_beside_those_of_others, 0.001),
+    partial(partners.test_partners_of_dark_clips_are_right_in_a_batch_with_bright_ones, 0.001),
     partial(partners.test_a_blank_clip_does_not_hide_the_common_vector, 0.001),
-    partners.test_small_integer_points_follow_the_definition_ties_included,
-    partners.test_the_first_nan_is_the_partner_and_nan_the_gradient,
+    partners.test_small_integer_points_match_the_definition_including_ties,
+    partners.test_the_first_nan_is_the_partner_and_gradients_are_nan,
 ]
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: getattr(claim, "func", claim).__name__)
-def test_mining_by_differences_keeps_the_claims_of_mining_by_products(
+def test_mining_by_differences_passes_the_tests_of_mining_by_products(
     claim: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_hard, "by_differences", lambda f: True)

@@ -1,4 +1,4 @@
-"""Which partners `batch_hard_triplet` chooses, on every backend, against the definition and distances in float64."""
+"""Hardest positives and negatives of `batch_hard_triplet` on every backend, against the definition and fp64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ops.test_batch_hard import every_backend, random_batch, run
 
 
 def by_definition(f: Tensor, labels: Tensor, margin: float) -> tuple[list[float], list[int], list[int]]:
-    """Eq. 8 for one group, an anchor at a time, ties to the lowest index."""
+    """Eq. 8 for one group, anchor by anchor; ties go to the lowest index."""
     losses, positives, negatives = [], [], []
     for a in range(len(f)):
         distance = [max(float((f[a] - f[b]).square().sum()), 1e-12) ** 0.5 for b in range(len(f))]
@@ -30,7 +30,7 @@ def by_definition(f: Tensor, labels: Tensor, margin: float) -> tuple[list[float]
 
 
 @every_backend
-def test_where_distances_overflow_partners_are_still_of_the_right_people(backend: str) -> None:
+def test_partners_have_the_right_identity_where_distances_overflow(backend: str) -> None:
     far = run(torch.tensor([[0.0], [1.0], [1e20]]), torch.tensor([0, 0, 1]), backend, reduction="none")
     assert far["loss"][:2].tolist() == [0.0, 0.0] and far["loss"][2].isnan()
     assert far["positive"][:2].tolist() == [1, 0] and far["negative"][:2].tolist() == [2, 2]
@@ -39,7 +39,7 @@ def test_where_distances_overflow_partners_are_still_of_the_right_people(backend
 
 
 def assert_hardest(features: Tensor, labels: Tensor, backend: str, first: int = 0) -> None:
-    """The anchors' partners, from the first on, are as far and as near as any, by the differences in float64."""
+    """Assert that partners of the anchors from `first` on are hardest, by fp64 distances from differences."""
     _, positive, negative = rru_fast.batch_hard_triplet(features, labels, return_indices=True, backend=backend)
     d2 = (features.double()[:, None] - features.double()).square().sum(-1)
     same = labels[:, None] == labels
@@ -57,7 +57,7 @@ def test_partners_are_right_under_a_large_common_vector(
     own: float, outlier: float, dtype: torch.dtype, backend: str
 ) -> None:
     if dtype == torch.float16 and (backend == "reference" or own == 0.001):
-        pytest.skip("computes in float16; or float16 holds nothing but the common vector")
+        pytest.skip("the reference computes in float16; or float16 resolves only the common vector")
     n = 128 if backend in parity.COMPILED else 64
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def test_partners_are_right_under_a_large_common_vector(
 
 @every_backend
 @pytest.mark.parametrize("dark", [0.03, 0.001])
-def test_partners_among_dark_clips_are_right_beside_those_of_others(dark: float, backend: str) -> None:
+def test_partners_of_dark_clips_are_right_in_a_batch_with_bright_ones(dark: float, backend: str) -> None:
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
         features = torch.randn(32, 256, generator=g).relu()
@@ -90,7 +90,7 @@ def test_a_blank_clip_does_not_hide_the_common_vector(own: float, backend: str) 
 
 @every_backend
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_the_common_vector_has_no_share_in_the_gradient(metric: str, backend: str) -> None:
+def test_the_common_vector_does_not_enter_the_gradient(metric: str, backend: str) -> None:
     features, labels = random_batch((2, 33, 24))
     features = (10 + 0.1 * features).float()
     got, oracle = (
@@ -109,15 +109,15 @@ def test_the_common_vector_has_no_share_in_the_gradient(metric: str, backend: st
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9),
-    people=st.integers(1, 4),
+    identities=st.integers(1, 4),
     margin=st.sampled_from([0.0, 0.5, 3.0]),
     data=st.data(),
 )
-def test_small_integer_points_follow_the_definition_ties_included(
-    backend: str, values: list[tuple[int, int]], people: int, margin: float, data: st.DataObject
+def test_small_integer_points_match_the_definition_including_ties(
+    backend: str, values: list[tuple[int, int]], identities: int, margin: float, data: st.DataObject
 ) -> None:
     # Distances between integer points are exact, so ties are real ties.
-    labels = torch.tensor(data.draw(st.lists(st.integers(1, people), min_size=len(values), max_size=len(values))))
+    labels = torch.tensor(data.draw(st.lists(st.integers(1, identities), min_size=len(values), max_size=len(values))))
     f = torch.tensor(values, dtype=torch.float32)
     loss, positive, negative = rru_fast.batch_hard_triplet(
         f, labels, margin=margin, reduction="none", return_indices=True, backend=backend
@@ -129,7 +129,7 @@ def test_small_integer_points_follow_the_definition_ties_included(
 
 
 @every_backend
-def test_the_first_nan_is_the_partner_and_nan_the_gradient(backend: str) -> None:
+def test_the_first_nan_is_the_partner_and_gradients_are_nan(backend: str) -> None:
     features, labels = random_batch((1, 100, 6))
     features[0, 50], features[0, 80] = float("nan"), float("nan")
     labels[50], labels[80] = 1, 2

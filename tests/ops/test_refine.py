@@ -22,7 +22,7 @@ native = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels are n
 ALL_WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 
 
-LARGE = 4000  # elements of x that take Triton's interpreter half a minute
+LARGE = 4000  # elements of x: half a minute in Triton's interpreter
 
 
 @every_backend
@@ -43,8 +43,8 @@ def test_float64_equals_the_oracle(case: Case, backend: str) -> None:
         assert relative_error(got[name], wanted) <= EXACT, name
 
 
-def decides(case: Case, dtype: torch.dtype) -> bool:
-    """Return True unless other calls repeat the rounding of this one; float64 has every case."""
+def runs_by_default(case: Case, dtype: torch.dtype) -> bool:
+    """Return True unless other calls round the same way; fp64 runs every case."""
     if case in ODD_SHAPES:
         return case.mode == "train" and dtype == torch.float32 and case.x_numel < LARGE
     variant = case.attention == "both" and (case.mode == "train" or case.inputs == "appearance+motion")
@@ -55,15 +55,17 @@ def decides(case: Case, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=() if decides(case, dtype) else pytest.mark.exhaustive)
+        pytest.param(
+            case, dtype, id=f"{case}-{dtype}", marks=() if runs_by_default(case, dtype) else pytest.mark.exhaustive
+        )
         for case in [*VARIANTS, *GROUPS, *ODD_SHAPES]
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ],
 )
 def test_error_is_at_most_twice_the_references(case: Case, dtype: torch.dtype, backend: str) -> None:
     if backend not in parity.COMPILED and case.shape[1] > 10:
-        pytest.skip("a minute a draw in Triton's interpreter, and float64 has it")
-    # Of a gradient's few numbers luck decides; where draws are cheap there are more of them.
+        pytest.skip("a minute per draw in Triton's interpreter; float64 covers the case")
+    # The error of a few numbers is mostly chance: take more draws where they are cheap.
     few = case.x_numel < 50 or backend in parity.COMPILED
     parity.assert_refine_parity(case, dtype, backend, 15 if dtype == torch.float32 and few else 5)
 
@@ -79,7 +81,7 @@ def test_gradients_in_16_bit_are_aligned_with_the_oracle(dtype: torch.dtype, bac
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_float32_weights_serve_16_bit_maps(dtype: torch.dtype, backend: str) -> None:
+def test_float32_weights_work_with_16_bit_maps(dtype: torch.dtype, backend: str) -> None:
     case = Case()
     call = parity.make_call(case, dtype)
     oracle = parity.run(case, call, "reference")
@@ -88,7 +90,7 @@ def test_float32_weights_serve_16_bit_maps(dtype: torch.dtype, backend: str) -> 
     mixed.buffers = (call.buffers[0].float(), call.buffers[1].float())
     got = parity.run(case, mixed, backend)
     assert got["d_w"].dtype == torch.float32
-    # Only the maps are rounded, so the weights' gradients lose at most a few roundings of S.
+    # Only the maps are rounded: weight gradients are off by at most a few roundings of S.
     for name, wanted in oracle.items():
         assert relative_error(got[name], wanted) <= 8 * torch.finfo(dtype).eps, name
 
@@ -109,7 +111,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @every_backend
 @pytest.mark.parametrize("mode", ["train", "continued"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_give_the_same(layout: str, mode: str, backend: str) -> None:
+def test_strides_do_not_change_results(layout: str, mode: str, backend: str) -> None:
     case = Case(mode=mode)
     call = parity.make_call(case)
     wanted = parity.run(case, call, backend)
@@ -121,7 +123,7 @@ def test_any_strides_give_the_same(layout: str, mode: str, backend: str) -> None
 
 
 @every_backend
-def test_an_expanded_video_is_read_as_it_is(backend: str) -> None:
+def test_an_expanded_video_equals_the_oracle(backend: str) -> None:
     case = Case()
     call = parity.make_call(case)
     call.x = call.x[:, :1].expand(case.shape)
@@ -132,7 +134,7 @@ def test_an_expanded_video_is_read_as_it_is(backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("frozen", [("x",), ALL_WEIGHTS, ("x", "w", "w_c"), ("w_s1",)], ids=str)
-def test_gradients_of_some_inputs_only(frozen: tuple[str, ...], backend: str) -> None:
+def test_gradients_with_frozen_inputs_equal_the_oracle(frozen: tuple[str, ...], backend: str) -> None:
     case = Case()
     call = parity.make_call(case)
     got, oracle = parity.run(case, call, backend, frozen), parity.run(case, call, "reference", frozen)
@@ -143,7 +145,7 @@ def test_gradients_of_some_inputs_only(frozen: tuple[str, ...], backend: str) ->
 
 @every_backend
 @pytest.mark.parametrize("used", ["features", "strips"])
-def test_a_loss_on_one_output_alone(used: str, backend: str) -> None:
+def test_a_loss_on_one_output_gives_the_gradient_of_the_reference(used: str, backend: str) -> None:
     case = Case()
     gradients = {}
     for name in (backend, "reference"):
@@ -156,7 +158,7 @@ def test_a_loss_on_one_output_alone(used: str, backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("case", [Case(mode="train"), Case(mode="ragged"), Case(inputs="raw", bn_groups=3)], ids=str)
-def test_inputs_are_left_alone_and_runs_are_bitwise_equal(case: Case, backend: str) -> None:
+def test_inputs_are_unchanged_and_runs_are_bitwise_equal(case: Case, backend: str) -> None:
     call = parity.make_call(case).map(lambda v: v.float())
     before = call.map(lambda v: v.clone())
     first, second = parity.run(case, call, backend), parity.run(case, call, backend)
@@ -174,15 +176,15 @@ def test_inputs_are_left_alone_and_runs_are_bitwise_equal(case: Case, backend: s
     "case",
     [
         Case(),
-        Case((9, 3, 70, 9, 8), hidden=70, spatial_hidden=9, bn_groups=3),  # a task a clip, on any of these threads
-        Case((5, 4, 600, 4, 4), hidden=66, inputs="raw"),  # a task a clip on one or two of them
-        Case((10, 4, 15, 5, 2), hidden=63, spatial_hidden=17),  # where BLAS would sum in another order
+        Case((9, 3, 70, 9, 8), hidden=70, spatial_hidden=9, bn_groups=3),  # one task per clip in all three runs
+        Case((5, 4, 600, 4, 4), hidden=66, inputs="raw"),  # one task per clip on one or two threads
+        Case((10, 4, 15, 5, 2), hidden=63, spatial_hidden=17),  # BLAS would sum in another order
         Case((1, 4, 520, 8, 8), hidden=66, mode="continued", attention="channel"),
         Case((4, 4, 70, 5, 5), inputs="appearance", mode="ragged", attention="spatial"),
     ],
     ids=str,
 )
-def test_the_number_of_threads_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
+def test_results_are_bitwise_equal_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
     call = parity.make_call(case, dtype).map(lambda v: v.to(dtype))
     threads, results = torch.get_num_threads(), []
     try:
@@ -211,12 +213,14 @@ def test_bfloat16_needs_no_onednn() -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_no_number_does_not_vanish(value: float, dtype: torch.dtype, mode: str, backend: str) -> None:
+def test_nan_and_infinity_reach_outputs_and_gradients(
+    value: float, dtype: torch.dtype, mode: str, backend: str
+) -> None:
     case = Case((4, 4, 6, 3, 2), mode=mode)
     call = parity.make_call(case).map(lambda v: v.to(dtype))
     call.x[1, 1, 2, 1, 1] = value
     got, reference = parity.run(case, call, backend), parity.run(case, call, "reference")
-    if value != value:  # of infinities, which differences become NaN depends on the order of the products
+    if value != value:  # the order of products decides which differences of infinities are NaN
         assert torch.equal(got["features"].isnan(), reference["features"].isnan())
         assert torch.equal(got["strips"].isnan(), reference["strips"].isnan())
     for name in ("features", "strips", "d_x", "d_w", "d_w_c"):
@@ -242,7 +246,7 @@ def test_gradcheck(training: bool, backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_video_in_chunks_equals_one_go(dtype: torch.dtype, backend: str) -> None:
+def test_a_video_in_chunks_equals_the_whole_video(dtype: torch.dtype, backend: str) -> None:
     case = Case((2, 9, 6, 3, 2), mode="eval")
     call = parity.make_call(case).map(lambda v: v.to(dtype))
     mean, var = call.buffers
@@ -277,7 +281,7 @@ def test_gradients_flow_through_chunks(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", *parity.BACKENDS])
-def test_what_lies_past_a_clips_length_does_not_matter(backend: str) -> None:
+def test_frames_past_a_clips_length_are_ignored(backend: str) -> None:
     case = Case(mode="ragged")
     call = parity.make_call(case)
     call.lengths = torch.tensor([4, 2, 1])
@@ -299,7 +303,7 @@ def test_what_lies_past_a_clips_length_does_not_matter(backend: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16], ids=str
 )
-def test_lengths_of_any_integer_dtype_are_the_same_lengths(dtype: torch.dtype, backend: str) -> None:
+def test_the_integer_dtype_of_lengths_does_not_change_results(dtype: torch.dtype, backend: str) -> None:
     case = Case(mode="ragged")
     call = parity.make_call(case)
     wanted = parity.run(case, call, backend)
@@ -312,7 +316,7 @@ def test_lengths_of_any_integer_dtype_are_the_same_lengths(dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
+def test_a_state_is_a_copy(backend: str) -> None:
     call = parity.make_call(Case((2, 6, 5, 2, 2), mode="eval"))
     arguments = dict(call.weights, running_mean=call.buffers[0], running_var=call.buffers[1], backend=backend)
     wanted = rru_fast.refine(call.x, **arguments).features[:, 3:]
@@ -327,7 +331,7 @@ def test_a_state_outlives_the_memory_it_was_read_from(backend: str) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["appearance+motion", "raw"])
-def test_blocks_of_time_do_not_show(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_over_time_does_not_change_results(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((3, 8, 6, 3, 2), inputs=inputs)
     call = parity.make_call(case)
     whole = parity.run(case, call, "composite")
@@ -375,7 +379,7 @@ def test_the_reference_backend_has_second_order_gradients() -> None:
 
 
 @pytest.mark.parametrize("backend", parity.COMPILED)
-def test_memory_saved_at_the_papers_shape(backend: str) -> None:
+def test_memory_saved_at_the_papers_shape_is_bounded(backend: str) -> None:
     module = rru_fast.RRU(2048, backend=backend)
     x = torch.rand(20, 8, 2048, 8, 8)
     known = {v.untyped_storage().data_ptr() for v in (x, *module.parameters())}
@@ -388,8 +392,8 @@ def test_memory_saved_at_the_papers_shape(backend: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
         out = module(x)
     known.add(out.features.untyped_storage().data_ptr())
-    beside = sum(size for pointer, size in saved.items() if pointer not in known)
-    assert 9 * 2**20 < beside <= 16 * 2**20  # U alone is 9.2 million bytes
+    saved_bytes = sum(size for pointer, size in saved.items() if pointer not in known)
+    assert 9 * 2**20 < saved_bytes <= 16 * 2**20  # U alone is 9.2 million bytes
 
 
 OPCHECK = [

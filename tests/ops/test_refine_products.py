@@ -1,4 +1,4 @@
-"""Products of the composite `refine`: convolutions where the replaced convolution has a precision of its own."""
+"""Products of the composite `refine`: convolutions where PyTorch has a precision setting for those, as for TF32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Case
 
 @pytest.fixture
 def convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions on any device and in any dtype."""
+    """Run products as convolutions on any device and in any dtype."""
     monkeypatch.setattr(_products, "by_convolution", lambda x: True)
 
 
@@ -56,7 +56,7 @@ MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv"}
 
 
 class LargeProducts(TorchDispatchMode):
-    """Counts products of at least `multiplications` multiplications by the operator's name."""
+    """Count products of at least `multiplications` multiplications, by operator name."""
 
     def __init__(self, multiplications: int) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class LargeProducts(TorchDispatchMode):
         name = func.name().removeprefix("aten::").split(".")[0].strip("_")
         if name in MATRIX_PRODUCTS or name == "convolution":
             left, right = [v for v in tree_iter(args) if isinstance(v, Tensor)][-2:]
-            outputs = right.shape[0 if name == "convolution" else -1]  # for each number on the left, kernel size 1
+            outputs = right.shape[0 if name == "convolution" else -1]  # per number on the left; the kernel size is 1
             self.calls[name] += left.numel() * outputs >= self.multiplications
         return func(*args, **(kwargs or {}))
 
 
 def transition_products(case: Case, dtype: torch.dtype, device: str) -> tuple[Counter[str], Counter[str]]:
-    """Calls of the transition's products in `refine`, forward and backward, of tensors without data."""
+    """Count the transition's products in `refine`, forward and backward, on fake tensors."""
     clips, _, channels, height, width = case.shape
     products = LargeProducts(clips * height * width * channels * case.hidden)
     with FakeTensorMode():
@@ -97,7 +97,7 @@ FEW_POSITIONS = Case((3, 4, 40, 2, 2), hidden=20)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*PRODUCTS, FEW_POSITIONS], ids=str)
-def test_on_a_gpu_products_in_float32_follow_the_precision_of_convolutions(case: Case, dtype: torch.dtype) -> None:
+def test_on_a_gpu_the_transitions_products_are_convolutions(case: Case, dtype: torch.dtype) -> None:
     steps = case.shape[1] - (case.mode == "train")
     forward, backward = transition_products(case, dtype, "cuda")
     assert forward.keys() == backward.keys() == {"convolution"}
@@ -107,7 +107,9 @@ def test_on_a_gpu_products_in_float32_follow_the_precision_of_convolutions(case:
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cuda"), (torch.float32, "cpu")], ids=str)
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_all_else_is_batched_matrix_products(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_in_float64_and_on_a_cpu_products_are_batched_matrix_products(
+    case: Case, dtype: torch.dtype, device: str
+) -> None:
     forward, backward = transition_products(case, dtype, device)
     assert "bmm" in (forward | backward)
     assert set(forward | backward) <= {"bmm", "baddbmm", "addbmm"}

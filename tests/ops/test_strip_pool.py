@@ -20,7 +20,7 @@ SHAPES = [
     (1, 1, 1, 1, 1),
     (3, 7, 2, 1, 9),
     (2, 40, 3, 8, 8),
-    (2, 3, 70, 8, 8),  # more channels than a task takes
+    (2, 3, 70, 8, 8),  # more channels than one task
     (1, 2, 3, 9, 17),
     LONG,
 ]
@@ -30,7 +30,7 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        # Sums are of 32 bits for 16-bit maps too: one of 900 frames is decided in float32.
+        # 16-bit maps are summed in fp32 too, so fp32 covers the sum over 900 frames.
         pytest.param(shape, dtype, id=f"{shape}-{dtype}", marks=pytest.mark.exhaustive if long_16_bit else ())
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         for shape in SHAPES
@@ -62,7 +62,7 @@ def test_equals_the_strips_of_refine(backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
+def test_strides_do_not_change_results(dtype: torch.dtype, backend: str) -> None:
     s = torch.randn(2, 3, 40, 5, 14).to(dtype)
     layouts = {
         "channels last": s.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
@@ -84,7 +84,7 @@ def test_any_strides_give_the_same(dtype: torch.dtype, backend: str) -> None:
 
 @native_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype, backend: str) -> None:
+def test_results_are_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype, backend: str) -> None:
     s, d_strips = torch.randn(3, 9, 70, 8, 8).to(dtype), torch.randn(3, 70, 8).to(dtype)
     before = torch.get_num_threads()
     results = []
