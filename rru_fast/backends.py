@@ -1,4 +1,4 @@
-"""Which backends this installation has, which one serves a call, and why the rest do not."""
+"""Available backends, the choice of one for a call, and reasons why others are not available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rru_fast import native, triton
 
 __version__ = "0.1.0"
 
-# Why a backend cannot serve; None where it can. In the order of DESIGN: the oracle, then ever closer to the machine.
+# Reason why a backend is not available; None if it is. From the oracle to the lowest-level kernels.
 BACKENDS: dict[str, str | None] = {
     "reference": None,
     "composite": None,
@@ -22,7 +22,7 @@ BACKENDS: dict[str, str | None] = {
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is "auto" or a backend that can serve here."""
+    """Raise ValueError unless `backend` is "auto" or an available backend."""
     if isinstance(backend, str) and (backend == "auto" or BACKENDS.get(backend, "unknown") is None):
         return
     usable = ", ".join(repr(name) for name, reason in BACKENDS.items() if reason is None)
@@ -32,10 +32,10 @@ def check_backend(backend: str) -> None:
 
 
 def choose(backend: str, device: torch.device) -> str:
-    """The backend that serves a call that asks for `backend` with tensors on `device`."""
+    """Return the backend that runs a call with argument `backend` and tensors on `device`."""
     check_backend(backend)
     if backend == "auto":
-        # On a GPU the Triton kernels are for whoever asks for them until they have been run, and timed, on one.
+        # On a GPU the Triton kernels are opt-in until they have been run, and timed, on one.
         return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
     if not _serves(backend, device):
         major, minor = triton.CAPABILITY
@@ -45,19 +45,19 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def _serves(backend: str, device: torch.device) -> bool:
-    """Whether a backend that is here runs on `device`."""
+    """Return True if an available backend runs on `device`."""
     if backend == "cpu":
         return device.type == "cpu"
     return triton.serves(device) if backend == "triton" else True
 
 
 def serving(device: torch.device) -> list[str]:
-    """The backends that can serve tensors on `device`, the reference first."""
+    """List the backends that can run on `device`, the reference first."""
     return [name for name, why in BACKENDS.items() if why is None and _serves(name, device)]
 
 
 def report() -> str:
-    """Versions, devices and backends, as `show_config` prints them."""
+    """Return versions, devices and backends as `show_config` prints them."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [
         f"rru_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
@@ -73,7 +73,7 @@ def report() -> str:
 
 
 def _fp32_precision() -> str:
-    """Precision of the operators' fp32 products on a GPU, and the settings that it follows."""
+    """Precision of the operators' fp32 products on a GPU, and the settings that decide it."""
     conv, matmul = (
         "TF32" if setting.fp32_precision == "tf32" else "fp32"
         for setting in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def _fp32_precision() -> str:
 
 
 def show_config() -> None:
-    """Print versions, the devices seen, which backends can serve and why the others cannot.
+    """Print versions, devices, available backends, and why others are not available.
 
     >>> import rru_fast
     >>> rru_fast.show_config()  # doctest: +ELLIPSIS

@@ -1,4 +1,4 @@
-"""Argument checks of the public operators; every message names the argument, what it got and what it wanted."""
+"""Argument checks of the public operators. Every message names the argument, what it got and what it wanted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST = sys.float_info.min
 
 
 def check_dense(name: str, tensor: Any, meaning: str) -> None:
-    """Raise unless it is a tensor, and neither nested nor sparse."""
+    """Raise TypeError unless `tensor` is a dense tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a tensor {meaning}")
     if tensor.is_nested:
@@ -31,7 +31,7 @@ def check_dense(name: str, tensor: Any, meaning: str) -> None:
 
 
 def check_process_group(process_group: Any, bn_groups: int) -> None:
-    """Raise unless the process group, if any, is one that this rank is in and whose clips are a single group."""
+    """Raise unless `process_group` is None, or contains this rank and bn_groups is 1."""
     if process_group is None:
         return
     if not isinstance(process_group, ProcessGroup):
@@ -50,7 +50,7 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_number(name: str, value: Any, least: float, most: float, wanted: str) -> None:
-    """Raise ValueError unless the value is a number from `least` to `most`, both included; NaN is not."""
+    """Raise ValueError unless `value` is a number in [least, most]; NaN is not."""
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond all floats
@@ -60,7 +60,7 @@ def check_number(name: str, value: Any, least: float, most: float, wanted: str) 
 
 
 def check_loss(margin: Any, metric: Any) -> None:
-    """Raise ValueError unless the margin is a finite number or "soft", and the metric one there is."""
+    """Raise ValueError unless `margin` is a finite number or "soft" and `metric` is "euclidean" or "cosine"."""
     if not (isinstance(margin, str) and margin == "soft"):
         check_number("margin", margin, -FINITE, FINITE, "a finite number or 'soft'")
     if not isinstance(metric, str) or metric not in ("euclidean", "cosine"):
@@ -68,7 +68,7 @@ def check_loss(margin: Any, metric: Any) -> None:
 
 
 def check_layer(name: str, layer: Any, kind: type[nn.Module]) -> None:
-    """Only that is read of a layer which its kind has."""
+    """Raise TypeError unless `layer` is a plain `kind` without bias: its weight is read, its forward not called."""
     own = None if "forward" in vars(layer) else type(layer).forward
     if own is not kind.forward or getattr(layer, "bias", None) is not None:
         got = type(layer).__name__
@@ -77,7 +77,7 @@ def check_layer(name: str, layer: Any, kind: type[nn.Module]) -> None:
 
 
 def check_reference_backend(backend: Any) -> None:
-    """Raise ValueError unless the backend is the one that the reference's modules have."""
+    """Raise ValueError unless `backend` is one that the reference modules accept."""
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or 'reference' (this is the reference module)")
 
@@ -109,7 +109,7 @@ def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> No
 
 
 def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
-    """A parameter of `refine`: x's dtype, or float32 beside a 16-bit x (autocast)."""
+    """Raise unless a parameter of `refine` fits x: its dtype, or also float32 if x is 16-bit (autocast)."""
     _shape(name, tensor, wanted, meaning)
     _device(name, tensor, x, "x")
     fits = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)
@@ -136,7 +136,7 @@ def check_refine(
     state: State | None,
     process_group: ProcessGroup | None,
 ) -> None:
-    """Arguments of `rru_fast.refine`."""
+    """Raise ValueError or TypeError unless the arguments of `rru_fast.refine` fit."""
     _floating("x", x, (5,), "(B, T, C, H, W)")
     _choice("inputs", inputs, get_args(Inputs))
     clips, _, channels, height, width = x.shape
@@ -180,7 +180,7 @@ def check_refine(
             raise ValueError(f"{given}: got it with batch statistics (training), wanted running ones (eval mode)")
         if clips % bn_groups:
             raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
-        # BatchNorm's own words. Of several ranks each brings a value at least.
+        # The error of torch's BatchNorm. Several ranks have at least one value each.
         if clips // bn_groups * height * width == 1 and not spans_ranks(process_group):
             size = torch.Size((1, d, height, width))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
@@ -212,7 +212,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     _integers("lengths", lengths)
     if lengths.device.type != "cpu":
         _device("lengths", lengths, x, "x")
-    # On a GPU, and inside a graph, looking at the values would wait for the device.
+    # Reading the values would synchronize with a GPU, and break a graph of torch.compile.
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         values = lengths.to(torch.int64)
         shortest, longest = int(values.min()), int(values.max())
@@ -225,26 +225,26 @@ def _integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
 
 
-def batched(tensor: Tensor) -> bool:
-    """Whether vmap has wrapped the tensor."""
+def is_vmapped(tensor: Tensor) -> bool:
+    """Return True if vmap has wrapped the tensor."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
 
 
-def beneath(tensor: Tensor) -> Tensor:
-    """The tensor that vmap has wrapped, which knows whether gradients are wanted; any other as it is."""
-    while batched(tensor):
+def unwrap_vmap(tensor: Tensor) -> Tensor:
+    """Return the tensor that vmap has wrapped, whose requires_grad is reliable; any other unchanged."""
+    while is_vmapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def check_derivatives(name: str, *tensors: Tensor | None) -> None:
-    """Raise where forward mode or torch.func asks for derivatives that a closed-form backward does not give."""
+    """Raise RuntimeError under forward-mode AD and torch.func.grad, which closed-form backwards do not support."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
         if tensor is None:
             continue
-        wrapped = torch._C._functorch.is_gradtrackingtensor(beneath(tensor))
+        wrapped = torch._C._functorch.is_gradtrackingtensor(unwrap_vmap(tensor))
         dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
         if wrapped or dual.tangent is not None:
             raise RuntimeError(
@@ -254,14 +254,14 @@ def check_derivatives(name: str, *tensors: Tensor | None) -> None:
 
 
 def check_strip_pool(s: Tensor) -> None:
-    """Arguments of `rru_fast.strip_pool`."""
+    """Raise ValueError or TypeError unless the argument of `rru_fast.strip_pool` fits."""
     _floating("s", s, (5,), "(B, T, C, H, W)")
 
 
 def check_batch_hard_triplet(
     features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str, return_indices: Any
 ) -> None:
-    """Arguments of `rru_fast.batch_hard_triplet`."""
+    """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
     _shape("labels", labels, (features.shape[-2],), "(N,), one a feature")
     _integers("labels", labels)

@@ -1,9 +1,9 @@
-"""CUDA graphs of `refine`, forward and backward: a call of a kind seen before is one launch each way.
+"""CUDA graphs of `refine`: a repeated call takes one launch for forward and one for backward.
 
-A graph reads and writes memory of its own. Maps are copied in; weights and running statistics are used where they lie,
-so a module whose parameters have moved is captured anew. What a call returns is overwritten by the next of its kind,
-and its backward must come before: it raises otherwise.
-What decides which kernels run, the precision of float32 among it, is part of the kind.
+A graph reads and writes static memory. Inputs are copied in; weights and running statistics are used in place, so a
+module whose parameters have moved is captured again. The next call with the same key overwrites the outputs: a backward
+after it raises. The key (`graph_key`) contains everything that decides which kernels run, such as the precision of fp32
+products.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rru_fast import checks
 from rru_fast.distributed import spans_ranks
 from rru_fast.types import Refined, State
 
-# Kinds of call kept; beyond it the oldest goes. Each holds the memory of its maps, forward and backward.
-KEPT = 8
+# Graphs per module; beyond it the oldest is dropped. Each holds the memory of its inputs, forward and backward.
+MAX_GRAPHS = 8
 
 WEIGHTS = ("w", "gamma", "beta", "w_s1", "w_s2", "w_c")
 RUNNING = ("running_mean", "running_var")
@@ -34,22 +34,22 @@ _capturing = threading.Lock()
 
 
 class Graphs:
-    """The graphs of one module."""
+    """CUDA graphs of one module."""
 
     def __init__(self) -> None:
         self._captured: dict[Hashable, tuple[Function, list[int]]] = {}
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
-        """A copy of the module captures its own."""
+        """Copy as an empty cache: a copied module captures its own graphs."""
         return Graphs, ()
 
     def refine(self, refine: Callable[..., Refined], x: Tensor, arguments: dict[str, Any]) -> Refined:
-        """refine(x, **arguments) by a graph, captured at the first call of its kind.
+        """Run refine(x, **arguments) as a graph, captured at the first call with its key.
 
         Raises:
             ValueError, TypeError: x is not on a GPU, ranks share statistics, or an argument does not fit.
         """
-        # Before anything is copied or captured: lengths on the CPU are looked at, and nothing is lost.
+        # Before anything is copied or captured, so that an error changes nothing and lengths on a CPU are read there.
         checks.check_refine(x, **{name: value for name, value in arguments.items() if name != "backend"})
         if arguments["training"] and spans_ranks(arguments["process_group"]):
             raise ValueError("cuda_graph: got True with batch statistics over several ranks, wanted False")
@@ -75,9 +75,9 @@ class Graphs:
 
         differentiable = torch.is_grad_enabled()
         rest = tuple(value for name, value in settings.items() if name not in RUNNING)
-        key = kind(weights, running, maps, rest)
+        key = graph_key(weights, running, maps, rest)
         if key not in self._captured:
-            while len(self._captured) >= KEPT:
+            while len(self._captured) >= MAX_GRAPHS:
                 del self._captured[next(iter(self._captured))]
             samples = [v.detach() for v in weights.values()] + [v.detach().clone() for v in maps.values()]
             for sample, v in zip(samples, (*weights.values(), *maps.values()), strict=True):
@@ -87,15 +87,15 @@ class Graphs:
         graphed, calls = self._captured[key]
         calls[0] += 1
         with torch.cuda.device(x.device):
-            outputs = graphed(*map(_own, (*weights.values(), *maps.values())))
-        features, strips, *last = guarded(calls, outputs)
+            outputs = graphed(*map(_clone_gradient, (*weights.values(), *maps.values())))
+        features, strips, *last = expire_on_replay(calls, outputs)
         return Refined(features, strips, State(*last) if last else None)
 
 
-def kind(
+def graph_key(
     weights: dict[str, Tensor], running: list[Tensor], maps: dict[str, Tensor], settings: tuple[Hashable, ...]
 ) -> Hashable:
-    """What a graph is captured for: how its tensors are, which weights they are, and in which state PyTorch is."""
+    """Return the key of a graph: layouts and dtypes of tensors, addresses of weights, and PyTorch's global settings."""
     return (
         *weights,
         *maps,
@@ -112,10 +112,10 @@ def kind(
 
 
 def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Function:
-    """`call` as a graph, with gradients; what its rehearsals did to the running statistics is undone."""
+    """Capture `call` as a graph, with gradients, and restore the running statistics that its warm-up runs changed."""
     before = [tensor.clone() for tensor in running]
     try:
-        with torch.autocast("cuda", enabled=False):  # the kernels choose their dtypes themselves
+        with torch.autocast("cuda", enabled=False):  # the kernels choose their own dtypes
             graphed = make_graphed(call, tuple(samples))
     finally:
         for tensor, value in zip(running, before, strict=True):
@@ -124,15 +124,15 @@ def _capture(call: Function, samples: list[Tensor], running: list[Tensor]) -> Fu
 
 
 def make_graphed(call: Function, samples: tuple[Tensor, ...]) -> Function:
-    """torch.cuda.make_graphed_callables whose capture fails on no other thread's calls.
+    """Call torch.cuda.make_graphed_callables in capture mode "thread_local", which permits calls by other threads.
 
-    By default cudaHostAlloc fails in any thread, such as a DataLoader's that pins memory, while a graph is captured.
+    In the default mode cudaHostAlloc fails in every thread during capture, such as a DataLoader's pin_memory thread.
     """
     make: Any = torch.cuda.make_graphed_callables
     mode = {"capture_error_mode": "thread_local"}
     if "capture_error_mode" in signature(make).parameters:  # newer than torch 2.11
         return cast(Function, make(call, samples, allow_unused_input=True, **mode))
-    with _capturing:  # of two threads each would put back what the other has set
+    with _capturing:  # two threads would restore each other's patch
         graph: Any = torch.cuda.graph
         torch.cuda.graph = partial(graph, **mode)  # type: ignore[misc,assignment]
         try:
@@ -141,46 +141,46 @@ def make_graphed(call: Function, samples: tuple[Tensor, ...]) -> Function:
             torch.cuda.graph = graph  # type: ignore[misc]
 
 
-class _Own(torch.autograd.Function):
-    """The same tensor, with a gradient of its own: the graph's lies where its next replay writes."""
+class _CloneGradient(torch.autograd.Function):
+    """Identity whose backward clones the gradient: the next replay overwrites the graph's own."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """The tensor where it lies."""
+        """Return a view of the tensor."""
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        """A copy."""
+        """Clone the gradient."""
         return gradient.clone()
 
 
-class _Guarded(torch.autograd.Function):
-    """A call's outputs; their backward raises where the next call, or somebody's hand, has overwritten them."""
+class _ExpireOnReplay(torch.autograd.Function):
+    """Identity on a call's outputs whose backward raises if a later call or an in-place operation overwrote them."""
 
     @staticmethod
     def forward(ctx: Any, calls: list[int], *outputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs where they lie."""
+        """Return views of the outputs."""
         ctx.calls, ctx.number = calls, calls[0]
         ctx.save_for_backward(*outputs)
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients as they come."""
+        """Pass the gradients on unless the outputs have been overwritten."""
         if ctx.calls[0] != ctx.number:
             raise RuntimeError(
                 f"cuda_graph: got the backward of a call after {ctx.calls[0] - ctx.number} more of its kind, wanted it "
                 "before the next: that overwrites what the backward reads"
             )
-        _ = ctx.saved_tensors  # raises where one was changed in place
+        _ = ctx.saved_tensors  # raises if one was changed in place
         return None, *gradients
 
 
-def guarded(calls: list[int], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The outputs of call number `calls[0]`, with a backward that knows whether they are still its own."""
-    return cast("tuple[Tensor, ...]", _Guarded.apply(calls, *outputs))  # type: ignore[no-untyped-call]
+def expire_on_replay(calls: list[int], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs of call number `calls[0]`; their backward raises after a later call."""
+    return cast("tuple[Tensor, ...]", _ExpireOnReplay.apply(calls, *outputs))  # type: ignore[no-untyped-call]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return cast(Tensor, _Own.apply(tensor)) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]
+def _clone_gradient(tensor: Tensor) -> Tensor:
+    return cast(Tensor, _CloneGradient.apply(tensor)) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]

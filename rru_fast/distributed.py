@@ -1,4 +1,4 @@
-"""Collectives of the reference: the batch of all ranks, and the checks that ranks fit together."""
+"""Collectives: gather a batch from all ranks, share batch statistics, and check that ranks fit together."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Raised while torch.compile traces: it then runs the call as it is, or with fullgraph=True shows this.
-OUTSIDE_GRAPHS = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
+# Raised while torch.compile traces: it then breaks the graph, or with fullgraph=True shows this message.
+GRAPH_BREAK_ERROR = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
 
 
 def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather the batch of all ranks in rank order, with gradient: features (..., N, D), labels (N,); N may differ.
+    """Gather the batch of all ranks in rank order, with gradients: features (..., N, D), labels (N,); N may differ.
 
     Raises:
-        ValueError: on every rank, where not all have the same number of groups and columns, and the same dtypes, or
-            none has a feature.
+        ValueError: on every rank, if numbers of groups or columns or dtypes differ between ranks, or no rank has a
+            feature.
     """
     if not has_other_ranks():
         return features, labels
     *groups, n, d = features.shape
-    dtypes = [_number(tensor.dtype) for tensor in (features, labels)]
+    dtypes = [_encode_dtype(tensor.dtype) for tensor in (features, labels)]
     table = _gather([n, d, len(groups), *(groups or [1]), *dtypes], features.device, None)
     counts, columns, dims, all_groups, *all_dtypes = table
     _check_same("features", "columns", columns)
     _check_same("features", "dimensions", [2 + dim for dim in dims])
     _check_same("features", "groups", all_groups)
     for name, numbers in zip(("features", "labels"), all_dtypes, strict=True):
-        _check_same(name, "dtypes", [_dtype_of(number) for number in numbers])
+        _check_same(name, "dtypes", [_decode_dtype(number) for number in numbers])
     if not any(counts):
         raise ValueError("features: got none on any rank, wanted at least 1 on one of them")
     missing = max(counts) - n
@@ -41,7 +41,7 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     dist.all_gather(all_labels, padded_labels)
     all_features = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
     for part in all_features:
-        if part.requires_grad:  # what is sent back takes the gradient's strides for those of a plain tensor
+        if part.requires_grad:  # the backward's collective assumes a contiguous gradient
             part.register_hook(Tensor.contiguous)
     return (
         torch.cat([part[..., :count, :] for part, count in zip(all_features, counts, strict=True)], -2),
@@ -55,33 +55,33 @@ def has_other_ranks() -> bool:
 
 
 def spans_ranks(process_group: ProcessGroup | None) -> bool:
-    """Return True if there are other ranks in the group to share statistics with."""
+    """Return True if the group has other ranks to share statistics with."""
     return process_group is not None and process_group.size() > 1
 
 
 def count_values(x: Tensor, hidden: int, process_group: ProcessGroup) -> list[int]:
-    """Count the values that a gate channel has per frame on every rank, B H W; all ranks wait for each other here.
+    """Count the values per gate channel and frame on every rank, B H W. One collective.
 
     Args:
-        x: maps (B, T, C, H, W).
+        x: feature maps (B, T, C, H, W).
         hidden: D, the gate channels.
         process_group: of several ranks.
 
     Raises:
-        ValueError: on every rank, where not all have as many frames and gate channels, and maps of one dtype.
+        ValueError: on every rank, if numbers of frames or gate channels or dtypes differ between ranks.
     """
     clips, frames, _, height, width = x.shape
-    own = [clips * height * width, frames, hidden, _number(x.dtype)]
-    counts, all_frames, channels, numbers = _gather(own, x.device, process_group)
+    own = [clips * height * width, frames, hidden, _encode_dtype(x.dtype)]
+    elements_per_rank, all_frames, channels, numbers = _gather(own, x.device, process_group)
     where = " of process_group"
     _check_same("x", "frames", all_frames, where)
     _check_same("w", "gate channels", channels, where)
-    _check_same("x", "dtypes", [_dtype_of(number) for number in numbers], where)
-    return counts
+    _check_same("x", "dtypes", [_decode_dtype(number) for number in numbers], where)
+    return elements_per_rank
 
 
 def _gather(own: list[int], device: torch.device, process_group: ProcessGroup | None) -> list[list[int]]:
-    """Gather a few numbers of every rank: per number, a list over the ranks."""
+    """Gather a few integers from every rank: one list over the ranks per integer."""
     row = torch.tensor(own, device=device)
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(rows, row, group=process_group)
@@ -96,47 +96,47 @@ def _check_same(name: str, what: str, values: Sequence[int | str], where: str = 
         raise ValueError(f"{name}: got [{got}] {what} on the ranks{where}, wanted {wanted} on every rank")
 
 
-def _number(dtype: torch.dtype) -> int:
-    """Encode a dtype's name, which ranks can exchange, as an integer of 63 bits."""
+def _encode_dtype(dtype: torch.dtype) -> int:
+    """Encode a dtype's name as a 63-bit integer, which ranks can exchange."""
     return int.from_bytes(str(dtype).removeprefix("torch.")[:8].encode(), "big")
 
 
-def _dtype_of(number: int) -> str:
+def _decode_dtype(number: int) -> str:
     return number.to_bytes(8, "big").lstrip(b"\0").decode()
 
 
 class Ranks:
-    """The ranks of a process group.
+    """Ranks of a process group that share batch statistics.
 
     Args:
         process_group: its name in torch.distributed.
-        counts: how many values of a gate channel each rank brings.
-        device: where the statistics are.
+        elements_per_rank: number of values per gate channel on each rank.
+        device: of the statistics.
     """
 
-    def __init__(self, process_group: str, counts: Sequence[int], device: torch.device) -> None:
-        self.process_group, self.size, self.elements = process_group, len(counts), sum(counts)
-        shares = torch.tensor(counts, dtype=torch.float64) / self.elements
-        self.shares = shares.to(device)[:, None, None]  # (R, 1, 1)
+    def __init__(self, process_group: str, elements_per_rank: Sequence[int], device: torch.device) -> None:
+        self.process_group, self.size, self.elements = process_group, len(elements_per_rank), sum(elements_per_rank)
+        weights = torch.tensor(elements_per_rank, dtype=torch.float64) / self.elements
+        self.weights = weights.to(device)[:, None, None]  # (R, 1, 1)
 
     def merge_(self, mean: Tensor, var: Tensor) -> None:
-        """Replace this rank's mean and biased variance, (1, D), by those of all values of all ranks."""
+        """Replace this rank's mean and biased variance, (1, D), by those over all ranks."""
         means, variances = self._gather(torch.stack((mean, var))).double().unbind(1)  # (R, 1, D)
-        whole = (self.shares * means).sum(0)
+        whole = (self.weights * means).sum(0)
         mean.copy_(whole)
-        var.copy_((self.shares * (variances + (means - whole).square_())).sum(0))
+        var.copy_((self.weights * (variances + (means - whole).square_())).sum(0))
 
-    def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Sums of this rank's, all of one shape, as those over all ranks."""
+    def sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Sum tensors of one shape over all ranks."""
         return self._gather(torch.stack(sums)).sum(0).unbind()
 
     def _gather(self, own: Tensor) -> Tensor:
-        """A tensor of every rank, (R, ...)."""
+        """Gather a tensor from every rank, (R, ...)."""
         collectives = torch.ops._c10d_functional
         everyone = collectives.all_gather_into_tensor(own[None], self.size, self.process_group)
         return collectives.wait_tensor(everyone)  # type: ignore[no-any-return]
 
 
-def ranks_of(process_group: str, counts: Sequence[int], device: torch.device) -> Ranks | None:
-    """What the operator's two arguments stand for; None where no rank shares anything."""
-    return Ranks(process_group, counts, device) if counts else None
+def ranks_of(process_group: str, elements_per_rank: Sequence[int], device: torch.device) -> Ranks | None:
+    """Return the ranks that share statistics, or None if `elements_per_rank` is empty."""
+    return Ranks(process_group, elements_per_rank, device) if elements_per_rank else None

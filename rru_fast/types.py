@@ -1,4 +1,4 @@
-"""Public types: the outputs of `refine`, and the values that options take."""
+"""Public types: outputs of `refine`, and values of options."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Reduction = Literal["mean", "none"]
 
 
 class State(NamedTuple):
-    """Where a video stands between two chunks: the last frame's maps and their refinement, both (B, C, H, W)."""
+    """State of a video between two chunks: X and S of the last frame, both (B, C, H, W)."""
 
     x: Tensor
     s: Tensor
 
 
 class Refined(NamedTuple):
-    """What `refine` returns.
+    """Outputs of `refine`.
 
     features: S, (B, T, C, H, W).
     strips: S averaged over time and width, (B, C, H).
-    state: what the video's next chunk starts from; `None` when batch statistics were used (training).
+    state: state for the video's next chunk; None if batch statistics were used (training).
     """
 
     features: Tensor
@@ -33,5 +33,5 @@ class Refined(NamedTuple):
     state: State | None
 
 
-for _returned in (State, Refined):  # so that torch.export can save a program that returns them
+for _returned in (State, Refined):  # torch.export.save needs the outputs' types registered
     _register_namedtuple(_returned, serialized_type_name=f"rru_fast.{_returned.__name__}")

@@ -115,7 +115,7 @@ def backward_without_save() -> None:
 
 def late_backward() -> None:
     calls = [1]
-    (out,) = cuda_graphs.guarded(calls, (torch.ones(2, requires_grad=True),))
+    (out,) = cuda_graphs.expire_on_replay(calls, (torch.ones(2, requires_grad=True),))
     calls[0] = 3
     out.sum().backward()
 
@@ -332,7 +332,7 @@ ERRORS = [*OF_REFINE.items(), *OF_OTHERS.items(), *OF_MODULES.items(), *OF_OFFIC
 ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
 # Raise statements that a single process without a GPU does not reach, by a part of their text.
 ELSEWHERE = {
-    "RuntimeError(OUTSIDE_GRAPHS)": "tests/ops/test_refine_sync.py: several ranks",
+    "RuntimeError(GRAPH_BREAK_ERROR)": "tests/ops/test_refine_sync.py: several ranks",
     "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_modules.py: several ranks",
     "got none on any rank": "tests/test_modules.py: several ranks",
     "over several ranks": "tests/ops/test_refine_sync.py: several ranks",

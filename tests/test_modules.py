@@ -88,7 +88,7 @@ def test_without_a_momentum_statistics_are_the_mean_over_all_frames(backend: str
     for module in (fast, plain):
         update_bn(batches, module)
     assert fast.transition_norm.num_batches_tracked == plain.transition_norm.num_batches_tracked == 8
-    arguments = reference.modules.norm_arguments(fast.eval().transition_norm, 3)
+    arguments = reference.modules.batch_norm_arguments(fast.eval().transition_norm, 3)
     assert arguments["momentum"] == 0  # a number, not a list: CUDA graphs can replay the call
     # With a momentum of 1 the statistics are the last frame's.
     steps = []

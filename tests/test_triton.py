@@ -212,7 +212,7 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
     w, other, x = torch.rand(3, 4), torch.rand(3, 4), torch.rand(2, 4)
 
     def kind(w: torch.Tensor = w, x: torch.Tensor = x, setting: object = "both") -> object:
-        return cuda_graphs.kind({"w": w}, [], {"x": x}, (setting,))
+        return cuda_graphs.graph_key({"w": w}, [], {"x": x}, (setting,))
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(before)  # before it is first set, fp32_precision is "none"
@@ -235,19 +235,19 @@ def test_a_graph_is_of_a_precision_and_of_its_weights() -> None:
 
 def test_a_graphs_backward_after_the_next_call_raises_and_gives_no_wrong_gradient() -> None:
     calls, memory = [1], torch.rand(2, 3, requires_grad=True)
-    (first,) = cuda_graphs.guarded(calls, (memory * 1,))
+    (first,) = cuda_graphs.expire_on_replay(calls, (memory * 1,))
     first.sum().backward()
     assert torch.equal(memory.grad, torch.ones(2, 3))  # type: ignore[arg-type]
-    (first,) = cuda_graphs.guarded(calls, (memory * 1,))
+    (first,) = cuda_graphs.expire_on_replay(calls, (memory * 1,))
     calls[0] += 1
-    (second,) = cuda_graphs.guarded(calls, (memory * 1,))
+    (second,) = cuda_graphs.expire_on_replay(calls, (memory * 1,))
     with pytest.raises(RuntimeError, match="cuda_graph: got the backward of a call after 1 more of its kind"):
         (first + second).sum().backward()
 
 
 def test_a_graphs_output_changed_in_place_has_no_backward() -> None:
     leaf = torch.rand(2, 3, requires_grad=True)
-    features, _ = cuda_graphs.guarded([1], (leaf * 1, leaf * 2))
+    features, _ = cuda_graphs.expire_on_replay([1], (leaf * 1, leaf * 2))
     with pytest.raises(RuntimeError, match=r"modified inplace"):
         features.mul_(2).sum().backward()
 

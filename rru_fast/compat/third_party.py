@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rru_fast import functional
 from rru_fast.checks import check_dense
-from rru_fast.reference.modules import count_frames, norm_arguments, weight_of
+from rru_fast.reference.modules import batch_norm_arguments, current_weight, track_batches
 from rru_fast.types import Refined
 
 BOUND = ("forward", "_replicate_for_data_parallel")
@@ -105,17 +105,17 @@ def _refined(unit: Any, backend: str, x: Tensor) -> Refined:
     wanted = (conv.weight.shape[1] // 2, *first.weight.shape[2:])
     if x.dim() != 5 or tuple(x.shape[2:]) != wanted:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, T, {', '.join(map(str, wanted))})")
-    appearance, motion = weight_of(conv).flatten(1).chunk(2, 1)
+    appearance, motion = current_weight(conv).flatten(1).chunk(2, 1)
     out = functional.refine(
         x,
         torch.cat((-appearance, motion), 1),  # their gate takes S - X_t, that of eq. 1 X_t - S
-        w_s1=weight_of(first).flatten(1),
-        w_s2=weight_of(last).flatten(1),
-        w_c=weight_of(unit.c_atten_z[1]).flatten(1),
-        **norm_arguments(norm, x.shape[1]),
+        w_s1=current_weight(first).flatten(1),
+        w_s2=current_weight(last).flatten(1),
+        w_c=current_weight(unit.c_atten_z[1]).flatten(1),
+        **batch_norm_arguments(norm, x.shape[1]),
         backend=backend,
     )
-    count_frames(norm, x.shape[1])
+    track_batches(norm, x.shape[1])
     return out
 
 

@@ -131,7 +131,7 @@ class GateGradients:
             count = dy.shape[1] * dy.shape[3]
             if gate.ranks is not None:
                 count = gate.ranks.elements
-                sum_dy, sum_dy_uhat = gate.ranks.total(sum_dy, sum_dy_uhat)
+                sum_dy, sum_dy_uhat = gate.ranks.sum_over_ranks(sum_dy, sum_dy_uhat)
             dy -= (sum_dy / count)[:, None, :, None]
             dy -= uhat.mul_((sum_dy_uhat / count)[:, None, :, None])
         return dy.mul_(r * gate.gamma[:, None])

@@ -1,4 +1,4 @@
-"""The paper in plain PyTorch: its equations, and the modules that `rru_fast.accelerate` swaps."""
+"""Reference in plain PyTorch: the paper's equations, and the modules that `rru_fast.accelerate` replaces."""
 
 from rru_fast.reference.equations import batch_hard_triplet, refine, strip_pool
 from rru_fast.reference.modules import RRU, BatchHardTripletLoss

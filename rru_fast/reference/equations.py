@@ -1,7 +1,7 @@
-"""The paper's equations in plain autograd PyTorch: the oracle every other backend is held to.
+"""The paper's equations in plain PyTorch with autograd: the oracle for every other backend.
 
 Liu, Yuan, Zhou, Li, "Spatial and Temporal Mutual Promotion for Video-based Person Re-identification", AAAI 2019
-(arXiv 1812.10305); equation numbers are the paper's. Written to be read, and to be right in float64.
+(arXiv 1812.10305); equation numbers are the paper's. Written for clarity, and to be exact in fp64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
 from rru_fast.checks import check_process_group
-from rru_fast.distributed import OUTSIDE_GRAPHS, count_values, spans_ranks
+from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
 
@@ -41,13 +41,13 @@ def refine(
     state: State | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Refined:
-    """Eq. 1-5 and 9, frame by frame. Arguments as in `rru_fast.refine`."""
+    """Run eq. 1-5 frame by frame and pool strips by eq. 9. Arguments as in `rru_fast.refine`."""
     if training and (lengths is not None or state is not None):
         raise ValueError("lengths, state: got them with batch statistics (training), wanted running ones (eval mode)")
     check_process_group(process_group, bn_groups)
     ranks = process_group if training and spans_ranks(process_group) else None
     if ranks is not None and torch.compiler.is_compiling():
-        raise RuntimeError(OUTSIDE_GRAPHS)
+        raise RuntimeError(GRAPH_BREAK_ERROR)
     elements = sum(count_values(x, w.shape[0], ranks)) if ranks is not None else 0
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
@@ -79,13 +79,13 @@ def refine(
             z = z_c if z is None else z_c * z
         return torch.sigmoid(cast(Tensor, z))  # eq. 4
 
-    # At t = 1 the past is X_1 itself, so S_1 = X_1 whatever the gate says; it runs for its running statistics.
+    # At t = 1 the past is X_1, so S_1 = X_1 for any gate; the gate runs to update the running statistics.
     x_prev, s = state if state is not None else (x[:, 0], x[:, 0])
     frames = x
     if lengths is not None:
         time = torch.arange(x.shape[1], device=x.device)
         ended = (time >= lengths[:, None])[:, :, None, None, None]  # (B, T, 1, 1, 1)
-        frames = x.masked_fill(ended, 0)  # or NaN there would reach the gradients, as 0 * NaN
+        frames = x.masked_fill(ended, 0)  # a NaN there would reach the gradients, as 0 * NaN
     refined = []
     for x_t, step in zip(frames.unbind(1), momenta(momentum, x.shape[1]), strict=True):
         z = gate(x_t, s, x_prev, step)
@@ -112,25 +112,26 @@ def _norm_over_ranks(
     process_group: ProcessGroup,
     elements: int,
 ) -> Tensor:
-    """F.batch_norm of u (B, D, H, W) in training, with the statistics of all ranks: `elements` values a channel."""
-    if torch.compiler.is_compiling():  # by itself, where `refine` was left as it is: a graph's sum has another gradient
-        raise RuntimeError(OUTSIDE_GRAPHS)
-    total = partial(cast("Callable[..., Tensor]", all_reduce), group=process_group)
-    wide = u.double()  # in which F.batch_norm sums on a CPU
-    mean = total(wide.sum((0, 2, 3))) / elements
-    centred = wide - mean[:, None, None]
-    var = total(centred.square().sum((0, 2, 3))) / elements
+    """F.batch_norm of u (B, D, H, W) in training, over all ranks, which have `elements` values per channel."""
+    # torch.compile may trace this function after a graph break in `refine`; its all_reduce has another gradient.
+    if torch.compiler.is_compiling():
+        raise RuntimeError(GRAPH_BREAK_ERROR)
+    sum_over_ranks = partial(cast("Callable[..., Tensor]", all_reduce), group=process_group)
+    wide = u.double()  # F.batch_norm sums in fp64 on a CPU
+    mean = sum_over_ranks(wide.sum((0, 2, 3))) / elements
+    centered = wide - mean[:, None, None]
+    var = sum_over_ranks(centered.square().sum((0, 2, 3))) / elements
     if running_mean is not None and running_var is not None:
         for running, step in ((running_mean, mean), (running_var, var * (elements / (elements - 1)))):
             running.mul_(1 - momentum).add_(step.detach().to(running), alpha=momentum)
-    uhat = centred * (var[:, None, None] + eps).rsqrt()
+    uhat = centered * (var[:, None, None] + eps).rsqrt()
     return (uhat * gamma[:, None, None] + beta[:, None, None]).to(u.dtype)
 
 
 def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
-    """Copies of each clip's last frame of x and of s, (B, T, C, H, W): the state that its next chunk starts from.
+    """Copy each clip's last frame of x and s, both (B, T, C, H, W), as the state for its next chunk.
 
-    Copies, so that the caller may reuse x's memory for the next chunk, and need not keep this one's.
+    Copies, so that the caller may reuse the memory of x, and the state does not keep this chunk alive.
     """
     if lengths is None:
         return State(x[:, -1].clone(), s[:, -1].clone())
@@ -139,7 +140,7 @@ def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
 
 
 def strip_pool(s: Tensor) -> Tensor:
-    """Eq. 9 alone: (B, T, C, H, W) averaged over time and width, (B, C, H)."""
+    """Average (B, T, C, H, W) over time and width, eq. 9, to (B, C, H)."""
     return s.mean((1, 4))
 
 
@@ -152,12 +153,14 @@ def batch_hard_triplet(
     reduction: Reduction = "mean",
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Eq. 8, and eq. 10 when features are (G, N, D). Arguments as in `rru_fast.batch_hard_triplet`."""
+    """Batch-hard triplet loss, eq. 8, or eq. 10 for features (G, N, D). Arguments: `rru_fast.batch_hard_triplet`."""
     if metric == "cosine":
         f = F.normalize(features, dim=-1)
         d = 1 - f @ f.mT
     else:
-        f = features - common_part(features.detach()) + 0 * features  # an infinite one is NaN, and its distances
+        f = (
+            features - common_part(features.detach()) + 0 * features
+        )  # an infinite feature is NaN, and so are its distances
         square = f.square().sum(-1)
         d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * f @ f.mT
         d = d2.clamp(min=1e-12).sqrt()
@@ -174,11 +177,11 @@ def batch_hard_triplet(
 
 
 def common_part(features: Tensor) -> Tensor:
-    """A vector (..., 1, D) that most of features (..., N, D) share, or 0 where it is not most of them.
+    """Estimate a large vector (..., 1, D) common to most of features (..., N, D); 0 if there is none.
 
-    Distances do not change when it is subtracted, but |a|^2 + |b|^2 - 2 ab no longer cancels. It is the median of three
-    medians of three features each, where its square is 16 times that of their range: outliers neither shift nor hide
-    it.
+    Subtracting it leaves distances unchanged, but |a|^2 + |b|^2 - 2 ab no longer cancels. The estimate is the median of
+    three medians of three features each, if its square is at least 16 times that of their range, so that outliers
+    neither shift nor hide it.
     """
     n = features.shape[-2]
     nine = torch.stack([features[..., i * n // 9, :] for i in range(9)])
@@ -188,5 +191,5 @@ def common_part(features: Tensor) -> Tensor:
 
 
 def momenta(momentum: float | Sequence[float], frames: int) -> list[float]:
-    """The momentum of each frame's step of the running statistics."""
+    """Return the momentum of the running statistics for each frame."""
     return [float(step) for step in momentum] if isinstance(momentum, Sequence) else [float(momentum)] * frames

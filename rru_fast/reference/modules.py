@@ -1,4 +1,4 @@
-"""The paper's modules in plain PyTorch, with the parameters and the names of `rru_fast.modules`."""
+"""The paper's modules in plain PyTorch, with the parameter names of `rru_fast.modules`."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from rru_fast.distributed import gather_batch, has_other_ranks
 from rru_fast.reference.equations import batch_hard_triplet, refine
 from rru_fast.types import Attention, Inputs, Metric, Refined, State
 
-# Hooks that make a layer's weight of others before each call, as torch.nn.utils hangs them there.
-MAKES_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+# Forward pre-hooks of torch.nn.utils that recompute a layer's weight before each call.
+WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
-def make_weights(layer: Any) -> None:
-    """Make the weights of a layer that is read and not called anew, where the layer's own call would have done it."""
+def recompute_weights(layer: Any) -> None:
+    """Run the hooks that recompute a layer's weights, since its forward, which would run them, is not called."""
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, MAKES_WEIGHT):
+        if isinstance(hook, WEIGHT_HOOKS):
             hook(layer, None)
 
 
-def weight_of(layer: Any) -> Tensor:
-    """The weight of a layer that is read and not called."""
-    make_weights(layer)
+def current_weight(layer: Any) -> Tensor:
+    """Return the recomputed weight of a layer whose forward is not called."""
+    recompute_weights(layer)
     return cast(Tensor, layer.weight)
 
 
-def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
-    """What `refine` takes of the transition's batch norm, which may be a SyncBatchNorm, for so many frames."""
+def batch_norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
+    """Arguments of `refine` from the transition's BatchNorm or SyncBatchNorm, for a call with `frames` frames."""
     if not isinstance(norm, _BatchNorm):
         raise TypeError(f"transition_norm: got {type(norm).__name__}, wanted a BatchNorm2d or SyncBatchNorm")
-    make_weights(norm)
+    recompute_weights(norm)
     momentum: float | list[float] | None = norm.momentum
-    if momentum is None:  # the running statistics are the mean of all batches there were
-        momentum = 0.0  # where they stay as they are
+    if momentum is None:  # running statistics are the mean over all batches
+        momentum = 0.0  # if not updated
         if norm.training and norm.num_batches_tracked is not None:
             before = int(norm.num_batches_tracked)
             momentum = [1 / (before + frame) for frame in range(1, frames + 1)]
@@ -59,30 +59,30 @@ def norm_arguments(norm: Any, frames: int) -> dict[str, Any]:
         "beta": norm.bias,
         "running_mean": norm.running_mean,
         "running_var": norm.running_var,
-        # What BatchNorm itself goes by: a frozen norm in a training model uses its running statistics.
+        # As in nn.BatchNorm2d: a frozen norm in a training model uses its running statistics.
         "training": norm.training or norm.running_mean is None,
         "momentum": momentum,
         "eps": norm.eps,
-        "process_group": _group_of(norm),
+        "process_group": _sync_group(norm),
     }
 
 
-def _group_of(norm: nn.Module) -> ProcessGroup | None:
-    """The group over which torch's SyncBatchNorm would synchronise now; None where it, or another norm, would not."""
+def _sync_group(norm: nn.Module) -> ProcessGroup | None:
+    """Return the group over which a SyncBatchNorm would synchronize now; None for other norms and in eval mode."""
     if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and torch.distributed.is_initialized()):
         return None
     group: ProcessGroup | None = norm.process_group or torch.distributed.group.WORLD
     return group
 
 
-def count_frames(norm: Any, frames: int) -> None:
-    """Note that the batch norm has seen a batch a frame, as it does where it is called."""
+def track_batches(norm: Any, frames: int) -> None:
+    """Add one batch per frame to num_batches_tracked, as the batch norm's forward would."""
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(frames)
 
 
 class RRU(nn.Module):
-    """The Refining Recurrent Unit, eq. 1-5; constructor and state_dict as `rru_fast.RRU`, which documents them."""
+    """Refining Recurrent Unit, eq. 1-5. Constructor and state_dict as in `rru_fast.RRU`."""
 
     def __init__(
         self,
@@ -135,28 +135,28 @@ class RRU(nn.Module):
         return refine(x, **arguments)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Refined:
-        """x (B, T, C, H, W) to `Refined`; `lengths` (B,) and `state` in eval mode only."""
+        """Refine x (B, T, C, H, W); `lengths` (B,) and `state` in eval mode only."""
         self._check(x)
-        norm = norm_arguments(self.transition_norm, x.shape[1])
+        norm = batch_norm_arguments(self.transition_norm, x.shape[1])
         self._check_training(x, norm["training"])
         spatial = self.spatial_attention if self.attention != "channel" else None
         out = self._refine(
             x,
-            w=weight_of(self.transition).flatten(1),
-            w_s1=weight_of(spatial[0]) if spatial is not None else None,
-            w_s2=weight_of(spatial[2]) if spatial is not None else None,
-            w_c=weight_of(self.channel_attention) if self.attention != "spatial" else None,
+            w=current_weight(self.transition).flatten(1),
+            w_s1=current_weight(spatial[0]) if spatial is not None else None,
+            w_s2=current_weight(spatial[2]) if spatial is not None else None,
+            w_c=current_weight(self.channel_attention) if self.attention != "spatial" else None,
             inputs=self.inputs,
             bn_groups=self.bn_groups,
             lengths=lengths,
             state=state,
             **norm,
         )
-        count_frames(self.transition_norm, x.shape[1])
+        track_batches(self.transition_norm, x.shape[1])
         return out
 
     def _check(self, x: Tensor) -> None:
-        """What the module knows beyond its weights' shapes, and that it still has the layers it reads."""
+        """Raise unless x has the module's channels and size, and its layers are of the types whose weights it reads."""
         check_dense("x", x, "(B, T, C, H, W)")
         if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
             raise ValueError(
@@ -185,7 +185,7 @@ class RRU(nn.Module):
 
 
 class BatchHardTripletLoss(nn.Module):
-    """Batch-hard triplet loss, eq. 8 and 10; constructor as `rru_fast.BatchHardTripletLoss`, which documents it."""
+    """Batch-hard triplet loss, eq. 8 and 10. Constructor as in `rru_fast.BatchHardTripletLoss`."""
 
     def __init__(
         self,
@@ -208,11 +208,13 @@ class BatchHardTripletLoss(nn.Module):
         return cast(Tensor, batch_hard_triplet(features, labels, margin=self.margin, metric=self.metric))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features (N, D) or (G, N, D), labels (N,), to the scalar mean over anchors (and groups)."""
+        """Return the scalar mean over anchors (and groups) for features (N, D) or (G, N, D) and labels (N,)."""
         check_dense("features", features, "(N, D) or (G, N, D)")
         check_dense("labels", labels, "(N,)")
         gather = self.gather and has_other_ranks()
-        sizes = [*features.shape[:-2], *features.shape[-1:]] if gather else features.shape  # a rank may bring nothing
+        sizes = (
+            [*features.shape[:-2], *features.shape[-1:]] if gather else features.shape
+        )  # a rank may have no features
         if features.dim() not in (2, 3) or 0 in sizes:
             got = tuple(features.shape)
             raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")

@@ -145,7 +145,7 @@ class GateBackward:
         self.gate(n)
         if self.norm is not None:
             if self.ranks is not None:
-                for own, total in zip(self.group_sums, self.ranks.total(*self.group_sums), strict=True):
+                for own, total in zip(self.group_sums, self.ranks.sum_over_ranks(*self.group_sums), strict=True):
                     own.copy_(total)
             self.norm(n)
 
