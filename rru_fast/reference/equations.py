@@ -51,34 +51,18 @@ def refine(
     elements = sum(count_values(x, w.shape[0], ranks)) if ranks is not None else 0
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
-
-    def normalise(u: Tensor, momentum: float) -> Tensor:
-        if not training:
-            return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
-        if ranks is not None:
-            return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
-        # Like replicas under DataParallel: statistics of one's own each, buffers kept by the first.
-        first, *others = u.chunk(bn_groups)
-        parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
-        parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
-        return torch.cat(parts) if others else parts[0]
-
-    def gate(x_t: Tensor, s: Tensor, x_prev: Tensor, momentum: float) -> Tensor:
-        if inputs == "raw":
-            v = torch.cat((x_t, s), 1)
-        elif inputs == "appearance":
-            v = x_t - s
-        else:
-            v = torch.cat((x_t - s, x_t - x_prev), 1)
-        y = F.relu(normalise(F.conv2d(v, w[:, :, None, None]), momentum))  # (B, D, H, W), eq. 1
-        z: Tensor | None = None
-        if w_s1 is not None and w_s2 is not None:  # eq. 2: (B, 1, H, W)
-            z = F.linear(F.relu(F.linear(y.mean(1).flatten(1), w_s1)), w_s2).view(-1, 1, *y.shape[2:])
-        if w_c is not None:  # eq. 3: (B, C, 1, 1)
-            z_c = F.linear(y.mean((2, 3)), w_c)[:, :, None, None]
-            z = z_c if z is None else z_c * z
-        return torch.sigmoid(cast(Tensor, z))  # eq. 4
-
+    norm = partial(
+        normalize,
+        gamma=gamma,
+        beta=beta,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        eps=eps,
+        bn_groups=bn_groups,
+        ranks=ranks,
+        elements=elements,
+    )
     # At t = 1 the past is X_1, so S_1 = X_1 for any gate; the gate runs to update the running statistics.
     x_prev, s = state if state is not None else (x[:, 0], x[:, 0])
     frames = x
@@ -88,7 +72,7 @@ def refine(
         frames = x.masked_fill(ended, 0)  # a NaN there would reach the gradients, as 0 * NaN
     refined = []
     for x_t, step in zip(frames.unbind(1), momenta(momentum, x.shape[1]), strict=True):
-        z = gate(x_t, s, x_prev, step)
+        z = gate(x_t, s, x_prev, partial(norm, momentum=step), w, w_s1, w_s2, w_c, inputs)
         s = s + z * (x_t - s)  # eq. 5
         x_prev = x_t
         refined.append(s)
@@ -99,6 +83,68 @@ def refine(
     features = features.masked_fill(ended, 0)
     strips = features.mean(4).sum(1) / lengths.to(x)[:, None, None]
     return Refined(features, strips, last_state(x, features, lengths))
+
+
+def gate(
+    x_t: Tensor,
+    s: Tensor,
+    x_prev: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    w: Tensor,
+    w_s1: Tensor | None,
+    w_s2: Tensor | None,
+    w_c: Tensor | None,
+    inputs: Inputs,
+) -> Tensor:
+    """Gate Z_t of one frame, eq. 1-4.
+
+    Args:
+        x_t, s, x_prev: X_t, S_{t-1} and X_{t-1}, (B, C, H, W).
+        norm: batch norm of the transition's output (B, D, H, W).
+        w, w_s1, w_s2, w_c, inputs: as in `rru_fast.refine`.
+
+    Returns:
+        Z_t, (B, C, H, W); (B, 1, H, W) without channel attention, (B, C, 1, 1) without spatial attention.
+    """
+    if inputs == "raw":
+        v = torch.cat((x_t, s), 1)
+    elif inputs == "appearance":
+        v = x_t - s
+    else:
+        v = torch.cat((x_t - s, x_t - x_prev), 1)
+    y = F.relu(norm(F.conv2d(v, w[:, :, None, None])))  # (B, D, H, W), eq. 1
+    z: Tensor | None = None
+    if w_s1 is not None and w_s2 is not None:  # eq. 2: (B, 1, H, W)
+        z = F.linear(F.relu(F.linear(y.mean(1).flatten(1), w_s1)), w_s2).view(-1, 1, *y.shape[2:])
+    if w_c is not None:  # eq. 3: (B, C, 1, 1)
+        z_c = F.linear(y.mean((2, 3)), w_c)[:, :, None, None]
+        z = z_c if z is None else z_c * z
+    return torch.sigmoid(cast(Tensor, z))  # eq. 4
+
+
+def normalize(
+    u: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    bn_groups: int,
+    ranks: ProcessGroup | None,
+    elements: int,
+) -> Tensor:
+    """Batch norm of u (B, D, H, W), in training per group of clips, or over ranks of `elements` values per channel."""
+    if not training:
+        return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
+    if ranks is not None:
+        return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
+    # As replicas under DataParallel: each group has its own statistics, the first updates the buffers.
+    first, *others = u.chunk(bn_groups)
+    parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
+    parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
+    return torch.cat(parts) if others else parts[0]
 
 
 def _norm_over_ranks(

@@ -81,6 +81,18 @@ def track_batches(norm: Any, frames: int) -> None:
         norm.num_batches_tracked.add_(frames)
 
 
+def gate_arguments(rru: RRU) -> dict[str, Any]:
+    """Arguments of `refine` and `equations.gate` from an RRU: weights of its transition and attention, and `inputs`."""
+    spatial = rru.spatial_attention if rru.attention != "channel" else None
+    return {
+        "w": current_weight(rru.transition).flatten(1),
+        "w_s1": current_weight(spatial[0]) if spatial is not None else None,
+        "w_s2": current_weight(spatial[2]) if spatial is not None else None,
+        "w_c": current_weight(rru.channel_attention) if rru.attention != "spatial" else None,
+        "inputs": rru.inputs,
+    }
+
+
 class RRU(nn.Module):
     """Refining Recurrent Unit, eq. 1-5. Constructor and state_dict as in `rru_fast.RRU`."""
 
@@ -139,19 +151,7 @@ class RRU(nn.Module):
         self._check(x)
         norm = batch_norm_arguments(self.transition_norm, x.shape[1])
         self._check_training(x, norm["training"])
-        spatial = self.spatial_attention if self.attention != "channel" else None
-        out = self._refine(
-            x,
-            w=current_weight(self.transition).flatten(1),
-            w_s1=current_weight(spatial[0]) if spatial is not None else None,
-            w_s2=current_weight(spatial[2]) if spatial is not None else None,
-            w_c=current_weight(self.channel_attention) if self.attention != "spatial" else None,
-            inputs=self.inputs,
-            bn_groups=self.bn_groups,
-            lengths=lengths,
-            state=state,
-            **norm,
-        )
+        out = self._refine(x, **gate_arguments(self), bn_groups=self.bn_groups, lengths=lengths, state=state, **norm)
         track_batches(self.transition_norm, x.shape[1])
         return out
 
