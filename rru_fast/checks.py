@@ -117,6 +117,23 @@ def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meani
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {' or '.join(map(str, fits))} beside x of {x.dtype}")
 
 
+def check_x(x: Any, channels: int | None = None, spatial: tuple[int, int] | None = None) -> None:
+    """Raise unless x is (B, T, C, H, W) in a supported dtype, with the given channels and spatial size if not None."""
+    check_dense("x", x, "(B, T, C, H, W)")
+    if channels is not None and (x.dim() != 5 or x.shape[2] != channels or x.shape[1] < 1 or x.shape[0] < 1):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, T, C={channels}, H, W), B and T at least 1")
+    if spatial is not None and tuple(x.shape[3:]) != spatial:
+        raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={spatial}")
+    _floating("x", x, (5,), "(B, T, C, H, W)")
+
+
+def check_eval_only(training: bool, lengths: Tensor | None, state: State | None) -> None:
+    """Raise ValueError if `lengths` or `state` are given with batch statistics."""
+    if training and (lengths is not None or state is not None):
+        given = "lengths" if lengths is not None else "state"
+        raise ValueError(f"{given}: got it with batch statistics (training), wanted running ones (eval mode)")
+
+
 def check_refine(
     x: Tensor,
     w: Tensor,
@@ -137,7 +154,7 @@ def check_refine(
     process_group: ProcessGroup | None,
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.refine` fit."""
-    _floating("x", x, (5,), "(B, T, C, H, W)")
+    check_x(x)
     _choice("inputs", inputs, get_args(Inputs))
     clips, _, channels, height, width = x.shape
     meaning = "(D, C)" if inputs == "appearance" else "(D, 2C)"
@@ -174,10 +191,8 @@ def check_refine(
     check_process_group(process_group, bn_groups)
     if not isinstance(training, bool):
         raise TypeError(f"training: got {training!r}, wanted True or False")
+    check_eval_only(training, lengths, state)
     if training:
-        if lengths is not None or state is not None:
-            given = "lengths" if lengths is not None else "state"
-            raise ValueError(f"{given}: got it with batch statistics (training), wanted running ones (eval mode)")
         if clips % bn_groups:
             raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
         # The error of torch's BatchNorm. Several ranks have at least one value each.

@@ -277,7 +277,7 @@ OF_MODULES: Calls = {
         torch.randn(3, 3, 4, 3, 2)
     ),
     "ValueError: transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups=2": groups_with_sync_norm,
-    "ValueError: lengths, state: got them with batch statistics (training), wanted running ones (eval mode)": (
+    "ValueError: lengths: got it with batch statistics (training), wanted running ones (eval mode)": (
         lambda: reference.RRU(4, (3, 2))(torch.randn(2, 3, 4, 3, 2), lengths=torch.tensor([1, 2]))
     ),
     "TypeError: transition_norm: got GroupNorm, wanted a BatchNorm2d or SyncBatchNorm": lambda: with_layers(

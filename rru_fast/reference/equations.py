@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
-from rru_fast.checks import check_process_group
+from rru_fast.checks import check_eval_only, check_process_group
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
@@ -42,8 +42,7 @@ def refine(
     process_group: ProcessGroup | None = None,
 ) -> Refined:
     """Run eq. 1-5 frame by frame and pool strips by eq. 9. Arguments as in `rru_fast.refine`."""
-    if training and (lengths is not None or state is not None):
-        raise ValueError("lengths, state: got them with batch statistics (training), wanted running ones (eval mode)")
+    check_eval_only(training, lengths, state)
     check_process_group(process_group, bn_groups)
     ranks = process_group if training and spans_ranks(process_group) else None
     if ranks is not None and torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from rru_fast.checks import (
     check_number,
     check_reference_backend,
     check_sizes,
+    check_x,
 )
 from rru_fast.distributed import gather_batch, has_other_ranks
 from rru_fast.reference.equations import batch_hard_triplet, refine
@@ -157,13 +158,7 @@ class RRU(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """Raise unless x has the module's channels and size, and its layers are of the types whose weights it reads."""
-        check_dense("x", x, "(B, T, C, H, W)")
-        if x.dim() != 5 or x.shape[2] != self.channels or x.shape[1] < 1 or x.shape[0] < 1:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, wanted (B, T, C={self.channels}, H, W), B and T at least 1"
-            )
-        if self.attention != "channel" and tuple(x.shape[3:]) != self.spatial:
-            raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={self.spatial}")
+        check_x(x, self.channels, self.spatial if self.attention != "channel" else None)
         check_layer("transition", self.transition, nn.Conv2d)
         if self.attention != "channel":
             for n, kind in enumerate((nn.Linear, nn.ReLU, nn.Linear)):
