@@ -137,7 +137,7 @@ class RefineUpstream:
 
 @dataclass(frozen=True)
 class RefineNeed:
-    """Which gradients to compute, beside those of a state."""
+    """Gradients to compute; those of a state always are."""
 
     need_x: bool
     need_weights: bool

@@ -142,6 +142,7 @@ def check_refine(
     w_s1: Tensor | None,
     w_s2: Tensor | None,
     w_c: Tensor | None,
+    *,
     inputs: str,
     running_mean: Tensor | None,
     running_var: Tensor | None,

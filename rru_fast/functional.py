@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,55 +84,33 @@ def refine(
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference"); if
             Triton cannot compile or launch a kernel.
     """
-    checks.check_refine(
-        x,
-        w,
-        gamma,
-        beta,
-        w_s1,
-        w_s2,
-        w_c,
-        inputs,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        bn_groups,
-        lengths,
-        state,
-        process_group,
-    )
-    # The operator's schema takes only Python numbers; eval mode has no groups.
-    eps, bn_groups = float(eps), int(bn_groups) if training else 1
+    weights: dict[str, Any] = {"w": w, "gamma": gamma, "beta": beta, "w_s1": w_s1, "w_s2": w_s2, "w_c": w_c}
+    options: dict[str, Any] = {
+        "inputs": inputs,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "bn_groups": bn_groups,
+        "lengths": lengths,
+        "state": state,
+        "process_group": process_group,
+    }
+    checks.check_refine(x, **weights, **options)
+    # The schema takes only Python numbers; eval mode has no groups.
+    options |= {"eps": float(eps), "bn_groups": int(bn_groups) if training else 1}
     # "auto" is passed on unresolved, so that a traced or exported program uses the best backend where it runs.
     if backends.choose(backend, x.device) == "reference":
-        w, w_s1, w_s2, w_c = (v if v is None else v.to(x.dtype) for v in (w, w_s1, w_s2, w_c))  # type: ignore[assignment]
-        if running_mean is not None:  # F.batch_norm takes all four in one dtype
-            gamma, beta = gamma.to(running_mean.dtype), beta.to(running_mean.dtype)
-        return reference.refine(
-            x,
-            w,
-            gamma,
-            beta,
-            w_s1,
-            w_s2,
-            w_c,
-            inputs=inputs,
-            running_mean=running_mean,
-            running_var=running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            bn_groups=bn_groups,
-            lengths=lengths,
-            state=state,
-            process_group=process_group,
-        )
+        # F.conv2d and F.linear take weights in x's dtype, F.batch_norm its own four in one dtype.
+        norm_dtype = gamma.dtype if running_mean is None else running_mean.dtype
+        dtypes = {name: norm_dtype if name in ("gamma", "beta") else x.dtype for name in weights}
+        in_dtypes: dict[str, Any] = {name: v if v is None else v.to(dtypes[name]) for name, v in weights.items()}
+        return reference.refine(x, **in_dtypes, **options)
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
     state_x, state_s = (None, None) if state is None else map(_saveable, state)
-    differentiable = (x, w, gamma, beta, w_s1, w_s2, w_c, state_x, state_s)
+    differentiable = (x, *weights.values(), state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
     save = _may_need_gradients(differentiable)
     group_name = ""
@@ -143,12 +121,7 @@ def refine(
         group_name, elements_per_rank = process_group.group_name, count_values(x, w.shape[0], process_group)
     args = RefineArguments(
         x=x,
-        w=w,
-        gamma=gamma,
-        beta=beta,
-        w_s1=w_s1,
-        w_s2=w_s2,
-        w_c=w_c,
+        **weights,
         running_mean=running_mean,
         running_var=running_var,
         lengths=lengths,
@@ -156,8 +129,8 @@ def refine(
         state_s=state_s,
         inputs=inputs,
         training=training,
-        eps=eps,
-        bn_groups=bn_groups,
+        eps=options["eps"],
+        bn_groups=options["bn_groups"],
         process_group=group_name,
         elements_per_rank=elements_per_rank,
     )
@@ -165,7 +138,7 @@ def refine(
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
-        count = sum(elements_per_rank) if elements_per_rank else x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
+        count = sum(elements_per_rank) if elements_per_rank else x.shape[0] // args.bn_groups * x.shape[3] * x.shape[4]
         by_frame = momenta(momentum, x.shape[1])
         _update_running(running_mean, mean[:, 0], by_frame)
         _update_running(running_var, var[:, 0] * (count / (count - 1)), by_frame)

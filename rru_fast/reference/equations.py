@@ -127,6 +127,7 @@ def normalize(
     beta: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    *,
     training: bool,
     momentum: float,
     eps: float,
@@ -138,7 +139,17 @@ def normalize(
     if not training:
         return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
     if ranks is not None:
-        return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
+        return _norm_over_ranks(
+            u,
+            running_mean,
+            running_var,
+            gamma,
+            beta,
+            momentum=momentum,
+            eps=eps,
+            process_group=ranks,
+            elements=elements,
+        )
     # As replicas under DataParallel: each group has its own statistics, the first updates the buffers.
     first, *others = u.chunk(bn_groups)
     parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
@@ -152,6 +163,7 @@ def _norm_over_ranks(
     running_var: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
+    *,
     momentum: float,
     eps: float,
     process_group: ProcessGroup,
@@ -203,9 +215,8 @@ def batch_hard_triplet(
         f = F.normalize(features, dim=-1)
         d = 1 - f @ f.mT
     else:
-        f = (
-            features - common_part(features.detach()) + 0 * features
-        )  # an infinite feature is NaN, and so are its distances
+        # 0 * features makes infinite features NaN, and so their distances.
+        f = features - common_part(features.detach()) + 0 * features
         square = f.square().sum(-1)
         d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * f @ f.mT
         d = d2.clamp(min=1e-12).sqrt()

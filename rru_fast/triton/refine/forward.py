@@ -135,7 +135,8 @@ class ForwardPass:
         else:
             self.strips /= (args.lengths * call.width).to(call.acc_dtype)[:, None, None]
         h, z_s, z_c = self.attention
-        mean, var = self.statistics if args.training else [call.empty(0, args.bn_groups, call.d)] * 2
+        none = (call.empty(0, args.bn_groups, call.d) for _ in range(2))  # two: outputs may not alias
+        mean, var = self.statistics if args.training else none
         return RefineOutputs(
             features=self.features,
             strips=self.strips.to(args.x.dtype),
