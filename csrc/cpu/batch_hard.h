@@ -18,22 +18,22 @@ namespace CPU_CAPABILITY {
 constexpr double kFloor = 1e-12;
 constexpr double kClosest = 1e-6 * (1 + 1e-6);
 
-// The features as rows of A, (G, N, D): themselves where their last dimension is dense, else a copy.
-template <typename A>
+// The features as rows of Acc, (G, N, D): themselves where their last dimension is dense, else a copy.
+template <typename Acc>
 class Features {
  public:
-  explicit Features(const Tensor& features) : tensor_(in_rows(features)), data_(tensor_.const_data_ptr<A>()) {
+  explicit Features(const Tensor& features) : tensor_(in_rows(features)), data_(tensor_.const_data_ptr<Acc>()) {
     group_ = tensor_.stride(0);
     row_ = tensor_.stride(1);
   }
 
-  const A* row(int64_t group, int64_t n) const {
+  const Acc* row(int64_t group, int64_t n) const {
     return data_ + group * group_ + n * row_;
   }
 
  private:
   static Tensor in_rows(const Tensor& features) {
-    const auto type = c10::CppTypeToScalarType<A>::value;
+    const auto type = c10::CppTypeToScalarType<Acc>::value;
     if (features.scalar_type() == type && (features.stride(2) == 1 || features.size(2) == 1)) {
       return features;
     }
@@ -41,7 +41,7 @@ class Features {
   }
 
   Tensor tensor_;
-  const A* data_;
+  const Acc* data_;
   int64_t group_, row_;
 };
 

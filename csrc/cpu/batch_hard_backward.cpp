@@ -18,7 +18,7 @@ namespace {
 
 template <typename T>
 class Backward {
-  using A = Arithmetic<T>;
+  using Acc = at::opmath_type<T>;
 
  public:
   Backward(
@@ -27,7 +27,7 @@ class Backward {
       : G_(features.size(0)),
         N_(features.size(1)),
         D_(features.size(2)),
-        margin_(static_cast<A>(margin)),
+        margin_(static_cast<Acc>(margin)),
         soft_(soft),
         cosine_(cosine),
         f_(features),
@@ -49,7 +49,7 @@ class Backward {
     });
     T* out = d_features_.mutable_data_ptr<T>();
     at::parallel_for(0, G_ * N_, std::max<int64_t>(1, kGrain / D_), [&](int64_t begin, int64_t end) {
-      std::vector<A> sum(round_up(D_, kRow));
+      std::vector<Acc> sum(round_up(D_, kRow));
       for (int64_t i = begin; i < end; i++) {
         gather(i / N_, i % N_, sum.data());
         store(sum.data(), D_, out + i * D_);
@@ -66,12 +66,12 @@ class Backward {
   void each_pair(int64_t group, const F& visit) const {
     const int64_t first = group * N_;
     for (int64_t a = first; a < first + N_; a++) {
-      const A far = d_pos_.const_data_ptr<A>()[a], near = d_neg_.const_data_ptr<A>()[a], gap = far - near;
-      const A slope = soft_ ? 1 / (1 + std::exp(-gap)) : margin_ + gap <= 0 ? A(0) : A(1);
-      const A pull = d_loss_.const_data_ptr<A>()[a] * slope;
-      const auto pair = [&](int64_t partner, A weight, A distance) {
+      const Acc far = d_pos_.const_data_ptr<Acc>()[a], near = d_neg_.const_data_ptr<Acc>()[a], gap = far - near;
+      const Acc slope = soft_ ? 1 / (1 + std::exp(-gap)) : margin_ + gap <= 0 ? Acc(0) : Acc(1);
+      const Acc pull = d_loss_.const_data_ptr<Acc>()[a] * slope;
+      const auto pair = [&](int64_t partner, Acc weight, Acc distance) {
         if (!cosine_) {
-          weight *= (distance > kClosest ? A(1) : A(0)) / distance;
+          weight *= (distance > kClosest ? Acc(1) : Acc(0)) / distance;
         }
         if (partner >= 0 && weight != 0) {
           visit(a - first, partner, weight);
@@ -86,13 +86,13 @@ class Backward {
   void list(int64_t group) {
     int64_t* starts = starts_.mutable_data_ptr<int64_t>() + group * (N_ + 1);
     int64_t* others = others_.mutable_data_ptr<int64_t>() + group * 4 * N_;
-    A* weights = weights_.template mutable_data_ptr<A>() + group * 4 * N_;
-    const auto put = [&](int64_t end, int64_t other, A weight) {
+    Acc* weights = weights_.template mutable_data_ptr<Acc>() + group * 4 * N_;
+    const auto put = [&](int64_t end, int64_t other, Acc weight) {
       others[--starts[end]] = other;
       weights[starts[end]] = weight;
     };
     std::fill(starts, starts + N_ + 1, 0);
-    each_pair(group, [&](int64_t anchor, int64_t partner, A) {
+    each_pair(group, [&](int64_t anchor, int64_t partner, Acc) {
       starts[anchor]++;
       starts[partner]++;
     });
@@ -102,22 +102,22 @@ class Backward {
       starts[n] = end;
     }
     // Filled from behind, each list's end moves down to its start; gather reads it backwards, in the anchors' order.
-    each_pair(group, [&](int64_t anchor, int64_t partner, A weight) {
+    each_pair(group, [&](int64_t anchor, int64_t partner, Acc weight) {
       put(anchor, partner, weight);
       put(partner, anchor, weight);
     });
   }
 
   // sum (D,) = the gradient of one feature.
-  void gather(int64_t group, int64_t n, A* sum) const {
+  void gather(int64_t group, int64_t n, Acc* sum) const {
     const int64_t* starts = starts_.const_data_ptr<int64_t>() + group * (N_ + 1);
     const int64_t* others = others_.const_data_ptr<int64_t>() + group * 4 * N_;
-    const A* weights = weights_.template const_data_ptr<A>() + group * 4 * N_;
-    const A* self = f_.row(group, n);
-    std::fill(sum, sum + D_, A(0));
+    const Acc* weights = weights_.template const_data_ptr<Acc>() + group * 4 * N_;
+    const Acc* self = f_.row(group, n);
+    std::fill(sum, sum + D_, Acc(0));
     for (int64_t e = starts[n + 1] - 1; e >= starts[n]; e--) {
-      const A weight = weights[e];
-      const A* other = f_.row(group, others[e]);
+      const Acc weight = weights[e];
+      const Acc* other = f_.row(group, others[e]);
       if (cosine_) {
         for (int64_t d = 0; d < D_; d++) {
           sum[d] -= weight * other[d];
@@ -131,9 +131,9 @@ class Backward {
   }
 
   const int64_t G_, N_, D_;
-  const A margin_;
+  const Acc margin_;
   const bool soft_, cosine_;
-  const Features<A> f_;
+  const Features<Acc> f_;
   const Tensor d_loss_, d_pos_, d_neg_, positive_, negative_;  // (G, N), contiguous
   const Tensor starts_, others_, weights_;                     // (G, N + 1), (G, 4 N), (G, 4 N)
   const Tensor d_features_;                                    // (G, N, D)

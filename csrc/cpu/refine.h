@@ -43,47 +43,47 @@ inline void each_map_row(const Chunk& chunk, int64_t width, const F& body) {
 }
 
 // 1 / (1 + exp(-logits)), eq. 4; NaN where the logits are.
-template <typename V>
-inline V sigmoid(const V& logits) {
-  const V one(1);
-  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
+template <typename Vec>
+inline Vec sigmoid(const Vec& logits) {
+  const Vec one(1);
+  if constexpr (std::is_same_v<Vec, at::vec::Vectorized<float>>) {
     // Within 2e-7 of the exponential, relative, but a number even of what is none.
-    return V::blendv(one / (one + logits.neg().exp_u20()), logits, logits != logits);
+    return Vec::blendv(one / (one + logits.neg().exp_u20()), logits, logits != logits);
   } else {
     return one / (one + logits.neg().exp());
   }
 }
 
 // sum over i of a[i] b[i]
-template <typename A>
-inline A dot(const A* a, const A* b, int64_t n) {
-  using V = at::vec::Vectorized<A>;
-  V sum(0);
+template <typename Acc>
+inline Acc dot(const Acc* a, const Acc* b, int64_t n) {
+  using Vec = at::vec::Vectorized<Acc>;
+  Vec sum(0);
   int64_t i = 0;
-  for (; i + V::size() <= n; i += V::size()) {
-    sum = at::vec::fmadd(V::loadu(a + i), V::loadu(b + i), sum);
+  for (; i + Vec::size() <= n; i += Vec::size()) {
+    sum = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), sum);
   }
-  A rest = 0;
+  Acc rest = 0;
   for (; i < n; i++) {
     rest += a[i] * b[i];
   }
-  return total<A>(sum) + rest;
+  return reduce_add<Acc>(sum) + rest;
 }
 
 // y += factor x
-template <typename A>
-inline void add_scaled(A* y, A factor, const A* x, int64_t n) {
+template <typename Acc>
+inline void add_scaled(Acc* y, Acc factor, const Acc* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     y[i] += factor * x[i];
   }
 }
 
 struct Sizes {
-  int64_t B, T, C, H, W, P, D, A;
+  int64_t B, T, C, H, W, P, D, num_attn;
   int64_t chunks, start, steps;  // start: the first frame that goes through the gate; steps of recurrence
   bool motion, raw;              // what the gate sees beside A_t: M_t, or X_t and S_{t-1} instead
-  bool shared_first;             // A = M at the first step, since S_1 = X_1: one product serves both halves of W
-  int64_t halves;                // of W's columns
+  bool first_segments_equal;     // A = M at the first step, since S_1 = X_1: one product serves both segments of W
+  int64_t num_segments;          // of W's columns
   const int64_t* lengths;        // (B,), or null where every clip has T frames
 
   explicit Sizes(const RefineArguments& a)
@@ -94,27 +94,27 @@ struct Sizes {
         W(a.x.size(4)),
         P(H * W),
         D(a.w.size(0)),
-        A(a.w_s1 ? a.w_s1->size(0) : 0),
+        num_attn(a.w_s1 ? a.w_s1->size(0) : 0),
         chunks((P + kRow - 1) / kRow),
         start(a.state_s ? 0 : 1),
         steps(T - start),
         motion(a.inputs == Inputs::appearance_motion),
         raw(a.inputs == Inputs::raw),
-        shared_first(motion && start == 1),
-        halves(a.inputs == Inputs::appearance ? 1 : 2),
+        first_segments_equal(motion && start == 1),
+        num_segments(a.inputs == Inputs::appearance ? 1 : 2),
         lengths(a.lengths ? a.lengths->const_data_ptr<int64_t>() : nullptr) {}
 
   // Whether a clip has a frame t.
-  bool alive(int64_t clip, int64_t t) const {
+  bool has_frame(int64_t clip, int64_t t) const {
     return lengths == nullptr || t < lengths[clip];
   }
 
-  bool shares_product(int64_t t) const {
-    return shared_first && t == start;
+  bool segments_equal(int64_t t) const {
+    return first_segments_equal && t == start;
   }
 
   // T W of eq. 9, by clip where they are of different lengths.
-  Tensor positions_of_strips(const RefineArguments& a, const at::TensorOptions& options) const {
+  Tensor elements_per_strip(const RefineArguments& a, const at::TensorOptions& options) const {
     return a.lengths ? a.lengths->to(options).mul(W).view({B, 1, 1}) : at::full({1}, T * W, options);
   }
 
@@ -157,28 +157,28 @@ class Array {
   std::array<int64_t, 3> strides_{};
 };
 
-// The gate's weights in the arithmetic dtype A, and what it computes of U.
-template <typename A>
+// The gate's weights in the arithmetic dtype, and what it computes of U.
+template <typename Acc>
 struct Gate {
   const Sizes& s;
   const int64_t groups;  // of clips, with statistics of their own
   const Ranks ranks;     // those that a single group's statistics are shared with
   const at::TensorOptions options;  // of the arithmetic dtype
-  const Array<const A> gamma, beta, w_s1, w_s2, w_c;
-  const A eps;
-  const Array<A> mean, r;  // (groups, D): what U is normalised by at the step under way; r = 1 / sqrt(var + eps)
+  const Array<const Acc> gamma, beta, w_s1, w_s2, w_c;
+  const Acc eps;
+  const Array<Acc> mean, r;  // (groups, D): what U is normalised by at the step under way; r = 1 / sqrt(var + eps)
 
   Gate(const RefineArguments& a, const Sizes& sizes)
       : s(sizes),
         groups(a.training ? a.groups : 1),
         ranks(a.ranks),
-        options(a.x.options().dtype(c10::CppTypeToScalarType<A>::value)),
+        options(a.x.options().dtype(c10::CppTypeToScalarType<Acc>::value)),
         gamma(weight(a.gamma)),
         beta(weight(a.beta)),
         w_s1(weight(a.w_s1)),
         w_s2(weight(a.w_s2)),
         w_c(weight(a.w_c)),
-        eps(static_cast<A>(a.eps)),
+        eps(static_cast<Acc>(a.eps)),
         mean(at::empty({groups, s.D}, options)),
         r(at::empty({groups, s.D}, options)) {
     if (!a.training) {
@@ -186,12 +186,12 @@ struct Gate {
     }
   }
 
-  Array<const A> weight(const std::optional<Tensor>& tensor) const {
-    return tensor ? Array<const A>(tensor->to(options).contiguous()) : Array<const A>();
+  Array<const Acc> weight(const std::optional<Tensor>& tensor) const {
+    return tensor ? Array<const Acc>(tensor->to(options).contiguous()) : Array<const Acc>();
   }
 
   // Normalise by these statistics, (groups, D), from here on.
-  void use(const A* new_mean, const A* var) const {
+  void use(const Acc* new_mean, const Acc* var) const {
     for (int64_t i = 0; i < groups * s.D; i++) {
       mean()[i] = new_mean[i];
       r()[i] = 1 / std::sqrt(var[i] + eps);
@@ -205,17 +205,17 @@ struct Gate {
   // Calls body(d, chunk, i, count, uhat, y) for each gate channel and chunk of a clip, vector by vector: uhat and y
   // are vectors at positions chunk.p0 + i and following, `count` of them within the chunk. u: the clip's U.
   template <typename F>
-  void each(int64_t clip, const A* u, const F& body) const {
-    using V = at::vec::Vectorized<A>;
-    const A *mu = mean(group(clip)), *rs = r(group(clip)), *g = gamma(), *b = beta();
+  void each(int64_t clip, const Acc* u, const F& body) const {
+    using Vec = at::vec::Vectorized<Acc>;
+    const Acc *mu = mean(group(clip)), *rs = r(group(clip)), *g = gamma(), *b = beta();
     for (int64_t q = 0; q < s.chunks; q++) {
       const Chunk chunk = s.chunk(q);
       for (int64_t d = 0; d < s.D; d++) {
-        const A* row = u + s.D * chunk.p0 + d * chunk.n;
-        for (int64_t i = 0; i < chunk.n; i += V::size()) {
-          const int64_t count = std::min<int64_t>(V::size(), chunk.n - i);
-          const V uhat = (V::loadu(row + i, count) - V(mu[d])) * V(rs[d]);
-          const V pre = at::vec::fmadd(uhat, V(g[d]), V(b[d]));
+        const Acc* row = u + s.D * chunk.p0 + d * chunk.n;
+        for (int64_t i = 0; i < chunk.n; i += Vec::size()) {
+          const int64_t count = std::min<int64_t>(Vec::size(), chunk.n - i);
+          const Vec uhat = (Vec::loadu(row + i, count) - Vec(mu[d])) * Vec(rs[d]);
+          const Vec pre = at::vec::fmadd(uhat, Vec(g[d]), Vec(b[d]));
           body(d, chunk, i, count, uhat, relu(pre));
         }
       }
@@ -223,64 +223,64 @@ struct Gate {
   }
 
   // max(v, 0), and NaN where v is.
-  static at::vec::Vectorized<A> relu(const at::vec::Vectorized<A>& v) {
-    using V = at::vec::Vectorized<A>;
-    return at::vec::clamp_min(v, V(0));
+  static at::vec::Vectorized<Acc> relu(const at::vec::Vectorized<Acc>& v) {
+    using Vec = at::vec::Vectorized<Acc>;
+    return at::vec::clamp_min(v, Vec(0));
   }
 
   // h (A,) and z_s (P,) of eq. 2, from y_d (P,), the mean of Y over gate channels.
-  void spatial(const A* y_d, A* h, A* z_s) const {
-    for (int64_t a = 0; a < s.A; a++) {
-      const A pre = dot(w_s1(a), y_d, s.P);
-      h[a] = pre < 0 ? A(0) : pre;
+  void spatial(const Acc* y_d, Acc* h, Acc* z_s) const {
+    for (int64_t a = 0; a < s.num_attn; a++) {
+      const Acc pre = dot(w_s1(a), y_d, s.P);
+      h[a] = pre < 0 ? Acc(0) : pre;
     }
     for (int64_t p = 0; p < s.P; p++) {
-      z_s[p] = dot(w_s2(p), h, s.A);
+      z_s[p] = dot(w_s2(p), h, s.num_attn);
     }
   }
 
   // Means of Y of one clip: y_p (D,) over positions for eq. 3, y_d (P,) over gate channels for eq. 2.
-  void pool(int64_t clip, const A* u, A* y_p, A* y_d) const {
-    using V = at::vec::Vectorized<A>;
-    std::fill(y_d, y_d + s.P, A(0));
-    std::fill(y_p, y_p + s.D, A(0));
-    each(clip, u, [&](int64_t d, const Chunk& chunk, int64_t i, int64_t count, const V&, const V& y) {
-      A* at = y_d + chunk.p0 + i;
-      (V::loadu(at, count) + y).store(at, count);
-      y_p[d] += total<A>(V::set(V(0), y, count));
+  void pool(int64_t clip, const Acc* u, Acc* y_p, Acc* y_d) const {
+    using Vec = at::vec::Vectorized<Acc>;
+    std::fill(y_d, y_d + s.P, Acc(0));
+    std::fill(y_p, y_p + s.D, Acc(0));
+    each(clip, u, [&](int64_t d, const Chunk& chunk, int64_t i, int64_t count, const Vec&, const Vec& y) {
+      Acc* at = y_d + chunk.p0 + i;
+      (Vec::loadu(at, count) + y).store(at, count);
+      y_p[d] += reduce_add<Acc>(Vec::set(Vec(0), y, count));
     });
     for (int64_t d = 0; d < s.D; d++) {
-      y_p[d] /= static_cast<A>(s.P);
+      y_p[d] /= static_cast<Acc>(s.P);
     }
     for (int64_t p = 0; p < s.P; p++) {
-      y_d[p] /= static_cast<A>(s.D);
+      y_d[p] /= static_cast<Acc>(s.D);
     }
   }
 };
 
-// W (M, K halves) as left operand: dtype G, contiguous, each half's K columns rounded up to kInterleave with zeros.
-template <typename G>
-Tensor left_operand(const Tensor& w, int64_t halves) {
-  const auto type = c10::CppTypeToScalarType<G>::value;
-  const int64_t rows = w.size(0), k = w.size(1) / halves;
-  if (k % kInterleave<G> == 0) {
+// W (M, K segments) as left operand: dtype Operand, contiguous, each segment's K columns rounded up to kVnni with zeros.
+template <typename Operand>
+Tensor left_operand(const Tensor& w, int64_t num_segments) {
+  const auto type = c10::CppTypeToScalarType<Operand>::value;
+  const int64_t rows = w.size(0), k = w.size(1) / num_segments;
+  if (k % kVnni<Operand> == 0) {
     return w.to(type).contiguous();
   }
-  const Tensor padded = at::zeros({rows, halves, round_up(k, kInterleave<G>)}, w.options().dtype(type));
-  padded.narrow(2, 0, k).copy_(w.reshape({rows, halves, k}));
+  const Tensor padded = at::zeros({rows, num_segments, round_up(k, kVnni<Operand>)}, w.options().dtype(type));
+  padded.narrow(2, 0, k).copy_(w.reshape({rows, num_segments, k}));
   return padded;
 }
 
 // Columns n0 to n0 + n of C = A B for small A, one tile a task: B (K, N) in the arithmetic dtype.
-template <typename A>
-void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, A* c) {
-  parallel((n + kColumns - 1) / kColumns, [&](int64_t tile) {
-    const int64_t n0 = tile * kColumns;
-    multiply<A>(m, std::min(kColumns, n - n0), k, a, lda, b + n0, n, c + n0, n, false);
+template <typename Acc>
+void parallel_gemm(int64_t m, int64_t n, int64_t k, const Acc* a, int64_t lda, const Acc* b, Acc* c) {
+  parallel((n + kTileN - 1) / kTileN, [&](int64_t tile) {
+    const int64_t n0 = tile * kTileN;
+    gemm<Acc>(m, std::min(kTileN, n - n0), k, a, lda, b + n0, n, c + n0, n, false);
   });
 }
 
-// Calls f with the types that serve x: T stored, G multiplied. A machine without bfloat16 products multiplies float.
+// Calls f with the types that serve x: T stored, Operand multiplied. A machine without bfloat16 products multiplies float.
 template <typename F>
 auto dispatch(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {

@@ -18,11 +18,11 @@ constexpr int64_t kPositions = 256;
 // Maps of fewer channels than this are cut finer, so that there are tasks for all threads.
 constexpr int64_t kManyChannels = 512, kFewChannels = 16;
 
-template <typename T, typename G>
+template <typename T, typename Operand>
 class Backward {
-  using A = Arithmetic<T>;
-  using V = at::vec::Vectorized<A>;
-  static constexpr int64_t kI = kInterleave<G>;
+  using Acc = at::opmath_type<T>;
+  using Vec = at::vec::Vectorized<Acc>;
+  static constexpr int64_t kI = kVnni<Operand>;
 
  public:
   Backward(
@@ -43,28 +43,28 @@ class Backward {
         d_features_(d_features ? *d_features : features),
         has_d_features_(d_features.has_value()) {
     const auto options = gate_.options();
-    const auto zeros = [&](at::IntArrayRef shape) { return Array<A>(at::zeros(shape, options)); };
+    const auto zeros = [&](at::IntArrayRef shape) { return Array<Acc>(at::zeros(shape, options)); };
     const Tensor w_t = a.w.to(options).t();
-    w_t_ = Array<const G>(left_operand<G>(w_t, 1));
-    d_w_t_ = zeros({s_.halves, s_.C, s_.D});
-    if (s_.shared_first) {
-      w_first_t_ = Array<const G>(left_operand<G>(w_t.narrow(0, 0, s_.C).add(w_t.narrow(0, s_.C, s_.C)), 1));
-      d_w_first_ = zeros({s_.C, s_.D});
+    w_t_ = Array<const Operand>(left_operand<Operand>(w_t, 1));
+    d_w_t_ = zeros({s_.num_segments, s_.C, s_.D});
+    if (s_.first_segments_equal) {
+      w_sum_t_ = Array<const Operand>(left_operand<Operand>(w_t.narrow(0, 0, s_.C).add(w_t.narrow(0, s_.C, s_.C)), 1));
+      d_w_sum_ = zeros({s_.C, s_.D});
     }
     if (d_strips) {
-      share_ = Array<const A>(d_strips->to(options).div(s_.positions_of_strips(a, options)).contiguous());
+      d_strips_mean_ = Array<const Acc>(d_strips->to(options).div(s_.elements_per_strip(a, options)).contiguous());
     }
     if (need_x) {
-      d_x_ = Array<T>(huge(at::empty(a.x.sizes(), a.x.options())));
+      d_x_ = Array<T>(on_huge_pages(at::empty(a.x.sizes(), a.x.options())));
     }
     if (a.state_x) {
       d_state_x_ = Array<T>(at::zeros(a.state_x->sizes(), a.x.options()));
       d_state_s_ = Array<T>(at::empty(a.state_s->sizes(), a.x.options()));
     }
     if (!g_in_d_x()) {
-      g_ = Array<A>(huge(at::empty({s_.B, s_.C, s_.P}, options)));
+      g_ = Array<Acc>(on_huge_pages(at::empty({s_.B, s_.C, s_.P}, options)));
     }
-    ones_ = Array<const A>(at::ones({s_.P}, options));
+    ones_ = Array<const Acc>(at::ones({s_.P}, options));
     tiles_ = Array<uint8_t>(at::empty({at::get_num_threads(), sizeof(Tile)}, options.dtype(at::kByte)));
   }
 
@@ -75,15 +75,15 @@ class Backward {
         gate_.sweep(t);
       }
     }
-    if (s_.shared_first) {
-      d_w_t_.tensor().add_(d_w_first_.tensor());
+    if (s_.first_segments_equal) {
+      d_w_t_.tensor().add_(d_w_sum_.tensor());
     }
     const auto none = [&] { return at::empty({0}, a.x.options()); };
     Tensors9 result{
         need_x_ ? d_x_.tensor() : none(), none(), none(), none(), none(), none(), none(), none(), none()};
     if (need_weights_) {
       std::get<1>(result) =
-          d_w_t_.tensor().view({s_.halves * s_.C, s_.D}).t().to(a.w.scalar_type()).contiguous();
+          d_w_t_.tensor().view({s_.num_segments * s_.C, s_.D}).t().to(a.w.scalar_type()).contiguous();
       std::get<2>(result) = gate_.d_gamma.tensor().to(a.gamma.scalar_type());
       std::get<3>(result) = gate_.d_beta.tensor().to(a.beta.scalar_type());
       if (a.w_s1) {
@@ -104,15 +104,15 @@ class Backward {
  private:
   // Whether M's half of W sends something to dX at frame t: dU_t - dU_{t+1}, without the first where it is shared.
   bool has_motion(int64_t t) const {
-    return s_.motion && (!s_.shares_product(t) || t + 1 < s_.T);
+    return s_.motion && (!s_.segments_equal(t) || t + 1 < s_.T);
   }
 
   // Whether G_t waits for its dU where dX_t will be.
   bool g_in_d_x() const {
-    return std::is_same_v<T, A> && need_x_;
+    return std::is_same_v<T, Acc> && need_x_;
   }
-  A* g(int64_t clip, int64_t t, int64_t c) const {
-    if constexpr (std::is_same_v<T, A>) {
+  Acc* g(int64_t clip, int64_t t, int64_t c) const {
+    if constexpr (std::is_same_v<T, Acc>) {
       if (need_x_) {
         return d_x_(clip, t, c);
       }
@@ -122,42 +122,42 @@ class Backward {
 
   // What a block of channels needs while a clip's chunk is worked on.
   struct alignas(64) Tile {
-    A e[kChannels * kRow], f[kChannels * kRow];  // W^T dU by halves
+    Acc e[kChannels * kRow], f[kChannels * kRow];  // W^T dU by segments
     // V as left operand of W's gradient, for rows `from` to `from + rows` of its right operand.
-    G first[kChannels * kPositions], second[kChannels * kPositions];
+    Operand first[kChannels * kPositions], second[kChannels * kPositions];
     int64_t from, rows;
   };
 
   // What the maps of a clip's chunk are gathered into where they have to be.
   struct Reading {
-    Lines<A> x, past_x, past_s, d;
+    GatherBuffer<Acc> x, past_x, past_s, d;
   };
 
   void sweep_maps(int64_t block, int64_t t) {
     const int64_t c0 = block * block_, c1 = std::min(c0 + block_, s_.C), next = t + 1;
-    A* d_z_s = gate_.d_z_s_parts(block);
-    std::fill(d_z_s, d_z_s + s_.B * s_.P, A(0));
+    Acc* d_z_s = gate_.d_z_s_parts(block);
+    std::fill(d_z_s, d_z_s + s_.B * s_.P, Acc(0));
     Tile* tile = reinterpret_cast<Tile*>(tiles_(at::get_thread_num()));
     tile->from = tile->rows = 0;
     for (int64_t clip = 0; clip < s_.B; clip++) {
-      const bool has_next = next < s_.T && next >= s_.start, ends = has_next && s_.alive(clip, next);
+      const bool has_next = next < s_.T && next >= s_.start, ends = has_next && s_.has_frame(clip, next);
       for (int64_t q = 0; q < s_.chunks; q++) {
         const Chunk chunk = s_.chunk(q);
         if (ends) {
-          multiply_w_t(clip, q, next, c0, c1, *tile);
+          transition_backward(clip, q, next, c0, c1, *tile);
           if (const int64_t row = clip * gate_.depth + chunk.p0;
               row != tile->from + tile->rows || tile->rows + kRow > kPositions) {
-            multiply_v(next, c0, c1, *tile);
+            add_weight_gradient(next, c0, c1, *tile);
             tile->from = row;
           }
         }
         Reading begun, ended;
         for (int64_t c = c0; c < c1; c++) {
-          Row<A> g;
+          Row<Acc> g;
           if (ends) {
             end_row(clip, chunk, next, c, c - c0, ended, *tile, g.values);
           } else {
-            std::fill(g.values, g.values + chunk.ld, A(0));
+            std::fill(g.values, g.values + chunk.ld, Acc(0));
             if (has_next && need_x_) {  // past the clip's length
               std::fill(d_x_(clip, next, c) + chunk.p0, d_x_(clip, next, c) + chunk.p0 + chunk.n, T(0));
             }
@@ -176,19 +176,18 @@ class Backward {
         }
       }
     }
-    multiply_v(next, c0, c1, *tile);
+    add_weight_gradient(next, c0, c1, *tile);
   }
 
-  // tile.e, tile.f = W^T dU_t for channels c0 to c1, by halves.
-  void multiply_w_t(int64_t clip, int64_t q, int64_t t, int64_t c0, int64_t c1, Tile& tile) const {
+  // tile.e, tile.f = W^T dU_t for channels c0 to c1, by segments.
+  void transition_backward(int64_t clip, int64_t q, int64_t t, int64_t c0, int64_t c1, Tile& tile) const {
     const Chunk chunk = s_.chunk(q);
     const int64_t depth = round_up(s_.D, kI);
-    const auto product_of = [&](const Array<const G>& w_t, int64_t row, const Array<G>& operands, A* out) {
-      multiply<G>(
-          c1 - c0, chunk.n, depth, w_t(row), depth, operands(clip, q), chunk.ld, out, kRow, false);
+    const auto product_of = [&](const auto& w_t, int64_t row, const Array<Operand>& operands, Acc* out) {
+      gemm<Operand>(c1 - c0, chunk.n, depth, w_t(row), depth, operands(clip, q), chunk.ld, out, kRow, false);
     };
     if (need_x_ || !s_.raw) {
-      product_of(s_.shares_product(t) ? w_first_t_ : w_t_, c0, gate_.e_operand, tile.e);
+      product_of(s_.segments_equal(t) ? w_sum_t_ : w_t_, c0, gate_.e_operand, tile.e);
     }
     if (s_.raw) {
       product_of(w_t_, s_.C + c0, gate_.e_operand, tile.f);
@@ -198,20 +197,20 @@ class Backward {
   }
 
   // W's gradient, transposed, += V_t dU_t^T for channels c0 to c1 and the positions in the tile.
-  void multiply_v(int64_t t, int64_t c0, int64_t c1, Tile& tile) {
+  void add_weight_gradient(int64_t t, int64_t c0, int64_t c1, Tile& tile) {
     const int64_t k = std::exchange(tile.rows, 0);
     if (k == 0 || !need_weights_) {
       return;
     }
-    const auto product_into = [&](const G* v, A* d_w_t) {
-      for (int64_t d = 0; d < s_.D; d += kColumns) {
-        multiply<G>(
-            c1 - c0, std::min(kColumns, s_.D - d), k, v, kPositions, gate_.t_operand(d / kColumns, tile.from), kColumns,
+    const auto product_into = [&](const Operand* v, Acc* d_w_t) {
+      for (int64_t d = 0; d < s_.D; d += kTileN) {
+        gemm<Operand>(
+            c1 - c0, std::min(kTileN, s_.D - d), k, v, kPositions, gate_.t_operand(d / kTileN, tile.from), kTileN,
             d_w_t + d, s_.D, true);
       }
     };
-    product_into(tile.first, s_.shares_product(t) ? d_w_first_(c0) : d_w_t_(0, c0));
-    if (s_.halves == 2 && !s_.shares_product(t)) {
+    product_into(tile.first, s_.segments_equal(t) ? d_w_sum_(c0) : d_w_t_(0, c0));
+    if (s_.num_segments == 2 && !s_.segments_equal(t)) {
       product_into(tile.second, d_w_t_(1, c0));
     }
   }
@@ -220,10 +219,10 @@ class Backward {
   void end_state_x(int64_t clip, int64_t q, int64_t c0, int64_t c1, Tile& tile) {
     const Chunk chunk = s_.chunk(q);
     const int64_t depth = round_up(s_.D, kI);
-    multiply<G>(
+    gemm<Operand>(
         c1 - c0, chunk.n, depth, w_t_(s_.C + c0), depth, gate_.e_operand(clip, q), chunk.ld, tile.f, kRow, false);
     for (int64_t c = c0; c < c1; c++) {
-      A* row = tile.f + (c - c0) * kRow;
+      Acc* row = tile.f + (c - c0) * kRow;
       for (int64_t i = 0; i < chunk.n; i++) {
         row[i] = -row[i];
       }
@@ -232,42 +231,42 @@ class Backward {
   }
 
   // z_s of frame t from a chunk's first position on; all ones where the variant has none. Likewise z_c of one channel.
-  const A* spatial(int64_t clip, int64_t t, const Chunk& chunk) const {
+  const Acc* spatial(int64_t clip, int64_t t, const Chunk& chunk) const {
     return (z_s_ ? z_s_(t - s_.start, clip) : ones_()) + chunk.p0;
   }
-  V channel(int64_t clip, int64_t t, int64_t c) const {
-    return V(z_c_ ? z_c_(t - s_.start, clip)[c] : A(1));
+  Vec channel(int64_t clip, int64_t t, int64_t c) const {
+    return Vec(z_c_ ? z_c_(t - s_.start, clip)[c] : Acc(1));
   }
 
-  const A* past(
-      const Maps<T>& maps, const Maps<T>& state, int64_t clip, int64_t t, int64_t c, const Chunk& chunk,
-      Lines<A>& lines) const {
+  const Acc* past(
+      const StridedMaps<T>& maps, const StridedMaps<T>& state, int64_t clip, int64_t t, int64_t c, const Chunk& chunk,
+      GatherBuffer<Acc>& lines) const {
     return t == 0 ? state.row(clip, 0, c, chunk.p0, chunk.n, lines)
                   : maps.row(clip, t - 1, c, chunk.p0, chunk.n, lines);
   }
 
   // Row `at` of the tile at frame t: dX_t, what is carried to frame t - 1, and V_t.
   void end_row(
-      int64_t clip, const Chunk& chunk, int64_t t, int64_t c, int64_t at, Reading& in, Tile& tile, A* carry) {
+      int64_t clip, const Chunk& chunk, int64_t t, int64_t c, int64_t at, Reading& in, Tile& tile, Acc* carry) {
     const int64_t n = chunk.n;
-    const A *e = tile.e + at * kRow, *f = tile.f + at * kRow, *z_s = spatial(clip, t, chunk);
-    const V z_c = channel(clip, t, c);
+    const Acc *e = tile.e + at * kRow, *f = tile.f + at * kRow, *z_s = spatial(clip, t, chunk);
+    const Vec z_c = channel(clip, t, c);
     const bool to_x = need_x_, moves = has_motion(t);
-    Row<A> g_row, d_x, row;
-    const A* g_t = load(g(clip, t, c) + chunk.p0, n, g_row.values);
-    for (int64_t i = 0; i < n; i += V::size()) {
-      const V z = sigmoid(z_c * V::loadu(z_s + i, std::min<int64_t>(V::size(), n - i)));
-      const V g_i = V::loadu(g_t + i), zg = z * g_i;
+    Row<Acc> g_row, d_x, row;
+    const Acc* g_t = load(g(clip, t, c) + chunk.p0, n, g_row.values);
+    for (int64_t i = 0; i < n; i += Vec::size()) {
+      const Vec z = sigmoid(z_c * Vec::loadu(z_s + i, std::min<int64_t>(Vec::size(), n - i)));
+      const Vec g_i = Vec::loadu(g_t + i), zg = z * g_i;
       if (s_.raw) {
-        (g_i - zg + V::loadu(f + i)).store(carry + i);
+        (g_i - zg + Vec::loadu(f + i)).store(carry + i);
         if (to_x) {
-          (zg + V::loadu(e + i)).store(d_x.values + i);
+          (zg + Vec::loadu(e + i)).store(d_x.values + i);
         }
       } else {
-        const V e_i = V::loadu(e + i);
+        const Vec e_i = Vec::loadu(e + i);
         (g_i - zg - e_i).store(carry + i);
         if (to_x) {
-          (moves ? zg + e_i + V::loadu(f + i) : zg + e_i).store(d_x.values + i);
+          (moves ? zg + e_i + Vec::loadu(f + i) : zg + e_i).store(d_x.values + i);
         }
       }
     }
@@ -277,45 +276,45 @@ class Backward {
     if (!need_weights_) {
       return;
     }
-    const A* x = x_.row(clip, t, c, chunk.p0, n, in.x);
-    const A* s = past(features_, state_s_, clip, t, c, chunk, in.past_s);
-    for (int64_t i = 0; i < n; i += V::size()) {
-      const V x_i = V::loadu(x + i);
-      (s_.raw ? x_i : x_i - V::loadu(s + i)).store(row.values + i);
+    const Acc* x = x_.row(clip, t, c, chunk.p0, n, in.x);
+    const Acc* s = past(features_, state_s_, clip, t, c, chunk, in.past_s);
+    for (int64_t i = 0; i < n; i += Vec::size()) {
+      const Vec x_i = Vec::loadu(x + i);
+      (s_.raw ? x_i : x_i - Vec::loadu(s + i)).store(row.values + i);
     }
-    put_left(row.values, n, tile.first + at * kPositions + tile.rows);
+    pack_left(row.values, n, tile.first + at * kPositions + tile.rows);
     if (s_.raw) {
-      put_left(s, n, tile.second + at * kPositions + tile.rows);
-    } else if (s_.motion && !s_.shares_product(t)) {
-      const A* x_past = past(x_, state_x_, clip, t, c, chunk, in.past_x);
-      for (int64_t i = 0; i < n; i += V::size()) {
-        (V::loadu(x + i) - V::loadu(x_past + i)).store(row.values + i);
+      pack_left(s, n, tile.second + at * kPositions + tile.rows);
+    } else if (s_.motion && !s_.segments_equal(t)) {
+      const Acc* x_past = past(x_, state_x_, clip, t, c, chunk, in.past_x);
+      for (int64_t i = 0; i < n; i += Vec::size()) {
+        (Vec::loadu(x + i) - Vec::loadu(x_past + i)).store(row.values + i);
       }
-      put_left(row.values, n, tile.second + at * kPositions + tile.rows);
+      pack_left(row.values, n, tile.second + at * kPositions + tile.rows);
     }
   }
 
   // A row of a left operand, zero to the end of its interleaved columns.
-  static void put_left(const A* row, int64_t n, G* to) {
-    std::fill(to + n, to + round_up(n, kI), G(0));
+  static void pack_left(const Acc* row, int64_t n, Operand* to) {
+    std::fill(to + n, to + round_up(n, kI), Operand(0));
     store(row, n, to);
   }
 
   // One channel of frame t, g_t holding what is carried to it: G_t, and where the frame has a gate, its dL summed into
   // dz_c and dz_s.
-  void begin_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, A* g_t, A* d_z_s) {
+  void begin_row(int64_t clip, const Chunk& chunk, int64_t t, int64_t c, Reading& in, Acc* g_t, Acc* d_z_s) {
     const int64_t n = chunk.n;
-    const bool lives = s_.alive(clip, t);
-    if (lives && has_d_features_) {
-      const A* d = d_features_.row(clip, t, c, chunk.p0, n, in.d);
-      for (int64_t i = 0; i < n; i += V::size()) {
-        (V::loadu(g_t + i) + V::loadu(d + i)).store(g_t + i);
+    const bool has_frame = s_.has_frame(clip, t);
+    if (has_frame && has_d_features_) {
+      const Acc* d = d_features_.row(clip, t, c, chunk.p0, n, in.d);
+      for (int64_t i = 0; i < n; i += Vec::size()) {
+        (Vec::loadu(g_t + i) + Vec::loadu(d + i)).store(g_t + i);
       }
     }
-    if (lives && share_) {
-      const A* share = share_(clip, c);
+    if (has_frame && d_strips_mean_) {
+      const Acc* share = d_strips_mean_(clip, c);
       each_map_row(chunk, s_.W, [&](int64_t h, int64_t i, auto count) {
-        const A value = share[h];
+        const Acc value = share[h];
 #pragma omp simd
         for (int64_t w = 0; w < count; w++) {
           g_t[i + w] += value;
@@ -328,36 +327,36 @@ class Backward {
       }
       return;
     }
-    V d_z_c(0);
-    if (lives) {
-      const A *x = x_.row(clip, t, c, chunk.p0, n, in.x), *z_s = spatial(clip, t, chunk);
-      const A* s = past(features_, state_s_, clip, t, c, chunk, in.past_s);
-      const V z_c = channel(clip, t, c);
-      for (int64_t i = 0; i < n; i += V::size()) {
-        const int64_t count = std::min<int64_t>(V::size(), n - i);
-        const V z_s_i = V::loadu(z_s + i, count), z = sigmoid(z_c * z_s_i);
-        const V whole = V::loadu(g_t + i) * (V::loadu(x + i) - V::loadu(s + i)) * z * (V(1) - z);
-        const V d_l = count == V::size() ? whole : V::set(V(0), whole, count);
+    Vec d_z_c(0);
+    if (has_frame) {
+      const Acc *x = x_.row(clip, t, c, chunk.p0, n, in.x), *z_s = spatial(clip, t, chunk);
+      const Acc* s = past(features_, state_s_, clip, t, c, chunk, in.past_s);
+      const Vec z_c = channel(clip, t, c);
+      for (int64_t i = 0; i < n; i += Vec::size()) {
+        const int64_t count = std::min<int64_t>(Vec::size(), n - i);
+        const Vec z_s_i = Vec::loadu(z_s + i, count), z = sigmoid(z_c * z_s_i);
+        const Vec whole = Vec::loadu(g_t + i) * (Vec::loadu(x + i) - Vec::loadu(s + i)) * z * (Vec(1) - z);
+        const Vec d_l = count == Vec::size() ? whole : Vec::set(Vec(0), whole, count);
         d_z_c = at::vec::fmadd(d_l, z_s_i, d_z_c);
-        at::vec::fmadd(d_l, z_c, V::loadu(d_z_s + i, count)).store(d_z_s + i, count);
+        at::vec::fmadd(d_l, z_c, Vec::loadu(d_z_s + i, count)).store(d_z_s + i, count);
       }
     }
     store(g_t, n, g(clip, t, c) + chunk.p0);
-    A& sum = gate_.d_z_c(clip)[c];
-    sum = (chunk.p0 == 0 ? A(0) : sum) + total<A>(d_z_c);
+    Acc& sum = gate_.d_z_c(clip)[c];
+    sum = (chunk.p0 == 0 ? Acc(0) : sum) + reduce_add<Acc>(d_z_c);
   }
 
   const Sizes s_;
   const bool need_x_, need_weights_;
   const int64_t block_, blocks_;
-  GateBackward<A, G> gate_;
-  const Array<const A> z_s_, z_c_;  // what forward kept
-  const Maps<T> x_, features_, state_x_, state_s_, d_features_;
+  GateBackward<Acc, Operand> gate_;
+  const Array<const Acc> z_s_, z_c_;  // what forward kept
+  const StridedMaps<T> x_, features_, state_x_, state_s_, d_features_;
   const bool has_d_features_;
-  Array<const G> w_t_, w_first_t_;
-  Array<const A> share_, ones_;
+  Array<const Operand> w_t_, w_sum_t_;
+  Array<const Acc> d_strips_mean_, ones_;
   Array<T> d_x_, d_state_x_, d_state_s_;
-  Array<A> d_w_t_, d_w_first_, g_;
+  Array<Acc> d_w_t_, d_w_sum_, g_;
   Array<uint8_t> tiles_;  // a Tile for each thread
 };
 

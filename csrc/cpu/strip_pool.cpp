@@ -35,9 +35,9 @@ void each_block(int64_t clips, int64_t channels, int64_t block, const F& body) {
 
 template <typename T>
 Tensor forward(const Tensor& s) {
-  using A = Arithmetic<T>;
+  using Acc = at::opmath_type<T>;
   const int64_t B = s.size(0), frames = s.size(1), C = s.size(2), H = s.size(3), W = s.size(4), P = H * W;
-  const Maps<T> maps(s);
+  const StridedMaps<T> maps(s);
   const Tensor strips = at::empty({B, C, H}, s.options());
   T* out = strips.mutable_data_ptr<T>();
   const int64_t block = block_of_channels(P);
@@ -47,9 +47,9 @@ Tensor forward(const Tensor& s) {
     for (int64_t t = 0; t < frames; t++) {
       for (int64_t p0 = 0; p0 < P; p0 += kRow) {
         const int64_t n = std::min(kRow, P - p0);
-        Lines<A> lines;
+        GatherBuffer<Acc> lines;
         for (int64_t c = c0; c < c1; c++) {
-          const A* row = maps.row(clip, t, c, p0, n, lines);
+          const Acc* row = maps.row(clip, t, c, p0, n, lines);
           double* sum = sums.data() + (c - c0) * P + p0;
           for (int64_t p = 0; p < n; p++) {
             sum[p] += row[p];
@@ -64,7 +64,7 @@ Tensor forward(const Tensor& s) {
       for (int64_t w = 0; w < W; w++) {
         total += sum[w];
       }
-      *strip = static_cast<T>(static_cast<A>(total / count));
+      *strip = static_cast<T>(static_cast<Acc>(total / count));
     }
   });
   return strips;
@@ -72,9 +72,9 @@ Tensor forward(const Tensor& s) {
 
 template <typename T>
 Tensor backward(const Tensor& d_strips, int64_t frames, int64_t width) {
-  using A = Arithmetic<T>;
+  using Acc = at::opmath_type<T>;
   const int64_t B = d_strips.size(0), C = d_strips.size(1), H = d_strips.size(2), P = H * width;
-  const Tensor d_s = huge(at::empty({B, frames, C, H, width}, d_strips.options()));
+  const Tensor d_s = on_huge_pages(at::empty({B, frames, C, H, width}, d_strips.options()));
   const Tensor dense = d_strips.contiguous();
   const T* in = dense.const_data_ptr<T>();
   T* out = d_s.mutable_data_ptr<T>();
@@ -83,7 +83,7 @@ Tensor backward(const Tensor& d_strips, int64_t frames, int64_t width) {
     std::vector<T> maps((c1 - c0) * P);  // the same for every frame
     T* row = maps.data();
     for (const T* d = in + (clip * C + c0) * H; d < in + (clip * C + c1) * H; d++, row += width) {
-      std::fill(row, row + width, static_cast<T>(static_cast<A>(*d) / static_cast<A>(frames * width)));
+      std::fill(row, row + width, static_cast<T>(static_cast<Acc>(*d) / static_cast<Acc>(frames * width)));
     }
     for (int64_t t = 0; t < frames; t++) {
       std::memcpy(out + ((clip * frames + t) * C + c0) * P, maps.data(), maps.size() * sizeof(T));

@@ -1,6 +1,7 @@
 // Matrix products of one tile on the calling thread: oneDNN's micro-kernels through ATen, loops for what they refuse.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
@@ -14,35 +15,31 @@
 namespace rru {
 namespace CPU_CAPABILITY {
 
-// What a product of G operands is summed in.
-template <typename G>
-using Sum = std::conditional_t<std::is_same_v<G, double>, double, float>;
-
 // Rows of a right operand that lie interleaved, element by element: bfloat16 instructions take pairs.
-template <typename G>
-constexpr int64_t kInterleave = std::is_same_v<G, c10::BFloat16> ? 2 : 1;
+template <typename Operand>
+constexpr int64_t kVnni = std::is_same_v<Operand, c10::BFloat16> ? 2 : 1;
 
 // Right operands are cut into blocks of this many columns: what the micro-kernels' registers hold.
-constexpr int64_t kColumns = 64;
+constexpr int64_t kTileN = 64;
 
 // Products are summed in runs of this many, and the runs then: a single chain over K loses twice the digits.
-constexpr int64_t kRun = 256;
+constexpr int64_t kBlockK = 256;
 
 // R rows of C (N) = A (K) B (K, N), or C += A B: summed in order of K. BLAS may choose another for other threads.
-template <int64_t R, typename E>
-inline void multiply_rows(
-    int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
-  using V = at::vec::Vectorized<E>;
-  for (int64_t j = 0; j < n; j += V::size()) {
-    const int64_t count = std::min<int64_t>(V::size(), n - j);
-    V sums[R];
+template <int64_t R, typename Acc>
+inline void gemm_rows(
+    int64_t n, int64_t k, const Acc* a, int64_t lda, const Acc* b, int64_t ldb, Acc* c, int64_t ldc, bool add) {
+  using Vec = at::vec::Vectorized<Acc>;
+  for (int64_t j = 0; j < n; j += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), n - j);
+    Vec sums[R];
     for (int64_t r = 0; r < R; r++) {
-      sums[r] = add ? V::loadu(c + r * ldc + j, count) : V(0);
+      sums[r] = add ? Vec::loadu(c + r * ldc + j, count) : Vec(0);
     }
     for (int64_t i = 0; i < k; i++) {
-      const V right = count == V::size() ? V::loadu(b + i * ldb + j) : V::loadu(b + i * ldb + j, count);
+      const Vec right = count == Vec::size() ? Vec::loadu(b + i * ldb + j) : Vec::loadu(b + i * ldb + j, count);
       for (int64_t r = 0; r < R; r++) {
-        sums[r] = at::vec::fmadd(V(a[r * lda + i]), right, sums[r]);
+        sums[r] = at::vec::fmadd(Vec(a[r * lda + i]), right, sums[r]);
       }
     }
     for (int64_t r = 0; r < R; r++) {
@@ -52,24 +49,25 @@ inline void multiply_rows(
 }
 
 // C (M, N) = A (M, K) B (K, N), or C += A B, by loops.
-template <typename E>
-inline void multiply_by_loops(
-    int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, E* c, int64_t ldc, bool add) {
+template <typename Acc>
+inline void gemm_by_loops(
+    int64_t m, int64_t n, int64_t k, const Acc* a, int64_t lda, const Acc* b, int64_t ldb, Acc* c, int64_t ldc,
+    bool add) {
   constexpr int64_t kRows = 8;
   int64_t i = 0;
   for (; i + kRows <= m; i += kRows) {
-    multiply_rows<kRows>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    gemm_rows<kRows>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
   }
   for (; i < m; i++) {
-    multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    gemm_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
   }
 }
 
 // The same for bfloat16 operands, B's rows interleaved by pairs: widened to float32, which is exact.
-inline void multiply_by_loops(
+inline void gemm_by_loops(
     int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, int64_t ldb, float* c,
     int64_t ldc, bool add) {
-  constexpr int64_t kPair = kInterleave<c10::BFloat16>;
+  constexpr int64_t kPair = kVnni<c10::BFloat16>;
   std::vector<float> left(m * k), right(k * n);
   for (int64_t i = 0; i < m; i++) {
     std::copy_n(a + i * lda, k, left.data() + i * k);
@@ -79,26 +77,26 @@ inline void multiply_by_loops(
       right[i * n + j] = b[(i / kPair * ldb + j) * kPair + i % kPair];
     }
   }
-  multiply_by_loops(m, n, k, left.data(), k, right.data(), n, c, ldc, add);
+  gemm_by_loops(m, n, k, left.data(), k, right.data(), n, c, ldc, add);
 }
 
 // C (M, N) = A (M, K) B (K, N), or C += A B; row-major with leading dimensions lda, ldb, ldc. K is a multiple of
-// kInterleave<G>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
-template <typename G>
-inline void multiply(
-    int64_t m, int64_t n, int64_t k, const G* a, int64_t lda, const G* b, int64_t ldb, Sum<G>* c, int64_t ldc,
-    bool add) {
-  if constexpr (std::is_same_v<G, double>) {
-    multiply_by_loops(m, n, k, a, lda, b, ldb, c, ldc, add);
+// kVnni<Operand>, B's rows interleaved by it: B[k][n] lies at (k / i * ldb + n) * i + k % i.
+template <typename Operand>
+inline void gemm(
+    int64_t m, int64_t n, int64_t k, const Operand* a, int64_t lda, const Operand* b, int64_t ldb,
+    at::opmath_type<Operand>* c, int64_t ldc, bool add) {
+  if constexpr (std::is_same_v<Operand, double>) {
+    gemm_by_loops(m, n, k, a, lda, b, ldb, c, ldc, add);
   } else {
-    for (int64_t k0 = 0; k0 < k; k0 += kRun) {
-      const int64_t run = std::min(kRun, k - k0);
+    for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
+      const int64_t run = std::min(kBlockK, k - k0);
       const bool add_run = add || k0 > 0;
       try {
         at::native::cpublas::brgemm(
-            m, n, run, lda, ldb, ldc, add_run, a + k0, b + k0 * ldb, c, /*is_vnni=*/kInterleave<G> > 1);
+            m, n, run, lda, ldb, ldc, add_run, a + k0, b + k0 * ldb, c, /*is_vnni=*/kVnni<Operand> > 1);
       } catch (const std::exception&) {  // dnnl::error or c10::Error: no kernel of this size, and nothing is written
-        multiply_by_loops(m, n, run, a + k0, lda, b + k0 * ldb, ldb, c, ldc, add_run);
+        gemm_by_loops(m, n, run, a + k0, lda, b + k0 * ldb, ldb, c, ldc, add_run);
       }
     }
   }
