@@ -1,4 +1,4 @@
-// One loop over independent tasks.
+// A parallel loop over independent tasks.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,16 +9,16 @@
 namespace rru {
 namespace CPU_CAPABILITY {
 
-// Calls body(i) for every i of 0 to tasks, on as many threads as there are. Which thread takes which changes nothing.
+// Calls body(i) for i in [0, tasks) on all threads. Results must not depend on which thread takes which task.
 template <typename F>
 inline void parallel(int64_t tasks, const F& body) {
-  struct Tiles {
-    ~Tiles() {
-      at::native::cpublas::brgemm_release();  // the matrix tiles, where the processor has such registers
+  struct ReleaseTiles {
+    ~ReleaseTiles() {
+      at::native::cpublas::brgemm_release();  // the tile registers, on processors with AMX
     }
   };
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const Tiles released;  // also if a task throws
+    const ReleaseTiles at_exit;  // runs even if a task throws
     for (int64_t i = begin; i < end; i++) {
       body(i);
     }

@@ -1,0 +1,159 @@
+// The arguments of refine's kernels, checked and made from those of the operators.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace rru {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Ranks with PyTorch's own collectives, found by name: a PyTorch without torch.distributed lacks them.
+inline Ranks make_ranks(
+    c10::string_view process_group, at::IntArrayRef elements_per_rank, bool training, int64_t bn_groups) {
+  if (elements_per_rank.empty()) {
+    return {};
+  }
+  TORCH_CHECK_VALUE(
+      training && bn_groups == 1, "process_group: got one with training=", training, ", bn_groups=", bn_groups,
+      ", wanted batch statistics of one group");
+  for (const int64_t elements : elements_per_rank) {
+    TORCH_CHECK_VALUE(
+        elements >= 1, "elements_per_rank: got ", elements_per_rank, ", wanted at least 1 of every rank");
+  }
+  const auto all_gather =
+      c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::all_gather_into_tensor", "");
+  const auto wait = c10::Dispatcher::singleton().findSchemaOrThrow("_c10d_functional::wait_tensor", "");
+  const auto size = static_cast<int64_t>(elements_per_rank.size());
+  return {elements_per_rank.vec(), [=, name = std::string(process_group)](const Tensor& own) {
+            // Boxed: the group's static type is a string until PyTorch 2.11, and any type in 2.14.
+            std::vector<c10::IValue> stack{own.unsqueeze(0), size, name};
+            all_gather.callBoxed(stack);
+            wait.callBoxed(stack);
+            return stack.front().toTensor();
+          }};
+}
+
+// The arguments of refine and of its backward, checked.
+inline RefineArguments refine_arguments(
+    const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const OptionalTensor& w_s1,
+    const OptionalTensor& w_s2, const OptionalTensor& w_c, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& lengths, const OptionalTensor& state_x,
+    const OptionalTensor& state_s, c10::string_view inputs, bool training, double eps, int64_t bn_groups,
+    c10::string_view process_group, at::IntArrayRef elements_per_rank) {
+  check_floating("x", x, 5);
+  const int64_t clips = x.size(0), frames = x.size(1), channels = x.size(2), positions = x.size(3) * x.size(4);
+  TORCH_CHECK_VALUE(w.dim() == 2 && w.size(0) > 0, "w: got shape ", w.sizes(), ", wanted (D, C) or (D, 2C)");
+  TORCH_CHECK_VALUE(
+      inputs == "appearance+motion" || inputs == "appearance" || inputs == "raw", "inputs: got '", inputs,
+      "', wanted 'appearance+motion', 'appearance' or 'raw'");
+  const int64_t d = w.size(0);
+  check("w", w, {d, inputs == "appearance" ? channels : 2 * channels});
+  check("gamma", gamma, {d});
+  check("beta", beta, {d});
+  TORCH_CHECK_VALUE(
+      w_s1.has_value() == w_s2.has_value(), "w_s1, w_s2: got one of them, wanted both (spatial attention) or neither");
+  TORCH_CHECK_VALUE(w_s1 || w_c, "w_s1, w_s2, w_c: got none, wanted spatial attention, channel attention or both");
+  if (w_s1) {
+    TORCH_CHECK_VALUE(w_s1->dim() == 2, "w_s1: got shape ", w_s1->sizes(), ", wanted (num_attn, P)");
+    check("w_s1", *w_s1, {w_s1->size(0), positions});
+    check("w_s2", *w_s2, {positions, w_s1->size(0)});
+  }
+  if (w_c) {
+    check("w_c", *w_c, {channels, d});
+  }
+  TORCH_CHECK_VALUE(
+      training || (running_mean && running_var), "running_mean, running_var: got None in eval mode, wanted both");
+  if (running_mean && running_var) {
+    check("running_mean", *running_mean, {d});
+    check("running_var", *running_var, {d});
+  }
+  TORCH_CHECK_VALUE(
+      bn_groups >= 1 && (!training || clips % bn_groups == 0), "bn_groups: got ", bn_groups,
+      ", wanted a divisor of the ", clips, " clips");
+  TORCH_CHECK_VALUE(
+      !training || (!lengths && !state_x && !state_s), "lengths, state: got them with batch statistics (training), ",
+      "wanted running ones (eval mode)");
+  TORCH_CHECK_VALUE(state_x.has_value() == state_s.has_value(), "state_x, state_s: got one of them, wanted both");
+  if (state_x) {
+    check("state_x", *state_x, {clips, channels, x.size(3), x.size(4)}, x.scalar_type());
+    check("state_s", *state_s, {clips, channels, x.size(3), x.size(4)}, x.scalar_type());
+  }
+  OptionalTensor dense_lengths;
+  if (lengths) {
+    check("lengths", *lengths, {clips}, at::kLong);
+    dense_lengths = lengths->contiguous();
+    const int64_t* values = dense_lengths->const_data_ptr<int64_t>();
+    for (int64_t clip = 0; clip < clips; clip++) {
+      TORCH_CHECK_VALUE(
+          values[clip] >= 1 && values[clip] <= frames, "lengths: got ", values[clip], ", wanted 1 to T=", frames);
+    }
+  }
+  const Inputs gate_inputs = inputs == "raw" ? Inputs::raw
+      : inputs == "appearance"               ? Inputs::appearance
+                                             : Inputs::appearance_motion;
+  return {
+      .x = x,
+      .w = w,
+      .gamma = gamma,
+      .beta = beta,
+      .w_s1 = w_s1,
+      .w_s2 = w_s2,
+      .w_c = w_c,
+      .running_mean = running_mean,
+      .running_var = running_var,
+      .lengths = dense_lengths,
+      .state_x = state_x,
+      .state_s = state_s,
+      .inputs = gate_inputs,
+      .training = training,
+      .eps = eps,
+      .bn_groups = bn_groups,
+      .ranks = make_ranks(process_group, elements_per_rank, training, bn_groups)};
+}
+
+// The gradients that reach refine's outputs, checked against its arguments.
+inline RefineUpstream refine_upstream(
+    const OptionalTensor& d_features, const OptionalTensor& d_strips, const RefineArguments& a) {
+  if (d_features) {
+    check("d_features", *d_features, a.x.sizes(), a.x.scalar_type());
+  }
+  if (d_strips) {
+    check("d_strips", *d_strips, {a.x.size(0), a.x.size(2), a.x.size(3)}, a.x.scalar_type());
+  }
+  return {.d_features = d_features, .d_strips = d_strips};
+}
+
+// The results that refine saved, checked against its arguments.
+inline RefineSaved refine_saved(
+    const Tensor& features, const Tensor& mean, const Tensor& var, const Tensor& u, const Tensor& z_s,
+    const Tensor& z_c, const Tensor& h, const RefineArguments& a) {
+  const int64_t clips = a.x.size(0), frames = a.x.size(1), channels = a.x.size(2);
+  const int64_t positions = a.x.size(3) * a.x.size(4), d = a.w.size(0), num_attn = a.w_s1 ? a.w_s1->size(0) : 0;
+  const int64_t steps = a.state_s ? frames : frames - 1, bn_frames = a.training ? frames : 0;
+  const auto dtype = acc_dtype(a.x);
+  check("features", features, a.x.sizes(), a.x.scalar_type());
+  check("mean", mean, {bn_frames, a.bn_groups, d}, dtype);
+  check("var", var, {bn_frames, a.bn_groups, d}, dtype);
+  check("u", u, {steps, clips, d, positions}, dtype);
+  check("z_s", z_s, {a.w_s1 ? steps : 0, clips, positions}, dtype);
+  check("z_c", z_c, {a.w_c ? steps : 0, clips, channels}, dtype);
+  check("h", h, {a.w_s1 ? steps : 0, clips, num_attn}, dtype);
+  return {
+      .features = features,
+      .mean = mean.contiguous(),
+      .var = var.contiguous(),
+      .u = u.contiguous(),
+      .z_s = z_s.contiguous(),
+      .z_c = z_c.contiguous(),
+      .h = h.contiguous()};
+}
+
+}  // namespace rru
