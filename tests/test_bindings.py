@@ -1,4 +1,4 @@
-"""The C++ operators called as they are, past Python's checks: a wrong argument is one clear error, never a crash."""
+"""The C++ operators called directly, past Python's checks: a wrong argument raises one clear error, never crashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.valid_args import A, B, C, D, H, T, W, arguments
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
 
-OTHERS_OF_REFINE = {
+REFINE_OPTIONS = {
     "lengths": None,
     "state_x": None,
     "state_s": None,
@@ -23,12 +23,12 @@ OTHERS_OF_REFINE = {
     "eps": 1e-3,
     "bn_groups": 1,
     "process_group": "",
-    "counts": [],
+    "elements_per_rank": [],
 }
 
 
 def refine_arguments(**changed: Any) -> dict[str, Any]:
-    return arguments(**OTHERS_OF_REFINE | changed)
+    return arguments(**REFINE_OPTIONS | changed)
 
 
 STATE = torch.randn(B, C, H, W)
@@ -49,10 +49,26 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inputs": "motion"}, ValueError, "inputs: got 'motion', wanted 'appearance[+]motion', 'appearance' or 'raw'"),
     ({"bn_groups": 3, "training": True}, ValueError, "bn_groups: got 3, wanted a divisor of the 2 clips"),
     ({"bn_groups": 0}, ValueError, "bn_groups: got 0, wanted"),
-    ({"counts": [4, 4]}, ValueError, "process_group: got one with training=0, bn_groups=1, wanted batch statistics"),
-    ({"counts": [4, 4], "bn_groups": 2, "training": True}, ValueError, "process_group: got one with training=1, bn_gr"),
-    ({"counts": [4, 0], "training": True}, ValueError, r"counts: got \[4, 0\], wanted at least 1 of every rank"),
-    ({"counts": [4, 4], "training": True, "process_group": "x"}, RuntimeError, "resolve the process group .*name x"),
+    (
+        {"elements_per_rank": [4, 4]},
+        ValueError,
+        "process_group: got one with training=0, bn_groups=1, wanted batch statistics",
+    ),
+    (
+        {"elements_per_rank": [4, 4], "bn_groups": 2, "training": True},
+        ValueError,
+        "process_group: got one with training=1, bn_gr",
+    ),
+    (
+        {"elements_per_rank": [4, 0], "training": True},
+        ValueError,
+        r"elements_per_rank: got \[4, 0\], wanted at least 1 of every rank",
+    ),
+    (
+        {"elements_per_rank": [4, 4], "training": True, "process_group": "x"},
+        RuntimeError,
+        "resolve the process group .*name x",
+    ),
     ({"lengths": torch.tensor([1, 4])}, ValueError, "lengths: got 4, wanted 1 to T=3"),
     ({"lengths": torch.tensor([1, 0])}, ValueError, "lengths: got 0, wanted 1 to T=3"),
     ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: got dtype Float, wanted Long"),
@@ -74,7 +90,7 @@ def test_refine_backward_names_what_does_not_fit(name: str) -> None:
     good = refine_arguments(training=True)
     features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine_cpu(**good, save=True)
     saved = {"features": features, "mean": mean, "var": var, "u": u, "z_s": z_s, "z_c": z_c, "h": h}
-    call = {"d_features": features, "d_strips": strips, "need_x": True, "need_weights": True, **saved, **good}
+    call = {"d_features": features, "d_strips": strips, **saved, **good, "need_x": True, "need_weights": True}
     torch.ops.rru_fast.refine_backward_cpu(**call)
     with pytest.raises(ValueError, match=f"{name}: got shape"):
         torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name][1:]})
@@ -84,14 +100,14 @@ def test_refine_backward_names_what_does_not_fit(name: str) -> None:
 
 def batch_hard(**changed: Any) -> Any:
     good = {"features": torch.randn(2, 6, 3), "labels": torch.arange(6) // 2}
-    return torch.ops.rru_fast.batch_hard_cpu(**good | changed, margin=0.3, soft=False, metric="euclidean")
+    return torch.ops.rru_fast.batch_hard_cpu(**good | {"margin": 0.3, "soft": False, "metric": "euclidean"} | changed)
 
 
 def batch_hard_backward(**changed: Any) -> Any:
-    features = torch.randn(2, 6, 3)
-    loss, d_pos, d_neg, positive, negative = batch_hard(features=features)
-    good = {"d_loss": torch.ones_like(loss), "features": features, "d_pos": d_pos, "d_neg": d_neg}
-    good |= {"positive": positive, "negative": negative, "margin": 0.3, "soft": False, "metric": "euclidean"}
+    inputs = {"features": torch.randn(2, 6, 3), "labels": torch.arange(6) // 2}
+    loss, d_pos, d_neg, positive, negative = batch_hard(**inputs)
+    good = {"d_loss": torch.ones_like(loss), "d_pos": d_pos, "d_neg": d_neg, "positive": positive, "negative": negative}
+    good |= {**inputs, "margin": 0.3, "soft": False, "metric": "euclidean"}
     return torch.ops.rru_fast.batch_hard_backward_cpu(**good | changed)
 
 
@@ -99,6 +115,13 @@ OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: batch_hard(features=torch.randn(6, 3)), ValueError, r"features: got shape \[6, 3\], wanted 3 dimensions"),
     (lambda: batch_hard(labels=torch.arange(5)), ValueError, r"labels: got shape \[5\], wanted \[6\]"),
     (lambda: batch_hard(labels=torch.rand(6)), TypeError, "labels: got dtype Float, wanted an integer dtype"),
+    (lambda: batch_hard(metric="taxi"), ValueError, "metric: got 'taxi', wanted 'euclidean' or 'cosine'"),
+    (
+        lambda: batch_hard_backward(features=torch.randn(6, 3)),
+        ValueError,
+        r"features: got shape \[6, 3\], wanted 3 dim",
+    ),
+    (lambda: batch_hard_backward(labels=torch.arange(5)), ValueError, r"labels: got shape \[5\], wanted \[6\]"),
     (lambda: batch_hard_backward(metric="taxi"), ValueError, "metric: got 'taxi', wanted 'euclidean' or 'cosine'"),
     (lambda: batch_hard_backward(d_loss=torch.ones(1)), ValueError, r"d_loss: got shape \[1\], wanted \[2, 6\]"),
     (lambda: batch_hard_backward(positive=torch.full((2, 6), 6)), IndexError, "positive: got index 6, wanted -1 to 5"),
@@ -120,7 +143,7 @@ def test_the_other_operators_name_what_does_not_fit(
         call()
 
 
-def test_build_info_says_what_was_built() -> None:
+def test_build_info_describes_the_build() -> None:
     from rru_fast import _C  # type: ignore[attr-defined]
 
     info = _C.build_info()
@@ -131,7 +154,7 @@ def test_build_info_says_what_was_built() -> None:
     assert info["cuda_architectures"] == []
 
 
-def test_the_module_leaves_a_free_threaded_pythons_lock_off() -> None:
+def test_the_module_leaves_the_lock_of_a_free_threaded_python_off() -> None:
     # Only such a Python's headers compile the declaration; `tests/test_endurance.py` calls the kernels in four threads.
     source = (Path(__file__).parents[1] / "csrc/bindings.cpp").read_text()
     assert "PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used())" in source
