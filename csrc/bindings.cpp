@@ -142,12 +142,6 @@ Tensor batch_hard_backward(
   return RRU_KERNEL(batch_hard_backward)(dense_d_loss, saved, arguments);
 }
 
-#define RRU_REFINE_SCHEMA                                                                                      \
-  "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "                   \
-  "Tensor? running_mean, Tensor? running_var, Tensor? lengths, Tensor? state_x, Tensor? state_s, str inputs, " \
-  "bool training, float eps, int bn_groups, str process_group, int[] elements_per_rank"
-#define RRU_SAVED_SCHEMA "Tensor mean, Tensor var, Tensor u, Tensor z_s, Tensor z_c, Tensor h"
-
 // Kernels only: the operators of rru_fast/ops call them, and have the autograd and the fake implementations.
 TORCH_LIBRARY_FRAGMENT(rru_fast, m) {
   m.def("refine_cpu(" RRU_REFINE_SCHEMA ", bool save) -> (Tensor features, Tensor strips, " RRU_SAVED_SCHEMA ")");

@@ -41,7 +41,11 @@ inline Ranks make_ranks(
           }};
 }
 
-// The arguments of refine and of its backward, checked.
+// The arguments of refine and of its backward as the dispatcher's schema has them, then checked.
+#define RRU_REFINE_SCHEMA                                                                                      \
+  "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "                   \
+  "Tensor? running_mean, Tensor? running_var, Tensor? lengths, Tensor? state_x, Tensor? state_s, str inputs, " \
+  "bool training, float eps, int bn_groups, str process_group, int[] elements_per_rank"
 inline RefineArguments refine_arguments(
     const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const OptionalTensor& w_s1,
     const OptionalTensor& w_s2, const OptionalTensor& w_c, const OptionalTensor& running_mean,
@@ -62,7 +66,7 @@ inline RefineArguments refine_arguments(
       w_s1.has_value() == w_s2.has_value(), "w_s1, w_s2: got one of them, wanted both (spatial attention) or neither");
   TORCH_CHECK_VALUE(w_s1 || w_c, "w_s1, w_s2, w_c: got none, wanted spatial attention, channel attention or both");
   if (w_s1) {
-    TORCH_CHECK_VALUE(w_s1->dim() == 2, "w_s1: got shape ", w_s1->sizes(), ", wanted (num_attn, P)");
+    TORCH_CHECK_VALUE(w_s1->dim() == 2, "w_s1: got shape ", w_s1->sizes(), ", wanted (A, P)");
     check("w_s1", *w_s1, {w_s1->size(0), positions});
     check("w_s2", *w_s2, {positions, w_s1->size(0)});
   }
@@ -131,7 +135,8 @@ inline RefineUpstream refine_upstream(
   return {.d_features = d_features, .d_strips = d_strips};
 }
 
-// The results that refine saved, checked against its arguments.
+// The results that refine saved, but for the features, as the schema has them, then checked against its arguments.
+#define RRU_SAVED_SCHEMA "Tensor mean, Tensor var, Tensor u, Tensor z_s, Tensor z_c, Tensor h"
 inline RefineSaved refine_saved(
     const Tensor& features, const Tensor& mean, const Tensor& var, const Tensor& u, const Tensor& z_s,
     const Tensor& z_c, const Tensor& h, const RefineArguments& a) {

@@ -24,14 +24,14 @@ SCHEMA_TYPES = {
 }
 
 
-def schema(cls: type[Any]) -> str:
-    """Return a dataclass's fields as a list of arguments in torch.library's schema language."""
-    return ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in fields(cls))
+def schema(*classes: type[Any]) -> str:
+    """Return the fields of dataclasses as one list of arguments in torch.library's schema language."""
+    return ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for cls in classes for field in fields(cls))
 
 
 def values(instance: Any) -> tuple[Any, ...]:
     """Return a dataclass's values in the order of its fields."""
-    return tuple(vars(instance).values())
+    return tuple(getattr(instance, field.name) for field in fields(instance))  # vars() breaks torch.compile's graph
 
 
 def unflatten(flat: Iterable[Any], *classes: type[Any]) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ class RefineArguments:
     @property
     def steps(self) -> int:
         """N, the number of frames with a gate: all but the first, which has none without a state."""
-        return self.x.shape[1] - (self.state_s is None)
+        return self.x.shape[1] - (1 if self.state_s is None else 0)
 
     def as_weights(self, **gradients: Tensor | None) -> dict[str, Tensor | None]:
         """Cast gradients of weights, by name, to the weights' dtypes."""

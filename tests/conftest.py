@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rru_fast import triton
+from rru_fast import arguments, triton
 
 # Starting a pool of compile workers takes longer than compiling a test's few small graphs.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Inductor's disk cache is not keyed by ATEN_CPU_CAPABILITY: code vectorized in one run would fail to compile in a run
-# without vector instructions.
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR",
-    str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}")),
-)
+# PyTorch's disk cache of compiled graphs is not keyed by ATEN_CPU_CAPABILITY: code vectorized in one run would fail to
+# compile in a run without vector instructions. Nor is it by our operators' schemas: a cached backward would call them
+# with the arguments of another version.
+SCHEMAS = hashlib.sha256(Path(arguments.__file__).read_bytes()).hexdigest()[:8]
+CACHE = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}_{SCHEMAS}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), CACHE)))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -103,16 +103,19 @@ def imports_of(path: Path) -> set[str]:
 FOOT = {"types", "distributed", "checks"}
 MAY_IMPORT = {
     "types.py": set(),
+    "arguments.py": set(),
     "distributed.py": set(),
     "testing.py": set(),
     "checks.py": {"types", "distributed"},
     "reference": FOOT,
-    "composite": {"distributed"},
-    "triton": {"distributed"},
+    "composite": {"arguments", "distributed"},
+    "cpu": {"arguments"},
+    "triton": {"arguments", "distributed"},
+    "native.py": {"install_hint"},
     "backends.py": {"native", "triton"},
-    "ops": {"backends", "composite", "native", "triton"},
+    "ops": {"arguments", "backends", "composite", "cpu", "native", "triton"},
     "cuda_graphs.py": FOOT,
-    "functional.py": FOOT | {"backends", "ops", "reference"},
+    "functional.py": FOOT | {"arguments", "backends", "ops", "reference"},
     "modules.py": FOOT | {"backends", "cuda_graphs", "functional", "reference"},
     "compat": FOOT | {"functional", "modules", "reference"},
 }

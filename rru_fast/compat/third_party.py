@@ -87,9 +87,7 @@ def _run_copy(module: nn.Module, training: bool, example: Callable[..., Any], fa
         torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
         return {
             f"{type(out).__name__} returned": out,
-            "attributes set": {
-                name: None for name, value in vars(clone).items() if value is not before.get(name, clone)
-            },
+            "attributes set": dict.fromkeys(k for k, v in vars(clone).items() if v is not before.get(k, clone)),
             "gradients of inputs": [tensor.grad for tensor in inputs],
             "gradients": {name: weight.grad for name, weight in clone.named_parameters()},
             "buffers": dict(clone.named_buffers()),

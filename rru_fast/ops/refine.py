@@ -77,8 +77,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "rru_fast::refine_backward",
     mutates_args=(),
-    schema=f"({', '.join(map(schema, BACKWARD))}, str backend) -> "
-    f"({', '.join(f'Tensor d_{name}' for name in DIFFERENTIABLE)})",
+    schema=f"({schema(*BACKWARD)}, str backend) -> ({', '.join(f'Tensor d_{name}' for name in DIFFERENTIABLE)})",
 )
 def refine_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Return `RefineGradients`, with an empty tensor in place of None."""
