@@ -76,3 +76,29 @@ def grid_last_arrival(arrivals, expected):
     if last:
         tl.store(arrivals, 0)
     return last
+
+
+@triton.jit
+def sum_split(acc, partials, arrivals, tile, part, SPLIT: tl.constexpr):
+    """Sum the SPLIT parts of a tile, [M, N], in the last of its programs to arrive, in a fixed order.
+
+    Args:
+        acc: this program's part.
+        partials: (tiles, SPLIT, M, N), scratch; arrivals: (tiles,), zeros. Not read if SPLIT is 1.
+
+    Returns:
+        The sum, and True in that program alone.
+    """
+    last = True
+    if SPLIT > 1:
+        M: tl.constexpr = acc.shape[0]
+        N: tl.constexpr = acc.shape[1]
+        p_partials = partials + tile.to(tl.int64) * (SPLIT * M * N)
+        p_partials += tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+        tl.store(p_partials + part * (M * N), acc)
+        last = grid_last_arrival(arrivals + tile, SPLIT)
+        if last:
+            acc = tl.load(p_partials, cache_modifier=".cg")
+            for other in range(1, SPLIT):
+                acc += tl.load(p_partials + other * (M * N), cache_modifier=".cg")
+    return acc, last

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rru_fast.triton._primitives import cast_rn, dot, grid_last_arrival, normalize
+from rru_fast.triton._primitives import cast_rn, dot, grid_last_arrival, normalize, sum_split
 
 
 @triton.jit(do_not_specialize=["t_first"])
@@ -73,17 +73,8 @@ def refine_fwd_transition_kernel(
             b_v -= tl.load(p_subtracted + o, m_cp, 0.0).to(ACC)
         acc = dot(b_w, cast_rn(b_v, b_w.dtype), acc, PRECISION)
 
-    last = True
-    if SPLIT > 1:
-        o = tl.arange(0, BLOCK_D)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        p_partials = partials + tile.to(tl.int64) * (SPLIT * BLOCK_D * BLOCK_P) + o
-        tl.store(p_partials + part * (BLOCK_D * BLOCK_P), acc)
-        last = grid_last_arrival(arrivals + tile, SPLIT)
+    acc, last = sum_split(acc, partials, arrivals, tile, part, SPLIT)
     if last:
-        if SPLIT > 1:
-            acc = tl.load(p_partials, cache_modifier=".cg")
-            for other in range(1, SPLIT):
-                acc += tl.load(p_partials + other * (BLOCK_D * BLOCK_P), cache_modifier=".cg")
         m_dp = (d < D)[:, None] & (p < P)[None, :]
         p_u = u + frame_clip.to(tl.int64) * (D * P) + d[:, None] * P + p[None, :]
         if ACCUMULATE:

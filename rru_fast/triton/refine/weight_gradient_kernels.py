@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rru_fast.triton._primitives import cast_rn, dot, grid_last_arrival
+from rru_fast.triton._primitives import cast_rn, dot, sum_split
 
 
 @triton.jit(do_not_specialize=["t_first"])
@@ -99,17 +99,8 @@ def refine_bwd_dw_kernel(
             b_v -= tl.load(p_y + c[:, None] * y_channel + p[None, :] * y_position, m_cp, 0.0).to(ACC)
         acc = dot(cast_rn(b_du, OPERAND_DTYPE), tl.trans(cast_rn(b_v, OPERAND_DTYPE)), acc, PRECISION)
 
-    last = True
-    if SPLIT > 1:
-        o = tl.arange(0, BLOCK_D)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        p_partials = partials + tile.to(tl.int64) * (SPLIT * BLOCK_D * BLOCK_C) + o
-        tl.store(p_partials + part * (BLOCK_D * BLOCK_C), acc)
-        last = grid_last_arrival(arrivals + tile, SPLIT)
+    acc, last = sum_split(acc, partials, arrivals, tile, part, SPLIT)
     if last:
-        if SPLIT > 1:
-            acc = tl.load(p_partials, cache_modifier=".cg")
-            for other in range(1, SPLIT):
-                acc += tl.load(p_partials + other * (BLOCK_D * BLOCK_C), cache_modifier=".cg")
         if ACCUMULATE:
             acc += tl.load(p_d_w, m_dc, 0.0)
         tl.store(p_d_w, acc, m_dc)
