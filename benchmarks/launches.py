@@ -48,8 +48,6 @@ def refine_arguments(
         training=unit.training,
         eps=norm.eps,
         bn_groups=unit.bn_groups if unit.training else 1,
-        process_group="",
-        elements_per_rank=[],
     )
 
 

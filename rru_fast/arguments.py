@@ -1,13 +1,13 @@
 """Arguments, outputs and gradients of the operators as every backend's kernels take and return them.
 
-csrc/cpu/kernels.h has the same structures in C++. The dispatcher's schemas are made of them: a field added to
+csrc/cpu/kernels.h has structures like these in C++. The dispatcher's schemas are made of them: a field added to
 `RefineArguments` is an argument of the operator and of its backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -26,21 +26,21 @@ SCHEMA_TYPES = {
 
 def schema(*classes: type[Any]) -> str:
     """Return the fields of dataclasses as one list of arguments in torch.library's schema language."""
-    return ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for cls in classes for field in fields(cls))
+    return ", ".join(f"{SCHEMA_TYPES[str(f.type)]} {f.name}" for cls in classes for f in fields(cls))
 
 
-def values(instance: Any) -> tuple[Any, ...]:
+def flatten(instance: Any) -> tuple[Any, ...]:
     """Return a dataclass's values in the order of its fields."""
-    return tuple(getattr(instance, field.name) for field in fields(instance))  # vars() breaks torch.compile's graph
+    return tuple(getattr(instance, f.name) for f in fields(instance))  # vars() breaks torch.compile's graph
 
 
 def unflatten(flat: Iterable[Any], *classes: type[Any]) -> tuple[Any, ...]:
-    """Build dataclasses of a flat list of their values, one after another; what is left of it follows as it is."""
+    """Build dataclasses of a flat list of their values, one after another; leftover values are appended unchanged."""
     rest = iter(flat)
     return *[cls(*islice(rest, len(fields(cls)))) for cls in classes], *rest
 
 
-def is_tensor(field_type: Any) -> bool:
+def holds_tensor(field_type: Any) -> bool:
     """Return True if a field of this type holds a tensor or None."""
     return str(field_type).startswith("Tensor")
 
@@ -71,9 +71,9 @@ class RefineArguments:
     eps: float
     bn_groups: int
     """1 in eval mode."""
-    process_group: str
+    process_group: str = ""
     """Name in torch.distributed of the ranks that share batch statistics; "" for this rank alone."""
-    elements_per_rank: list[int]
+    elements_per_rank: list[int] = field(default_factory=list)
     """Values per gate channel that each of these ranks contributes to a frame's statistics."""
 
     @property
@@ -81,7 +81,7 @@ class RefineArguments:
         """N, the number of frames with a gate: all but the first, which has none without a state."""
         return self.x.shape[1] - (1 if self.state_s is None else 0)
 
-    def as_weights(self, **gradients: Tensor | None) -> dict[str, Tensor | None]:
+    def cast_to_weight_dtypes(self, **gradients: Tensor | None) -> dict[str, Tensor | None]:
         """Cast gradients of weights, by name, to the weights' dtypes."""
         weights = {name: getattr(self, name) for name in gradients}
         return {name: None if d is None else d.to(weights[name].dtype) for name, d in gradients.items()}
@@ -98,7 +98,7 @@ class RefineSaved:
     var: Tensor
     """(T, groups, D), biased."""
     u: Tensor
-    """(N, B, D, P), in an order of the backend's own; N = 0 unless saving, as below."""
+    """(N, B, D, P), in a layout private to the backend; N = 0 without `save`, as below."""
     z_s: Tensor
     """(N, B, P), eq. 2; N = 0 without spatial attention."""
     z_c: Tensor

@@ -114,7 +114,7 @@ def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meani
     _device(name, tensor, x, "x")
     fits = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)
     if tensor.dtype not in fits:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {' or '.join(map(str, fits))} beside x of {x.dtype}")
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {' or '.join(map(str, fits))} with x of {x.dtype}")
 
 
 def check_x(x: Any, channels: int | None = None, spatial: tuple[int, int] | None = None) -> None:
@@ -125,6 +125,12 @@ def check_x(x: Any, channels: int | None = None, spatial: tuple[int, int] | None
     if spatial is not None and tuple(x.shape[3:]) != spatial:
         raise ValueError(f"x: got maps of {tuple(x.shape[3:])}, wanted spatial={spatial}")
     _floating("x", x, (5,), "(B, T, C, H, W)")
+
+
+def check_clips(clips: int, bn_groups: int) -> None:
+    """Raise ValueError unless the clips divide into `bn_groups` groups."""
+    if clips % bn_groups:
+        raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
 
 
 def check_eval_only(training: bool, lengths: Tensor | None, state: State | None) -> None:
@@ -194,8 +200,7 @@ def check_refine(
         raise TypeError(f"training: got {training!r}, wanted True or False")
     check_eval_only(training, lengths, state)
     if training:
-        if clips % bn_groups:
-            raise ValueError(f"x: got {clips} clips, wanted a multiple of bn_groups={bn_groups}")
+        check_clips(clips, bn_groups)
         # The error of torch's BatchNorm. Several ranks have at least one value each.
         if clips // bn_groups * height * width == 1 and not spans_ranks(process_group):
             size = torch.Size((1, d, height, width))
@@ -218,7 +223,7 @@ def check_refine(
 def _check_momentum(momentum: float | Sequence[float], frames: int) -> None:
     steps = momentum if isinstance(momentum, list | tuple) else [momentum]
     if steps is momentum and len(steps) != frames:
-        raise ValueError(f"momentum: got {len(steps)} numbers, wanted one, or one a frame of {frames}")
+        raise ValueError(f"momentum: got {len(steps)} numbers, wanted one, or one per frame of {frames}")
     for step in steps:
         check_number("momentum", step, 0, 1, "a number from 0 to 1")
 
@@ -279,7 +284,7 @@ def check_batch_hard_triplet(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
-    _shape("labels", labels, (features.shape[-2],), "(N,), one a feature")
+    _shape("labels", labels, (features.shape[-2],), "(N,), one per feature")
     _integers("labels", labels)
     _device("labels", labels, features, "features")
     check_loss(margin, metric)

@@ -170,8 +170,8 @@ class _ExpireOnReplay(torch.autograd.Function):
         """Pass the gradients on unless the outputs have been overwritten."""
         if ctx.calls[0] != ctx.number:
             raise RuntimeError(
-                f"cuda_graph: got the backward of a call after {ctx.calls[0] - ctx.number} more of its kind, wanted it "
-                "before the next: that overwrites what the backward reads"
+                f"cuda_graph: got the backward of a call after {ctx.calls[0] - ctx.number} later ones of its shape, "
+                "wanted it before the next call, which overwrites what the backward reads"
             )
         _ = ctx.saved_tensors  # raises if one was changed in place
         return None, *gradients

@@ -1,4 +1,4 @@
-"""Collectives: gather a batch from all ranks, share batch statistics, and check that ranks fit together."""
+"""Collectives: gather a batch from all ranks, share batch statistics, check that shapes and dtypes of ranks agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 # Raised while torch.compile traces: it then breaks the graph, or with fullgraph=True shows this message.
-GRAPH_BREAK_ERROR = "process_group: got one inside torch.compile, wanted fullgraph=False: ranks talk outside of graphs"
+GRAPH_BREAK_ERROR = "process_group: got one inside torch.compile, wanted fullgraph=False: collectives cannot be traced"
 
 
 def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

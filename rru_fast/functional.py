@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast import backends, checks, ops, reference
-from rru_fast.arguments import BatchHardArguments, RefineArguments, values
+from rru_fast.arguments import BatchHardArguments, RefineArguments, flatten
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.reference.equations import last_state, momenta
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
@@ -65,8 +65,8 @@ def refine(
             chunk, so average them weighted by the numbers of frames.
         process_group: in training, share batch statistics among its ranks, in forward and backward, as
             nn.SyncBatchNorm does. Ranks may have different numbers of clips, but not of frames. All ranks must call,
-            and run the backward, together: a call takes one collective, and each frame past the first one of 2 D values
-            in forward and one in backward. Weight gradients are local to each rank, to be summed over ranks
+            and run the backward, together: one collective per call, and per frame after the first one of 2 D values in
+            forward and another in backward. Weight gradients are local to each rank, to be summed over ranks
             (DistributedDataParallel averages them). With None, in eval mode and in a group of one, ranks are
             independent. Excludes `bn_groups`; breaks the graph inside torch.compile.
         backend: "auto", or a backend that `show_config` lists as available.
@@ -134,7 +134,7 @@ def refine(
         process_group=group_name,
         elements_per_rank=elements_per_rank,
     )
-    features, strips, mean, var, *_ = ops.refine.refine(*values(args), save, backend)
+    features, strips, mean, var, *_ = ops.refine.refine(*flatten(args), save, backend)
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
@@ -167,8 +167,8 @@ def _update_running(running: Tensor, steps: Tensor, momenta: Sequence[float]) ->
     """Update running = (1 - momentum) running + momentum step for each row of steps (T, D), in order."""
     if checks.is_vmapped(steps) and not checks.is_vmapped(running):
         raise RuntimeError(
-            "running_mean, running_var: got the same for every call of vmap, wanted None, or one a call with vmap over "
-            "them too: they are updated in place"
+            "running_mean, running_var: got the same for every call of vmap, wanted None, or one per call with vmap "
+            "over them too: they are updated in place"
         )
     for step, momentum in zip(steps, momenta, strict=True):
         # Not by lerp, which turns an infinite variance into NaN.
@@ -241,7 +241,7 @@ def batch_hard_triplet(
         grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
     args = BatchHardArguments(grouped, labels, number, soft, metric)
-    loss, _, _, positive, negative = ops.batch_hard.batch_hard(*values(args), backend)
+    loss, _, _, positive, negative = ops.batch_hard.batch_hard(*flatten(args), backend)
     per_anchor = features.shape[:-1]
     loss = (loss.mean() if reduction == "mean" else loss.view(per_anchor)).to(features.dtype)
     return (loss, positive.view(per_anchor), negative.view(per_anchor)) if return_indices else loss

@@ -12,6 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+__all__ = [
+    "EXACT",
+    "Error",
+    "assert_parity",
+    "compare",
+    "gradients",
+    "median_errors",
+    "no_relu_near_zero",
+    "poisoned_memory",
+    "relative_error",
+]
+
 EXACT = 1e-9
 """Relative error allowed in float64; sums in another order are within 1e-12."""
 
@@ -78,7 +90,7 @@ def assert_parity(draws: Iterable[tuple[Results, Results, Results]], rounding: f
 
     Raises:
         AssertionError: names the first tensor that is off, its error and the bound.
-        ValueError: a shape is not the oracle's.
+        ValueError: there are no draws, a tensor is missing, or a shape is not the oracle's.
 
     A reference that overflows in its dtype has an infinite error, and so allows any.
 
@@ -109,11 +121,15 @@ def compare(got: Results, in_dtype: Results, oracle: Results, rounding: float | 
             allowed = EXACT
         return Error(relative_error(got[name], oracle[name]), reference, allowed)
 
+    if missing := [name for name in oracle if name not in got or name not in in_dtype]:
+        raise ValueError(f"results: got none of {', '.join(missing)}, wanted all that the oracle has")
     return {name: error(name) for name in oracle}
 
 
 def median_errors(draws: Sequence[Mapping[str, Error]]) -> dict[str, Error]:
     """Medians over draws of what `compare` returns."""
+    if not draws:
+        raise ValueError("draws: got none, wanted at least 1")
     return {name: Error(*map(median, zip(*(draw[name] for draw in draws), strict=True))) for name in draws[0]}
 
 
@@ -143,7 +159,7 @@ def poisoned_memory() -> Iterator[None]:
 def no_relu_near_zero(run: Callable[[], object], dtype: torch.dtype) -> bool:
     """Return True if rounding to `dtype` leaves every ReLU of a float64 run on its side of zero.
 
-    A gradient jumps where one changes sides: by a thousandth of its size for one of the paper's two and a half million.
+    One ReLU that changes sides changes a gradient by a thousandth of its size, of the paper's two and a half million.
     In float32 this holds for every third draw of that size. In 16 bits thousands change sides in any draw: returns True
     without a run.
 
@@ -167,6 +183,8 @@ class _ReluInputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RELUS:
-            size = args[0].detach().abs()
-            self.nearest = min(self.nearest, float(torch.where(size > 0, size, torch.inf).min()))
+            size = (args[0] if args else kwargs["input"]).detach().abs()
+            nonzero = size[size > 0]
+            if nonzero.numel() > 0:
+                self.nearest = min(self.nearest, float(nonzero.min()))
         return func(*args, **(kwargs or {}))

@@ -166,8 +166,6 @@ def operator_arguments(case: Case, call: Call) -> RefineArguments:
         training=case.mode == "train",
         eps=1e-3,
         bn_groups=case.bn_groups,
-        process_group="",
-        elements_per_rank=[],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,14 @@ import pytest
 import torch
 
 from rru_fast import native
+from rru_fast.arguments import (
+    BatchHardArguments,
+    BatchHardSaved,
+    RefineArguments,
+    RefineNeed,
+    RefineSaved,
+    RefineUpstream,
+)
 from tests.helpers.valid_args import A, B, C, D, H, T, W, arguments
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
@@ -25,6 +34,21 @@ REFINE_OPTIONS = {
     "process_group": "",
     "elements_per_rank": [],
 }
+
+
+def test_the_schemas_have_the_dataclasses_fields() -> None:
+    of_refine = [field.name for field in fields(RefineArguments)]
+    names = {op: [a.name for a in getattr(torch.ops.rru_fast, op).default._schema.arguments] for op in OPERATORS}
+    assert names["refine_cpu"] == [*of_refine, "save"]
+    before = [field.name for cls in (RefineUpstream, RefineSaved) for field in fields(cls)]
+    assert names["refine_backward_cpu"] == [*before, *of_refine, *(field.name for field in fields(RefineNeed))]
+    of_batch_hard = [field.name for field in fields(BatchHardArguments)]
+    assert names["batch_hard_cpu"] == of_batch_hard
+    saved = [field.name for field in fields(BatchHardSaved)]
+    assert names["batch_hard_backward_cpu"] == ["d_loss", *saved, *of_batch_hard]
+
+
+OPERATORS = ("refine_cpu", "refine_backward_cpu", "batch_hard_cpu", "batch_hard_backward_cpu")
 
 
 def refine_arguments(**changed: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import nn
 
 import rru_fast
 from rru_fast import backends, cuda_graphs, native, ops, reference
+from rru_fast.arguments import RefineArguments, flatten
 from rru_fast.compat import weights
 from rru_fast.testing import relative_error
 from rru_fast.types import State
@@ -109,8 +110,9 @@ def forward_mode() -> None:
 
 
 def backward_without_save() -> None:
-    good = arguments(w=torch.randn(D, 2 * C, requires_grad=True))
-    ops.refine.refine(*good.values(), None, None, None, "appearance+motion", False, 1e-3, 1, "", [], False, "composite")
+    given = arguments(w=torch.randn(D, 2 * C, requires_grad=True)) | dict.fromkeys(("lengths", "state_x", "state_s"))
+    args = RefineArguments(**given, inputs="appearance+motion", training=False, eps=1e-3, bn_groups=1)
+    ops.refine.refine(*flatten(args), False, "composite")
 
 
 def late_backward() -> None:
@@ -146,7 +148,7 @@ OF_REFINE: Calls = {
     "TypeError: w: got layout torch.sparse_coo, wanted a dense tensor (D, 2C)": lambda: refine(
         w=torch.randn(D, 2 * C).to_sparse(), inputs="raw"
     ),
-    "TypeError: w: got dtype torch.float64, wanted torch.float32 beside x of torch.float32": lambda: refine(
+    "TypeError: w: got dtype torch.float64, wanted torch.float32 with x of torch.float32": lambda: refine(
         w=torch.randn(D, 2 * C).double()
     ),
     "ValueError: gamma: got shape (6,), wanted (5,) = (D,)": lambda: refine(gamma=torch.ones(D + 1)),
@@ -168,7 +170,7 @@ OF_REFINE: Calls = {
     ),
     "ValueError: momentum: got None, wanted a number from 0 to 1": lambda: refine(momentum=None),
     "ValueError: momentum: got 2, wanted a number from 0 to 1": lambda: refine(momentum=[0.1, 2, 0.1]),
-    "ValueError: momentum: got 2 numbers, wanted one, or one a frame of 3": lambda: refine(momentum=[0.1, 0.2]),
+    "ValueError: momentum: got 2 numbers, wanted one, or one per frame of 3": lambda: refine(momentum=[0.1, 0.2]),
     "ValueError: eps: got nan, wanted a number above 0": lambda: refine(eps=float("nan")),
     "ValueError: eps: got 0.0, wanted a number above 0": lambda: refine(eps=0.0),
     "ValueError: bn_groups: got 0, wanted an integer of at least 1": lambda: refine(bn_groups=0),
@@ -211,8 +213,8 @@ OF_OTHERS: Calls = {
     "ValueError: s: got shape (2, 3), wanted (B, T, C, H, W)": lambda: rru_fast.strip_pool(torch.zeros(2, 3)),
     "ValueError: got: got shape (2, 1), wanted (2,)": lambda: relative_error(torch.zeros(2, 1), torch.zeros(2)),
     "ValueError: features: got shape (4,), wanted (N, D) or (G, N, D)": lambda: triplet(features=torch.randn(4)),
-    "ValueError: labels: got shape (5,), wanted (4,) = (N,), one a feature": lambda: triplet(labels=torch.arange(5)),
-    "TypeError: labels: got list, wanted a tensor (N,), one a feature": lambda: triplet(labels=[0, 0, 1, 1]),
+    "ValueError: labels: got shape (5,), wanted (4,) = (N,), one per feature": lambda: triplet(labels=torch.arange(5)),
+    "TypeError: labels: got list, wanted a tensor (N,), one per feature": lambda: triplet(labels=[0, 0, 1, 1]),
     "TypeError: labels: got dtype torch.bool, wanted an integer dtype": lambda: triplet(labels=torch.ones(4) > 0),
     "ValueError: labels: got device meta, wanted cpu as features": lambda: triplet(labels=torch.arange(4, device=META)),
     "ValueError: margin: got nan, wanted a finite number or 'soft'": lambda: triplet(margin=float("nan")),
@@ -260,8 +262,8 @@ OF_MODULES: Calls = {
     "ValueError: cuda_graph: got True with tensors on cpu, wanted tensors on a GPU": lambda: unit(cuda_graph=True)(
         torch.randn(B, T, C, H, W)
     ),
-    "RuntimeError: cuda_graph: got the backward of a call after 2 more of its kind, wanted it before the next: that "
-    "overwrites what the backward reads": late_backward,
+    "RuntimeError: cuda_graph: got the backward of a call after 2 later ones of its shape, wanted it before the next "
+    "call, which overwrites what the backward reads": late_backward,
     "ValueError: backend: got 'cpu', wanted 'auto' or 'reference' (this is the reference module)": (
         lambda: reference.RRU(4, backend="cpu")
     ),
@@ -295,7 +297,7 @@ OF_MODULES: Calls = {
     "ValueError: margin: got inf, wanted a finite number or 'soft'": lambda: rru_fast.BatchHardTripletLoss(
         margin=float("inf")
     ),
-    "ValueError: labels: got shape (1,), wanted (6,) = (N,), one a feature": lambda: rru_fast.BatchHardTripletLoss()(
+    "ValueError: labels: got shape (1,), wanted (6,) = (N,), one per feature": lambda: rru_fast.BatchHardTripletLoss()(
         torch.randn(6, 4), torch.zeros(1, dtype=torch.int64)
     ),
     "TypeError: labels: got list, wanted a tensor (N,)": lambda: reference.BatchHardTripletLoss()(
@@ -309,7 +311,7 @@ OF_MODULES: Calls = {
 OF_OFFICIAL_WEIGHTS: Calls = {
     "TypeError: state_dict: got list, wanted a mapping of names to tensors": lambda: rru_fast.from_official([]),
     f"TypeError: state_dict[{LAST!r}]: got int, wanted a tensor": lambda: rru_fast.from_official({**OFFICIAL, LAST: 3}),
-    "ValueError: x: got shape (2, 3, 4, 1, 4), wanted (B, T, 4, 2, 2)": maps_of_another_size,
+    "ValueError: x: got maps of (1, 4), wanted spatial=(2, 2)": maps_of_another_size,
     "ValueError: state_dict: got no 'reduce_dim_z.conv.weight', wanted the weights of an RRU of rru-reid or "
     "person-reid-lib": lambda: rru_fast.from_official({}),
     "ValueError: state_dict: got 2 RRUs, under ['a.', 'b.'], wanted one": lambda: rru_fast.from_official(
@@ -339,6 +341,9 @@ ELSEWHERE = {
     "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
     "runs no CUDA graphs": "tests/compat/test_accelerate.py: third-party modules",
     "that accelerate made": "tests/compat/test_accelerate.py: a sharded model",
+    "with another forward": "tests/compat/test_accelerate.py: a wrapped forward",
+    "results: got none": "tests/test_testing.py: results that lack a tensor",
+    "draws: got none": "tests/test_testing.py: no draws",
     "got relative error": "tests/test_testing.py: an AssertionError, as tests raise",
     "RRU_FAST_FLOAT32": "tests/test_triton.py: the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",

@@ -25,7 +25,7 @@ def test_bad_arguments_of_the_losses_raise() -> None:
             loss(margin=float("inf"))
         with pytest.raises(ValueError, match="metric: got 'l1', wanted one of"):
             loss(metric="l1")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"labels: got shape \(1,\), wanted \(6,\) = \(N,\), one a feature"):
+        with pytest.raises(ValueError, match=r"labels: got shape \(1,\), wanted \(6,\) = \(N,\), one per feature"):
             loss()(torch.randn(6, 4), torch.zeros(1, dtype=torch.int64))
         assert loss(margin=np.float32(0.5))(torch.zeros(2, 1), torch.arange(2)) == 0.5
 

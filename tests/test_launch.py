@@ -20,6 +20,7 @@ if triton.interpreted():
     pytest.skip("the interpreter binds nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
+from benchmarks import compile_report
 from benchmarks.launch_stub import Stub, launched_by
 from rru_fast.triton import _launch, refine
 from rru_fast.triton._launch import Counter, Launches, Slices
@@ -100,6 +101,13 @@ def test_a_prebound_launch_passes_what_triton_would_and_runs_the_kernel_it_would
     assert {"refine_fwd_transition_kernel", "refine_fwd_gate_kernel"} <= kernels
     assert {"refine_bwd_recurrence_kernel", "refine_bwd_gate_kernel"} <= kernels
     assert (compared.prebound > 0) == (case.shape == EVEN)
+
+
+def test_every_launch_names_its_arguments_in_the_order_of_the_kernel() -> None:
+    for launch in compile_report.launches(torch.float32, "default"):
+        names = [name for name in launch.arguments if name in launch.kernel.arg_names]
+        assert names == launch.kernel.arg_names, launch.kernel.__name__
+        assert len(names) <= 25
 
 
 def misaligned(call: parity.Call) -> parity.Call:

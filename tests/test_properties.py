@@ -142,7 +142,7 @@ def refinings(draw: st.DrawFn) -> Refining:
 
 
 def assert_parity_over_draws(call: Refining | Pooling | Mining, backend: str) -> None:
-    """Assert `assert_parity` over 9 draws, or where those fail over 99, which excludes bad luck."""
+    """Assert `assert_parity` over 9 draws, or where those fail over 99, to rule out chance."""
 
     def draw(seed: int) -> tuple[Results, Results, Results]:
         got, low = (call.run(name, call.dtype, seed) for name in (backend, "reference"))

@@ -56,6 +56,13 @@ def test_an_error_may_be_twice_the_references_plus_one_rounding() -> None:
         assert_parity([({"d_x": torch.full((3,), float("nan"))}, reference, ONES)])
 
 
+def test_results_without_a_tensor_and_no_draws_are_errors() -> None:
+    with pytest.raises(ValueError, match="results: got none of d_x, wanted all that the oracle has"):
+        compare({}, ONES, ONES)
+    with pytest.raises(ValueError, match="draws: got none, wanted at least 1"):
+        assert_parity([])
+
+
 def test_one_rounding_is_of_the_dtype_of_each_tensor() -> None:
     oracle = {"x": torch.ones(2, dtype=torch.float64), "w": torch.ones(2, dtype=torch.float64)}
     got = {"x": torch.ones(2, dtype=torch.bfloat16), "w": torch.ones(2)}

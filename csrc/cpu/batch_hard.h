@@ -8,7 +8,7 @@ namespace rru {
 namespace CPU_CAPABILITY {
 
 // Euclidean distances are sqrt(max(d2, kMinDistance2)). Up to kMinDistance, that floor with rounding, their gradient
-// is 0: coincident points do not attract.
+// is 0: coincident points have gradient 0.
 constexpr double kMinDistance2 = 1e-12;
 constexpr double kMinDistance = 1e-6 * (1 + 1e-6);
 

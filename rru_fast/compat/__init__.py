@@ -1,1 +1,1 @@
-"""Models of third-party code, swapped in place, and weights of the authors' code."""
+"""Swap modules of existing models for fast ones, and convert weights of the authors' code."""

@@ -21,11 +21,13 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
     person-reid-lib's FuseNet and BatchHardTripletLoss and torchreid's TripletLoss, recognized by their attributes. A
     third-party module is left alone, with a warning that says why, if a float64 copy gives other outputs, gradients or
     buffers by the fast forward (comparing takes seconds at the paper's size), if its forward sets attributes or has
-    other argument names, or if a submodule has hooks: they might no longer run, and neither might hooks added later.
+    other argument names, or if a submodule that the fast forward does not call has hooks: neither they nor hooks added
+    there later would run.
 
     Module objects, parameters, buffers, hooks and optimizers stay. Called again, it changes the backend. A reference
     module gets the fast class. A third-party module keeps its class and gets a `forward` attribute: its repr does not
-    show it, torch.jit.script refuses it, and a `__reduce__` or `__deepcopy__` of the class may not copy it.
+    show it, torch.jit.script refuses it, and a `__reduce__` or `__deepcopy__` of its class may give a copy that runs
+    the original's weights: restore before such a copy.
 
     Args:
         model: any module, itself possibly one to swap. With FSDP2, swap before `fully_shard`.
@@ -36,7 +38,7 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
         The same `model`. Warns if there was nothing to swap.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or an accelerated module's forward has been replaced.
         ValueError: the backend is unknown or cannot serve here, or runs no CUDA graphs.
 
     >>> import rru_fast
@@ -46,20 +48,22 @@ def accelerate(model: Model, *, backend: str = "auto", cuda_graph: bool = False)
     """
     _check_module(model)
     modules.check_cuda_graph(cuda_graph, backend)
-    swaps = {}
+    swaps: dict[nn.Module, third_party.Replacement | None] = {}
     for name, module in model.named_modules():
-        replacement = third_party.find(module)
-        if type(module) in FAST or "_accelerated_from" in vars(module):
-            swaps[module] = replacement
-        elif replacement is not None:
-            title = f"{name or 'the model'} ({type(module).__name__})"
-            kind = replacement.name
-            if (reason := third_party.difference(module, replacement)) is not None:
-                warnings.warn(f"accelerate: {title} looks like {kind} and is left alone: {reason}", stacklevel=2)
-            elif cuda_graph and replacement.attributes >= third_party.UNIT:
-                raise ValueError(f"cuda_graph: got True with {title}, wanted False: {kind} runs no CUDA graphs")
-            else:
-                swaps[module] = replacement
+        replacement, accelerated = third_party.find(module), "_accelerated_from" in vars(module)
+        if replacement is None:
+            if type(module) in FAST or accelerated:
+                swaps[module] = None
+            continue
+        title, kind = f"{name or 'the model'} ({type(module).__name__})", replacement.name
+        if accelerated:
+            _check_bound("accelerate", module)
+        elif (reason := third_party.difference(module, replacement)) is not None:
+            warnings.warn(f"accelerate: {title} looks like {kind} and is left alone: {reason}", stacklevel=2)
+            continue
+        if cuda_graph and replacement.attributes >= third_party.UNIT:
+            raise ValueError(f"cuda_graph: got True with {title}, wanted False: {kind} runs no CUDA graphs")
+        swaps[module] = replacement
     if not swaps:
         warnings.warn(f"accelerate: {type(model).__name__} holds no module to swap", stacklevel=2)
     for module, replacement in swaps.items():
@@ -85,7 +89,8 @@ def restore(model: Model) -> Model:
         The same `model`. Warns if there was nothing to restore.
 
     Raises:
-        TypeError: model is not a module, or a module's class has changed since, as `fully_shard` changes it.
+        TypeError: model is not a module, or a module's class or forward has changed since, as `fully_shard` changes
+            the class.
     """
     _check_module(model)
     swapped = {m: vars(m)["_accelerated_from"] for m in model.modules() if "_accelerated_from" in vars(m)}
@@ -97,6 +102,8 @@ def restore(model: Model) -> Model:
                 f"restore: got a {type(module).__name__}, wanted the {made.__name__} that accelerate made: "
                 "undo first what has changed its class since"
             )
+        if original not in FAST:
+            _check_bound("restore", module)
     for module, original in swapped.items():
         module.__class__ = original
         added = ("backend", "cuda_graph", "_graphs") if original in FAST else third_party.BOUND
@@ -108,3 +115,11 @@ def restore(model: Model) -> Model:
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {model!r:.60}, wanted an nn.Module")
+
+
+def _check_bound(caller: str, module: nn.Module) -> None:
+    if third_party.is_replaced(module):
+        raise TypeError(
+            f"{caller}: got a {type(module).__name__} with another forward, wanted the one that accelerate gave it: "
+            "undo first what has replaced it since"
+        )

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rru_fast import functional
-from rru_fast.checks import check_dense
+from rru_fast.checks import check_dense, check_x
 from rru_fast.reference.modules import batch_norm_arguments, current_weight, track_batches
 from rru_fast.types import Refined
 
 BOUND = ("forward", "_replicate_for_data_parallel")
+READ = {"reduce_dim_z", "s_atten_z", "c_atten_z", "ranking_loss"}  # submodules whose own forward is not called
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -33,6 +34,8 @@ class Replacement(NamedTuple):
 
 def find(module: nn.Module) -> Replacement | None:
     """Return the first replacement whose attributes the module has."""
+    if isinstance(module, torch.jit.ScriptModule):  # its forward is not Python's
+        return None
     own = vars(module).keys() | module._modules.keys()
     return next((replacement for replacement in REPLACEMENTS if own >= replacement.attributes), None)
 
@@ -42,6 +45,11 @@ def bind(module: nn.Module, forward: Callable[..., Any], backend: str) -> None:
     # nn.DataParallel copies vars(module) to its replicas, where forward would still be bound to `module`.
     bound = partial(forward, module, backend), partial(_replicate, module, forward, backend)
     vars(module).update(zip(BOUND, bound, strict=True))
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Return True if `module.forward` has been assigned since `bind`."""
+    return not isinstance(vars(module).get("forward"), partial)
 
 
 def _replicate(module: nn.Module, forward: Callable[..., Any], backend: str) -> nn.Module:
@@ -55,8 +63,8 @@ def difference(module: nn.Module, replacement: Replacement) -> str | None:
     if "forward" in vars(module):
         return "its forward is not that of its class"
     for name, inner in module.named_modules():
-        if inner is not module and any(getattr(inner, hooks) for hooks in HOOKS):
-            return f"{name} has hooks, which might no longer run"
+        if name.split(".")[0] in READ and any(getattr(inner, hooks) for hooks in HOOKS):
+            return f"{name} has hooks, which would no longer run"
     try:
         forwards = module.forward, partial(replacement.forward, module, "auto")
         takes, wanted = (list(signature(forward).parameters) for forward in forwards)
@@ -77,8 +85,10 @@ def _run_copy(module: nn.Module, training: bool, example: Callable[..., Any], fa
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         clone = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_().train(training)
+        for inner, hooks in product(clone.modules(), HOOKS):
+            getattr(inner, hooks).clear()
         for weight in clone.parameters():
-            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5 if weight.dim() else 1.0)
         for buffer in clone.buffers():
             buffer.copy_(torch.rand(buffer.shape) + 0.5)  # positive, for it may be a variance
         inputs, before = example(clone), dict(vars(clone))
@@ -100,9 +110,7 @@ def _refined(unit: Any, backend: str, x: Tensor) -> Refined:
     x = x[None] if x.dim() == 4 else x
     conv, norm = unit.reduce_dim_z.conv, unit.reduce_dim_z.bn
     first, _, last = unit.s_atten_z
-    wanted = (conv.weight.shape[1] // 2, *first.weight.shape[2:])
-    if x.dim() != 5 or tuple(x.shape[2:]) != wanted:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, T, {', '.join(map(str, wanted))})")
+    check_x(x, conv.weight.shape[1] // 2, tuple(first.weight.shape[2:]))
     appearance, motion = current_weight(conv).flatten(1).chunk(2, 1)
     out = functional.refine(
         x,
@@ -146,7 +154,7 @@ def _triplet_loss(loss: Any, backend: str, inputs: Tensor, targets: Tensor) -> T
 
 
 def _features(per_label: int, loss: Any) -> tuple[Tensor, ...]:
-    """Make features in the margin's scale: of even labels overlapping, of odd ones far from all others.
+    """Make features in the scale of the margin: even labels overlap, odd ones are far from all others.
 
     They have few digits, so that the distance from a feature to itself is exactly the floor.
     """

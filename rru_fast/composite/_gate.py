@@ -11,8 +11,8 @@ from rru_fast.arguments import RefineArguments
 from rru_fast.distributed import Ranks
 
 
-class Attention(NamedTuple):
-    """Attention vectors of one frame; None where the variant has none."""
+class AttentionVectors(NamedTuple):
+    """AttentionVectors vectors of one frame; None where the variant has none."""
 
     h: Tensor | None
     """(B, A), hidden units of eq. 2."""
@@ -39,7 +39,7 @@ class Gate:
         self.w, self.gamma, self.beta = args.w.to(acc_dtype), args.gamma.to(acc_dtype), args.beta.to(acc_dtype)
         self.w_s1, self.w_s2, self.w_c = cast(args.w_s1), cast(args.w_s2), cast(args.w_c)
         self.inputs, self.training, self.eps, self.ranks = args.inputs, args.training, args.eps, ranks
-        self.groups = args.bn_groups if args.training else 1
+        self.groups = args.bn_groups
         self.w_recurrent, self.w_input = self.split(self.w)
 
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class Gate:
         y = (uhat * self.gamma[:, None]).add_(self.beta[:, None]).relu_()
         return uhat, y.view(u.shape), r
 
-    def attention(self, u: Tensor, statistics: Statistics) -> Attention:
+    def attention(self, u: Tensor, statistics: Statistics) -> AttentionVectors:
         """Compute the attention vectors, eq. 2 and 3."""
         _, y, _ = self.normalize(u, statistics)
         h = z_s = z_c = None
@@ -78,7 +78,7 @@ class Gate:
             z_s = h @ self.w_s2.t()
         if self.w_c is not None:
             z_c = y.mean(2) @ self.w_c.t()
-        return Attention(h, z_s, z_c)
+        return AttentionVectors(h, z_s, z_c)
 
 
 def sigmoid_gate(z_s: Tensor | None, z_c: Tensor | None, out: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class GateGradients:
             None if weight is None else torch.zeros_like(weight) for weight in (gate.w_s1, gate.w_s2, gate.w_c)
         )
 
-    def step(self, dl: Tensor, u: Tensor, statistics: Statistics, attention: Attention) -> Tensor:
+    def step(self, dl: Tensor, u: Tensor, statistics: Statistics, attention: AttentionVectors) -> Tensor:
         """Return dU (B, D, P) from dL (B, C, P), the gradient of the logits z_c z_s^T, which is overwritten."""
         gate, (h, z_s, z_c) = self.gate, attention
         uhat, y, r = gate.normalize(u, statistics)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# From this many positions, one product per clip is as accurate and as fast as one product of all clips. Below, MKL adds
-# its K terms in a row: three times the error, and up to twenty times the time.
+# From this many positions, one product per clip is as accurate and as fast as one product of all clips. With fewer, MKL
+# accumulates its K terms sequentially: three times the error, and up to twenty times the time.
 MIN_POSITIONS_PER_CLIP = 16
 
 

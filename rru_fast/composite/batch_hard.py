@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, values
+from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, flatten
 
 # Memory of a tile of distances, at least one row of the matrix.
 TILE_BYTES = 8 * 2**20
@@ -35,7 +35,7 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
         partners = _mine_by_products(f, args.labels, args.metric)
     gap = partners.d_pos - partners.d_neg
     loss = F.softplus(gap) if args.soft else F.relu(args.margin + gap)
-    return BatchHardOutputs(loss, *values(partners))
+    return BatchHardOutputs(loss, *flatten(partners))
 
 
 def backward(d_loss: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:

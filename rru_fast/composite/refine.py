@@ -20,7 +20,7 @@ from rru_fast.arguments import (
     RefineUpstream,
 )
 from rru_fast.composite._frames import Frames, UpstreamFrames, length_mask
-from rru_fast.composite._gate import Attention, Gate, GateGradients, Statistics, sigmoid_gate
+from rru_fast.composite._gate import AttentionVectors, Gate, GateGradients, Statistics, sigmoid_gate
 from rru_fast.composite._products import Products
 from rru_fast.distributed import ranks_of
 
@@ -134,7 +134,7 @@ class _Forward(_Pass):
             self.mean[0], self.var[0] = self.gate.statistics(u)
         return s
 
-    def _attention(self, n: int, s: Tensor, a: Tensor) -> Attention:
+    def _attention(self, n: int, s: Tensor, a: Tensor) -> AttentionVectors:
         """Return the attention vectors of step n, from S_{t-1} and A_t, and save what the backward needs."""
         gate, u = self.gate, self.u[n]
         if n == 0 and self.shares_first:
@@ -156,7 +156,7 @@ class _Forward(_Pass):
                     saved[n] = vector
         return attention
 
-    def _blend(self, t: int, s: Tensor, a: Tensor, attention: Attention) -> Tensor:
+    def _blend(self, t: int, s: Tensor, a: Tensor, attention: AttentionVectors) -> Tensor:
         """Write and return S_t = S_{t-1} + Z_t A_t, eq. 5.
 
         In place if the output has the accumulation dtype; else the state keeps that dtype and the output rounds it.
@@ -206,7 +206,7 @@ class _Backward(_Pass):
     def _gate(self, t: int, g: Tensor) -> tuple[Tensor, Tensor]:
         """Return Z_t G_t and dU_t; leave A_t in self.a."""
         n, args, saved = t - self.start, self.args, self.saved
-        attention = Attention(
+        attention = AttentionVectors(
             h=saved.h[n] if args.w_s1 is not None else None,
             z_s=saved.z_s[n] if args.w_s1 is not None else None,
             z_c=saved.z_c[n] if args.w_c is not None else None,
@@ -266,7 +266,9 @@ class _Backward(_Pass):
         own, d_w = self.gradients, torch.empty_like(self.gate.w)
         for half, d_half_t in zip(self.gate.split(d_w), (self.d_w_recurrent_t, self.d_w_input_t), strict=True):
             half.copy_(d_half_t.t())
-        return self.args.as_weights(w=d_w, gamma=own.gamma, beta=own.beta, w_s1=own.w_s1, w_s2=own.w_s2, w_c=own.w_c)
+        return self.args.cast_to_weight_dtypes(
+            w=d_w, gamma=own.gamma, beta=own.beta, w_s1=own.w_s1, w_s2=own.w_s2, w_c=own.w_c
+        )
 
     def _frame(self, maps: Tensor, t: int) -> Tensor:
         return maps.view(self.clips, self.frames, self.channels, self.positions)[:, t]

@@ -62,7 +62,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def forbid_second_order(op: CustomOpDef, name: str) -> None:
-    """Raise an error that names the way out when the backward operator `op` is differentiated."""
+    """Raise an error that names the backend with second-order gradients when the backward `op` is differentiated."""
 
     def raise_second_order(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, schema, unflatten, values
+from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, flatten, schema, unflatten
 from rru_fast.composite import batch_hard as composite
 from rru_fast.cpu import batch_hard as cpu
 from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
@@ -25,7 +25,7 @@ def batch_hard(*arguments: Any) -> tuple[Tensor, ...]:
     args, backend = unflatten(arguments, BatchHardArguments)
     with without_autocast(args.features):
         outputs = choose(KERNELS, backend, args.features.device).forward(args)
-    return values(outputs)
+    return flatten(outputs)
 
 
 @batch_hard.register_fake

@@ -19,10 +19,10 @@ from rru_fast.arguments import (
     RefineOutputs,
     RefineSaved,
     RefineUpstream,
-    is_tensor,
+    flatten,
+    holds_tensor,
     schema,
     unflatten,
-    values,
 )
 from rru_fast.composite import refine as composite
 from rru_fast.cpu import refine as cpu
@@ -30,9 +30,9 @@ from rru_fast.ops._registration import choose, forbid_second_order, kernels, wit
 
 KERNELS = kernels("refine", composite, cpu)
 DIFFERENTIABLE = tuple(field.name for field in fields(RefineGradients))
-TENSORS = tuple(field.name for field in fields(RefineArguments) if is_tensor(field.type))
+TENSORS = tuple(field.name for field in fields(RefineArguments) if holds_tensor(field.type))
 BACKWARD = (RefineUpstream, RefineSaved, RefineArguments, RefineNeed)
-OPTIONS = tuple(field.name for field in fields(RefineArguments) if not is_tensor(field.type))
+OPTIONS = tuple(field.name for field in fields(RefineArguments) if not holds_tensor(field.type))
 
 
 @torch.library.custom_op(
@@ -45,7 +45,7 @@ def refine(*arguments: Any) -> tuple[Tensor, ...]:
     args, save, backend = unflatten(arguments, RefineArguments)
     with without_autocast(args.x):
         outputs = choose(KERNELS, backend, args.x.device).forward(args, save)
-    return values(outputs)
+    return flatten(outputs)
 
 
 @refine.register_fake
@@ -71,7 +71,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         z_c=empty(steps if args.w_c is not None else 0, clips, channels),
         h=empty(steps if args.w_s1 is not None else 0, clips, num_attn),
     )
-    return values(outputs)
+    return flatten(outputs)
 
 
 @torch.library.custom_op(
@@ -84,7 +84,7 @@ def refine_backward(*arguments: Any) -> tuple[Tensor, ...]:
     upstream, saved, args, need, backend = unflatten(arguments, *BACKWARD)
     with without_autocast(args.x):
         gradients = choose(KERNELS, backend, args.x.device).backward(upstream, saved, args, need)
-    return tuple(args.x.new_empty(0) if gradient is None else gradient for gradient in values(gradients))
+    return tuple(args.x.new_empty(0) if gradient is None else gradient for gradient in flatten(gradients))
 
 
 @refine_backward.register_fake
@@ -108,7 +108,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     outputs = RefineOutputs(*output)
     if args.training:  # running statistics are not read, and the caller is about to change them
         args = replace(args, running_mean=None, running_var=None)
-    ctx.save_for_backward(*values(outputs.saved), *(getattr(args, name) for name in TENSORS))
+    ctx.save_for_backward(*flatten(outputs.saved), *(getattr(args, name) for name in TENSORS))
     ctx.options = {name: getattr(args, name) for name in OPTIONS}
     ctx.mark_non_differentiable(outputs.mean, outputs.var, outputs.u, outputs.z_s, outputs.z_c, outputs.h)
     ctx.set_materialize_grads(False)
@@ -123,7 +123,7 @@ def _backward(ctx: Any, d_features: Tensor | None, d_strips: Tensor | None, *_: 
         args = RefineArguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
         weights = set(DIFFERENTIABLE) - {"x", "state_x", "state_s"}
         need = RefineNeed(needed["x"], any(needed[name] for name in weights))
-        results = refine_backward(d_features, d_strips, *values(saved), *values(args), *values(need), ctx.backend)
+        results = refine_backward(d_features, d_strips, *flatten(saved), *flatten(args), *flatten(need), ctx.backend)
         gradients.update({name: g for name, g in zip(DIFFERENTIABLE, results, strict=True) if needed[name]})
     return tuple(gradients.values())
 

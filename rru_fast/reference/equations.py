@@ -139,18 +139,8 @@ def normalize(
     if not training:
         return F.batch_norm(u, running_mean, running_var, gamma, beta, False, momentum, eps)
     if ranks is not None:
-        return _norm_over_ranks(
-            u,
-            running_mean,
-            running_var,
-            gamma,
-            beta,
-            momentum=momentum,
-            eps=eps,
-            process_group=ranks,
-            elements=elements,
-        )
-    # As replicas under DataParallel: each group has its own statistics, the first updates the buffers.
+        return _norm_over_ranks(u, running_mean, running_var, gamma, beta, momentum, eps, ranks, elements)
+    # As under DataParallel: statistics per group; the first group updates the buffers.
     first, *others = u.chunk(bn_groups)
     parts = [F.batch_norm(first, running_mean, running_var, gamma, beta, True, momentum, eps)]
     parts += [F.batch_norm(u_g, None, None, gamma, beta, True, momentum, eps) for u_g in others]
@@ -163,7 +153,6 @@ def _norm_over_ranks(
     running_var: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
-    *,
     momentum: float,
     eps: float,
     process_group: ProcessGroup,

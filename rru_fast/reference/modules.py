@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from rru_fast.checks import (
     FINITE,
     SMALLEST,
+    check_clips,
     check_dense,
     check_layer,
     check_loss,
@@ -167,8 +168,8 @@ class RRU(nn.Module):
             check_layer("channel_attention", self.channel_attention, nn.Linear)
 
     def _check_training(self, x: Tensor, training: bool) -> None:
-        if training and x.shape[0] % self.bn_groups:
-            raise ValueError(f"x: got {x.shape[0]} clips, wanted a multiple of bn_groups={self.bn_groups}")
+        if training:
+            check_clips(x.shape[0], self.bn_groups)
         if training and self.bn_groups > 1 and isinstance(self.transition_norm, nn.SyncBatchNorm):
             raise ValueError(f"transition_norm: got SyncBatchNorm, wanted BatchNorm2d with bn_groups={self.bn_groups}")
 
@@ -215,7 +216,7 @@ class BatchHardTripletLoss(nn.Module):
             raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
         if labels.shape != features.shape[-2:-1]:
             got, n = tuple(labels.shape), tuple(features.shape[-2:-1])
-            raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one a feature")
+            raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one per feature")
         if gather:
             features, labels = gather_batch(features, labels)
         return self._loss(features, labels)

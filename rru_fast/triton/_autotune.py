@@ -110,7 +110,7 @@ def _best(candidates: Candidates, run: Callable[[LaunchConfig], object], on_gpu:
     """Return the fastest config of those that run here.
 
     Raises:
-        RuntimeError: none runs; the error of the default.
+        RuntimeError: no config runs; the error of the default.
     """
     best: LaunchConfig | None = None
     failures: list[tuple[Exception, str]] = []

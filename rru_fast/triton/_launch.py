@@ -48,7 +48,7 @@ def launch_cached(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 class Slices:
     """Argument that is another slice of a tensor at each launch: at launch n, slice `first + n` along `dim`.
 
-    A launch needs its address alone: a view of the tensor would cost over a microsecond.
+    A launch needs its address alone: a view of the tensor would cost over a microsecond. `first + n` is not negative.
     """
 
     __slots__ = ("_dim", "_first", "_tensor", "base", "dtype", "stride")
@@ -102,10 +102,11 @@ class Launches:
     def _find(self, n: int) -> bool:
         """Find the compiled kernel of launch n and prepare to run it; return False if Triton has run it instead."""
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
-        key: list[Any] = [id(self._kernel), self._grid, device]
+        key: list[Any] = [id(self._kernel), self._grid, device, tuple(self._arguments)]
         prepared = {name: _prepare(value, key) for name, value in self._arguments.items()}
         kind = tuple(key)
-        if UNEQUALLY_ALIGNED in kind or kind not in _compiled:
+        run = None if UNEQUALLY_ALIGNED in kind else _compiled.get(kind)
+        if run is None:
             compiled = launch(self._kernel, self._grid, **{k: _plain(value, n) for k, value in self._arguments.items()})
             # Slices of various alignments need various kernels; the interpreter compiles none.
             if compiled is not None and UNEQUALLY_ALIGNED not in kind:
@@ -115,13 +116,13 @@ class Launches:
             return False
         self._values = [prepared[name] for name in self._kernel.arg_names]
         self._changing = [(i, v) for i, v in enumerate(self._values) if type(v) in CHANGING]
-        self._run = _compiled[kind]
+        self._run = run
         return True
 
 
-CHANGING = frozenset((Slices, Counter, list))  # a list is a tuple that holds some of them
+CHANGING = frozenset((Slices, Counter, list))  # types that change per launch; a list is a tuple that holds some
 UNEQUALLY_ALIGNED = "slices of various alignments"
-# By all that Triton specializes on, and more, so that a launch of a kind seen before is not bound again.
+# Compiled kernels; the key holds all that Triton specializes on, and more, so that a known kind is not bound again.
 MAX_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], Any] = {}
 

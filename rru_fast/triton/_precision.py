@@ -57,7 +57,7 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 
 
 def block_k(dtype: torch.dtype, precision: str, vectorized: bool = True) -> int:
-    """Terms that a product adds per step: without tensor cores, or without vector loads, as many as registers hold."""
+    """Return BLOCK_K; smaller without tensor cores or without vector loads, to limit registers."""
     if dtype.itemsize == 2:
         return 64 if vectorized else 32
     return 32 if precision == "tf32" else 16

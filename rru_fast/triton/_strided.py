@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class StridedMaps(NamedTuple):
-    """Feature maps (B, F, C, P), P = H W positions at one stride."""
+    """Feature maps (B, F, C, P), P = H W positions at one stride; or strips, P = H."""
 
     ptr: Any
-    """Tensor (B, F, C, H, W), or its slices per frame."""
+    """Tensor (B, F, C, H, W), one frame of it, or its slices per frame."""
     clip: int
     frame: int
     channel: int
@@ -59,5 +59,5 @@ def needs_int64(maps: StridedMaps) -> bool:
 
 
 def vectorizable(tensor: Tensor, dims: int) -> bool:
-    """Return True if a thread can load 16 bytes at once wherever the first `dims` strides lead."""
+    """Return True if a thread can load 16 bytes at once at every index of the first `dims` dimensions."""
     return all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:dims]) and tensor.stride(-1) == 1

@@ -123,7 +123,7 @@ def batch_hard_fwd_kernel(
     positive,  # int64
     negative,  # int64
     features,  # StridedFeatures (G, N, D)
-    ranked,  # StridedFeatures (G, N, D), less what most share, by which partners are selected
+    ranked,  # StridedFeatures (G, N, D), the common vector subtracted; for mining alone
     labels,  # StridedVector (N,)
     n,
     margin: tl.float64,

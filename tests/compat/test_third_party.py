@@ -151,6 +151,24 @@ def test_the_swap_changes_no_weight_random_state_or_hook_and_is_undone(make: Cal
     assert all(p is q and not p.requires_grad for p, q in zip(module.parameters(), parameters, strict=True))
 
 
+def test_hooks_on_a_part_that_is_still_called_run_after_the_swap() -> None:
+    module, seen = UNITS["FuseNet"](), []
+    module.t_info.register_forward_hook(lambda *call: seen.append(call[0]))
+    rru_fast.accelerate(module)(maps(3))
+    assert bound_backend(module) == "auto" and seen == [module.t_info]
+
+
+def test_a_forward_that_was_wrapped_after_the_swap_is_not_dropped() -> None:
+    module = rru_fast.accelerate(UNITS["RRU"]())
+    bound = module.forward
+    module.forward = lambda x: bound(x)
+    for change in (rru_fast.accelerate, rru_fast.restore):
+        with pytest.raises(TypeError, match="got a RRU with another forward, wanted the one that accelerate gave it"):
+            change(module)
+    module.forward = bound
+    assert "forward" not in vars(rru_fast.restore(module))
+
+
 @every_unit
 def test_a_unit_on_the_meta_device_is_swapped(make: Callable[[], Any]) -> None:
     fast = rru_fast.accelerate(make().to("meta"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import ops
-from rru_fast.arguments import RefineArguments, RefineOutputs, values
+from rru_fast.arguments import RefineArguments, RefineOutputs, flatten
 from rru_fast.testing import EXACT, poisoned_memory, relative_error
 from rru_fast.types import State
 from tests import parity
@@ -414,16 +414,16 @@ def operator_arguments(case: Case, requires_grad: bool) -> RefineArguments:
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck(case: Case, backend: str) -> None:
     args = operator_arguments(case, requires_grad=True)
-    torch.library.opcheck(ops.refine.refine, (*values(args), True, backend))
+    torch.library.opcheck(ops.refine.refine, (*flatten(args), True, backend))
 
 
 @default_backend_first
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
     args = operator_arguments(case, requires_grad=False)
-    outputs = RefineOutputs(*ops.refine.refine(*values(args), True, backend))
+    outputs = RefineOutputs(*ops.refine.refine(*flatten(args), True, backend))
     upstream = (torch.rand_like(outputs.features), torch.rand_like(outputs.strips))
-    inputs = (*upstream, *values(outputs.saved), *values(args), True, True, backend)
+    inputs = (*upstream, *flatten(outputs.saved), *flatten(args), True, True, backend)
     torch.library.opcheck(ops.refine.refine_backward, inputs)
 
 

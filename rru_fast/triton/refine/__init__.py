@@ -2,7 +2,7 @@
 
 Forward: the part of U that does not depend on S in one launch over all frames; then per frame the transition, which
 adds the rest and computes the batch statistics, and the gate, which blends and pools the strips. Backward: the mirror,
-in backward_kernels.py. Nothing waits for the host, sums have a fixed order, and the whole captures into a CUDA graph.
+in backward_kernels.py. No host synchronization, sums in a fixed order, and all of it can be captured in a CUDA graph.
 If the feature maps have 16 bits, S is carried from frame to frame in fp32.
 """
 
@@ -31,7 +31,7 @@ def forward(args: RefineArguments, save: bool) -> RefineOutputs:
     """Run eq. 1-5 and 9."""
     with on_device(args.x):
         call = Call(args)
-        # Without ranks while tuning: each repeats its calls a different number of times.
+        # Tune without collectives: ranks repeat calls a different number of times, and would deadlock.
         config = autotune(
             "refine",
             call.config_key(),

@@ -35,8 +35,8 @@ class Statistics(NamedTuple):
     var: Any
 
 
-class Attention(NamedTuple):
-    """Attention vectors of one frame, or their gradients: tensors, or their slices per frame."""
+class AttentionVectors(NamedTuple):
+    """AttentionVectors vectors of one frame, or their gradients: tensors, or their slices per frame."""
 
     h: Any
     """(B, A), or None."""
@@ -84,7 +84,7 @@ class Call:
         self.steps = args.steps
         self.start = self.frames - self.steps
         """The first frame with a gate."""
-        self.groups = args.bn_groups if args.training else 1
+        self.groups = args.bn_groups
         self.clips_per_group = self.clips // self.groups
         self.acc_dtype = acc_dtype(args.x.dtype)
         self.keeps_fp32_state = args.x.dtype != self.acc_dtype

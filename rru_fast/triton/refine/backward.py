@@ -15,7 +15,7 @@ from rru_fast.triton._launch import Counter, Launches, Slices, cdiv, next_power_
 from rru_fast.triton._precision import block_k, grad_operand_dtype, uses_tensor_cores
 from rru_fast.triton._strided import StridedMaps, as_strided_maps, needs_int64, vectorizable
 from rru_fast.triton.refine import backward_kernels as kernels
-from rru_fast.triton.refine.arguments import Attention, Call, frame_slices, one_frame
+from rru_fast.triton.refine.arguments import AttentionVectors, Call, frame_slices, one_frame
 from rru_fast.triton.refine.gate_backward import GateBackward
 from rru_fast.triton.refine.weight_gradients import w_gradient
 
@@ -50,7 +50,7 @@ def candidates(call: Call) -> Candidates:
         block_b, block_d = (min(32, max(16, next_power_of_2(n))) for n in (call.clips, call.d))
         tiles = cdiv(call.clips, block_b) * cdiv(call.d, block_d)
         split = max(1, min(num_sms // tiles, cdiv(call.channels, 32), 32))
-        return {"BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_K": 32, "SPLIT": split, "num_warps": 4}
+        return {"SPLIT": split, "BLOCK_B": block_b, "BLOCK_D": block_d, "BLOCK_K": 32, "num_warps": 4}
 
     def dw(block_d: int, block_c: int, block_k: int, waves: int, num_warps: int) -> KernelConfig:
         block_d, block_c = (
@@ -59,7 +59,7 @@ def candidates(call: Call) -> Candidates:
         tiles = cdiv(call.d, block_d) * cdiv(call.channels, block_c) * (1 if call.w_input is None else 2)
         pieces = max(1, call.steps) * call.clips * cdiv(call.positions, block_k)
         split = max(1, min(waves * num_sms // tiles, pieces, 32))
-        blocks = {"BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_K": block_k, "SPLIT": split}
+        blocks = {"SPLIT": split, "BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_K": block_k}
         return {**blocks, "num_warps": num_warps, "num_stages": 3, **ALL_REGISTERS}
 
     # Without vector loads a thread computes an address per element, which leaves fewer registers for the tile.
@@ -108,7 +108,7 @@ class Following(NamedTuple):
     """dU_{t+1} (B, D, P); None if t + 1 has no gate and receives G alone."""
     du_next: Any = None
     """dU_{t+2}, or None."""
-    attention: Attention = Attention(None, None, None)
+    attention: AttentionVectors = AttentionVectors(None, None, None)
     """z_s and z_c of frame t + 1."""
     d_x: DX | None = None
     """dX_{t+1}, out; None if not needed."""
@@ -121,7 +121,7 @@ class Frame(NamedTuple):
     """X_t; None if t has no gate."""
     s: StridedMaps | None = None
     """S_{t-1}."""
-    attention: Attention = Attention(None, None, None)
+    attention: AttentionVectors = AttentionVectors(None, None, None)
     """z_s and z_c of frame t."""
     d_features: StridedMaps | None = None
     """Upstream gradient of S_t."""
@@ -147,7 +147,7 @@ class BackwardPass:
         need: RefineNeed,
         ranks: Ranks | None,
     ) -> None:
-        """Take the ranks that share the batch statistics, if any."""
+        """Allocate gradients and scratch; ranks: those that share the batch statistics, if any."""
         args = call.args
         self.call, self.config, self.saved, self.need = call, config, saved, need
         self.refined = as_strided_maps(saved.features)
@@ -169,8 +169,8 @@ class BackwardPass:
         """Launch all kernels and return the gradients."""
         call, last = self.call, self.call.steps - 1
         for n in range(last, -1, -1):
-            # The last frame ends none, the one before it has no motion after the frame that it ends, and the first may
-            # read a state; all others are launched alike.
+            # Bind anew for the last step (no frame t + 1), the one before it (no dU_{t+2}), the next, and a first step
+            # that reads a state. All others differ in addresses alone.
             if n >= last - 2 or (n == 0 and call.start == 0):
                 recurrence = self._recurrence(n, self._frame(n))
             recurrence(n)
@@ -200,7 +200,7 @@ class BackwardPass:
         if not self.need.need_weights:
             return {}
         d_w = w_gradient(self.call, self.config["dw"], self.refined, self.du)
-        return self.call.args.as_weights(w=d_w, **self.gate.weight_gradients(self.config["atb"]))
+        return self.call.args.cast_to_weight_dtypes(w=d_w, **self.gate.weight_gradients(self.config["atb"]))
 
     def _recurrence(self, n: int, frame: Frame | None, d_state_x: DX | None = None) -> Launches:
         """Return launches that end step n + 1, if there is one, and begin step n.
@@ -214,7 +214,7 @@ class BackwardPass:
         following = Following(
             du=Slices(self.du, first=1) if gated else None,
             du_next=Slices(self.du, first=2) if motion else None,
-            attention=self._attention_slices(1) if gated else Attention(None, None, None),
+            attention=self._attention_slices(1) if gated else AttentionVectors(None, None, None),
             d_x=self._d_x_slices(self.d_x, first=call.start + 1) if gated and self.d_x is not None else d_state_x,
         )
         operand_dtype, precision = grad_operand_dtype(call.args.x.dtype)
@@ -262,8 +262,10 @@ class BackwardPass:
         d_features = None if self.d_features is None else frame_slices(self.d_features, self.call.start)
         return Frame(d_features=d_features, d_strips=self.d_strips)
 
-    def _attention_slices(self, first: int) -> Attention:
-        return Attention(None, *(Slices(v, first=first) if len(v) else None for v in (self.saved.z_s, self.saved.z_c)))
+    def _attention_slices(self, first: int) -> AttentionVectors:
+        return AttentionVectors(
+            None, *(Slices(v, first=first) if len(v) else None for v in (self.saved.z_s, self.saved.z_c))
+        )
 
     def _d_x_slices(self, d_x: Tensor, first: int) -> DX:
         return DX(Slices(d_x, 1, first), d_x.stride(0))

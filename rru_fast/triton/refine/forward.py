@@ -14,7 +14,7 @@ from rru_fast.triton._launch import Counter, Launches, Slices, cdiv, launch_cach
 from rru_fast.triton._precision import block_k, conv_precision, uses_tensor_cores
 from rru_fast.triton._strided import StridedMaps, StridedMatrix, as_strided_maps
 from rru_fast.triton.refine import forward_kernels as kernels
-from rru_fast.triton.refine.arguments import Attention, Call, Operand, Statistics, frame_slices, one_frame
+from rru_fast.triton.refine.arguments import AttentionVectors, Call, Operand, Statistics, frame_slices, one_frame
 
 
 def candidates(call: Call) -> Candidates:
@@ -26,8 +26,9 @@ def candidates(call: Call) -> Candidates:
     p_tiles = call.clips * cdiv(call.positions, block_p)
 
     def product(block_d: int, block_k: int, split: int, num_warps: int, num_stages: int) -> KernelConfig:
-        blocks = {"BLOCK_D": min(block_d, max(16, next_power_of_2(call.d))), "BLOCK_P": block_p, "BLOCK_K": block_k}
-        return {**blocks, "SPLIT": split, "num_warps": num_warps, "num_stages": num_stages, **ALL_REGISTERS}
+        block_d = min(block_d, max(16, next_power_of_2(call.d)))
+        blocks = {"SPLIT": split, "BLOCK_D": block_d, "BLOCK_P": block_p, "BLOCK_K": block_k}
+        return {**blocks, "num_warps": num_warps, "num_stages": num_stages, **ALL_REGISTERS}
 
     def transition(block_d: int, waves: int, num_warps: int = 4) -> KernelConfig:
         tiles = p_tiles * cdiv(call.d, block_d)
@@ -38,10 +39,10 @@ def candidates(call: Call) -> Candidates:
         positions = next_power_of_2(call.height) * next_power_of_2(call.width)
         chunk = max(16, min(chunk, next_power_of_2(call.channels)))
         return {
-            "CHUNK": chunk,
-            "BLOCK_C": min(chunk, max(1, min(block_c, 8192 // positions))),
             "BLOCK_D": max(1, min(32, next_power_of_2(call.d), 4096 // positions)),
             "BLOCK_A": max(1, min(32, next_power_of_2(max(1, call.num_attn)), 4096 // positions)),
+            "BLOCK_C": min(chunk, max(1, min(block_c, 8192 // positions))),
+            "CHUNK": chunk,
             "num_warps": num_warps,
             **ALL_REGISTERS,
         }
@@ -88,7 +89,7 @@ class ForwardPass:
     """Outputs of a forward pass, and the launches that fill them."""
 
     def __init__(self, call: Call, config: LaunchConfig, save: bool, ranks: Ranks | None) -> None:
-        """Take the ranks that share the batch statistics, if any."""
+        """Allocate outputs and scratch; ranks: those that share the batch statistics, if any."""
         args, clips, channels = call.args, call.clips, call.channels
         self.call, self.config, self.ranks, self.save = call, config, ranks, save
         self.features = args.x.new_empty(args.x.shape)
@@ -101,8 +102,8 @@ class ForwardPass:
             self.statistics = call.running_statistics()
         spatial, channel = args.w_s1 is not None, args.w_c is not None
         saved = call.steps if save else 0
-        # The gate kernel hands z_c to its own threads through memory, so it is never without one.
-        self.attention = Attention(
+        # z_c is always allocated: threads of the gate kernel exchange it through global memory.
+        self.attention = AttentionVectors(
             h=call.empty(saved if spatial else 0, clips, call.num_attn),
             z_s=call.empty(saved if spatial else 0, clips, call.positions),
             z_c=call.empty((call.steps if save else 1) if channel else 0, clips, channels),
@@ -179,8 +180,7 @@ class ForwardPass:
             statistics=Statistics(None, None),
             lengths=call.args.lengths,
             t_first=t_first,
-            **self._transition_sizes(),
-            ACCUMULATE=False,
+            **self._transition_sizes(accumulate=False),
             **config,
         )
 
@@ -222,12 +222,11 @@ class ForwardPass:
             statistics=call.statistics_slices(self.statistics, start) if call.args.training else Statistics(None, None),
             lengths=call.args.lengths,
             t_first=Counter(start),
-            **self._transition_sizes(),
-            ACCUMULATE=accumulate,
+            **self._transition_sizes(accumulate),
             **self.config["transition"],
         )
 
-    def _transition_sizes(self) -> dict[str, Any]:
+    def _transition_sizes(self, accumulate: bool) -> dict[str, Any]:
         call = self.call
         return {
             "clips": call.clips,
@@ -235,6 +234,7 @@ class ForwardPass:
             "clips_per_group": call.clips_per_group,
             "D": call.d,
             "P": call.positions,
+            "ACCUMULATE": accumulate,
             "INT64_OFFSETS": call.int64_offsets,
             "PRECISION": conv_precision(call.args.x.dtype),
         }
@@ -245,7 +245,7 @@ class ForwardPass:
         past: S_{t-1}, None for S_1; first: t = 0; start: the frame of launch 0.
         """
         call, config = self.call, self.config["gate"]
-        attention, statistics = Attention(None, None, None), Statistics(None, None)
+        attention, statistics = AttentionVectors(None, None, None), Statistics(None, None)
         if past is not None:
             statistics = call.statistics_slices(self.statistics, start)
             attention = self._attention_slices()
@@ -275,9 +275,9 @@ class ForwardPass:
             **config,
         )
 
-    def _attention_slices(self) -> Attention:
+    def _attention_slices(self) -> AttentionVectors:
         """Return the attention vectors to be stored per step; without saving, z_c alone, in the same memory."""
         h, z_s, z_c = self.attention
         if not self.save:
-            return Attention(None, None, z_c[0] if len(z_c) else None)
-        return Attention(*(Slices(v) if len(v) else None for v in (h, z_s, z_c)))
+            return AttentionVectors(None, None, z_c[0] if len(z_c) else None)
+        return AttentionVectors(*(Slices(v) if len(v) else None for v in (h, z_s, z_c)))

@@ -147,7 +147,7 @@ def refine_fwd_gate_kernel(
     u,  # U_t (B, D, P)
     statistics,  # Statistics, each (groups, D)
     gate,  # GateWeights
-    attention,  # Attention, out; z_c is None only without channel attention
+    attention,  # AttentionVectors, out; z_c is None only without channel attention
     lengths,  # (B,), or None
     t,
     channels,

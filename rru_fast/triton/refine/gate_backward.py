@@ -11,7 +11,7 @@ from rru_fast.distributed import Ranks
 from rru_fast.triton._autotune import KernelConfig, LaunchConfig
 from rru_fast.triton._launch import Launches, Slices, cdiv
 from rru_fast.triton.refine import backward_kernels as kernels
-from rru_fast.triton.refine.arguments import Attention, Call, Statistics
+from rru_fast.triton.refine.arguments import AttentionVectors, Call, Statistics
 from rru_fast.triton.refine.weight_gradients import atb
 
 
@@ -60,7 +60,7 @@ class GateBackward:
         need_weights: bool,
         ranks: Ranks | None,
     ) -> None:
-        """Take the recurrence's sums of dz_s over blocks of channels, (B, blocks, P), and dU (N, B, D, P), out."""
+        """Allocate scratch. d_z_s_parts: sums over blocks of channels, (B, blocks, P); du: output (N, B, D, P)."""
         self.call, self.saved, self.ranks = call, saved, ranks
         steps, clips, d, training = call.steps, call.clips, call.d, call.args.training
         spatial, channel = call.gate.w_s1 is not None, call.gate.w_c is not None
@@ -105,7 +105,7 @@ class GateBackward:
             statistics=statistics,
             gate=call.gate,
             h=Slices(saved.h) if spatial else None,
-            d_attention=Attention(h=slices(self.d_h), z_s=slices(self.d_z_s), z_c=None),
+            d_attention=AttentionVectors(h=slices(self.d_h), z_s=slices(self.d_z_s), z_c=None),
             d_y=d_y,
             y_means=YMeans(slices(self.y_positions), slices(self.y_channels)),
             sums=NormSums(Slices(self.sums.dy), Slices(self.sums.dy_uhat)),
