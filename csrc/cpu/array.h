@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <type_traits>
@@ -46,8 +45,13 @@ class Array {
     } else {
       data_ = tensor_.mutable_data_ptr<E>();
     }
-    for (size_t i = 0; i < std::min<size_t>(tensor_.dim(), 3); i++) {
-      strides_[i] = tensor_.stride(i);
+    // Not the tensor's own strides: that of a dimension of size 1 may be anything.
+    int64_t stride = 1;
+    for (int64_t i = tensor_.dim() - 1; i >= 0; i--) {
+      if (i < 3) {
+        strides_[i] = stride;
+      }
+      stride *= tensor_.size(i);
     }
   }
 

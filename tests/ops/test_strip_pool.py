@@ -125,3 +125,14 @@ def test_second_order_gradients_raise(backend: str) -> None:
     (gradient,) = torch.autograd.grad(rru_fast.strip_pool(s, backend=backend).square().sum(), s, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients are not implemented"):
         gradient.sum().backward()
+
+
+@every_backend
+def test_a_gradient_may_have_any_stride_along_a_dimension_of_size_1(backend: str) -> None:
+    s = torch.randn(1, 2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(1, 1, 3, dtype=torch.float64)
+    results = []
+    for strides in ((3, 3, 1), (1 << 20, 1 << 20, 1)):
+        strips = rru_fast.strip_pool(s, backend=backend)
+        results.append(torch.autograd.grad(strips, s, upstream.as_strided((1, 1, 3), strides))[0])
+    assert torch.equal(*results)
