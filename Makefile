@@ -88,7 +88,7 @@ sanitize: setup
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		"$(BIN)/python" -m pytest -q --capture=sys -o pythonpath="$(SANITIZED) ." \
-		tests/ops -m "not gpu" -k "cpu and not memory" $(ARGS)
+		tests/ops tests/test_properties.py -m "not gpu and not nightly" -k "cpu and not memory" $(ARGS)
 
 lint: setup
 	"$(BIN)/ruff" check .
