@@ -77,7 +77,7 @@ def test_two_ranks_train_as_plain_modules_under_ddp(wrapper: str, name: str, two
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_restore_refuses_a_sharded_module_but_restores_one_inside_it(name: str, two: list[dict[str, Any]]) -> None:
-    cls = "RRU" if name == "ours" else "FuseNet"
+    cls = "RRU" if name == "reference" else "FuseNet"
     for found in two:
         assert found[f"{name} restored"].startswith(f"restore: got a FSDP{cls}, wanted the {cls} that accelerate made")
         assert found[f"{name} inside"]

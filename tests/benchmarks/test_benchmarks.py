@@ -102,7 +102,7 @@ def test_what_is_wrong_at_a_point_is_not_measured_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exact = refine_kernel.forward
-    monkeypatch.setattr(refine_kernel, "forward", lambda *a: (lambda out: (out[0] * 1.001, *out[1:]))(exact(*a)))
+    monkeypatch.setattr(refine_kernel, "forward", lambda *a: off(exact(*a)))
     found, refused = contenders.sifted(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
     assert "composite" not in found
     assert "eager, authors" in found
