@@ -75,7 +75,6 @@ def refine_bwd_dw_kernel(
     c = c_tile // HALVES * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = c < channels
     m_dc = (d < D)[:, None] & m_c[None, :]
-    p_d_w = d_w.ptr + column + d[:, None] * d_w.row + c[None, :]
     if INT64_OFFSETS:
         c = c.to(tl.int64)
     acc = tl.zeros([BLOCK_D, BLOCK_C], ACC)
@@ -101,6 +100,8 @@ def refine_bwd_dw_kernel(
 
     acc, last = sum_split(acc, partials, arrivals, tile, part, SPLIT)
     if last:
+        # Computed here, where the loop needs its registers no more.
+        p_d_w = d_w.ptr + column + d[:, None] * d_w.row + c[None, :]
         if ACCUMULATE:
             acc += tl.load(p_d_w, m_dc, 0.0)
         tl.store(p_d_w, acc, m_dc)
