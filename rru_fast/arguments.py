@@ -70,7 +70,6 @@ class RefineArguments:
     training: bool
     eps: float
     bn_groups: int
-    """1 in eval mode."""
     process_group: str = ""
     """Name in torch.distributed of the ranks that share batch statistics; "" for this rank alone."""
     elements_per_rank: list[int] = field(default_factory=list)
@@ -80,6 +79,11 @@ class RefineArguments:
     def steps(self) -> int:
         """N, the number of frames with a gate: all but the first, which has none without a state."""
         return self.x.shape[1] - (1 if self.state_s is None else 0)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of clips that have batch statistics of their own; 1 in eval mode."""
+        return self.bn_groups if self.training else 1
 
     def cast_to_weight_dtypes(self, **gradients: Tensor | None) -> dict[str, Tensor | None]:
         """Cast gradients of weights, by name, to the weights' dtypes."""

@@ -39,7 +39,7 @@ class Gate:
         self.w, self.gamma, self.beta = args.w.to(acc_dtype), args.gamma.to(acc_dtype), args.beta.to(acc_dtype)
         self.w_s1, self.w_s2, self.w_c = cast(args.w_s1), cast(args.w_s2), cast(args.w_c)
         self.inputs, self.training, self.eps, self.ranks = args.inputs, args.training, args.eps, ranks
-        self.groups = args.bn_groups
+        self.groups = args.groups
         self.w_recurrent, self.w_input = self.split(self.w)
 
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,21 +29,21 @@ class GateWeights(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of the norm: tensors, or their slices per frame."""
+    """Mean and biased variance of the norm: tensors, their slices per frame, or None."""
 
-    mean: Any
-    var: Any
+    mean: Any = None
+    var: Any = None
 
 
 class AttentionVectors(NamedTuple):
-    """AttentionVectors vectors of one frame, or their gradients: tensors, or their slices per frame."""
+    """Attention vectors of one frame, or their gradients: tensors, their slices per frame, or None."""
 
-    h: Any
-    """(B, A), or None."""
-    z_s: Any
-    """(B, P), or None."""
-    z_c: Any
-    """(B, C), or None."""
+    h: Any = None
+    """(B, A)."""
+    z_s: Any = None
+    """(B, P)."""
+    z_c: Any = None
+    """(B, C)."""
 
 
 class Operand(NamedTuple):
@@ -84,7 +84,7 @@ class Call:
         self.steps = args.steps
         self.start = self.frames - self.steps
         """The first frame with a gate."""
-        self.groups = args.bn_groups
+        self.groups = args.groups
         self.clips_per_group = self.clips // self.groups
         self.acc_dtype = acc_dtype(args.x.dtype)
         self.keeps_fp32_state = args.x.dtype != self.acc_dtype
