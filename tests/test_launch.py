@@ -194,6 +194,20 @@ def test_each_device_and_each_grid_binds_its_own_kernel(kernel: Bound, monkeypat
     assert [address > 0 for address in kernel.seen] == [True, False] * 4
 
 
+class Sized(Bound):
+    """A kernel with two block sizes."""
+
+    arg_names = ("v", "n", "BLOCK_M", "BLOCK_N")
+
+
+def test_equal_values_of_other_arguments_are_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "_compiled", {})
+    kernel, slices = Sized(), Slices(torch.zeros(3, 4))
+    for blocks in ({"BLOCK_M": 64, "BLOCK_N": 32}, {"BLOCK_N": 64, "BLOCK_M": 32}):
+        Launches(kernel, (5,), v=slices, n=Counter(0), **blocks)(0)
+    assert [address > 0 for address in kernel.seen] == [True, True]
+
+
 class Broken:
     """Kernel that fails to compile."""
 

@@ -108,7 +108,7 @@ class Following(NamedTuple):
     """dU_{t+1} (B, D, P); None if t + 1 has no gate and receives G alone."""
     du_next: Any = None
     """dU_{t+2}, or None."""
-    attention: AttentionVectors = AttentionVectors(None, None, None)
+    attention: AttentionVectors = AttentionVectors()
     """z_s and z_c of frame t + 1."""
     d_x: DX | None = None
     """dX_{t+1}, out; None if not needed."""
@@ -121,7 +121,7 @@ class Frame(NamedTuple):
     """X_t; None if t has no gate."""
     s: StridedMaps | None = None
     """S_{t-1}."""
-    attention: AttentionVectors = AttentionVectors(None, None, None)
+    attention: AttentionVectors = AttentionVectors()
     """z_s and z_c of frame t."""
     d_features: StridedMaps | None = None
     """Upstream gradient of S_t."""
@@ -214,7 +214,7 @@ class BackwardPass:
         following = Following(
             du=Slices(self.du, first=1) if gated else None,
             du_next=Slices(self.du, first=2) if motion else None,
-            attention=self._attention_slices(1) if gated else AttentionVectors(None, None, None),
+            attention=self._attention_slices(1) if gated else AttentionVectors(),
             d_x=self._d_x_slices(self.d_x, first=call.start + 1) if gated and self.d_x is not None else d_state_x,
         )
         operand_dtype, precision = grad_operand_dtype(call.args.x.dtype)
@@ -263,9 +263,8 @@ class BackwardPass:
         return Frame(d_features=d_features, d_strips=self.d_strips)
 
     def _attention_slices(self, first: int) -> AttentionVectors:
-        return AttentionVectors(
-            None, *(Slices(v, first=first) if len(v) else None for v in (self.saved.z_s, self.saved.z_c))
-        )
+        z_s, z_c = (Slices(v, first=first) if len(v) else None for v in (self.saved.z_s, self.saved.z_c))
+        return AttentionVectors(z_s=z_s, z_c=z_c)
 
     def _d_x_slices(self, d_x: Tensor, first: int) -> DX:
         return DX(Slices(d_x, 1, first), d_x.stride(0))

@@ -177,7 +177,7 @@ class ForwardPass:
             partials=None,
             arrivals=None,
             tile_statistics=None,
-            statistics=Statistics(None, None),
+            statistics=Statistics(),
             lengths=call.args.lengths,
             t_first=t_first,
             **self._transition_sizes(accumulate=False),
@@ -219,7 +219,7 @@ class ForwardPass:
             partials=self.partials,
             arrivals=self.arrivals,
             tile_statistics=self.tile_statistics,
-            statistics=call.statistics_slices(self.statistics, start) if call.args.training else Statistics(None, None),
+            statistics=call.statistics_slices(self.statistics, start) if call.args.training else Statistics(),
             lengths=call.args.lengths,
             t_first=Counter(start),
             **self._transition_sizes(accumulate),
@@ -245,7 +245,7 @@ class ForwardPass:
         past: S_{t-1}, None for S_1; first: t = 0; start: the frame of launch 0.
         """
         call, config = self.call, self.config["gate"]
-        attention, statistics = AttentionVectors(None, None, None), Statistics(None, None)
+        attention, statistics = AttentionVectors(), Statistics()
         if past is not None:
             statistics = call.statistics_slices(self.statistics, start)
             attention = self._attention_slices()
@@ -279,5 +279,5 @@ class ForwardPass:
         """Return the attention vectors to be stored per step; without saving, z_c alone, in the same memory."""
         h, z_s, z_c = self.attention
         if not self.save:
-            return AttentionVectors(None, None, z_c[0] if len(z_c) else None)
+            return AttentionVectors(z_c=z_c[0] if len(z_c) else None)
         return AttentionVectors(*(Slices(v) if len(v) else None for v in (h, z_s, z_c)))

@@ -43,8 +43,8 @@ class YMeans(NamedTuple):
 class NormSums(NamedTuple):
     """Sums of dY and of dY Uhat over positions."""
 
-    dy: Any
-    dy_uhat: Any
+    dy: Any = None
+    dy_uhat: Any = None
 
 
 class GateBackward:
@@ -72,7 +72,7 @@ class GateBackward:
         self.y_positions = call.empty(steps, clips, d_tiles, call.positions) if need_weights else None
         self.y_channels = call.empty(steps, clips, d) if need_weights else None
         self.sums = NormSums(call.empty(steps, clips, d), call.empty(steps, clips, d))
-        self.group_sums = NormSums(None, None)
+        self.group_sums = NormSums()
         if training:
             self.group_sums = NormSums(call.empty(call.groups, d), call.empty(call.groups, d))
         d_pooled = call.empty(clips, pooled["SPLIT"], d) if channel else None
@@ -105,7 +105,7 @@ class GateBackward:
             statistics=statistics,
             gate=call.gate,
             h=Slices(saved.h) if spatial else None,
-            d_attention=AttentionVectors(h=slices(self.d_h), z_s=slices(self.d_z_s), z_c=None),
+            d_attention=AttentionVectors(h=slices(self.d_h), z_s=slices(self.d_z_s)),
             d_y=d_y,
             y_means=YMeans(slices(self.y_positions), slices(self.y_channels)),
             sums=NormSums(Slices(self.sums.dy), Slices(self.sums.dy_uhat)),

@@ -100,7 +100,7 @@ def refine_bwd_dw_kernel(
 
     acc, last = sum_split(acc, partials, arrivals, tile, part, SPLIT)
     if last:
-        # Computed here, where the loop needs its registers no more.
+        # After the loop, which would spill if these addresses took registers.
         p_d_w = d_w.ptr + column + d[:, None] * d_w.row + c[None, :]
         if ACCUMULATE:
             acc += tl.load(p_d_w, m_dc, 0.0)
