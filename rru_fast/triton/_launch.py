@@ -137,9 +137,9 @@ def _plain(value: Any, n: int) -> Any:
 
 
 def _prepare(value: Any, key: list[Any]) -> Any:
-    """Return an argument as the driver takes it, but for parts that change: those are left to `_passed`.
+    """Convert an argument for the driver, tensors to addresses; `Slices` and `Counter` are left for `_passed`.
 
-    key: receives what Triton specializes on, and more: of a tensor dtype and alignment, of others the value.
+    key: receives a superset of what Triton specializes on: a tensor's dtype and alignment, the value of any other.
     """
     kind = type(value)
     if kind is int or value is None:
@@ -163,7 +163,7 @@ def _prepare(value: Any, key: list[Any]) -> Any:
 
 
 def _passed(value: Any, n: int) -> Any:
-    """Return an argument as the driver takes it at launch n."""
+    """Convert a changing argument for the driver at launch n."""
     kind = type(value)
     if kind is Slices:
         return value.base + n * value.stride

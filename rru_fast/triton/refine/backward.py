@@ -102,7 +102,7 @@ class DX(NamedTuple):
 
 
 class Following(NamedTuple):
-    """Tensors with which the recurrence kernel ends frame t + 1."""
+    """Arguments of the recurrence kernel for frame t + 1, which it finishes."""
 
     du: Any = None
     """dU_{t+1} (B, D, P); None if t + 1 has no gate and receives G alone."""
@@ -115,7 +115,7 @@ class Following(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Tensors with which the recurrence kernel begins frame t."""
+    """Arguments of the recurrence kernel for frame t, which it starts."""
 
     x: StridedMaps | None = None
     """X_t; None if t has no gate."""

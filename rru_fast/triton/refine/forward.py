@@ -204,9 +204,9 @@ class ForwardPass:
         return transition, self._gate(past, first=call.start + n == 0, start=call.start)
 
     def _transition(self, u: Tensor, past: StridedMaps, w: StridedMatrix, accumulate: bool, start: int) -> Launches:
-        """Return launches that set u[n], or add to it, w times the operand that holds S; in training with statistics.
+        """Return launches that compute w times the operand that holds S into u[n], and in training its statistics.
 
-        past: S_{t-1}; start: the frame of launch 0.
+        past: S_{t-1}; accumulate: add to u[n]; start: the frame of launch 0.
         """
         call = self.call
         return Launches(
