@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import contenders
 from benchmarks.table import Row
-from training.orphans import end_with_parent
+from training.runtime.command import end_with_parent
 
 Section = Callable[..., list[Row]]
 

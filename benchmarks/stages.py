@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from training.data.loading import Batch
-from training.trainer import Trainer
+from training.engine.trainer import Trainer
 
 STAGES = (
     "data wait",

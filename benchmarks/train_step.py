@@ -35,7 +35,7 @@ import tyro
 from benchmarks import measure, processes, table, terminal
 from benchmarks.table import Row
 from benchmarks.train_step_sections import CPU, END_TO_END, GPU, NOT_HERE, TOY, WHY, Run, packed, rows
-from training.data.synthetic import generate
+from training.data.datasets.synthetic import generate
 from training.pack import Options as PackOptions
 from training.pack import pack
 

@@ -16,19 +16,19 @@ from rich.console import Console
 from benchmarks import contenders, measure
 from benchmarks.stages import STAGES, Stages
 from benchmarks.table import Row
+from training.config.presets import RECIPES
+from training.config.recipe import MOST, Recipe
+from training.config.step import PLAIN, Speed
 from training.data import load_split
 from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import Resize
 from training.data.sampler import make_sampler
-from training.logging import RunLog
+from training.engine.build import make_optimizer
+from training.engine.metrics_log import RunLog
+from training.engine.trainer import Trainer
 from training.model.losses import Losses
 from training.model.network import Network
 from training.model.operators import Ops
-from training.optimizer import make_optimizer
-from training.recipes import RECIPES
-from training.recipes.recipe import MOST, Recipe
-from training.speed import PLAIN, Speed
-from training.trainer import Trainer
 
 END_TO_END = ("frames/s", "x reference", "step ms")
 WHY, NOT_HERE = "left out", "n/a"

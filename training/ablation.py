@@ -22,16 +22,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from training import checkpoint, experiment
-from training.ablation_plot import draw
-from training.ablation_table import check_page, fill_page, markdown
-from training.command import run_command
-from training.data import synthetic
-from training.errors import UserError
-from training.files import write_whole
-from training.orphans import end_with_parent
-from training.settings import Options as RunOptions
-from training.settings import resolve
+from training.config.settings import Options as RunOptions
+from training.config.settings import resolve
+from training.data.datasets import synthetic
+from training.engine import checkpoint
+from training.engine import resumable_run as experiment
+from training.reports.ablation_plot import draw
+from training.reports.ablation_table import check_page, fill_page, markdown
+from training.runtime.atomic_files import write_whole
+from training.runtime.command import end_with_parent, run_command
+from training.runtime.errors import UserError
 from training.show.picture import png
 
 # As Table 1 names them, in its order.

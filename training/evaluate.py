@@ -14,14 +14,14 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from training import distributed
-from training.command import run_command
+from training.engine.load_trained import UseOptions, load_trained, provenance
 from training.evaluation.protocols import ProtocolName
 from training.evaluation.ranking import Rerank, Ties
 from training.evaluation.result import Result, result_table
 from training.evaluation.scoring import score
-from training.output import check_output, write_output
-from training.trained import UseOptions, load_trained, provenance
+from training.runtime import distributed
+from training.runtime.atomic_files import check_output, write_output
+from training.runtime.command import run_command
 
 
 @dataclass

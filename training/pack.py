@@ -25,12 +25,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from training.command import run_command
 from training.data import Dataset, PridPeople, load_split, reader_options
 from training.data.pack_file import CHECKSUM, HEADER, MAGIC, PARTS, Pack
 from training.data.tracklets import Split, Tracklet, decode, encoded
-from training.errors import NoSuchSplit, UserError
-from training.files import aside, to_disk
+from training.runtime.atomic_files import aside, to_disk
+from training.runtime.command import run_command
+from training.runtime.errors import NoSuchSplit, UserError
 
 Source: TypeAlias = "Path | np.ndarray"
 

@@ -19,19 +19,19 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from training.command import run_command
-from training.comparison import NOTE, Results, compare, markdown, terminal
+from training.config.presets import changed
+from training.config.settings import Options as RunOptions
+from training.config.settings import resolve
+from training.config.table1 import ROWS
 from training.data import Dataset
-from training.errors import UserError
-from training.experiment import RESULT, run
-from training.files import write_whole
+from training.engine.resumable_run import RESULT, run
+from training.engine.run import read_split
 from training.model.operators import Ops
 from training.model.weights import download_inception
-from training.recipes import changed
-from training.recipes.rows import ROWS
-from training.settings import Options as RunOptions
-from training.settings import resolve
-from training.train import read_split
+from training.reports.paper_table import NOTE, Results, compare, markdown, terminal
+from training.runtime.atomic_files import write_whole
+from training.runtime.command import run_command
+from training.runtime.errors import UserError
 
 # Which of the paper's datasets a table is of, and the figures that it gives.
 DATASETS: dict[int, tuple[Dataset, ...]] = {1: ("ilids-vid", "prid-2011"), 3: ("mars",)}

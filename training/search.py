@@ -23,17 +23,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from training import checkpoint
-from training.command import run_command
+from training.config.settings import Settings, choose_device
 from training.data.tracklets import Tracklet
-from training.errors import UserError
+from training.engine import checkpoint
+from training.engine.load_trained import load_network, provenance
 from training.evaluation.features import extract
 from training.evaluation.ranking import Floats, Ints
-from training.faiss_index import Index
-from training.feature_file import FeatureFile, open_features
-from training.nearest import nearest
-from training.settings import Settings, choose_device
-from training.trained import load_network, provenance
+from training.retrieval.exact import nearest
+from training.retrieval.faiss_index import Index
+from training.retrieval.feature_file import FeatureFile, open_features
+from training.runtime.command import run_command
+from training.runtime.errors import UserError
 
 CHECKED = 100  # queries that an approximate search is held to the exact one by
 

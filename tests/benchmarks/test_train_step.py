@@ -17,14 +17,14 @@ import rru_fast
 from benchmarks import measure, train_step, train_step_sections
 from benchmarks.stages import STAGES
 from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
+from training.config.recipe import Recipe
+from training.data.datasets.synthetic import generate
 from training.data.loading import Batch
-from training.data.synthetic import generate
 from training.model.losses import Losses
 from training.model.network import Network
 from training.model.operators import Ops
 from training.pack import Options as PackOptions
 from training.pack import pack
-from training.recipes.recipe import Recipe
 
 PEOPLE = 4  # two to train on, as many as the toy's batches hold
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from tests.training.small_people import render
+from tests.helpers.small_people import render
+from training.config.presets import RECIPES, Recipe
+from training.config.settings import Options
 from training.data.tracklets import Split, Tracklet
-from training.recipes import RECIPES, Recipe
-from training.settings import Options
 from training.train import train
 
 # A busy machine takes as long as it takes over an example.

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.training import forked
-from tests.training.small_people import short_walks
+from tests.helpers import forked
+from tests.helpers.small_people import short_walks
 from training.ablation import PLOT, RESULTS, ROWS, Options, ablate, cells
-from training.ablation_table import BEGIN, END
-from training.errors import UserError
-from training.settings import resolve
+from training.config.settings import resolve
+from training.reports.ablation_table import BEGIN, END
+from training.runtime.errors import UserError
 
 TWO = ("Baseline", "Baseline+RRU+STIM+Lv+Lp")
 

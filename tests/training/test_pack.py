@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.data.small_sets import write_ilids, write_mars, write_prid
-from tests.training.file_size import file_size_limit
+from tests.helpers.file_size import file_size_limit
+from tests.helpers.small_sets import write_ilids, write_mars, write_prid
 from training.data import load_split
 from training.data.pack_file import Pack
 from training.data.tracklets import read_pixels
-from training.errors import UserError
-from training.files import aside
 from training.pack import Options, pack
+from training.runtime.atomic_files import aside
+from training.runtime.errors import UserError
 
 
 @pytest.fixture

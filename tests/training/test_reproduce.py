@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.training import forked
-from tests.training.data.small_sets import write_mars
-from tests.training.small_people import render
-from training.errors import UserError
+from tests.helpers import forked
+from tests.helpers.small_people import render
+from tests.helpers.small_sets import write_mars
 from training.reproduce import Options, reproduce
+from training.runtime.errors import UserError
 
 ROWS = ("Baseline+RRU+STIM+Lv+Lp", "Baseline")
 

@@ -11,10 +11,10 @@ import torch
 import tyro
 from PIL import Image
 
-from training.command import run_command
 from training.export.features import Options as ExportOptions
 from training.export.features import export_features
-from training.feature_file import open_features, write_features
+from training.retrieval.feature_file import open_features, write_features
+from training.runtime.command import run_command
 from training.search import Hit, Options, search
 
 

@@ -15,15 +15,15 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.training.data.small_sets import write_mars, write_prid
-from tests.training.forked import command
-from training import checkpoint
-from training.errors import UserError
+from tests.helpers.forked import command
+from tests.helpers.small_sets import write_mars, write_prid
+from training.config.settings import Options
+from training.engine import checkpoint
 from training.evaluate import Options as EvaluateOptions
 from training.evaluate import evaluate
 from training.pack import Options as PackOptions
 from training.pack import pack
-from training.settings import Options
+from training.runtime.errors import UserError
 from training.train import train
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, get_args
 
-from training.data import packed
+from training.data.datasets import packed
 from training.data.tracklets import Split
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 
 PridPeople: TypeAlias = Literal["paper-21", "official-27"]
-"""Who counts in PRID-2011, and how they are split: see `training.data.prid_2011`."""
+"""Who counts in PRID-2011, and how they are split: see `training.data.datasets.prid_2011`."""
 
 
 def load_split(
@@ -60,4 +60,4 @@ def reader_options(dataset: str, **options: Any) -> dict[str, Any]:
 def _reader(dataset: str) -> ModuleType:
     if dataset not in DATASETS:
         raise UserError(f"dataset: got {dataset!r}, wanted one of {', '.join(DATASETS)}")
-    return import_module(f"training.data.{dataset.replace('-', '_')}")
+    return import_module(f"training.data.datasets.{dataset.replace('-', '_')}")

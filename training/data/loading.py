@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from training import distributed
 from training.data.resizing import resize
 from training.data.sampler import Clip, PeopleSampler
 from training.data.tracklets import Tracklet, people_of, read_pixels
 from training.data.workers import AHEAD, check_limits, end_where_sending_fails, share
-from training.errors import UserError
+from training.runtime import distributed
+from training.runtime.errors import UserError
 
 
 @dataclass

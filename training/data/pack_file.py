@@ -30,7 +30,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 MAGIC = b"RRUPACK\x01"  # the last byte is the format's version
 HEADER = struct.Struct("<8sQQII")  # magic, where the index begins, its length, its crc32, crc32 of all before

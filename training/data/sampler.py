@@ -11,9 +11,9 @@ from typing import TypeAlias
 import numpy as np
 from torch.utils.data import Sampler
 
+from training.config.recipe import Recipe
 from training.data.tracklets import Tracklet
-from training.errors import UserError
-from training.recipes.recipe import Recipe
+from training.runtime.errors import UserError
 
 Clip: TypeAlias = tuple[int, int]
 """Index of the tracklet, index of the clip's first frame in it."""

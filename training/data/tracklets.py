@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from training.data.pack_file import PackedFrame
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 Frame: TypeAlias = Path | np.ndarray | PackedFrame
 """An image file, an (h, w, 3) uint8 RGB array, or an image in a packed dataset."""

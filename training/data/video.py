@@ -15,7 +15,7 @@ from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 _ONE_DEGREE = 0.0175  # writers round sines and cosines
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from training.data.tracklets import Tracklet, read_pixels
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 AHEAD = 3  # batches that each worker has read, or is reading, beyond the one in use
 SHARED = Path("/dev/shm")  # tensors pass from process to process in it

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training import distributed
 from training.data.loading import frames_to_input
 from training.data.resizing import Resize
 from training.data.tracklets import Frame, Tracklet, read_frame
-from training.errors import UserError
 from training.evaluation.ranking import Floats
 from training.model.network import Carried, Network
+from training.runtime import distributed
+from training.runtime.errors import UserError
 
 CHUNK = 64  # frames through the network at once: bounds the memory of a long tracklet
 

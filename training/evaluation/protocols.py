@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.errors import UserError
 from training.evaluation.ranking import (
     DEEPEST,
     Ints,
@@ -21,6 +20,7 @@ from training.evaluation.ranking import (
     positive_ranks,
     trapezoid_average_precision,
 )
+from training.runtime.errors import UserError
 
 JUNK = -1  # MARS's number for tracklets that show nobody in particular
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from training.config.presets import FREE, Recipe, changed, row_of
+from training.config.step import PLAIN, Speed
 from training.data.resizing import Resize
 from training.evaluation.ranking import TOP, Ranking
-from training.recipes import FREE, Recipe, changed, row_of
-from training.speed import PLAIN, Speed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import distributed
 from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
@@ -17,6 +16,7 @@ from training.evaluation.protocols import Search, Trial, prepare, rank
 from training.evaluation.ranking import Floats, Ints, Ranking, Rerank, Ties, cosine_distances
 from training.evaluation.reranking import reranked_distances
 from training.model.network import Network
+from training.runtime import distributed
 
 
 @dataclass(frozen=True)

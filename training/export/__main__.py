@@ -12,8 +12,8 @@ from typing import Annotated, TypeAlias
 import tyro
 from tyro.conf import subcommand
 
-from training.command import run_command
 from training.export import features, model
+from training.runtime.command import run_command
 
 Options: TypeAlias = Annotated[features.Options, subcommand("features")] | Annotated[model.Options, subcommand("model")]
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 from rich.console import Console
 
+from training.engine.load_trained import UseOptions, flat, load_trained, provenance
 from training.evaluation.features import extract
-from training.feature_file import SUFFIX, write_features
-from training.output import check_output
-from training.trained import UseOptions, flat, load_trained, provenance
+from training.retrieval.feature_file import SUFFIX, write_features
+from training.runtime.atomic_files import check_output
 
 
 @dataclass

@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from training import checkpoint
-from training.errors import UserError
-from training.extras import need
+from training.config.settings import choose_device
+from training.engine import checkpoint
+from training.engine.load_trained import flat, load_network, provenance
 from training.model.heads import LSTM
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import first_line
-from training.output import check_output, write_output
-from training.settings import choose_device
-from training.trained import flat, load_network, provenance
+from training.runtime.atomic_files import check_output, write_output
+from training.runtime.command import need
+from training.runtime.errors import UserError
 
 TOLERANCE = 1e-4  # between the exported network and the eager one, relative to an output's largest element
 _LEAST = 3  # frames, where their number is free: torch.export takes 0, 1 and 2 apart

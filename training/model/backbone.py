@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from training.errors import UserError
+from training.config.recipe import Recipe
 from training.model.weights import download_inception, load_pretrained, read_weights
-from training.recipes.recipe import Recipe
+from training.runtime.errors import UserError
 
 # Inception-v3's blocks in order, as torchvision names them; the auxiliary classifier branches off between the two.
 _TO_MIXED_6E = (

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 
 class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):

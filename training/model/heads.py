@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.recipes.recipe import Recipe
+from training.config.recipe import Recipe
 
 
 class Baseline(nn.Module):

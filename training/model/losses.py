@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.errors import UserError
+from training.config.recipe import Recipe
 from training.model.network import Output
 from training.model.operators import Ops, operators
-from training.recipes.recipe import Recipe
+from training.runtime.errors import UserError
 
 
 class Losses(nn.Module):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rru_fast import State
-from training.errors import UserError
+from training.config.recipe import Recipe
 from training.model.backbone import make_backbone
 from training.model.ghost_norm import use_ghost_norm
 from training.model.heads import make_head
 from training.model.operators import Ops, operators
-from training.recipes.recipe import Recipe
+from training.runtime.errors import UserError
 
 
 class Output(NamedTuple):

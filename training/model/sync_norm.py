@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from training import distributed
+from training.runtime import distributed
 
 _total = cast("Callable[[Tensor], Tensor]", all_reduce)  # the sum over all processes, with gradient
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
 

@@ -13,8 +13,8 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
-from training.command import run_command
-from training.output import check_output, write_output
+from training.runtime.atomic_files import check_output, write_output
+from training.runtime.command import run_command
 from training.show import ablation, cmc, features, ranking
 from training.show.picture import png
 

@@ -11,13 +11,13 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from training.errors import UserError
+from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.protocols import ProtocolName, Trial
 from training.evaluation.ranking import DEEPEST, Floats, Ranking
 from training.evaluation.scoring import compare
-from training.files import resolved
+from training.runtime.atomic_files import resolved
+from training.runtime.errors import UserError
 from training.show.picture import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT, label_ends
-from training.trained import UseOptions, load_trained
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, TEXT)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # where lines meet in black and white

@@ -18,13 +18,13 @@ from rru_fast import State
 from rru_fast.reference import RRU
 from training.data.resizing import Resize
 from training.data.tracklets import Tracklet
-from training.errors import UserError
+from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.features import CHUNK, read_maps
 from training.evaluation.ranking import Floats, Ints
 from training.model.network import Network
+from training.runtime.errors import UserError
 from training.show.gate import gate
 from training.show.picture import TEXT, fitted, index_of, pixels
-from training.trained import UseOptions, load_trained
 
 TALL, STEP = 2.0, 1.06  # height of a frame's box, and from one to the next, where its width is 1
 SCALE = 0.64  # inches of a width

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from training.data.tracklets import Tracklet, read_frame
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 # Okabe and Ito's.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from training.data.tracklets import Split, Tracklet
-from training.errors import UserError
+from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.protocols import ProtocolName
 from training.evaluation.ranking import Ints
 from training.evaluation.scoring import Compared, compare
+from training.runtime.errors import UserError
 from training.show.picture import GREEN, RED, TEXT, fitted, index_of, pixels
-from training.trained import UseOptions, load_trained
 
 WIDE, TALL = 1.0, 2.0  # of a frame's box
 STEP, ROW = 1.28, 2.85  # from box to box, and from probe to probe

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.data.small_sets import write_ilids, write_mars, write_prid
+from tests.helpers.small_sets import write_ilids, write_mars, write_prid
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.data.small_sets import write_mars
-from training.data import DATASETS, ilids_vid, load_split, prid_2011
-from training.errors import UserError
+from tests.helpers.small_sets import write_mars
+from training.data import DATASETS, load_split
+from training.data.datasets import ilids_vid, prid_2011
+from training.runtime.errors import UserError
 
 
 def test_a_dataset_is_read_by_the_module_of_its_name(ilids: Path) -> None:

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from training.data import load_split
-from training.data.ilids_vid import load
+from training.data.datasets.ilids_vid import load
 from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import resize
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet, read_frame
 from training.data.workers import explained
-from training.errors import UserError
 from training.pack import Options, pack
+from training.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.data.mot_sequence import read_sequence
+from training.data.datasets.mot_sequence import read_sequence
 from training.data.resizing import resize
 from training.data.tracklets import read_frame
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.config.presets import Recipe
 from training.data.sampler import Clip, OfficialSampler, PKSampler, make_sampler
 from training.data.tracklets import Tracklet
-from training.errors import UserError
-from training.recipes import Recipe
+from training.runtime.errors import UserError
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 

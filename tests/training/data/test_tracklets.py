@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from training.data.tracklets import Split, Tracklet, read_frame, read_pixels
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from training.data.mot_sequence import read_sequence
+from training.data.datasets.mot_sequence import read_sequence
 from training.data.video import read_video
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 Write = Callable[..., Path]
 UNIT = 2**16  # of a display matrix

@@ -17,7 +17,7 @@ from training.data.loading import make_loader
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet
 from training.data.workers import end_where_sending_fails, explained
-from training.errors import UserError
+from training.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 TRAIN = "-m training.train --recipe quick --epochs 1 --batches 3 --compare-ops False --no-pictures --device cpu"
@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_fit_ends_the_loader_and_is_one_line(tmp_path: Pat
     code = "from tests.training.data.test_workers import load_what_grows; load_what_grows()"
     ended = in_shared_memory_of(2, [sys.executable, "-c", code], tmp_path)
     last = ended.stderr.splitlines()[-1]
-    wanted = "training.errors.UserError: workers: 2.0 MiB of /dev/shm are too few for a batch of 3."
+    wanted = "training.runtime.errors.UserError: workers: 2.0 MiB of /dev/shm are too few for a batch of 3."
     assert last.startswith(wanted), ended.stderr
     assert "multiprocessing" not in ended.stderr
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
+from training.config.presets import Recipe
+from training.config.settings import choose_device
 from training.data.loading import frames_to_input
 from training.data.tracklets import Split, Tracklet, read_frame
-from training.errors import UserError
 from training.evaluation.features import extract
 from training.model.network import Network
 from training.model.operators import Ops
-from training.recipes import Recipe
-from training.settings import choose_device
+from training.runtime.errors import UserError
 
 RRUS = {
     "none": {"rru": "none", "part_loss": False},

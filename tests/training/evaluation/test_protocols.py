@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from tests.training.evaluation import literal
-from training.errors import UserError
 from training.evaluation.protocols import PROTOCOLS, Search, prepare, rank
 from training.evaluation.ranking import BLOCK, DEEPEST, Ranking, cosine_distances
+from training.runtime.errors import UserError
 
 TIES = ("stable", "optimistic", "pessimistic")
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from training.config.presets import RECIPES
+from training.config.step import Speed
 from training.evaluation.ranking import Ranking
 from training.evaluation.result import Result, result_table
-from training.recipes import RECIPES
-from training.speed import Speed
 
 CMC = {k: 1.0 if k == 20 else 0.8 if k >= 10 else 0.75 if k >= 5 else 0.5 for k in range(1, 21)}
 SINGLE_SHOT = Ranking("single-shot", CMC, 0.61, 1 / 30, 30, 30, 30, 0.0, "stable", reranked=None)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from training.config.presets import Recipe
 from training.data.tracklets import Split
-from training.errors import UserError
 from training.evaluation.features import extract
 from training.evaluation.ranking import Rerank
 from training.evaluation.scoring import score
 from training.model.network import Network
-from training.recipes import Recipe
+from training.runtime.errors import UserError
 
 VERSIONS: tuple[Rerank | None, ...] = (None, "equations", "published")
 

@@ -8,15 +8,15 @@ import pytest
 import safetensors.torch
 import tyro
 
-from training.checkpoint import last
-from training.command import run_command
-from training.errors import UserError
+from training.engine.checkpoint import last
+from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.features import extract
 from training.export.__main__ import Options as AnyOptions
 from training.export.__main__ import main
 from training.export.features import Options, export_features
-from training.feature_file import open_features
-from training.trained import UseOptions, load_trained
+from training.retrieval.feature_file import open_features
+from training.runtime.command import run_command
+from training.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("part", ["gallery", "probe", "train"])

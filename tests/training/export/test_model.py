@@ -13,17 +13,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from training import checkpoint
-from training.command import run_command
+from training.config.presets import RECIPES, Recipe
+from training.config.settings import Settings
+from training.config.table1 import ROWS
 from training.data.tracklets import Split
-from training.errors import UserError
+from training.engine import checkpoint
 from training.export.__main__ import Options as AnyOptions
 from training.export.__main__ import main
 from training.export.model import TOLERANCE, Options, difference, export_model
 from training.model.network import Network
-from training.recipes import RECIPES, Recipe
-from training.recipes.rows import ROWS
-from training.settings import Settings
+from training.runtime.command import run_command
+from training.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 WHOLE = "Baseline+RRU+STIM+Lv+Lp"

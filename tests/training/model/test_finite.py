@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from training.config.presets import Recipe
 from training.data.loading import make_loader
 from training.data.sampler import make_sampler
 from training.data.tracklets import Split
-from training.errors import UserError
-from training.logging import RunLog
+from training.engine.build import make_optimizer
+from training.engine.metrics_log import RunLog
+from training.engine.trainer import Trainer
 from training.model.finite import first_not_finite
 from training.model.losses import Losses
 from training.model.network import Network
-from training.optimizer import make_optimizer
-from training.recipes import Recipe
-from training.trainer import Trainer
+from training.runtime.errors import UserError
 
 CLIPS = torch.rand(4, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.errors import UserError
+from training.config.presets import Recipe
 from training.model.backbone import Inception
 from training.model.ghost_norm import GhostBatchNorm, groups_of_each, use_ghost_norm
 from training.model.network import Network
-from training.recipes import Recipe
+from training.runtime.errors import UserError
 
 GROUPS = 4
 CLIPS = torch.rand(8, 2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from training.config.presets import Recipe
 from training.model.heads import LSTM, STIM, Baseline, make_head
-from training.recipes import Recipe
 
 MAPS = torch.rand(2, 5, 6, 4, 3, generator=torch.Generator().manual_seed(1))
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.errors import UserError
+from training.config.presets import Recipe
 from training.model.losses import Losses
 from training.model.network import Output
-from training.recipes import Recipe
+from training.runtime.errors import UserError
 
 LABELS = torch.tensor([0, 0, 1, 1])
 # On a line: each clip's hardest positive and negative can be read off. Triplets: 0.4 + (1, 1, 2, 2) - (2, 1, 1, 3).

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from training.errors import UserError
+from training.config.presets import RECIPES, Recipe
+from training.config.table1 import ROWS
 from training.model.losses import Losses
 from training.model.network import Network
-from training.recipes import RECIPES, Recipe
-from training.recipes.rows import ROWS
+from training.runtime.errors import UserError
 
 FRAMES = torch.rand(4, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 0, 1, 1])

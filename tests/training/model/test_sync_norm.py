@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from training.config.presets import Recipe
 from training.model.network import Network
 from training.model.sync_norm import SyncNorm, use_sync_norm
-from training.recipes import Recipe
 
 
 def test_every_batch_norm_is_replaced_and_no_name_nor_tensor_of_them(recipe: Recipe) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights, inception_v3
 
-from training.errors import UserError
 from training.model.backbone import Inception, Tiny
 from training.model.weights import download_inception, read_weights
+from training.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.errors import UserError
 from training.evaluation.protocols import Search, prepare
 from training.evaluation.ranking import DEEPEST, Ranking
+from training.runtime.errors import UserError
 from training.show.cmc import Curve, chance, names, picture
 
 SEARCH = Search(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.config.presets import Recipe
 from training.data.tracklets import Split
-from training.errors import UserError
 from training.model.network import Network
-from training.recipes import Recipe
+from training.runtime.errors import UserError
 from training.show.features import Maps, maps_of, picture
 
 

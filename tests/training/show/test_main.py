@@ -7,8 +7,8 @@ import pytest
 import tyro
 from PIL import Image
 
-from training.command import run_command
-from training.settings import Options as RunOptions
+from training.config.settings import Options as RunOptions
+from training.runtime.command import run_command
 from training.show.__main__ import Options, main
 from training.train import train
 

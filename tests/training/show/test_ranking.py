@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from training.config.presets import Recipe
 from training.data.tracklets import Split
 from training.evaluation.features import extract
 from training.evaluation.scoring import compare
 from training.model.network import Network
-from training.recipes import Recipe
 from training.show.picture import GREEN, RED, TEXT
 from training.show.ranking import Found, choose, found, picture
 

@@ -1,0 +1,1 @@
+"""Everything that decides a run: recipes, rows of the tables, settings."""

@@ -1,0 +1,1 @@
+"""Readers of datasets, one file each, named as the dataset."""

@@ -1,0 +1,175 @@
+"""The boxes of a MOTChallenge sequence: parse gt.txt and leave out all but people with an identity."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from math import ceil, floor, isfinite
+from pathlib import Path
+
+import numpy as np
+
+from training.runtime.errors import UserError
+
+PEDESTRIAN = 1  # the class, in MOT16 and later
+NO_IDENTITY = -1  # the track of a detection
+NO_CLASS = -1
+_WIDE, _MOST_CLASSES = 10, 99
+COLUMNS = "frame,track,left,top,width,height,confidence"
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+_INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class Box:
+    """A track's place in one frame; left and top count from 1, as MOTChallenge counts pixels."""
+
+    track: int
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def cut_out_of(self, image: np.ndarray) -> np.ndarray:
+        """Return a copy of the part of the box that is inside the image; it may be empty."""
+        rows = slice(max(floor(self.top - 1), 0), max(ceil(self.top - 1 + self.height), 0))
+        columns = slice(max(floor(self.left - 1), 0), max(ceil(self.left - 1 + self.width), 0))
+        return np.array(image[rows, columns], order="C")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of gt.txt.
+
+    Args:
+        where: for messages.
+        frame: from 1.
+        box: the track's place.
+        kind: column 8 if it is a whole number.
+        wide: True if there are ten columns or more, of which the eighth may be a world coordinate.
+    """
+
+    where: str
+    frame: int
+    box: Box
+    kind: int | None
+    wide: bool
+
+
+def whole_number(text: str) -> int | None:
+    """Parse a whole number exactly, also one written `12.0` or `1.2e1`.
+
+    Returns:
+        None if it is not a whole number, or is beyond int64.
+    """
+    if not _NUMBER.fullmatch(text.strip()):  # Decimal also takes underscores and digits of other scripts
+        return None
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:  # an exponent that Decimal cannot hold
+        return None
+    # The range first: an int of a large exponent would fill the memory.
+    return int(value) if -_INT64 <= value < _INT64 and value == value.to_integral_value() else None
+
+
+def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str, ...]]:
+    """Read gt/gt.txt or gt.txt, a box per line: frame,track,left,top,width,height,confidence and perhaps more.
+
+    Left out are, in this order:
+
+    - boxes of confidence 0, which MOTChallenge does not evaluate;
+    - boxes of track -1, which have no identity;
+    - boxes of classes other than 1, pedestrians, in a file of several classes. Column 8 is the class, in MOT16, MOT17
+      and MOT20, which have nine columns, and in VisDrone, which has ten. MOT15 has world coordinates from the eighth of
+      ten columns on: it has no classes if one of them is not a whole number up to 99. A class of -1 is none. A file of
+      one class is read entirely, whatever the class.
+
+    Visibility, column 9, is ignored.
+
+    Args:
+        root: the folder of the sequence.
+        length: the number of frames.
+
+    Returns:
+        The boxes of each frame, and a phrase for each of the last two kinds that was left out.
+
+    Raises:
+        UserError: the file is missing, a line is malformed, nothing is left, or there are several classes without 1.
+    """
+    path = root / "gt" / "gt.txt"
+    if not path.is_file():
+        path = root / "gt.txt"
+    if not path.is_file():
+        raise UserError(f"{path}: not found, nor gt/gt.txt in the same folder")
+    lines = _read_lines(path, length)
+    kinds = _kinds(lines)
+    classes = sorted({kind for kind in kinds if kind is not None})
+    listed = ", ".join(map(str, classes[:10])) + ", ..." * (len(classes) > 10)
+    if len(classes) > 1 and PEDESTRIAN not in classes:
+        raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
+    read = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
+    identified = [(line, kind) for line, kind in zip(lines, kinds, strict=True) if line.box.track != NO_IDENTITY]
+    people = [line for line, kind in identified if kind in read]
+    notes = []
+    if nobody := len(lines) - len(identified):
+        notes.append(f"{nobody} boxes without an identity ({NO_IDENTITY}) left out")
+    if others := len(identified) - len(people):
+        notes.append(f"class {PEDESTRIAN} of {listed} read: {others} boxes of other classes left out")
+    if notes and not people:
+        raise UserError(f"{path}: no box is left to read, wanted boxes of people with a track: {'; '.join(notes)}")
+    return _by_frame(people), tuple(notes)
+
+
+def _read_lines(path: Path, length: int) -> list[_Line]:
+    """Return the boxes of a confidence other than 0."""
+    content = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = (
+        _parse(f"{path}, line {number}", line, length)
+        for number, line in enumerate(content.splitlines(), start=1)
+        if line.strip()
+    )
+    return [line for line in lines if line is not None]
+
+
+def _parse(where: str, text: str, length: int) -> _Line | None:
+    got = f"{where}: got {text[:80]!r}"
+    columns = text.split(",")
+    try:
+        if not text.isascii() or "_" in text:  # which float takes
+            raise ValueError
+        left, top, width, height, confidence = [float(column) for column in columns][2:7]
+    except ValueError:
+        raise UserError(f"{got}, wanted {COLUMNS}") from None
+    frame, track = map(whole_number, columns[:2])
+    if frame is None or track is None or not all(map(isfinite, (left, top, width, height, confidence))):
+        raise UserError(f"{got}, wanted finite numbers, frame and track whole and within int64")
+    if confidence == 0:
+        return None
+    if not 1 <= frame <= length:
+        raise UserError(f"{where}: got frame {frame}, wanted 1 to {length}, the seqLength of seqinfo.ini")
+    if track < NO_IDENTITY:
+        raise UserError(f"{where}: got track {track}, wanted one from 0, or {NO_IDENTITY} for no identity")
+    if width <= 0 or height <= 0:
+        raise UserError(f"{where}: got a box of {width:g} x {height:g}, wanted a positive size")
+    kind = whole_number(columns[7]) if len(columns) > 7 else None
+    wide = len(columns) >= _WIDE
+    if kind is None and len(columns) > 7 and not wide:
+        raise UserError(f"{where}: got {columns[7][:40]!r} in column 8, wanted a class, a whole number")
+    return _Line(where, frame, Box(track, left, top, width, height), kind, wide)
+
+
+def _kinds(lines: list[_Line]) -> list[int | None]:
+    """Return the class of each box, None where it has none."""
+    in_world = any(line.wide and (line.kind is None or not NO_CLASS <= line.kind <= _MOST_CLASSES) for line in lines)
+    return [None if line.kind == NO_CLASS or (line.wide and in_world) else line.kind for line in lines]
+
+
+def _by_frame(lines: list[_Line]) -> dict[int, list[Box]]:
+    boxes: dict[int, list[Box]] = defaultdict(list)
+    for line in lines:
+        if any(box.track == line.box.track for box in boxes[line.frame]):
+            raise UserError(f"{line.where}: track {line.box.track} has a box in frame {line.frame} already")
+        boxes[line.frame].append(line.box)
+    return boxes

@@ -1,0 +1,46 @@
+"""A split out of a packed dataset, as the dataset's own reader makes it of the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from training.data.pack_file import PARTS, Pack
+from training.data.tracklets import Split, Tracklet
+from training.runtime.errors import NoSuchSplit, UserError
+
+
+def load(path: Path, dataset: str, split: int, asked: dict[str, Any]) -> Split:
+    """Read one split; no frame is looked at.
+
+    Args:
+        path: the file.
+        dataset: the one that is wanted of it.
+        split: which split, from 0.
+        asked: the options that the dataset's reader takes.
+
+    Raises:
+        UserError: the file is not a whole packed dataset, or holds another dataset, split or people.
+    """
+    pack = Pack(path)
+    about = pack.about
+    if about["dataset"] != dataset:
+        raise UserError(f"dataset: got {dataset!r}, but {path} holds {about['dataset']!r}")
+    if about["read"].get("prid") != asked.get("prid"):
+        raise UserError(f"prid: got {asked['prid']!r}, but {path} holds {about['read']['prid']!r}")
+    if asked.get("check_counts") and not about["read"]["check_counts"]:
+        raise UserError(
+            f"{path}: packed with --no-check-counts; read it with --no-check-counts too, or pack the whole dataset"
+        )
+    if str(split) not in about["splits"]:
+        raise NoSuchSplit(f"split: got {split}, wanted one of {', '.join(about['splits'])}, which {path} holds")
+    tracklets: dict[int, Tracklet] = {}  # a probe that stands in the gallery is the very same object
+
+    def read(number: int) -> Tracklet:
+        if number not in tracklets:
+            person, camera = int(pack.arrays["people"][number]), int(pack.arrays["cameras"][number])
+            tracklets[number] = Tracklet(person, camera, pack.frames_of(number), about["names"][number])
+        return tracklets[number]
+
+    train, probe, gallery = (tuple(map(read, pack.arrays[f"{split}.{part}"].tolist())) for part in PARTS)
+    return Split(train, probe, gallery, **about["splits"][str(split)])

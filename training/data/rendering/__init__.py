@@ -1,0 +1,1 @@
+"""Pictures of the synthetic dataset: people, cameras, occluders."""

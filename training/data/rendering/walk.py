@@ -1,0 +1,122 @@
+"""What a surveillance camera makes of a person who walks past it: the pictures of the synthetic dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import cos, pi
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from training.data.rendering.figures import Person, View, draw_person
+from training.data.rendering.occlusion import HEIGHT, SCALE, WIDTH, Occluder, crossings
+
+PANORAMA = 6 * WIDTH  # how much background a camera has
+
+
+@dataclass(frozen=True)
+class Camera:
+    """How a camera sees."""
+
+    view: View
+    gain: float
+    cast: tuple[float, float, float]
+    noise: float  # standard deviation, of 255
+    indoors: bool
+
+
+CAMERAS = (
+    Camera(View(yaw=0.25, facing=1, unit=108.0), gain=0.9, cast=(1.07, 1.0, 0.86), noise=5.0, indoors=True),
+    Camera(View(yaw=0.8, facing=-1, unit=100.0), gain=1.12, cast=(0.92, 1.0, 1.1), noise=7.0, indoors=False),
+)
+
+
+def render_walk(
+    person: Person,
+    camera: Camera,
+    frames: int,
+    rng: np.random.Generator,
+    occlusion: float | None = None,
+    blur: float | None = None,
+) -> Iterator[Image.Image]:
+    """Draw a person walking past a camera; walk, background, light and noise are the same at all rates.
+
+    Args:
+        person: who.
+        camera: seen by which camera.
+        frames: how many.
+        rng: for what is new each time: the stretch of background, occluders, lighting, blur, noise.
+        occlusion: expected share of the frames in which an occluder covers the MIDDLE, 0 to 1; `None`: seven tracklets
+            in ten are crossed once, which makes it a fifth.
+        blur: expected share of the frames that are smeared along the motion, 0 to 1; `None`: 0.05 in one half of the
+            tracklets, 0.35 in the other.
+
+    Yields:
+        WIDTH x HEIGHT RGB images, in order of time.
+    """
+    background = draw_background(camera)
+    pace = 5.0 * person.stride * cos(camera.view.yaw)  # the crop follows the person, so the background moves
+    begin = rng.uniform(0, PANORAMA)
+    phase = rng.uniform(0, 2 * pi)
+    unit = SCALE * camera.view.unit * rng.uniform(0.94, 1.05)
+    view = replace(camera.view, yaw=camera.view.yaw + rng.normal(0, 0.12), unit=unit)
+    occluders = [Occluder.draw(frames, rng)]
+    if occlusion is not None:
+        occluders = list(crossings(occlusion, frames, rng.spawn(1)[0]))
+    light = camera.gain * rng.uniform(0.82, 1.15)
+    smear, usual_blur = rng.random(frames), rng.choice([0.05, 0.35])
+    blurred = smear < (usual_blur if blur is None else blur)
+    jitter_x, jitter_y = rng.normal(0, 1.2, (2, frames))
+    for t in range(frames):
+        image = _crop(background, begin + camera.view.facing * pace * t)
+        canvas = ImageDraw.Draw(image)
+        centre = (WIDTH / 2 + jitter_x[t]) * SCALE
+        ground = (HEIGHT - 7 + jitter_y[t]) * SCALE
+        draw_person(canvas, person, view, centre, ground, phase + person.cadence * t)
+        for occluder in occluders:
+            occluder.draw_on(canvas, view, t)
+        light += 0.25 * (camera.gain - light) + rng.normal(0, 0.05)
+        yield _expose(image, camera, light, 5 if blurred[t] else 1, rng)
+
+
+def draw_background(camera: Camera) -> Image.Image:
+    """Draw what stands behind the people of a camera: PANORAMA pixels wide, and it joins up with itself."""
+    image = Image.new("RGB", (PANORAMA * SCALE, HEIGHT * SCALE), (172, 170, 162) if camera.indoors else (150, 156, 164))
+    canvas = ImageDraw.Draw(image)
+    wide, tall = image.size
+    floor = round(tall * (0.66 if camera.indoors else 0.58))
+    if camera.indoors:  # an airport hall: panels, doors and a sign on the wall, tiles on the floor
+        for x in range(0, wide, 48 * SCALE):
+            canvas.rectangle((x, 0, x + 2, floor), fill=(140, 138, 130))
+        for x in range(60 * SCALE, wide, 128 * SCALE):
+            canvas.rectangle((x, floor * 0.18, x + 40 * SCALE, floor), fill=(108, 116, 124), outline=(70, 74, 80))
+            canvas.rectangle((x - 44 * SCALE, 10 * SCALE, x - 8 * SCALE, 24 * SCALE), fill=(206, 172, 60))
+        canvas.rectangle((0, floor, wide, tall), fill=(126, 120, 112))
+        for x in range(0, wide, 32 * SCALE):
+            canvas.line((x, floor, x - 20 * SCALE, tall), fill=(108, 102, 96), width=2)
+    else:  # a street: shop windows, a hedge, a kerb
+        for x in range(0, wide, 96 * SCALE):
+            canvas.rectangle((x, 0, x + 54 * SCALE, floor), fill=(134, 94, 78))
+            canvas.rectangle((x + 8 * SCALE, 14 * SCALE, x + 46 * SCALE, floor * 0.7), fill=(64, 82, 98))
+            canvas.rectangle((x + 62 * SCALE, floor * 0.45, x + 90 * SCALE, floor), fill=(62, 88, 56))
+        canvas.rectangle((0, floor, wide, tall), fill=(120, 122, 124))
+        canvas.rectangle((0, tall * 0.88, wide, tall * 0.91), fill=(176, 174, 168))
+    return image
+
+
+def _crop(background: Image.Image, x: float) -> Image.Image:
+    left = round(x * SCALE) % background.width
+    crop = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE))
+    crop.paste(background, (-left, 0))
+    crop.paste(background, (background.width - left, 0))
+    return crop
+
+
+def _expose(image: Image.Image, camera: Camera, light: float, blur: int, rng: np.random.Generator) -> Image.Image:
+    """Reduce, smear `blur` pixels along the motion, light, and add the sensor's noise."""
+    pixels = np.asarray(image.reduce(SCALE), dtype=np.float32)
+    pixels = sum(np.roll(pixels, shift - blur // 2, axis=1) for shift in range(blur)) / np.float32(blur)
+    pixels = pixels * np.float32(light) * np.asarray(camera.cast, np.float32)
+    pixels = pixels + rng.standard_normal(pixels.shape, np.float32) * np.float32(camera.noise)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,139 @@
+"""A trained network, and the people it is tested on: what every command that uses a checkpoint begins with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+
+from training.config.settings import Settings, choose_device, environment
+from training.data import Dataset, load_split
+from training.data.tracklets import Split
+from training.engine import checkpoint
+from training.engine.checkpoint import Checkpoint
+from training.model.network import Network
+from training.model.operators import Ops
+from training.model.weights import load_weights
+from training.runtime import distributed
+from training.runtime.atomic_files import resolved
+from training.runtime.errors import UserError
+
+
+@dataclass(kw_only=True)
+class UseOptions:
+    """How a trained network is used. What is not given is as it was in training."""
+
+    dataset: Dataset | None = None
+    """What to use it on."""
+    data_root: Path | None = None
+    """The dataset's folder, or a file made of it by training.pack."""
+    split: int | None = None
+    """Which of the dataset's splits, from 0."""
+    check_counts: bool = True
+    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; what was trained on is as it was."""
+    ops: Ops | None = None
+    """The library's operators or their plain PyTorch twins."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and who it is tested on.
+
+    network: on its device.
+    split: what it is tested on.
+    dataset, number: which split that is.
+    settings: what it was trained by.
+    ops: which operators it runs, "fast" or "reference".
+    epoch: how many epochs it was trained for.
+    saved: the checkpoint.
+    """
+
+    network: Network
+    split: Split
+    dataset: Dataset
+    number: int
+    settings: Settings
+    ops: Ops
+    epoch: int
+    saved: Checkpoint
+
+
+def load_trained(path: Path, options: UseOptions) -> Trained:
+    """Read a checkpoint and the split to test it on.
+
+    Args:
+        path: folder of a run, or of one checkpoint.
+        options: what is to be other than in training.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be used, or the people searched for were trained on.
+    """
+    saved = checkpoint.load(path)
+    settings = Settings.of(saved)
+    recipe, ops = settings.recipe, options.ops or settings.ops
+    dataset = options.dataset or recipe.dataset
+    # Another dataset does not lie where the one trained on did, nor is it split alike.
+    root, number = (settings.data_root, settings.split) if dataset == recipe.dataset else (None, 0)
+    root = resolved(options.data_root) if options.data_root else root
+    number = number if options.split is None else options.split
+    check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
+    split = distributed.main_first(
+        lambda: load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
+    )
+    seen = {tracklet.person for tracklet in split.probe} & set(saved.config["people"])
+    # A MOT sequence searches for the people trained on, by later frames, and says so.
+    if seen and dataset == recipe.dataset != "mot":
+        line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"
+        if root == settings.data_root:
+            raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
+        warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
+    network = load_network(saved, ops, choose_device(options.device))
+    return Trained(network, split, dataset, number, settings, ops, saved.training["epoch"], saved)
+
+
+def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Network:
+    """The network of a checkpoint, on a device.
+
+    Args:
+        saved: the checkpoint.
+        ops: which operators it is to run; `None` for those it was trained with.
+        device: where to.
+
+    Raises:
+        UserError: the checkpoint is not of this version, or of another network than it says.
+    """
+    settings = Settings.of(saved)
+    recipe = replace(settings.recipe, weights="random")  # its tensors come from the checkpoint
+    network = Network(recipe, len(saved.config["people"]), ops or settings.ops).to(device)
+    load_weights(network, saved.model, str(saved.folder))
+    return network
+
+
+def provenance(saved: Checkpoint, device: torch.device) -> dict[str, Any]:
+    """What is written beside all that comes out of a checkpoint's network, as JSON values.
+
+    Returns:
+        "checkpoint": its folder; "epoch": how many it was trained for; "network": a hash of its tensors; "config": its
+        config.json, with the seed and the environment it was trained in; "environment": the one it is used in.
+    """
+    return {
+        "checkpoint": str(saved.folder.resolve()),
+        "epoch": saved.training["epoch"],
+        "network": hashlib.sha256(safetensors.torch.save(saved.model)).hexdigest(),
+        "config": saved.config,
+        "environment": environment(device),
+    }
+
+
+def flat(about: Mapping[str, Any]) -> dict[str, str]:
+    """JSON values as a file's metadata can hold them: strings as they are, the others as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}

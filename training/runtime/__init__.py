@@ -1,0 +1,1 @@
+"""Commands, errors, files and processes."""
