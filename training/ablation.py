@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from training.config.settings import Options as RunOptions
 from training.config.settings import resolve
@@ -32,6 +31,7 @@ from training.reports.ablation_table import check_page, fill_page, markdown
 from training.runtime.atomic_files import write_whole
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 from training.show.picture import png
 
 # As Table 1 names them, in its order.
@@ -148,14 +148,13 @@ def ablate(options: Options) -> None:
     Raises:
         UserError: an option is out of range, the page has no place for the table, or the output holds something else.
     """
-    console = Console()
     planned = cells(options)
     if options.readme:
         check_page(options.readme)
     for cell in planned:
         synthetic.generate(cell.data(options.output), options.people, occlusion=cell.occlusion, blur=options.blur)
     try:
-        records = _train(planned, options, console)
+        records = _train(planned, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues in {options.output}") from None
     ablation = {
@@ -176,14 +175,14 @@ def ablate(options: Options) -> None:
             fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
     except OSError as error:
         raise UserError(f"output: {error}") from error
-    console.print(table, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"plot: {options.output / PLOT}", highlight=False, markup=False, soft_wrap=True)
+    say(table)
+    say(f"plot: {options.output / PLOT}")
 
 
-def _train(planned: list[Cell], options: Options, console: Console) -> dict[Cell, dict[str, Any]]:
+def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
     """Have each run trained that is not yet, and return the results of its last epoch."""
     line = f"{len(planned)} runs in {options.output}, {options.jobs} side by side"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(line)
     records = {}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _begin_worker) as pool:
         try:
@@ -193,7 +192,7 @@ def _train(planned: list[Cell], options: Options, console: Console) -> dict[Cell
                 records[cell] = record
                 where = f"{len(records)}/{len(planned)}  occlusion {cell.occlusion:g}  seed {cell.seed}  {cell.row}"
                 scores = f"rank-1 {100 * record['rank-1']:.1f}  mAP {100 * record['mAP']:.1f}"
-                console.print(f"{where}  {scores}", highlight=False, markup=False, soft_wrap=True)
+                say(f"{where}  {scores}")
         except BrokenProcessPool as error:
             line = "a run's process was killed, perhaps for want of memory"
             raise UserError(f"{line}; the same command continues, --jobs 1 needs less") from error

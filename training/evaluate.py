@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from training.engine.load_trained import UseOptions, load_trained, provenance
 from training.evaluation.protocols import ProtocolName
@@ -22,6 +21,7 @@ from training.evaluation.scoring import score
 from training.runtime import distributed
 from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import run_command
+from training.runtime.terminal import say
 
 
 @dataclass
@@ -46,11 +46,10 @@ def evaluate(options: Options) -> Result:
     Raises:
         UserError: the checkpoint or the data cannot be used, or the protocol does not fit the data.
     """
-    console = Console(quiet=not distributed.is_main())
     if options.output:
         check_output(options.output, ".json")
     trained = load_trained(options.checkpoint, options)
-    console.print(trained.split.description, highlight=False, markup=False, soft_wrap=True)
+    say(trained.split.description)
     settings = trained.settings
     ranking = score(
         trained.network,
@@ -63,7 +62,7 @@ def evaluate(options: Options) -> Result:
     processes = trained.saved.config["environment"]["processes"]
     how = settings.speed, settings.resize, settings.sync_bn, processes
     result = Result(settings.recipe, trained.ops, trained.epoch, ranking, *how)
-    console.print(result_table([result.record()]))
+    say(result_table([result.record()]))
     if options.output:
         about = provenance(trained.saved, next(trained.network.parameters()).device)
         content = {**about, "data": trained.split.description, "result": result.record()}

@@ -22,8 +22,6 @@ import numpy as np
 import safetensors.numpy
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from training.data import Dataset, PridPeople, load_split, reader_options
 from training.data.pack_file import CHECKSUM, HEADER, MAGIC, PARTS, Pack
@@ -31,6 +29,7 @@ from training.data.tracklets import Split, Tracklet, decode, encoded
 from training.runtime.atomic_files import aside, to_disk
 from training.runtime.command import run_command
 from training.runtime.errors import NoSuchSplit, UserError
+from training.runtime.terminal import say, track
 
 Source: TypeAlias = "Path | np.ndarray"
 
@@ -74,21 +73,20 @@ def pack(options: Options) -> None:
     Raises:
         UserError: the dataset cannot be read, a frame is no image, or the file cannot be written or is something else.
     """
-    console = Console()
     content = _read(options)
     output = options.output
     size = f"{len(content.sources)} frames of {len(content.about['names'])} tracklets"
     if output.exists():
         why = _differs(output, content)
         if why is None:
-            _say(console, f"{output}: {size}, each checked; left as it is")
+            say(f"{output}: {size}, each checked; left as it is")
             return
-        _say(console, f"{output}: {why}; made again")
+        say(f"{output}: {why}; made again")
     try:
         _write(output, content)
     except OSError as error:
         raise UserError(f"output: {output} cannot be written ({error})") from None
-    _say(console, f"{output}: {size}, {output.stat().st_size / 2**20:.1f} MiB")
+    say(f"{output}: {size}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
 def _read(options: Options) -> _Content:
@@ -180,7 +178,7 @@ def _differs(path: Path, content: _Content) -> str | None:
         return f"made of {next(iter(was['splits'].values()))['description']}"
     if was != now or any(not np.array_equal(made.arrays[name], array) for name, array in content.arrays.items()):
         return "made of other tracklets"
-    for number, source in enumerate(_shown(content.sources, "Checking frames")):
+    for number, source in enumerate(track(content.sources, "Checking frames", len(content.sources))):
         try:
             image_file = made.encoded(number)
         except UserError as error:
@@ -212,7 +210,7 @@ def _fill(file: BinaryIO, content: _Content) -> None:
     """Write frames, index and, once these are on the disk, the header."""
     offsets, checksums = [HEADER.size], []
     file.write(bytes(HEADER.size))
-    for source in _shown(content.sources, "Packing frames"):
+    for source in track(content.sources, "Packing frames", len(content.sources)):
         image_file = _image_file(source, content.pixels)
         if isinstance(source, Path) and not content.pixels:
             decode(image_file, source)  # else it was by now: what cannot be read is not packed
@@ -251,15 +249,6 @@ def _image_file(source: Source, pixels: bool) -> bytes:
     else:
         Image.fromarray(frame).save(made, "PNG", compress_level=6)
     return made.getvalue()
-
-
-def _shown(sources: list[Source], what: str) -> Iterator[Source]:
-    console = Console(stderr=True)
-    yield from track(sources, what, transient=True, console=console, disable=not console.is_terminal)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

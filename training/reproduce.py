@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 
 from training.config.presets import changed
 from training.config.settings import Options as RunOptions
@@ -32,6 +31,7 @@ from training.reports.paper_table import NOTE, Results, compare, markdown, termi
 from training.runtime.atomic_files import write_whole
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 
 # Which of the paper's datasets a table is of, and the figures that it gives.
 DATASETS: dict[int, tuple[Dataset, ...]] = {1: ("ilids-vid", "prid-2011"), 3: ("mars",)}
@@ -109,17 +109,16 @@ def reproduce(options: Options) -> dict[str, Any]:
         UserError: the options or the data cannot be used, a folder holds other runs, or training diverged.
         KeyboardInterrupt: it was interrupted; the message says what continues it.
     """
-    console = Console()
     plan = _plan(options)
     # All of them before anything is trained: what is missing is told at once.
     data, *_ = [read_split(resolve(plan.run(plan.rows[0], split), None)).description for split in range(plan.splits)]
     try:
-        content = _run_all(plan, data, console)
+        content = _run_all(plan, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command continues in {plan.output}") from None
-    console.print(terminal(content["title"], content["rows"], plan.scores))
+    say(terminal(content["title"], content["rows"], plan.scores))
     for line in (*content["notes"], f"table.md, table.json and the runs are in {plan.output}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     return content
 
 
@@ -183,7 +182,7 @@ def _rows(table: int) -> list[str]:
     return [name for name, row in ROWS.items() if DATASETS[table][0] in row.paper]
 
 
-def _run_all(plan: _Plan, data: str, console: Console) -> dict[str, Any]:
+def _run_all(plan: _Plan, data: str) -> dict[str, Any]:
     """Read the runs that are finished and train the others, row by row; what the table holds at the end."""
     results: dict[str, dict[int, Results]] = {row: {} for row in plan.rows}
     runs = [(row, split) for row in plan.rows for split in range(plan.splits)]
@@ -192,7 +191,7 @@ def _run_all(plan: _Plan, data: str, console: Console) -> dict[str, Any]:
         if (row, split) not in missing:
             results[row][split] = _result(plan, row, split)
     if len(missing) < len(runs):
-        console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already", highlight=False)
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already")
     if missing:
         _check_weights(plan)
     started = time.perf_counter()
@@ -200,7 +199,7 @@ def _run_all(plan: _Plan, data: str, console: Console) -> dict[str, Any]:
         seconds = (time.perf_counter() - started) / max(done, 1) * (len(missing) - done)
         eta = f"ETA {timedelta(seconds=round(seconds))}" if done else "ETA after this one"
         line = f"run {len(runs) - len(missing) + done + 1} of {len(runs)}: {row}, split {split}; {eta}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
         results[row][split] = _result(plan, row, split)
         _write(plan, _content(plan, data, results))
     content = _content(plan, data, results)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -34,6 +33,7 @@ from training.retrieval.faiss_index import Index
 from training.retrieval.feature_file import FeatureFile, open_features
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 
 CHECKED = 100  # queries that an approximate search is held to the exact one by
 
@@ -88,7 +88,6 @@ def search(options: Options) -> list[Hit]:
     Raises:
         UserError: the options or the files cannot be used, the features are of different networks, or faiss is missing.
     """
-    console = Console()
     if options.top < 1:
         raise UserError(f"top: got {options.top}, wanted at least 1")
     gallery, device = open_features(options.gallery), choose_device(options.device)
@@ -98,14 +97,14 @@ def search(options: Options) -> list[Hit]:
     if options.index == "exact":
         similarity, rows = nearest(queries, gallery, count, device)
     else:
-        similarity, rows = _approximate(queries, gallery, count, device, console)
+        similarity, rows = _approximate(queries, gallery, count, device)
     hits = [
         Hit(name, rank, float(value), gallery.people[row], gallery.cameras[row], gallery.names[row])
         for name, values, found in zip(names, similarity, rows, strict=True)
         for rank, (value, row) in enumerate(zip(values, found.tolist(), strict=True), start=1)
         if row >= 0
     ]
-    console.print(_table(hits, f"{options.index}, of {gallery.rows} in {options.gallery}"))
+    say(_table(hits, f"{options.index}, of {gallery.rows} in {options.gallery}"))
     return hits
 
 
@@ -156,14 +155,8 @@ def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None
         raise UserError(f"query: got features of network {network[:12]}, wanted those of the gallery's, {where}")
 
 
-def _approximate(
-    queries: Tensor, gallery: FeatureFile, count: int, device: torch.device, console: Console
-) -> tuple[Floats, Ints]:
+def _approximate(queries: Tensor, gallery: FeatureFile, count: int, device: torch.device) -> tuple[Floats, Ints]:
     """What the index finds; how much of the truth that is, for the first queries, is shown."""
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     index = Index(gallery, say)
     started = time.perf_counter()
     similarity, rows = index.nearest(queries, count)

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from training.config.presets import Recipe
 from training.config.settings import Options, Settings, resolve
@@ -22,6 +21,7 @@ from training.runtime import distributed
 from training.runtime.atomic_files import resolved
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 
 
 def train(options: Options) -> None:
@@ -34,7 +34,6 @@ def train(options: Options) -> None:
         UserError: the options, the data or the checkpoint cannot be used, or training diverged.
         KeyboardInterrupt: it was interrupted; the message says what continues it.
     """
-    console = Console(quiet=not distributed.is_main())
     resumed = checkpoint.load(options.resume) if options.resume else None
     settings = resolve(options, Settings.of(resumed) if resumed else None)
     run = distributed.from_main(lambda: _run_folder(options, settings.recipe))
@@ -42,16 +41,16 @@ def train(options: Options) -> None:
     epochs = settings.recipe.epochs
     if resumed and resumed.training["epoch"] >= epochs:
         line = f"epoch {resumed.training['epoch']} is reached already, of {epochs}: nothing to train"
-        console.print(f"{line}; --epochs asks for more", highlight=False, markup=False, soft_wrap=True)
+        say(f"{line}; --epochs asks for more")
     try:
         split = distributed.main_first(lambda: read_split(settings))  # which may render it
-        records = train_run(run, settings, split, resumed, options, console)
+        records = train_run(run, settings, split, resumed, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_kept(run)}") from None
     except OSError as error:
         raise UserError(f"output: {error}; {_kept(run)}") from error
     if distributed.is_main():
-        console.print(result_table(records))
+        say(result_table(records))
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

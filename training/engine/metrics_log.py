@@ -18,6 +18,7 @@ from training.evaluation.result import Result
 from training.runtime.atomic_files import write_whole
 from training.runtime.command import uninterrupted
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 
 METRICS = "metrics.jsonl"
 
@@ -114,7 +115,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Show one line to people."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, self._console)
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from training.config.settings import Options, Settings, choose_device, differences, resolve, trained_on
 from training.data.tracklets import Split
 from training.engine import checkpoint
@@ -57,7 +55,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     if resumed and not (folder / METRICS).is_file():
         raise UserError(f"output: {folder / METRICS} is missing, wanted what the run measured; remove {folder}")
     try:
-        records = train_run(folder, settings, split, resumed, options, Console())
+        records = train_run(folder, settings, split, resumed, options)
         results = [{name: value for name, value in record.items() if name != "kind"} for record in records]
         config = settings.fitted(split).config(split, choose_device(options.device))
         write_whole(folder / RESULT, json.dumps({**config, "results": results}, indent=2) + "\n")

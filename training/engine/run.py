@@ -36,6 +36,7 @@ from training.model.weights import first_line, load_weights
 from training.runtime import distributed
 from training.runtime.atomic_files import LOCK, aside, held, write_whole
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 from training.show.board import pictures
 
 
@@ -48,7 +49,7 @@ def read_split(settings: Settings) -> Split:
 
 
 def train_run(
-    run: Path, settings: Settings, split: Split, resumed: Checkpoint | None, options: Options, console: Console
+    run: Path, settings: Settings, split: Split, resumed: Checkpoint | None, options: Options
 ) -> list[dict[str, Any]]:
     """Train in a folder, from the beginning or from a checkpoint, and return the results in order of epochs.
 
@@ -60,13 +61,12 @@ def train_run(
         split: the one that the settings name.
         resumed: where to begin, if not at the beginning.
         options: how many workers read frames, on which device, and whether pictures are drawn.
-        console: where people read.
 
     Raises:
         UserError: the checkpoint is of other data or another network, or training diverged.
         OSError: the folder cannot be written.
     """
-    console.print(split.description, highlight=False, markup=False, soft_wrap=True)
+    say(split.description)
     people = len(split.train_people)
     if resumed and any(resumed.config[name] != value for name, value in trained_on(split).items()):
         raise UserError(f"resume: the run was trained on other data ({resumed.config['data']})")
@@ -74,7 +74,7 @@ def train_run(
     recipe, device = settings.recipe, choose_device(options.device)
     if recipe.people != asked:
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
     sampler = make_sampler(recipe, split.train)
     sampler.deal_out(distributed.rank(), distributed.world())
 
@@ -87,7 +87,7 @@ def train_run(
     # While CUDA graphs are captured no other thread may call CUDA, as one that pins memory does.
     pin = device.type == "cuda" and not settings.speed.cuda_graph
     loader = make_loader(split.train, sampler, recipe.frames, options.workers, resize, pin)
-    logged = _logged(run, config, trainer, recipe, console) if distributed.is_main() else nullcontext()
+    logged = _logged(run, config, trainer, recipe) if distributed.is_main() else nullcontext()
     with workers.explained(), logged as log:
         if log:
             size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
@@ -110,7 +110,7 @@ def train_run(
         sampler.set_epoch(0)
         with workers.explained():
             clips, labels = to_input(next(iter(loader)), trainer.network, settings.speed)
-        console.print(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
+        say(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
     return [record for record in log.records if record["kind"] == "result"]
 
 
@@ -146,12 +146,12 @@ def _make_trainer(settings: Settings, people: int, device: torch.device, resumed
 
 
 @contextmanager
-def _logged(run: Path, config: dict[str, Any], trainer: Trainer, recipe: Recipe, console: Console) -> Iterator[RunLog]:
+def _logged(run: Path, config: dict[str, Any], trainer: Trainer, recipe: Recipe) -> Iterator[RunLog]:
     """Write in a run's folder, which no other process does meanwhile."""
     run.mkdir(parents=True, exist_ok=True)
     with held(run):
         write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
-        with RunLog(run, console, epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
+        with RunLog(run, Console(), epochs=recipe.epochs, epoch=trainer.epoch, step=trainer.step) as log:
             yield log
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from training.engine.load_trained import UseOptions, flat, load_trained, provenance
 from training.evaluation.features import extract
 from training.retrieval.feature_file import SUFFIX, write_features
 from training.runtime.atomic_files import check_output
+from training.runtime.terminal import say
 
 
 @dataclass
@@ -35,10 +34,9 @@ def export_features(options: Options) -> None:
     Raises:
         UserError: the checkpoint or the data cannot be used, a feature is not finite, or the file cannot be written.
     """
-    console = Console()
     check_output(options.output, SUFFIX)
     trained = load_trained(options.checkpoint, options)
-    console.print(trained.split.description, highlight=False, markup=False, soft_wrap=True)
+    say(trained.split.description)
     tracklets = getattr(trained.split, options.part)
     device = next(trained.network.parameters()).device
     about = {
@@ -55,4 +53,4 @@ def export_features(options: Options) -> None:
     people, cameras, names = zip(*((t.person, t.camera, t.name) for t in tracklets), strict=True)
     write_features(options.output, features, people, cameras, names, flat(about))
     line = f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(line)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from training.config.settings import choose_device
@@ -24,6 +23,7 @@ from training.model.weights import first_line
 from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import need
 from training.runtime.errors import UserError
+from training.runtime.terminal import say
 
 TOLERANCE = 1e-4  # between the exported network and the eager one, relative to an output's largest element
 _LEAST = 3  # frames, where their number is free: torch.export takes 0, 1 and 2 apart
@@ -120,7 +120,7 @@ def export_model(options: Options) -> float:
     write_output(options.output, written)
     size = f"{len(written) / 2**20:.1f} MiB"
     line = f"{options.output}: {about['input']}, ops {options.ops}, {size}; off by {apart:.1e} of the largest element"
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    say(line)
     return apart
 
 

@@ -10,11 +10,11 @@ if __name__ == "__main__":
 from typing import Annotated, TypeAlias
 
 import tyro
-from rich.console import Console
 from tyro.conf import subcommand
 
 from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import run_command
+from training.runtime.terminal import say
 from training.show import ablation, cmc, features, ranking
 from training.show.picture import png
 
@@ -43,7 +43,7 @@ def main(options: features.Options | ranking.Options | cmc.Options | ablation.Op
         case ablation.Options():
             figure = ablation.show(options)
     write_output(options.output, png(figure))
-    Console().print(f"picture: {options.output}", highlight=False, markup=False, soft_wrap=True)
+    say(f"picture: {options.output}")
 
 
 if __name__ == "__main__":

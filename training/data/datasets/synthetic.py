@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from scipy.io import savemat
 
 from training.data.datasets import ilids_vid
@@ -18,6 +16,7 @@ from training.data.rendering.figures import Person
 from training.data.rendering.walk import CAMERAS, render_walk
 from training.data.tracklets import Split
 from training.runtime.errors import UserError
+from training.runtime.terminal import track
 
 DEFAULT_ROOT = Path("data/synthetic")
 PEOPLE, SEED = 60, 0
@@ -116,8 +115,7 @@ def _write(root: Path, people: int, seed: int, occlusion: float | None, blur: fl
     savemat(matlab, {"ls_set": np.stack(rows)})  # type: ignore[arg-type]  # files are fine, the stubs say no
     timeless = b"MATLAB 5.0 MAT-file".ljust(116)  # scipy writes the time of day into this free text
     (root / ilids_vid.SPLITS).write_bytes(timeless + matlab.getvalue()[len(timeless) :])
-    everyone = track(range(1, people + 1), "Rendering people", transient=True, console=Console(stderr=True))
-    for number in everyone:
+    for number in track(range(1, people + 1), "Rendering people", people):
         person = Person.draw(np.random.default_rng((seed, number)))
         for camera_number, camera in enumerate(CAMERAS, start=1):
             rng = np.random.default_rng((seed, number, camera_number))
