@@ -17,18 +17,17 @@ from benchmarks import contenders, measure
 from benchmarks.stages import STAGES, Stages
 from benchmarks.table import Row
 from training.config.presets import RECIPES
-from training.config.recipe import MOST, Recipe
-from training.config.step import PLAIN, Speed
+from training.config.recipe import Recipe
+from training.config.step import StepConfig
 from training.data import load_split
 from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import Resize
-from training.data.sampler import make_sampler
-from training.engine.build import make_optimizer
+from training.engine.build import make_optimizer, make_sampler
 from training.engine.metrics_log import RunLog
 from training.engine.trainer import Trainer
 from training.model.losses import Losses
 from training.model.network import Network
-from training.model.operators import Ops
+from training.runtime.fields import MOST, update
 
 END_TO_END = ("frames/s", "x reference", "step ms")
 WHY, NOT_HERE = "left out", "n/a"
@@ -42,6 +41,9 @@ WITHIN = {"off": (1e-4, 1e-2), "bfloat16": (5e-2, 3e-1)}
 ZERO = 1e-9
 
 
+EAGER_REFERENCE = StepConfig("reference")
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """How frames become steps; as it stands, the reference.
@@ -49,36 +51,35 @@ class Pipeline:
     packed: whether frames are in one file, as encoded or as pixels; else each is in its own.
     """
 
-    ops: Ops = "reference"
     packed: Literal["no", "encoded", "pixels"] = "no"
     resize: Resize = "pillow"
-    speed: Speed = PLAIN
+    step: StepConfig = EAGER_REFERENCE
 
     def exact(self) -> Pipeline:
         """What it computes of a batch, whatever that was read from and however its numbers are rounded."""
-        return Pipeline(self.ops, speed=replace(self.speed, amp="off"))
+        return Pipeline(step=replace(self.step, amp="off"))
 
 
 REFERENCE = "reference"
-OURS = Pipeline("fast", packed="pixels", resize="device")
+OURS = Pipeline(packed="pixels", resize="device", step=StepConfig("fast"))
 
 
 # The reference, each switch alone on it, and ours: as it is, then with what a step can be computed by.
 PIPELINES = {
     REFERENCE: Pipeline(),
-    "fast ops": Pipeline(ops="fast"),
+    "fast ops": Pipeline(step=StepConfig("fast")),
     "packed frames": Pipeline(packed="encoded"),
     "packed pixels": Pipeline(packed="pixels"),
     "resize on the device": Pipeline(resize="device"),
-    "channels last": Pipeline(speed=Speed(channels_last=True)),
-    "bfloat16 autocast": Pipeline(speed=Speed(amp="bfloat16")),
-    "compiled backbone": Pipeline(speed=Speed(compile_backbone=True)),
-    "fast ops, CUDA-graphed RRU": Pipeline(ops="fast", speed=Speed(cuda_graph=True)),
+    "channels last": Pipeline(step=StepConfig("reference", channels_last=True)),
+    "bfloat16 autocast": Pipeline(step=StepConfig("reference", amp="bfloat16")),
+    "compiled backbone": Pipeline(step=StepConfig("reference", compile_backbone=True)),
+    "fast ops, CUDA-graphed RRU": Pipeline(step=StepConfig("fast", cuda_graph=True)),
     "ours": OURS,
-    "ours, channels last": replace(OURS, speed=Speed(channels_last=True)),
-    "ours, channels last, bfloat16": replace(OURS, speed=Speed("bfloat16", channels_last=True)),
-    "ours, channels last, compiled": replace(OURS, speed=Speed(channels_last=True, compile_backbone=True)),
-    "ours, channels last, compiled, bfloat16": replace(OURS, speed=Speed("bfloat16", True, True)),
+    "ours, channels last": replace(OURS, step=StepConfig("fast", channels_last=True)),
+    "ours, channels last, bfloat16": replace(OURS, step=StepConfig("fast", "bfloat16", channels_last=True)),
+    "ours, channels last, compiled": replace(OURS, step=StepConfig("fast", channels_last=True, compile_backbone=True)),
+    "ours, channels last, compiled, bfloat16": replace(OURS, step=StepConfig("fast", "bfloat16", True, True)),
 }
 
 
@@ -97,8 +98,8 @@ class Section:
 
 
 def _of(recipe: str, **changes: Any) -> Recipe:
-    made = replace(RECIPES[recipe], dataset="ilids-vid", weights="random", epochs=MOST, compare_ops=False)
-    return replace(made, **changes)
+    fixed = {"dataset": "ilids-vid", "weights": "random", "epochs": MOST, "compare_ops": False}
+    return update(RECIPES[recipe], **fixed, **changes)
 
 
 CPU = {
@@ -135,19 +136,19 @@ class Runner:
     """A pipeline at work: the trainer, its loader and its log."""
 
     def __init__(self, pipeline: Pipeline, run: Run, dtype: torch.dtype = torch.float32) -> None:
-        recipe = replace(run.section.recipe, batches=run.section.steps)
-        pipeline.speed.check(run.device, pipeline.ops, recipe)
+        recipe = update(run.section.recipe, batches=run.section.steps)
+        pipeline.step.check(run.device, recipe)
         root = run.data if pipeline.packed == "no" else packed(run.data, pipeline.packed)
         split = load_split("ilids-vid", root, 0, check_counts=False)
         torch.manual_seed(0)
-        network = Network(recipe, len(split.train_people), pipeline.ops, pipeline.speed.cuda_graph)
+        network = Network(recipe.model, len(split.train_people), pipeline.step.ops, pipeline.step.cuda_graph)
         network.to(run.device, dtype)
-        losses = Losses(recipe, pipeline.ops)
-        self.trainer = Trainer(network, losses, make_optimizer(network, recipe), pipeline.speed)
+        losses = Losses(recipe.loss, pipeline.step.ops)
+        self.trainer = Trainer(network, losses, make_optimizer(network, recipe.optim), pipeline.step)
         self.sampler = make_sampler(recipe, split.train)
         size = network.backbone.size if pipeline.resize == "pillow" else None
-        pin = run.device.type == "cuda" and not pipeline.speed.cuda_graph  # as in training.train
-        self.loader = make_loader(split.train, self.sampler, recipe.frames, run.section.workers, size, pin)
+        pin = run.device.type == "cuda" and not pipeline.step.cuda_graph  # as in training.train
+        self.loader = make_loader(split.train, self.sampler, recipe.batch.frames, run.section.workers, size, pin)
         self.log = RunLog(Path(mkdtemp(dir=run.data.parent)), Console(quiet=True), epochs=recipe.epochs)
         self.device = run.device
         self.shares: list[dict[str, float]] = []
@@ -188,10 +189,11 @@ class Runner:
 
 def rows(run: Run) -> list[Row]:
     """Check every pipeline, time those that are right, and tell of all."""
-    frames = run.section.recipe.people * run.section.recipe.clips * run.section.recipe.frames
+    batch = run.section.recipe.batch
+    frames = batch.people * batch.clips * batch.frames
     right, refused = _sifted(run)
     ends = _timed(right, run)
-    shape = [frames // run.section.recipe.frames, run.section.recipe.frames, 3]
+    shape = [frames // batch.frames, batch.frames, 3]
     shape += right[REFERENCE].trainer.network.backbone.size
     columns = [*END_TO_END, *(f"{stage} %" for stage in STAGES), WHY]
     found = []
@@ -219,11 +221,11 @@ def _sifted(run: Run) -> tuple[dict[str, Runner], dict[str, str]]:
         runners, frames = {REFERENCE: reference}, {REFERENCE: 0.0}
         # Every loader's workers begin before any network has trained: each keeps what memory held when it was forked.
         for name, pipeline in PIPELINES.items():
-            if pipeline.speed.cuda_graph and run.device.type != "cuda":
+            if pipeline.step.cuda_graph and run.device.type != "cuda":
                 refused[name] = f"{NOT_HERE} on a {run.device.type.upper()}"
-            elif pipeline.speed.amp != "off" and not measure.has_bfloat16(run.device):
+            elif pipeline.step.amp != "off" and not measure.has_bfloat16(run.device):
                 refused[name] = f"{NOT_HERE}: this processor has no bfloat16"
-            elif pipeline.speed.compile_backbone and not run.section.compiled:
+            elif pipeline.step.compile_backbone and not run.section.compiled:
                 refused[name] = f"{NOT_HERE}: compilation takes minutes"
             elif name != REFERENCE:
                 with _or_why(name, refused):
@@ -271,7 +273,7 @@ def _compared(
         told += f", {what} loss within {off[0]:.1e} and weights within {off[1]:.1e}"
     compared = [(frames, LEVELS + ROUNDING if pipeline.resize == "device" else 0.0)]
     compared += zip(exact, EXACT, strict=True)
-    compared += [*zip(rounded, WITHIN[pipeline.speed.amp], strict=True)][: 1 + section.steady]
+    compared += [*zip(rounded, WITHIN[pipeline.step.amp], strict=True)][: 1 + section.steady]
     return told, all(off <= limit for off, limit in compared)
 
 

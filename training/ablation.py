@@ -21,17 +21,17 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from training.config.settings import Options as RunOptions
-from training.config.settings import resolve
 from training.data.datasets import synthetic
-from training.engine import checkpoint
-from training.engine import resumable_run as experiment
+from training.engine import checkpoint, resumable_run
+from training.engine.options import Options as RunOptions
+from training.engine.options import make_options
 from training.reports.ablation_plot import draw
 from training.reports.ablation_table import check_page, fill_page, markdown
 from training.runtime.atomic_files import write_whole
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
+from training.show.board import pictures
 from training.show.picture import png
 
 # As Table 1 names them, in its order.
@@ -104,7 +104,7 @@ class Cell:
 
     def run_options(self, options: Options) -> RunOptions:
         """How it is trained."""
-        return RunOptions(
+        return make_options(
             recipe="quick",
             row=self.row,
             dataset="ilids-vid",  # its layout: the dataset "synthetic" is the set without rates
@@ -138,7 +138,7 @@ def cells(options: Options) -> list[Cell]:
         raise UserError(f"people: got {options.people}, wanted at least 4: two to train on, two held out")
     rates, rows = sorted(set(options.occlusion)), [row for row in ROWS if row in options.rows]
     found = [Cell(rate, row, seed) for rate in rates for seed in range(options.seeds) for row in rows]
-    resolve(found[0].run_options(options), None)
+    found[0].run_options(options)  # raises where options do not go together
     return found
 
 
@@ -212,7 +212,7 @@ def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"output: {error}") from error
     with log, redirect_stdout(log):
-        return experiment.run(cell.run_options(options))[-1]
+        return resumable_run.run(cell.run_options(options), pictures)[-1]
 
 
 def _begin_worker() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from training.engine.load_trained import UseOptions, load_trained, provenance
+from training.engine.run_record import describe
 from training.evaluation.protocols import ProtocolName
 from training.evaluation.ranking import Rerank, Ties
 from training.evaluation.result import Result, result_table
@@ -57,11 +58,10 @@ def evaluate(options: Options) -> Result:
         protocol=options.protocol,
         ties=options.ties,
         rerank=options.rerank,
-        resize=settings.resize,
+        resize=settings.source.resize,
     )
-    processes = trained.saved.config["environment"]["processes"]
-    how = settings.speed, settings.resize, settings.sync_bn, processes
-    result = Result(settings.recipe, trained.ops, trained.epoch, ranking, *how)
+    made_by = {**describe(settings, trained.saved.config["environment"]["processes"]), "ops": trained.ops}
+    result = Result(made_by, trained.epoch, ranking)
     say(result_table([result.record()]))
     if options.output:
         about = provenance(trained.saved, next(trained.network.parameters()).device)

@@ -10,52 +10,44 @@ if __name__ == "__main__":
 import json
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from training.config.presets import changed
-from training.config.settings import Options as RunOptions
-from training.config.settings import resolve
-from training.config.table1 import ROWS
+from training.config.presets import PAPER, diff_from_preset
+from training.config.recipe import Recipe
+from training.config.settings import Settings
+from training.config.step import StepConfig
+from training.config.table1 import FULL, ROWS, paper_figures
 from training.data import Dataset
+from training.data.config import SourceConfig
+from training.engine.options import Base, Machine, base_settings, parse_known, parse_over
+from training.engine.options import Options as RunOptions
 from training.engine.resumable_run import RESULT, run
 from training.engine.run import read_split
-from training.model.operators import Ops
 from training.model.weights import download_inception
 from training.reports.paper_table import NOTE, Results, compare, markdown, terminal
 from training.runtime.atomic_files import write_whole
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+from training.runtime.fields import flatten, update
 from training.runtime.terminal import say
+from training.show.board import pictures
 
 # Which of the paper's datasets a table is of, and the figures that it gives.
 DATASETS: dict[int, tuple[Dataset, ...]] = {1: ("ilids-vid", "prid-2011"), 3: ("mars",)}
 SCORES = {1: ("rank-1", "rank-5", "rank-20"), 3: ("mAP", "rank-1", "rank-5", "rank-20")}
 OTHERS: tuple[Dataset, ...] = ("synthetic", "mot")  # without figures of the paper's
 SPLITS: dict[Dataset, int] = {"ilids-vid": 10, "prid-2011": 10, "synthetic": 10, "mars": 1, "mot": 1}
-_OF_A_RUN = (
-    "data_root",
-    "epochs",
-    "batches",
-    "backbone",
-    "weights",
-    "seed",
-    "ops",
-    "device",
-    "workers",
-    "pictures",
-    "check_counts",
-)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """Train the rows of one of the paper's tables, each on the splits of a dataset, and hold them beside its figures.
+    """Train the rows of one of the paper's tables, each on the splits of a dataset, and compare with its figures.
 
     Table 1 has twelve rows, on iLIDS-VID or PRID-2011; table 3 has four of them, on MARS. Table 2 is not offered. On
     another dataset there are no figures of the paper's. The same command continues what was killed.
@@ -63,38 +55,68 @@ class Options:
 
     table: Literal[1, 3]
     """Which of the paper's tables."""
-    dataset: Dataset | None = None
-    """What to train on; ilids-vid for table 1, mars for table 3, if not given."""
-    data_root: Path | None = None
-    """The dataset's folder; only the synthetic one has a default."""
     preset: Literal["paper", "official"] = "paper"
     """The recipe: as the paper says, or as its authors' code has it."""
     splits: int | None = None
-    """How many of the dataset's splits, from the first; all if not given."""
+    """Number of the dataset's splits, from the first; all if not given."""
     rows: tuple[str, ...] = ()
-    """Which rows, by their names in the paper: Baseline, Baseline+Lv, ...; all of the table's if not given."""
-    epochs: int | None = None
-    """Passes over the sampler; the preset's if not given."""
-    batches: int | None = None
-    """Batches an epoch; the preset's if not given."""
-    backbone: Literal["inception_v3", "tiny"] | None = None
-    """The preset's, if not given; tiny brings the quick recipe's weights, widths and learning rates with it."""
-    weights: str | None = None
-    """The backbone's start: imagenet, random, or a .pth or .safetensors file; the preset's if not given."""
-    seed: int | None = None
-    """Decides initial weights, order of the data and dropout; the preset's if not given."""
+    """Rows by their names in the paper: Baseline, Baseline+Lv, ...; all of the table's if not given."""
+    config: Path | None = None
+    """A JSON file of options by their names, or the config.json of a run; other options are over it."""
     output: Path | None = None
     """Folder of all the runs and of the table; runs/reproduce-DATASET-PRESET if not given."""
-    ops: Ops = "fast"
-    """The library's operators or their plain PyTorch twins."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    workers: int = 0
-    """Processes that read frames ahead."""
-    pictures: bool = True
-    """Whether TensorBoard shows, after every test, who is found for some probes and the maps around the gate."""
-    check_counts: bool = True
-    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published."""
+    recipe: Recipe = PAPER
+    source: SourceConfig = field(default_factory=SourceConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class _First:
+    """The options that others have their defaults from."""
+
+    table: Literal[1, 3] | None = None
+    preset: Literal["paper", "official"] | None = None
+    config: Path | None = None
+    dataset: Dataset | None = None
+    backbone: str | None = None
+
+
+def parse_options(prog: str, args: Sequence[str] | None = None) -> Options:
+    """Read the command line twice: for the preset, then for all options, whose defaults are the preset's.
+
+    Args:
+        prog: the command, for the usage.
+        args: the words; those of this process if not given.
+
+    Raises:
+        UserError: a file cannot be read, or options do not go together.
+        SystemExit: an option is unknown or malformed, or --help was asked for.
+    """
+    base = _base(parse_known(_First, prog, args))
+    return parse_over(base, prog, args)
+
+
+def make_options(table: Literal[1, 3], **given: Any) -> Options:
+    """Make options of those given, by their flat names, as the command line does.
+
+    Raises:
+        UserError: there is no such option, or options do not go together.
+    """
+    first = {name: given.get(name) for name in flatten(_First()) if name != "table"}
+    return update(_base(_First(table, **first)), **given)
+
+
+def _base(first: _First) -> Options:
+    """Return the options that others are over: of the preset or a file, on the table's dataset."""
+    settings = base_settings(Base(recipe=first.preset, config=first.config), first.backbone, default="paper")
+    recipe = settings.recipe
+    if recipe.name not in ("paper", "official"):
+        raise UserError(f"config: got recipe {recipe.name!r} in {first.config}, wanted paper or official")
+    dataset = first.dataset or DATASETS[first.table or 1][0]
+    recipe = replace(recipe, data=replace(recipe.data, dataset=dataset))
+    table = tyro.MISSING if first.table is None else first.table
+    return Options(table, recipe.preset, config=first.config, recipe=recipe, source=settings.source, step=settings.step)
 
 
 def reproduce(options: Options) -> dict[str, Any]:
@@ -111,7 +133,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     """
     plan = _plan(options)
     # All of them before anything is trained: what is missing is told at once.
-    data, *_ = [read_split(resolve(plan.run(plan.rows[0], split), None)).description for split in range(plan.splits)]
+    data, *_ = [read_split(plan.run(plan.rows[0], split).settings).description for split in range(plan.splits)]
     try:
         content = _run_all(plan, data)
     except KeyboardInterrupt:
@@ -150,27 +172,24 @@ class _Plan:
 
     def run(self, row: str, split: int) -> RunOptions:
         """The options of one run."""
-        given = {name: getattr(self.options, name) for name in _OF_A_RUN}
-        return RunOptions(
-            recipe=self.options.preset,
-            row=row,
-            dataset=self.dataset,
-            split=split,
-            output=self.folder(row, split),
-            compare_ops=False,
-            **given,
-        )
+        options = self.options
+        settings = Settings(ROWS[row].apply(options.recipe), split, options.source, options.step)
+        return RunOptions(settings=settings.absolute(), machine=options.machine, output=self.folder(row, split))
 
 
 def _plan(options: Options) -> _Plan:
     papers = DATASETS[options.table]
-    dataset, known = options.dataset or papers[0], (*papers, *OTHERS)
+    dataset, known = options.recipe.data.dataset, (*papers, *OTHERS)
     if dataset not in known:
         raise UserError(f"dataset: got {dataset!r} for table {options.table}, wanted one of {', '.join(known)}")
     rows = _rows(options.table)
     for name in options.rows:
         if name not in rows:
             raise UserError(f"rows: got {name!r}, wanted some of table {options.table}'s: {', '.join(rows)}")
+    full = flatten(FULL.apply(options.recipe))
+    for option, value in flatten(options.recipe).items():
+        if value != full[option]:
+            raise UserError(f"{option}: got {value!r}, wanted {full[option]!r}: the rows of the table set it")
     splits = SPLITS[dataset] if options.splits is None else options.splits
     if splits < 1:
         raise UserError(f"splits: got {splits}, wanted at least 1")
@@ -179,7 +198,7 @@ def _plan(options: Options) -> _Plan:
 
 
 def _rows(table: int) -> list[str]:
-    return [name for name, row in ROWS.items() if DATASETS[table][0] in row.paper]
+    return [name for name in ROWS if DATASETS[table][0] in paper_figures(name)]
 
 
 def _run_all(plan: _Plan, data: str) -> dict[str, Any]:
@@ -209,15 +228,15 @@ def _run_all(plan: _Plan, data: str) -> dict[str, Any]:
 
 def _result(plan: _Plan, row: str, split: int) -> Results:
     try:
-        return run(plan.run(row, split))
+        return run(plan.run(row, split), pictures if plan.options.machine.pictures else None)
     except UserError as error:
         raise UserError(f"{row}, split {split}: {error}") from error
 
 
 def _check_weights(plan: _Plan) -> None:
     """Raise where a backbone would start at random for want of the weights that its recipe names."""
-    recipe = resolve(plan.run(plan.rows[0], 0), None).recipe
-    if recipe.backbone == "inception_v3" and recipe.weights == "imagenet":
+    model = plan.options.recipe.model
+    if model.backbone == "inception_v3" and model.weights == "imagenet":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is an error here
             if download_inception() is None:
@@ -227,22 +246,26 @@ def _check_weights(plan: _Plan) -> None:
 def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]]) -> dict[str, Any]:
     """What the table holds: the figures, and all that they are figures of."""
     options, scores = plan.options, plan.scores
-    recipe = resolve(plan.run(plan.rows[-1], 0), None).recipe
+    recipe = plan.run(plan.rows[-1], 0).settings.recipe
     of = next(run[-1] for runs in results.values() for run in runs.values())
     about = {
         "table": options.table,
         "dataset": plan.dataset,
         **{name: of[name] for name in ("protocol", "ties", "valid", "gallery", "junk")},
-        **({"people": recipe.prid} if plan.dataset == "prid-2011" else {}),
-        **({"counts": "as published" if options.check_counts else "not checked"} if plan.dataset not in OTHERS else {}),
+        **({"people": recipe.data.prid} if plan.dataset == "prid-2011" else {}),
+        **(
+            {"counts": "as published" if options.source.check_counts else "not checked"}
+            if plan.dataset not in OTHERS
+            else {}
+        ),
         "preset": options.preset,
-        "backbone": recipe.backbone,
-        "ops": options.ops,
+        "backbone": recipe.model.backbone,
+        "ops": options.step.ops,
         "seed": recipe.seed,
         "splits": plan.splits,
         "epochs": recipe.epochs,
     }
-    apart = changed(recipe)
+    apart = diff_from_preset(recipe)
     told = f"but for {', '.join(apart)}" if apart else "as it is"
     notes = [
         NOTE.format(first=scores[0]),
@@ -255,10 +278,10 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
     notes += [f"Computed with {', '.join(f'{name} {value}' for name, value in e.items())}." for e in environments]
     if plan.dataset in OTHERS:
         notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
-    elif apart or plan.splits < SPLITS[plan.dataset] or not options.check_counts:
+    elif apart or plan.splits < SPLITS[plan.dataset] or not options.source.check_counts:
         notes.append("This is not the paper's experiment in full: the differences do not tell how well it reproduces.")
     papers = {
-        name: dict(zip(scores, ROWS[name].paper[plan.dataset], strict=True)) if plan.dataset not in OTHERS else None
+        name: dict(zip(scores, paper_figures(name)[plan.dataset], strict=True)) if plan.dataset not in OTHERS else None
         for name in plan.rows
     }
     return {
@@ -266,7 +289,7 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
         **about,
         "rows": [compare(name, results[name], papers[name], scores) for name in plan.rows],
         "data": data,
-        "recipe": asdict(recipe),  # of the last row; each run's own is in its folder
+        "recipe": flatten(recipe),  # of the last row; each run's own is in its folder
         "environments": environments,
         "notes": notes,
     }
@@ -293,4 +316,4 @@ def _write(plan: _Plan, content: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: reproduce(tyro.cli(Options, prog="python -m training.reproduce")))
+    run_command(lambda: reproduce(parse_options("python -m training.reproduce")))

@@ -22,16 +22,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from training.config.settings import Settings, choose_device
 from training.data.tracklets import Tracklet
 from training.engine import checkpoint
 from training.engine.load_trained import load_network, provenance
+from training.engine.run_record import settings_of
 from training.evaluation.features import extract
 from training.evaluation.ranking import Floats, Ints
 from training.retrieval.exact import nearest
 from training.retrieval.faiss_index import Index
 from training.retrieval.feature_file import FeatureFile, open_features
 from training.runtime.command import run_command
+from training.runtime.device import Device, choose_device
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
 
@@ -60,7 +61,7 @@ class Options:
     """How many to find."""
     index: Literal["exact", "faiss"] = "exact"
     """All of the gallery, by a matrix product; or an index that is kept beside it, for millions: nearly as good."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute; the index is on the CPU."""
 
 
@@ -137,7 +138,7 @@ def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Ten
     images.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
     saved = checkpoint.load(options.checkpoint)
     network, name = load_network(saved, None, device), folder.resolve().name
-    feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=Settings.of(saved).resize)
+    feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=settings_of(saved).source.resize)
     if not feature.any():
         raise UserError(f"frames: the feature of {folder} is zero: it is like nothing")
     return [name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]

@@ -17,9 +17,10 @@ import rru_fast
 from benchmarks import measure, train_step, train_step_sections
 from benchmarks.stages import STAGES
 from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
-from training.config.recipe import Recipe
+from training.config.optim import OptimConfig
 from training.data.datasets.synthetic import generate
 from training.data.loading import Batch
+from training.model.config import LossConfig, ModelConfig
 from training.model.losses import Losses
 from training.model.network import Network
 from training.model.operators import Ops
@@ -86,8 +87,8 @@ def test_a_pipeline_of_other_frames_and_one_that_does_not_run_have_no_figures(
 def other_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     right = train_step_sections.Losses
 
-    def wrong(recipe: Recipe, ops: Ops) -> Losses:
-        return right(replace(recipe, margin=recipe.margin + 0.001) if ops == "fast" else recipe, ops)
+    def wrong(config: LossConfig, ops: Ops) -> Losses:
+        return right(replace(config, margin=config.margin + 0.001) if ops == "fast" else config, ops)
 
     monkeypatch.setattr(train_step_sections, "Losses", wrong)
 
@@ -95,8 +96,8 @@ def other_margin(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_gradient_of_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     right = train_step_sections.Network
 
-    def wrong(recipe: Recipe, people: int, ops: Ops, cuda_graph: bool) -> Network:
-        network = right(recipe, people, ops, cuda_graph)
+    def wrong(config: ModelConfig, people: int, ops: Ops, cuda_graph: bool) -> Network:
+        network = right(config, people, ops, cuda_graph)
         if ops == "fast":
             assert network.rru is not None
             network.rru.transition.weight.register_hook(torch.zeros_like)
@@ -108,8 +109,8 @@ def no_gradient_of_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_change_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     right = train_step_sections.make_optimizer
 
-    def wrong(network: Network, recipe: Recipe) -> SGD:
-        optimizer = right(network, recipe)
+    def wrong(network: Network, config: OptimConfig) -> SGD:
+        optimizer = right(network, config)
         if isinstance(network.rru, rru_fast.RRU):
             for group in optimizer.param_groups:
                 group["lr"] = 0.0

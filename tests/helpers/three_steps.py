@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from training.config.presets import RECIPES
+from training.config.step import StepConfig
 from training.data.loading import Batch, make_loader
-from training.data.sampler import make_sampler
 from training.data.tracklets import Split, Tracklet
-from training.engine.build import make_optimizer
+from training.engine.build import make_optimizer, make_sampler
 from training.engine.trainer import Trainer
 from training.evaluation.features import extract
 from training.evaluation.scoring import score
@@ -23,6 +23,7 @@ from training.model.ghost_norm import groups_of_each
 from training.model.losses import Losses
 from training.model.network import Network
 from training.runtime import distributed
+from training.runtime.fields import update
 
 PEOPLE = 6
 # By name: changes of the recipe, whether batch statistics are those of all processes, and which operators.
@@ -53,24 +54,26 @@ class Steps(NamedTuple):
 def three_steps(case: str) -> Steps:
     """Train a float64 network without dropout by steps of 4 people with 2 clips."""
     changes, sync_bn, ops = CASES[case]
-    recipe = replace(RECIPES["quick"], people=4, frames=3, batches=3, **changes)
+    recipe = update(RECIPES["quick"], people=4, frames=3, batches=3, **changes)
     torch.manual_seed(0)
     processes = distributed.world()
-    own = replace(recipe, bn_groups=groups_of_each(recipe.bn_groups, processes))
+    own = replace(recipe.model, bn_groups=groups_of_each(recipe.model.bn_groups, processes))
     network = Network(own, PEOPLE, ops).double()
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    optimizer = make_optimizer(network, recipe)
+    optimizer = make_optimizer(network, recipe.optim)
     gradients: list[dict[str, Tensor]] = []
     optimizer.register_step_pre_hook(
         lambda *_: gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
     )
-    trainer = Trainer(network, Losses(recipe, ops, gather=processes > 1), optimizer, sync_bn=sync_bn)
+    trainer = Trainer(
+        network, Losses(recipe.loss, ops, gather=processes > 1), optimizer, StepConfig(ops, sync_bn=sync_bn)
+    )
     split = _noise()
     sampler = make_sampler(recipe, split.train)
     sampler.deal_out(distributed.rank(), processes)
-    batches: list[Batch] = list(make_loader(split.train, sampler, recipe.frames, workers=0))
+    batches: list[Batch] = list(make_loader(split.train, sampler, recipe.batch.frames, workers=0))
     trainer.run_epoch(batches, None)  # type: ignore[arg-type]
     clips = [distributed.gathered(batch.clips) for batch in batches]
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}

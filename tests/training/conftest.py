@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ from hypothesis import settings
 
 from tests.helpers.small_people import render
 from training.config.presets import RECIPES, Recipe
-from training.config.settings import Options
 from training.data.tracklets import Split, Tracklet
+from training.engine.options import make_options
+from training.runtime.fields import update
 from training.train import train
 
 # A busy machine takes as long as it takes over an example.
@@ -33,7 +33,7 @@ def _interruptible() -> Iterator[None]:
 @pytest.fixture
 def recipe() -> Recipe:
     """Recipe `quick` with batches of 3 people, 2 clips, 2 frames."""
-    return replace(RECIPES["quick"], people=3, clips=2, frames=2, batches=2, epochs=2)
+    return update(RECIPES["quick"], people=3, clips=2, frames=2, batches=2, epochs=2)
 
 
 @pytest.fixture
@@ -61,5 +61,5 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on the eight people."""
     folder = tmp_path_factory.mktemp("run") / "run"
     small = {"people": 4, "batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu", "check_counts": False}
-    train(Options(dataset="ilids-vid", data_root=small_data, output=folder, pictures=False, **small))
+    train(make_options(dataset="ilids-vid", data_root=small_data, output=folder, pictures=False, **small))
     return folder

@@ -14,7 +14,6 @@ from PIL import Image
 from tests.helpers import forked
 from tests.helpers.small_people import short_walks
 from training.ablation import PLOT, RESULTS, ROWS, Options, ablate, cells
-from training.config.settings import resolve
 from training.reports.ablation_table import BEGIN, END
 from training.runtime.errors import UserError
 
@@ -130,9 +129,9 @@ def test_a_seed_decides_weights_order_and_split_and_all_rates_and_rows_share_it(
     planned = cells(options)
     assert len(planned) == len(set(planned)) == 3 * 3 * 7
     for cell in planned:
-        settings = resolve(cell.run_options(options), None)
+        settings = cell.run_options(options).settings
         assert settings.split == settings.recipe.seed == cell.seed
-        assert settings.recipe.backbone == "tiny"
+        assert settings.recipe.model.backbone == "tiny"
     assert len({cell.folder(options.output) for cell in planned}) == len(planned)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import forked
 from tests.helpers.small_people import render
 from tests.helpers.small_sets import write_mars
-from training.reproduce import Options, reproduce
+from training.reproduce import Options, make_options, reproduce
 from training.runtime.errors import UserError
 
 ROWS = ("Baseline+RRU+STIM+Lv+Lp", "Baseline")
@@ -29,7 +29,7 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
     """Two rows of Table 1 on two splits of little data."""
     small = {"rows": ROWS, "splits": 2, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
     places = {"table": 1, "dataset": "ilids-vid", "data_root": data}
-    return Options(output=output, pictures=False, **{**small, **places, **changes})
+    return make_options(**{**small, **places, "output": output, "pictures": False, **changes})
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

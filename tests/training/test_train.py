@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.forked import command
 from tests.helpers.small_sets import write_mars, write_prid
-from training.config.settings import Options
 from training.engine import checkpoint
+from training.engine.options import Options, make_options
 from training.evaluate import Options as EvaluateOptions
 from training.evaluate import evaluate
 from training.pack import Options as PackOptions
@@ -30,7 +30,7 @@ from training.train import train
 def options(data: Path, output: Path, **changes: Any) -> Options:
     """Recipe `quick` on little, without pictures: 4 people, 2 batches an epoch."""
     small = {"people": 4, "batches": 2, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    return Options(dataset="ilids-vid", data_root=data, output=output, **{"pictures": False, **small, **changes})
+    return make_options(dataset="ilids-vid", data_root=data, output=output, **{"pictures": False, **small, **changes})
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def set_rate(run: Path, rate: float) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, started: Path) -> None:
-    train(Options(resume=started, epochs=2, device="cpu"))
+    train(make_options(resume=started, epochs=2, device="cpu"))
     straight, resumed = checkpoint.load(trained), checkpoint.load(started)
     assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
     assert resumed.model.keys() == straight.model.keys()
@@ -93,7 +93,9 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
 ) -> None:
     pack(PackOptions("ilids-vid", tmp_path / "people.pack", small_data, check_counts=False))
     train(
-        Options(resume=started, data_root=tmp_path / "people.pack", epochs=2, workers=1, device="cpu", pictures=False)
+        make_options(
+            resume=started, data_root=tmp_path / "people.pack", epochs=2, workers=1, device="cpu", pictures=False
+        )
     )
     straight, resumed = checkpoint.load(trained), checkpoint.load(started)
     assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
@@ -104,7 +106,7 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
 
 def test_a_run_that_goes_on_otherwise_keeps_how_it_began(started: Path) -> None:
     began = checkpoint.load(started).config
-    train(Options(resume=started, epochs=2, channels_last=True, device="cpu", pictures=False))
+    train(make_options(resume=started, epochs=2, channels_last=True, device="cpu", pictures=False))
     config = checkpoint.load(started).config
     assert config["speed"]["channels_last"]
     assert config["earlier"] == [{"to_epoch": 1, "speed": began["speed"]}]
@@ -122,7 +124,7 @@ def test_a_run_that_pillow_resizes_is_evaluated_so(small_data: Path, tmp_path: P
 def test_steps_logged_after_the_last_checkpoint_are_dropped_on_resuming(trained: Path, started: Path) -> None:
     with (started / "metrics.jsonl").open("a") as file:  # what a run killed in its second epoch leaves
         file.write(json.dumps({"kind": "step", "epoch": 2, "step": 3, "loss": 1.0}) + '\n{"kind": "st')
-    train(Options(resume=last(started), epochs=2, device="cpu", pictures=False))
+    train(make_options(resume=last(started), epochs=2, device="cpu", pictures=False))
     assert metrics(started) == metrics(trained)
 
 
@@ -202,14 +204,14 @@ def test_resuming_on_other_data_is_refused(small_data: Path, started: Path, tmp_
     for frame in data.rglob("*_00008.png"):  # every tracklet has that many
         frame.unlink()
     with pytest.raises(UserError, match="resume: the run was trained on other data"):
-        train(Options(resume=started, data_root=data, epochs=2))
+        train(make_options(resume=started, data_root=data, epochs=2))
 
 
 def test_a_loss_that_is_not_finite_names_step_part_and_clips_and_keeps_the_checkpoint(started: Path) -> None:
     set_rate(started, 1e30)
     before = (last(started) / "model.safetensors").read_bytes()
     with pytest.raises(UserError) as told:
-        train(Options(resume=started, epochs=2, device="cpu"))
+        train(make_options(resume=started, epochs=2, device="cpu"))
     assert str(told.value).startswith("epoch 2, step 4: the identity loss is nan on cam")
     assert str(told.value).count("/person") == 8
     assert str(told.value).endswith("last good epoch: 1")
@@ -221,7 +223,7 @@ def test_weights_that_end_an_epoch_not_finite_are_not_saved(small_data: Path, tm
     train(options(small_data, run, batches=1, epochs=1))
     set_rate(run, float("inf"))
     with pytest.raises(UserError, match=r"epoch 2, step 2: \S+ is not finite after its update; last good epoch: 1"):
-        train(Options(resume=run, epochs=2, device="cpu"))
+        train(make_options(resume=run, epochs=2, device="cpu"))
     tensors = safetensors.torch.load_file(last(run) / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -243,7 +245,11 @@ def first_boxes(sequence: Path, here: Path, count: int = 12) -> Path:
 def test_a_real_sequence_trains_and_ranks_the_people_who_return(shared_dir: Path, tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "pets"
     small = {"batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu"}
-    train(Options(dataset="mot", data_root=first_boxes(shared_dir / "data" / "pets09-s2l1", data), output=run, **small))
+    train(
+        make_options(
+            dataset="mot", data_root=first_boxes(shared_dir / "data" / "pets09-s2l1", data), output=run, **small
+        )
+    )
     result = metrics(run)[-1]
     assert (result["probes"], result["gallery"], result["protocol"]) == (7, 9, "single-shot")
     assert result["chance"] == pytest.approx(1 / 7)  # of the 7 x 9 pairs, each of the 9 visits makes one right
@@ -318,26 +324,26 @@ def test_a_disk_that_fills_up_tells_how_to_continue(started: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(UserError) as told:
-            train(Options(resume=started, epochs=2, device="cpu"))
+            train(make_options(resume=started, epochs=2, device="cpu"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(told.value).startswith(f"output: {started}/checkpoint-0002")
     assert str(told.value).endswith(f"; last good epoch: 1; continue with --resume {started}")
-    train(Options(resume=started, output=started, epochs=2, device="cpu", pictures=False))
+    train(make_options(resume=started, output=started, epochs=2, device="cpu", pictures=False))
     assert checkpoint.load(started).training["epoch"] == 2
 
 
 def test_a_copied_checkpoint_starts_a_run_of_its_own_and_only_where_told(started: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(last(started), started / "best"))
     with pytest.raises(UserError, match=f"resume: {copy} is not the last checkpoint of a run, wanted --output"):
-        train(Options(resume=copy, epochs=2))
-    train(Options(resume=copy, output=tmp_path / "own", epochs=2, device="cpu", pictures=False))
+        train(make_options(resume=copy, epochs=2))
+    train(make_options(resume=copy, output=tmp_path / "own", epochs=2, device="cpu", pictures=False))
     assert checkpoint.load(tmp_path / "own").training["epoch"] == 2
     assert checkpoint.load(started).training["epoch"] == 1
 
 
 def test_a_run_that_has_all_its_epochs_says_so(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(Options(resume=started, device="cpu"))
+    train(make_options(resume=started, device="cpu"))
     assert "epoch 1 is reached already, of 1: nothing to train" in capsys.readouterr().out
 
 
@@ -347,10 +353,10 @@ def test_a_checkpoint_of_another_network_is_named_in_one_line(started: Path) -> 
         momenta["momentum_buffer"] = torch.zeros(7)
     torch.save(state, last(started) / "training.pt")
     with pytest.raises(UserError, match=rf"{last(started)}/training\.pt: not of this training"):
-        train(Options(resume=started, epochs=2, device="cpu"))
+        train(make_options(resume=started, epochs=2, device="cpu"))
     safetensors.torch.save_file({"weight": torch.zeros(2)}, last(started) / "model.safetensors")
     for use in (
-        lambda: train(Options(resume=started, epochs=2, device="cpu")),
+        lambda: train(make_options(resume=started, epochs=2, device="cpu")),
         lambda: evaluate(EvaluateOptions(started, device="cpu")),
     ):
         with pytest.raises(UserError, match=f"{last(started)} does not fit this network: 1 unknown"):
@@ -362,7 +368,7 @@ def test_damaged_metrics_are_named_and_left_as_they_are(started: Path) -> None:
     damaged = path.read_text().replace("\n", "\n[]\n", 1)
     path.write_text(damaged)
     with pytest.raises(UserError, match=rf"{path}, line 2: damaged"):
-        train(Options(resume=started, epochs=2, device="cpu"))
+        train(make_options(resume=started, epochs=2, device="cpu"))
     assert path.read_text() == damaged
 
 

@@ -1,11 +1,11 @@
-"""How a training step is computed, apart from what it computes: precision, memory layout, compiler, graphs."""
+"""How a training step is computed, apart from what it computes: operators, precision, layout, compiler, graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -14,44 +14,38 @@ from training.config.recipe import Recipe
 from training.model.network import Network
 from training.model.operators import Ops
 from training.runtime.errors import UserError
-
-Amp = Literal["off", "bfloat16", "float16"]
+from training.runtime.fields import Config, Switch, flatten
 
 
 @dataclass(frozen=True)
-class Speed:
-    """The switches; all off, a step is float32 and eager.
-
-    amp: dtype of autocast, for the forward and the losses; float16 brings gradient scaling with it.
-    channels_last: whether frames and the backbone's weights lie channels last.
-    compile_backbone: whether the backbone's forward and backward are compiled by torch.compile.
-    cuda_graph: whether the RRU runs as CUDA graphs.
+class StepConfig(Config):
+    """The step.
 
     Raises:
-        UserError: a switch has no such setting.
+        UserError: an option has no such value.
     """
 
-    amp: Amp = "off"
-    channels_last: bool = False
-    compile_backbone: bool = False
-    cuda_graph: bool = False
+    ops: Ops = "fast"
+    """The library's operators, or their plain PyTorch twins (reference)."""
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    """Autocast of the forward and the losses to a 16-bit dtype; float16 scales the gradients."""
+    channels_last: Switch = False
+    """Store frames and the backbone's weights channels last."""
+    compile_backbone: Switch = False
+    """Run the backbone through torch.compile; that takes minutes at the start."""
+    cuda_graph: Switch = False
+    """Run the RRU as CUDA graphs, on a GPU."""
+    sync_bn: bool = False
+    """Share batch statistics between all processes, in every batch norm."""
 
-    def __post_init__(self) -> None:
-        if self.amp not in get_args(Amp):
-            raise UserError(f"amp: got {self.amp!r}, wanted one of {', '.join(get_args(Amp))}")
-        for name in ("channels_last", "compile_backbone", "cuda_graph"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
-
-    def check(self, device: torch.device, ops: Ops, recipe: Recipe) -> None:
+    def check(self, device: torch.device, recipe: Recipe) -> None:
         """Raise a UserError where a switch has nothing to act on, or would compute something else.
 
         Args:
             device: where to compute.
-            ops: which operators.
-            recipe: what is trained.
+            recipe: the training.
         """
-        if (self.amp, device.type, recipe.head, recipe.frames) == ("bfloat16", "cpu", "stim", 2):
+        if (self.amp, device.type, recipe.model.head, recipe.batch.frames) == ("bfloat16", "cpu", "stim", 2):
             # oneDNN's weight gradient of a 3x3x3 convolution is wrong there, as of PyTorch 2.11.
             raise UserError(
                 "amp: got 'bfloat16' on a CPU for clips of 2 frames with STIM, wanted more frames, or 'off'"
@@ -60,16 +54,17 @@ class Speed:
             return
         if device.type != "cuda":
             raise UserError(f"cuda_graph: got True on device {device.type!r}, wanted a CUDA device")
-        if ops != "fast" or recipe.rru == "none":
-            raise UserError(f"cuda_graph: got True with ops={ops!r}, rru={recipe.rru!r}, wanted an RRU of ops='fast'")
+        if self.ops != "fast" or recipe.model.rru == "none":
+            got = f"ops={self.ops!r}, rru={recipe.model.rru!r}"
+            raise UserError(f"cuda_graph: got True with {got}, wanted an RRU of ops='fast'")
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of a forward and its losses."""
+        """Return the context of a forward and its losses."""
         dtype = torch.float16 if self.amp == "float16" else torch.bfloat16
         return torch.autocast(device.type, dtype=dtype, enabled=self.amp != "off")
 
     def scaler(self, device: torch.device) -> GradScaler:
-        """What keeps float16 gradients from vanishing; in another dtype it does nothing."""
+        """Return the scaler of float16 gradients; in another dtype it does nothing."""
         return GradScaler(device.type, enabled=self.amp == "float16")
 
     def prepare(self, network: Network) -> None:
@@ -80,21 +75,21 @@ class Speed:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How frames and the backbone's weights are stored."""
+        """The layout of frames and of the backbone's weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def changed(self) -> list[str]:
-        """What is otherwise than in a plain step, each as "switch setting (was)"."""
-        now = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return [f"{name} {value} ({was})" for name, (value, was) in now.items() if value != was]
+    def diff_from_eager(self) -> list[str]:
+        """List the differences from an eager float32 step, each as "switch setting (was)"; the operators are none."""
+        before, now = flatten(StepConfig(ops=self.ops)), flatten(self)
+        return [f"{name} {now[name]} ({before[name]})" for name in now if now[name] != before[name]]
 
 
-PLAIN = Speed()
+EAGER_FP32 = StepConfig()
 
 
 @contextmanager
-def as_evaluated(network: Network) -> Iterator[None]:
-    """Have a network run eager and ungraphed inside the block, as one that is only evaluated does.
+def eager_mode(network: Network) -> Iterator[None]:
+    """Run a network eager and ungraphed inside the block, as one that is only evaluated does.
 
     Tracklets differ in length: nearly every batch would be compiled, or captured, anew.
     """

@@ -11,7 +11,6 @@ from typing import TypeAlias
 import numpy as np
 from torch.utils.data import Sampler
 
-from training.config.recipe import Recipe
 from training.data.tracklets import Tracklet
 from training.runtime.errors import UserError
 
@@ -193,17 +192,3 @@ class OfficialSampler(PeopleSampler):
                 hands = [hand for hand in hands if hand]
             missing = self._clips - len(dealt)
             yield dealt + rng.choice(list(chain(*cameras)), missing).tolist()
-
-
-def make_sampler(recipe: Recipe, tracklets: Sequence[Tracklet]) -> PeopleSampler:
-    """The sampler a recipe asks for.
-
-    Args:
-        recipe: says which, P, K, T, the seed and, if it does, the batches an epoch.
-        tracklets: what is sampled from.
-
-    Raises:
-        UserError: there are too few people.
-    """
-    kind = {"pk": PKSampler, "official": OfficialSampler}[recipe.sampler]
-    return kind(tracklets, recipe.people, recipe.clips, recipe.frames, recipe.seed, recipe.batches)

@@ -50,7 +50,7 @@ def last(run: Path) -> Path | None:
     return run / name if re.fullmatch(r"checkpoint-\d{4,}", name) else None
 
 
-def run_of(path: Path) -> Path | None:
+def run_folder_of(path: Path) -> Path | None:
     """The run that is continued from `path`: itself, or the one whose last checkpoint it is; `None` for neither."""
     path = resolved(path)
     if last(path):
@@ -100,12 +100,8 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none, or a file of it cannot be read.
     """
-    folder = last(path) or path
-    for name in (CONFIG, "model.safetensors", "training.pt"):
-        if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
-            raise UserError(f"{path}: no checkpoint here ({name} is missing)")
+    folder, config = load_config(path)
     try:
-        config = json.loads((folder / CONFIG).read_text())
         model = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
@@ -113,6 +109,18 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(training, dict) or not isinstance(training.get("epoch"), int):
         raise UserError(f"{folder / 'training.pt'}: a damaged checkpoint (it does not say after which epoch it is)")
     return Checkpoint(folder, config, model, training)
+
+
+def load_config(path: Path) -> tuple[Path, Any]:
+    """Return the folder of a checkpoint and its config; arguments and errors as in `load`."""
+    folder = last(path) or path
+    for name in (CONFIG, "model.safetensors", "training.pt"):
+        if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
+            raise UserError(f"{path}: no checkpoint here ({name} is missing)")
+    try:
+        return folder, json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

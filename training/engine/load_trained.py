@@ -8,21 +8,23 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from training.config.settings import Settings, choose_device, environment
+from training.config.settings import Settings
 from training.data import Dataset, load_split
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
+from training.engine.run_record import environment, settings_of
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import load_weights
 from training.runtime import distributed
 from training.runtime.atomic_files import resolved
+from training.runtime.device import Device, choose_device
 from training.runtime.errors import UserError
 
 
@@ -40,7 +42,7 @@ class UseOptions:
     """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; what was trained on is as it was."""
     ops: Ops | None = None
     """The library's operators or their plain PyTorch twins."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
 
@@ -78,22 +80,20 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
         UserError: the checkpoint or the data cannot be used, or the people searched for were trained on.
     """
     saved = checkpoint.load(path)
-    settings = Settings.of(saved)
-    recipe, ops = settings.recipe, options.ops or settings.ops
-    dataset = options.dataset or recipe.dataset
+    settings = settings_of(saved)
+    data, ops = settings.recipe.data, options.ops or settings.step.ops
+    dataset = options.dataset or data.dataset
     # Another dataset does not lie where the one trained on did, nor is it split alike.
-    root, number = (settings.data_root, settings.split) if dataset == recipe.dataset else (None, 0)
+    root, number = (settings.source.data_root, settings.split) if dataset == data.dataset else (None, 0)
     root = resolved(options.data_root) if options.data_root else root
     number = number if options.split is None else options.split
-    check_counts = options.check_counts and (settings.check_counts or dataset != recipe.dataset)
-    split = distributed.main_first(
-        lambda: load_split(dataset, root, number, prid=recipe.prid, check_counts=check_counts)
-    )
+    check_counts = options.check_counts and (settings.source.check_counts or dataset != data.dataset)
+    split = distributed.main_first(lambda: load_split(dataset, root, number, prid=data.prid, check_counts=check_counts))
     seen = {tracklet.person for tracklet in split.probe} & set(saved.config["people"])
     # A MOT sequence searches for the people trained on, by later frames, and says so.
-    if seen and dataset == recipe.dataset != "mot":
+    if seen and dataset == data.dataset != "mot":
         line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"
-        if root == settings.data_root:
+        if root == settings.source.data_root:
             raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
         warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = load_network(saved, ops, choose_device(options.device))
@@ -111,9 +111,9 @@ def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Ne
     Raises:
         UserError: the checkpoint is not of this version, or of another network than it says.
     """
-    settings = Settings.of(saved)
-    recipe = replace(settings.recipe, weights="random")  # its tensors come from the checkpoint
-    network = Network(recipe, len(saved.config["people"]), ops or settings.ops).to(device)
+    settings = settings_of(saved)
+    model = replace(settings.recipe.model, weights="random")  # its tensors come from the checkpoint
+    network = Network(model, len(saved.config["people"]), ops or settings.step.ops).to(device)
     load_weights(network, saved.model, str(saved.folder))
     return network
 

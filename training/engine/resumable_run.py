@@ -6,25 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.config.settings import Options, Settings, choose_device, differences, resolve, trained_on
+from training.config.settings import Settings
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import CONFIG
 from training.engine.metrics_log import METRICS
-from training.engine.run import check_free, read_split, train_run
+from training.engine.options import Options
+from training.engine.run import Draw, check_free, read_split, train_run
+from training.engine.run_record import differences, run_record, settings_from_record, train_fingerprint
 from training.runtime.atomic_files import write_whole
+from training.runtime.device import choose_device
 from training.runtime.errors import UserError
 
 RESULT = "result.json"  # of a finished run: its config, and its results
 
 
-def run(options: Options) -> list[dict[str, Any]]:
+def run(options: Options, draw: Draw | None = None) -> list[dict[str, Any]]:
     """Train what the options say in `options.output`, or continue it there, or read what came out if it is finished.
 
     A run that was killed is continued from its last complete checkpoint, and begun again if it has none.
 
     Args:
         options: with an output, and nothing to resume.
+        draw: pictures of the network after every evaluation, if any.
 
     Returns:
         The run's results as `Result.record()` has them, in order of epochs, the untrained network's first where the
@@ -35,9 +39,10 @@ def run(options: Options) -> list[dict[str, Any]]:
             as a run of other settings.
     """
     folder = options.output
-    if folder is None or options.resume is not None:
-        raise UserError(f"output: got {folder} with resume {options.resume}, wanted a folder, and nothing to resume")
-    settings = resolve(options, None)
+    if folder is None or options.base.resume is not None:
+        got = f"{folder} with resume {options.base.resume}"
+        raise UserError(f"output: got {got}, wanted a folder, and nothing to resume")
+    settings = options.settings
     split = read_split(settings)
     finished = _read(folder / RESULT)
     if finished is not None:
@@ -55,9 +60,9 @@ def run(options: Options) -> list[dict[str, Any]]:
     if resumed and not (folder / METRICS).is_file():
         raise UserError(f"output: {folder / METRICS} is missing, wanted what the run measured; remove {folder}")
     try:
-        records = train_run(folder, settings, split, resumed, options)
+        records = train_run(folder, settings, split, resumed, options.machine, draw)
         results = [{name: value for name, value in record.items() if name != "kind"} for record in records]
-        config = settings.fitted(split).config(split, choose_device(options.device))
+        config = run_record(_clamped(settings, split), split, choose_device(options.machine.device))
         write_whole(folder / RESULT, json.dumps({**config, "results": results}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output: {error}") from error
@@ -76,8 +81,12 @@ def _read(path: Path) -> Any:
 
 def _check_same(path: Path, config: Any, settings: Settings, split: Split) -> None:
     """Raise if what a run's file says it was made of is not what is asked for."""
-    other = differences(Settings.from_config(config, path), settings.fitted(split))
-    if not other and any(config[name] != value for name, value in trained_on(split).items()):
+    other = differences(settings_from_record(config, path), _clamped(settings, split))
+    if not other and any(config[name] != value for name, value in train_fingerprint(split).items()):
         other = f"other data ({config['data']})"
     if other:
         raise UserError(f"output: {path} is of a run with {other}; wanted the same settings, or another output")
+
+
+def _clamped(settings: Settings, split: Split) -> Settings:
+    return settings.clamp_identities(len(split.train_people))

@@ -74,9 +74,9 @@ class _Step(nn.Module):
 
     def __init__(self, recipe: Recipe, people: int, frames: Tensor, labels: Tensor) -> None:
         super().__init__()
-        self.network = Network(replace(recipe, weights="random"), people, "reference").to(frames.device)
-        self.losses = Losses(recipe, "reference")
-        self.optimizer = make_optimizer(self.network, recipe)
+        self.network = Network(replace(recipe.model, weights="random"), people, "reference").to(frames.device)
+        self.losses = Losses(recipe.loss, "reference")
+        self.optimizer = make_optimizer(self.network, recipe.optim)
         self.batch = frames, labels
 
     def forward(self) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from training.config.step import PLAIN, Speed
+from training.config.step import EAGER_FP32, StepConfig
 from training.data.loading import Batch, frames_to_input
 from training.engine.metrics_log import RunLog
 from training.model.finite import first_not_finite
@@ -26,42 +26,40 @@ from training.runtime import distributed
 from training.runtime.errors import UserError
 
 
-def to_input(batch: Batch, network: Network, speed: Speed) -> tuple[Tensor, Tensor]:
+def to_input(batch: Batch, network: Network, step: StepConfig) -> tuple[Tensor, Tensor]:
     """A batch as its network takes it: clips (B, T, 3, h, w) and labels (B,), on the network's device."""
     weight = next(network.parameters())
     batch = batch.to(weight.device)
-    size, memory_format = network.backbone.size, speed.memory_format
+    size, memory_format = network.backbone.size, step.memory_format
     frames = frames_to_input(batch.frames, size, weight.device, memory_format=memory_format).to(weight.dtype)
     return frames.reshape(len(batch.labels), -1, *frames.shape[1:]), batch.labels
 
 
 @dataclass
 class Trainer:
-    """A network in training: with its losses and optimiser, after so many epochs and steps.
+    """A network in training: with its losses and optimizer, after so many epochs and steps.
 
-    network: its backbone is laid out and compiled as `speed` says; of several processes all have the main one's.
+    network: its backbone is laid out and compiled as `config` says; of several processes all have the main one's.
     losses: whose means over the processes are the losses of all clips.
-    speed: how a step is computed.
-    sync_bn: whether batch statistics are those of all processes; else running ones are those of the main one.
+    config: how a step is computed; without its sync_bn, running statistics are those of the main process.
     """
 
     network: Network
     losses: Losses
     optimizer: SGD
-    speed: Speed = PLAIN
-    sync_bn: bool = False
+    config: StepConfig = EAGER_FP32
     epoch: int = 0
     step: int = 0
     scaler: GradScaler = field(init=False)
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.speed.prepare(self.network)
-        self.scaler = self.speed.scaler(next(self.network.parameters()).device)
+        self.config.prepare(self.network)
+        self.scaler = self.config.scaler(next(self.network.parameters()).device)
         self.model = self.network
         if distributed.world() > 1:
             self.model = DistributedDataParallel(self.network)
-            if self.sync_bn:  # only now: on a CPU no network with such norms can be wrapped
+            if self.config.sync_bn:  # only now: on a CPU no network with such norms can be wrapped
                 use_sync_norm(self.network)
 
     def run_epoch(self, batches: DataLoader[Any], log: RunLog | None) -> None:
@@ -80,8 +78,8 @@ class Trainer:
         started = asked = time.perf_counter()
         for batch in batches:
             waited = time.perf_counter() - asked
-            clips, labels = to_input(batch, self.network, self.speed)
-            with self.speed.autocast(clips.device):
+            clips, labels = to_input(batch, self.network, self.config)
+            with self.config.autocast(clips.device):
                 total, parts = self.losses(self.model(clips), labels)
             # Together, so that the device is waited for once.
             told = distributed.total(torch.stack(list(parts.values())).detach()) / distributed.world()
@@ -131,6 +129,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # there is none of a run without float16, which this one may yet turn to
             self.scaler.load_state_dict(state["scaler"])
-        # The optimiser itself compares no shapes.
+        # The optimizer itself compares no shapes.
         if any(p.shape != kept["momentum_buffer"].shape for p, kept in self.optimizer.state.items()):
             raise ValueError("the optimizer's momenta are of another network")

@@ -14,7 +14,7 @@ from training.data.loading import frames_to_input
 from training.data.resizing import Resize
 from training.data.tracklets import Frame, Tracklet, read_frame
 from training.evaluation.ranking import Floats
-from training.model.network import Carried, Network
+from training.model.network import Network, StreamState
 from training.runtime import distributed
 from training.runtime.errors import UserError
 
@@ -93,7 +93,7 @@ def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int, resiz
     frames_of = torch.tensor([len(tracklet.frames) for tracklet in tracklets], device=weight.device)
     longest = max(len(tracklet.frames) for tracklet in tracklets)
     total = torch.zeros(len(tracklets), network.head.features, dtype=torch.float64, device=weight.device)
-    carried = Carried()
+    carried = StreamState()
     for start in range(0, longest, chunk):
         windows = [tracklet.frames[start : start + chunk] for tracklet in tracklets]
         maps = read_maps(network, list(chain(*windows)), resize)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from training.config.presets import FREE, Recipe, changed, row_of
-from training.config.step import PLAIN, Speed
-from training.data.resizing import Resize
 from training.evaluation.ranking import TOP, Ranking
 
 
@@ -18,40 +15,20 @@ from training.evaluation.ranking import TOP, Ranking
 class Result:
     """A ranking and the network it is of.
 
-    recipe: what it was trained by.
-    ops: which operators ran, "fast" or "reference".
+    made_by: JSON values that describe the training: "recipe", "row", "preset", "changed", "ops", "resize".
     epoch: how many epochs the network had trained for.
     ranking: what came out.
-    speed: how its training steps were computed.
-    resize: who resized frames, in training as here.
-    sync_bn: whether its batch statistics were those of all processes.
-    processes: how many trained it, in the end.
     """
 
-    recipe: Recipe
-    ops: str
+    made_by: Mapping[str, Any]
     epoch: int
     ranking: Ranking
-    speed: Speed = PLAIN
-    resize: Resize = "device"
-    sync_bn: bool = False
-    processes: int = 1
 
     def record(self) -> dict[str, Any]:
         """Everything in it, flat, as JSON values; shares from 0 to 1."""
         r = self.ranking
         return {
-            "recipe": self.recipe.name,
-            "row": row_of(self.recipe),
-            "preset": self.recipe.preset,
-            "changed": [
-                *changed(self.recipe, but_for={"dataset", *FREE}),
-                *self.speed.changed(),
-                *(["sync_bn True (False)"] if self.sync_bn else []),
-                *([f"processes {self.processes} (1)"] if self.processes > 1 else []),
-            ],
-            "ops": self.ops,
-            "resize": self.resize,
+            **self.made_by,
             "epoch": self.epoch,
             "protocol": r.protocol,
             "ties": r.ties,

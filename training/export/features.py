@@ -46,10 +46,10 @@ def export_features(options: Options) -> None:
         "protocol": trained.split.protocol,
         "data": trained.split.description,
         "ops": trained.ops,
-        "resize": trained.settings.resize,
+        "resize": trained.settings.source.resize,
         **provenance(trained.saved, device),
     }
-    features = extract(trained.network, tracklets, resize=trained.settings.resize)
+    features = extract(trained.network, tracklets, resize=trained.settings.source.resize)
     people, cameras, names = zip(*((t.person, t.camera, t.name) for t in tracklets), strict=True)
     write_features(options.output, features, people, cameras, names, flat(about))
     line = f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers"

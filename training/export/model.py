@@ -13,15 +13,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from training.config.settings import choose_device
 from training.engine import checkpoint
 from training.engine.load_trained import flat, load_network, provenance
+from training.engine.run_record import settings_of
 from training.model.heads import LSTM
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import first_line
 from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import need
+from training.runtime.device import choose_device
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
 
@@ -92,7 +93,7 @@ def export_model(options: Options) -> float:
     saved, device = checkpoint.load(options.checkpoint), choose_device(options.device)
     eager = Evaluated(load_network(saved, None, device))
     network = load_network(saved, options.ops, device)
-    frames = saved.config["recipe"]["frames"] if options.frames is None else options.frames
+    frames = settings_of(saved).recipe.batch.frames if options.frames is None else options.frames
     if frames < 1:
         raise UserError(f"frames: got {frames}, wanted at least 1")
     unrolled = network.rru is not None and options.ops == "reference"

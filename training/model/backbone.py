@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from training.config.recipe import Recipe
+from training.model.config import ModelConfig
 from training.model.weights import download_inception, load_pretrained, read_weights
 from training.runtime.errors import UserError
 
@@ -128,11 +128,11 @@ class Tiny(nn.Module):
         return self.net(frames), None
 
 
-def make_backbone(recipe: Recipe, identities: int) -> Inception | Tiny:
-    """The backbone a recipe asks for; `identities` is what an auxiliary classifier tells apart."""
-    if recipe.backbone == "tiny":
-        return Tiny(recipe.weights)
-    return Inception(identities, recipe.weights, recipe.auxiliary)
+def make_backbone(config: ModelConfig, identities: int) -> Inception | Tiny:
+    """Make the backbone; an auxiliary classifier has so many identities."""
+    if config.backbone == "tiny":
+        return Tiny(config.weights)
+    return Inception(identities, config.weights, config.auxiliary)
 
 
 def _conv(channels_in: int, channels_out: int, stride: int) -> tuple[nn.Module, ...]:

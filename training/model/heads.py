@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.config.recipe import Recipe
+from training.model.config import ModelConfig
 
 
 class Baseline(nn.Module):
@@ -119,15 +119,15 @@ class STIM(nn.Module):
         return _sum(outputs.mean((3, 4)).transpose(1, 2), lengths + earlier), clues[:, :, -2:]
 
 
-def make_head(recipe: Recipe, channels: int) -> Baseline | LSTM | STIM:
-    """The head a recipe asks for, on maps of so many channels."""
-    match recipe.head:
+def make_head(config: ModelConfig, channels: int) -> Baseline | LSTM | STIM:
+    """Make the head, on maps of so many channels."""
+    match config.head:
         case "baseline":
             return Baseline(channels)
         case "lstm":
-            return LSTM(channels, recipe.head_width)
+            return LSTM(channels, config.head_width)
         case "stim":
-            return STIM(channels, recipe.head_width)
+            return STIM(channels, config.head_width)
 
 
 def _exist(lengths: Tensor, frames: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What training minimises: L_c + L_v + L_p."""
+"""The training loss: L_c + L_v + L_p."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config.recipe import Recipe
+from training.model.config import LossConfig
 from training.model.network import Output
 from training.model.operators import Ops, operators
 from training.runtime.errors import UserError
@@ -16,16 +16,16 @@ class Losses(nn.Module):
     """Cross-entropy of identities, the auxiliary one weighted; batch-hard triplets on the clips' features and strips.
 
     Args:
-        recipe: says which of them count, the margin and the weight.
+        config: which of them count, the margin and the weight.
         ops: "fast" for the library's triplet loss, "reference" for its plain PyTorch twin.
         gather: whether triplets are formed among the clips of all processes; cross-entropy is of each one's own.
     """
 
-    def __init__(self, recipe: Recipe, ops: Ops, gather: bool = False) -> None:
+    def __init__(self, config: LossConfig, ops: Ops, gather: bool = False) -> None:
         super().__init__()
-        self.video, self.part = recipe.video_loss, recipe.part_loss
-        self.auxiliary_weight = recipe.auxiliary_weight
-        self.triplet = operators(ops).BatchHardTripletLoss(margin=recipe.margin, gather=gather)
+        self.video, self.part = config.video_loss, config.part_loss
+        self.auxiliary_weight = config.auxiliary_weight
+        self.triplet = operators(ops).BatchHardTripletLoss(margin=config.margin, gather=gather)
 
     def forward(self, output: Output, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, a scalar, and the parts it is the sum of, by name.

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rru_fast import State
-from training.config.recipe import Recipe
 from training.model.backbone import make_backbone
+from training.model.config import ModelConfig
 from training.model.ghost_norm import use_ghost_norm
 from training.model.heads import make_head
 from training.model.operators import Ops, operators
@@ -31,7 +31,7 @@ class Output(NamedTuple):
     auxiliary: Tensor | None
 
 
-class Carried(NamedTuple):
+class StreamState(NamedTuple):
     """What a chunk of a clip leaves to the next: the RRU's state, and what the head's `stream` gives back."""
 
     rru: State | None = None
@@ -39,38 +39,38 @@ class Carried(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone, RRU where the recipe wants one, clip head, and the classifier block that training hangs on.
+    """Backbone, RRU where there is to be one, clip head, and the classifier block that training hangs on.
 
     Args:
-        recipe: says which of each.
+        config: which of each.
         identities: number of people the classifier tells apart.
         ops: "fast" for the library's RRU, "reference" for its plain PyTorch twin; the state_dict is the same.
         cuda_graph: whether the library's RRU runs as CUDA graphs.
 
     Raises:
-        UserError: the recipe's weights do not fit its backbone.
+        UserError: the weights do not fit the backbone.
     """
 
-    def __init__(self, recipe: Recipe, identities: int, ops: Ops, cuda_graph: bool = False) -> None:
+    def __init__(self, config: ModelConfig, identities: int, ops: Ops, cuda_graph: bool = False) -> None:
         super().__init__()
         self.identities = identities
-        self.backbone = make_backbone(recipe, identities)
+        self.backbone = make_backbone(config, identities)
         channels, spatial = self.backbone.channels, self.backbone.spatial
         self.rru: nn.Module | None = None
-        if recipe.rru != "none":
+        if config.rru != "none":
             self.rru = operators(ops).RRU(
                 channels,
                 spatial,
-                attention=recipe.rru,
-                inputs=recipe.rru_inputs,
-                bn_groups=recipe.bn_groups,
+                attention=config.rru,
+                inputs=config.rru_inputs,
+                bn_groups=config.bn_groups,
                 cuda_graph=cuda_graph,
             )
-        self.head = make_head(recipe, channels)
-        self.classifier = _classifier(recipe, self.head.features, identities)
-        if recipe.bn_groups > 1:
+        self.head = make_head(config, channels)
+        self.classifier = _classifier(config, self.head.features, identities)
+        if config.bn_groups > 1:
             for part in (self.backbone, self.head, self.classifier):  # the RRU does it itself
-                use_ghost_norm(part, recipe.bn_groups)
+                use_ghost_norm(part, config.bn_groups)
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, T, C, H, W) to the feature (B, D) and the strips (B, C, H), or `None` without an RRU."""
@@ -80,14 +80,14 @@ class Network(nn.Module):
             maps, strips = refined.features, refined.strips
         return self.head(maps), strips
 
-    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: Carried) -> tuple[Tensor, Carried]:
+    def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: StreamState) -> tuple[Tensor, StreamState]:
         """What a chunk adds to the sum over a clip's frames that the feature is the mean of; eval mode only.
 
         Args:
             maps: (B, T, C, H, W), the chunk's T frames of B clips.
             lengths: int64 (B,), how many of them exist, from 1 to T; all, unless the chunk is the last.
             last: whether the clips end with this chunk.
-            carried: what the chunk before gave back, or `Carried()`.
+            carried: what the chunk before gave back, or `StreamState()`.
 
         Returns:
             The sum (B, D), and what the next chunk is to be given.
@@ -97,7 +97,7 @@ class Network(nn.Module):
             refined = self.rru(maps, lengths, carried.rru)
             maps, state = refined.features, refined.state
         total, of_head = self.head.stream(maps, lengths, last, carried.head)
-        return total, Carried(state, of_head)
+        return total, StreamState(state, of_head)
 
     def forward(self, frames: Tensor) -> Output:
         """Clips of frames (B, T, 3, h, w), float, normalised.
@@ -113,10 +113,10 @@ class Network(nn.Module):
         return Output(feature, strips, self.classifier(feature), auxiliary)
 
 
-def _classifier(recipe: Recipe, features: int, identities: int) -> nn.Sequential:
-    width = recipe.classifier_width
+def _classifier(config: ModelConfig, features: int, identities: int) -> nn.Sequential:
+    width = config.classifier_width
     first, norm, last = nn.Linear(features, width), nn.BatchNorm1d(width), nn.Linear(width, identities)
-    official = recipe.classifier == "official"
+    official = config.classifier == "official"
     if official:
         nn.init.normal_(norm.weight, mean=1.0, std=0.02)
     activation = nn.LeakyReLU(0.1, inplace=True) if official else nn.ReLU(inplace=True)

@@ -60,7 +60,8 @@ def show(options: Options) -> Figure:
     curves = []
     for name, run in zip(names(options.runs), options.runs, strict=True):
         trained = load_trained(run, options)
-        compared = compare(trained.network, trained.split, protocol=options.protocol, resize=trained.settings.resize)
+        resize = trained.settings.source.resize
+        compared = compare(trained.network, trained.split, protocol=options.protocol, resize=resize)
         curves.append(Curve(name, compared.ranking(), chance(compared.trial)))
     return picture(curves)
 

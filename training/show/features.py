@@ -76,7 +76,7 @@ def show(options: Options) -> Figure:
     if options.frames < 2:
         raise UserError(f"frames: got {options.frames}, wanted at least 2: the gate opens at the second")
     trained = load_trained(options.checkpoint, options)
-    split, resize = trained.split, trained.settings.resize
+    split, resize = trained.split, trained.settings.source.resize
     tracklets = split.probe[: options.probes or 1]
     if options.tracklet is not None:
         known = (*split.probe, *split.gallery, *split.train)

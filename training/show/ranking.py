@@ -77,7 +77,7 @@ def show(options: Options) -> Figure:
     asked: Ints | slice = slice(None)
     if not isinstance(options.probes, int):
         asked = np.array([index_of(name, trained.split.probe, "probes") for name in options.probes])
-    compared = compare(trained.network, trained.split, protocol=options.protocol, resize=trained.settings.resize)
+    compared = compare(trained.network, trained.split, protocol=options.protocol, resize=trained.settings.source.resize)
     rows = found(compared, trained.split, options.top, asked)
     return picture(choose(rows, options.probes) if isinstance(options.probes, int) else rows)
 

@@ -1,25 +1,33 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from training.config.optim import OptimConfig
 from training.config.presets import RECIPES
+from training.engine import checkpoint
+from training.engine.options import make_options
 from training.runtime.errors import UserError
+from training.runtime.fields import flatten, update
+from training.train import train
 
 
 def test_paper_trains_as_the_paper_says() -> None:
     paper = RECIPES["paper"]
-    assert (paper.people, paper.clips, paper.frames) == (10, 2, 8)
-    assert (paper.learning_rate, paper.learning_rate_pretrained, paper.weight_decay) == (0.01, 0.001, 5e-4)
-    assert (paper.margin, paper.head_width, paper.classifier_width, paper.strict_people) == (0.4, 256, 512, True)
+    batch, model, optim = paper.batch, paper.model, paper.optim
+    assert (batch.people, batch.clips, batch.frames, batch.strict_people) == (10, 2, 8, True)
+    assert (optim.learning_rate, optim.learning_rate_pretrained, optim.weight_decay) == (0.01, 0.001, 5e-4)
+    assert (optim.schedule, optim.warmup_epochs) == ("none", 0)
+    assert (paper.loss.margin, model.head_width, model.classifier_width) == (0.4, 256, 512)
 
 
 def test_official_differs_from_paper_as_the_authors_code_does() -> None:
-    paper, official = asdict(RECIPES["paper"]), asdict(RECIPES["official"])
+    paper, official = flatten(RECIPES["paper"]), flatten(RECIPES["official"])
     assert {field: (paper[field], official[field]) for field in paper if paper[field] != official[field]} == {
         "name": ("paper", "official"),
-        "preset": ("paper", "official"),
         "prid": ("paper-21", "official-27"),
         "auxiliary": ("frames", "clip"),
         "bn_groups": (1, 4),
@@ -42,8 +50,8 @@ def test_official_differs_from_paper_as_the_authors_code_does() -> None:
 def test_a_network_is_tested_before_and_after_and_every_so_often_from_an_epoch_on(
     change: dict[str, int | None], epochs: list[int]
 ) -> None:
-    recipe = replace(RECIPES["official"], **change)
-    assert [epoch for epoch in range(recipe.epochs + 1) if recipe.tested_after(epoch)] == epochs
+    recipe = update(RECIPES["official"], **change)
+    assert [epoch for epoch in range(recipe.epochs + 1) if recipe.eval.is_due(epoch, recipe.epochs)] == epochs
 
 
 @pytest.mark.parametrize(
@@ -65,4 +73,29 @@ def test_a_network_is_tested_before_and_after_and_every_so_often_from_an_epoch_o
 )
 def test_an_impossible_recipe_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replace(RECIPES["quick"], **{"people": 8, "clips": 2, **change})
+        update(RECIPES["quick"], **{"people": 8, "clips": 2, **change})
+
+
+def factors(epochs: int, **given: Any) -> list[float]:
+    return [OptimConfig(**given).rate_factor(epoch, epochs) for epoch in range(epochs)]
+
+
+def test_schedules_and_their_warm_up() -> None:
+    assert factors(3) == [1.0, 1.0, 1.0]
+    assert factors(4, warmup_epochs=3) == [0.25, 0.5, 0.75, 1.0]
+    assert factors(6, schedule="step", step_epochs=2, step_factor=0.5) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert factors(5, schedule="step", step_epochs=2, warmup_epochs=1) == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1])
+    cosine = [math.cos(math.pi * part / 8) ** 2 for part in range(4)]  # (1 + cos 2x) / 2 = cos^2 x
+    assert factors(4, schedule="cosine") == pytest.approx(cosine)
+    assert factors(6, schedule="cosine", warmup_epochs=2)[2:] == pytest.approx(cosine)
+
+
+def test_a_resumed_run_takes_the_rates_of_its_epoch(small_data: Path, tmp_path: Path) -> None:
+    small = {"people": 4, "batches": 1, "device": "cpu", "check_counts": False, "pictures": False}
+    data = {"dataset": "ilids-vid", "data_root": small_data, "compare_ops": False, "schedule": "cosine", "epochs": 2}
+    train(make_options(output=tmp_path / "run", **small, **data))
+    rates = [group["lr"] for group in checkpoint.load(tmp_path / "run").training["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.025, 0.025])  # of its second epoch
+    train(make_options(resume=tmp_path / "run", epochs=3, device="cpu", pictures=False))
+    rates = [group["lr"] for group in checkpoint.load(tmp_path / "run").training["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([0.0125, 0.0125])  # 0.05 (1 + cos(2 pi / 3)) / 2

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,31 @@ from rich.console import Console
 from torch import nn
 
 from training.config.presets import RECIPES, Recipe
-from training.config.settings import Options, Settings, resolve
-from training.config.step import Speed, as_evaluated
+from training.config.step import StepConfig, eager_mode
 from training.data.loading import make_loader
-from training.data.sampler import make_sampler
 from training.data.tracklets import Split
-from training.engine.build import make_optimizer
+from training.engine.build import make_optimizer, make_sampler
 from training.engine.metrics_log import RunLog
+from training.engine.options import make_options
 from training.engine.trainer import Trainer
 from training.model.losses import Losses
 from training.model.network import Network
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 from training.train import train
 
 CPU = torch.device("cpu")
-BASELINE = replace(RECIPES["quick"], rru="none", part_loss=False)
+BASELINE = update(RECIPES["quick"], rru="none", part_loss=False)
 
 
-def trainer_of(recipe: Recipe, speed: Speed) -> Trainer:
+def trainer_of(recipe: Recipe, step: StepConfig) -> Trainer:
     torch.manual_seed(1)
-    network = Network(recipe, 4, "fast")
-    return Trainer(network, Losses(recipe, "fast"), make_optimizer(network, recipe), speed)
+    network = Network(recipe.model, 4, "fast")
+    return Trainer(network, Losses(recipe.loss, "fast"), make_optimizer(network, recipe.optim), step)
 
 
 def train_an_epoch(trainer: Trainer, recipe: Recipe, split: Split, folder: Path) -> list[dict[str, Any]]:
-    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.frames, workers=0)
+    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.batch.frames, workers=0)
     with RunLog(folder, Console(file=io.StringIO()), epochs=1) as log:
         trainer.run_epoch(loader, log)
     return log.records
@@ -48,12 +47,12 @@ def test_a_16_bit_step_has_the_losses_of_a_full_one_within_its_precision(
 ) -> None:
     dtypes: list[torch.dtype] = []
     losses = []
-    for speed in (Speed(), Speed(amp=amp)):
-        trainer = trainer_of(recipe, speed)
+    for step in (StepConfig(), StepConfig(amp=amp)):
+        trainer = trainer_of(recipe, step)
         trainer.network.head.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
-        folder = tmp_path / speed.amp
+        folder = tmp_path / step.amp
         folder.mkdir()
-        losses.append(train_an_epoch(trainer, replace(recipe, batches=1), split, folder)[0])
+        losses.append(train_an_epoch(trainer, update(recipe, batches=1), split, folder)[0])
     assert dtypes == [torch.float32, getattr(torch, amp)]
     for part in ("identity", "video", "part"):
         assert losses[1][part] == pytest.approx(losses[0][part], rel=0.1)
@@ -63,16 +62,16 @@ def test_a_16_bit_step_has_the_losses_of_a_full_one_within_its_precision(
 def test_an_overflowing_float16_gradient_moves_nothing_and_lowers_the_scale(
     recipe: Recipe, split: Split, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(recipe, Speed(amp="float16"))
+    trainer = trainer_of(recipe, StepConfig(amp="float16"))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = [parameter.clone() for parameter in trainer.network.parameters()]
     train_an_epoch(trainer, recipe, split, tmp_path)
     assert all(map(torch.equal, before, trainer.network.parameters()))
     assert trainer.scaler.get_scale() == 2.0**38  # of two steps
-    resumed = trainer_of(recipe, Speed(amp="float16"))
+    resumed = trainer_of(recipe, StepConfig(amp="float16"))
     resumed.load_state_dict(trainer.state_dict())
     assert resumed.scaler.get_scale() == 2.0**38
-    trainer_of(recipe, Speed()).load_state_dict(trainer.state_dict())
+    trainer_of(recipe, StepConfig()).load_state_dict(trainer.state_dict())
 
 
 def test_channels_last_reaches_the_convolutions_and_changes_no_loss(
@@ -85,12 +84,12 @@ def test_channels_last_reaches_the_convolutions_and_changes_no_loss(
         laid.append((module.weight.is_contiguous(**last), given[0].is_contiguous(**last)))
 
     losses = []
-    for speed in (Speed(), Speed(channels_last=True)):
-        trainer = trainer_of(recipe, speed)
+    for step in (StepConfig(), StepConfig(channels_last=True)):
+        trainer = trainer_of(recipe, step)
         for module in trainer.network.backbone.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(note)
-        folder = tmp_path / str(speed.channels_last)
+        folder = tmp_path / str(step.channels_last)
         folder.mkdir()
         losses.append([record["loss"] for record in train_an_epoch(trainer, recipe, split, folder)])
     assert laid[:8] == [(False, False)] * 8
@@ -110,22 +109,22 @@ def test_the_compiled_backbone_trains_alike_under_the_same_names_and_is_left_out
     losses, names = [], []
     # What the compiler makes of the graph is PyTorch's own, and takes it a minute.
     with torch.compiler.set_stance(force_backend=backend):
-        for speed in (Speed(), Speed(compile_backbone=True)):
-            trainer = trainer_of(recipe, speed)
-            folder = tmp_path / str(speed.compile_backbone)
+        for step in (StepConfig(), StepConfig(compile_backbone=True)):
+            trainer = trainer_of(recipe, step)
+            folder = tmp_path / str(step.compile_backbone)
             folder.mkdir()
             losses.append([record["loss"] for record in train_an_epoch(trainer, recipe, split, folder)])
             names.append(list(trainer.network.state_dict()))
     assert len(compiled) == 1 and compiled[0] >= 12  # both steps' four convolutions, norms, activations: one graph
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and names[1] == names[0]
-    with torch.no_grad(), as_evaluated(trainer.network):
+    with torch.no_grad(), eager_mode(trainer.network):
         trainer.network.eval()(torch.rand(1, 3, 3, 64, 64))
     assert len(compiled) == 1
 
 
 def test_evaluation_captures_no_graphs_and_training_does_again(recipe: Recipe) -> None:
-    network = Network(recipe, 4, "fast", cuda_graph=True)
-    with as_evaluated(network), torch.no_grad():
+    network = Network(recipe.model, 4, "fast", cuda_graph=True)
+    with eager_mode(network), torch.no_grad():
         network.eval()(torch.rand(1, 2, 3, 64, 64))
     with pytest.raises(ValueError, match="cuda_graph: got True with tensors on cpu"):
         network(torch.rand(1, 2, 3, 64, 64))
@@ -134,21 +133,24 @@ def test_evaluation_captures_no_graphs_and_training_does_again(recipe: Recipe) -
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: Speed(amp="half"), "amp: got 'half', wanted one of off, bfloat16, float16"),  # type: ignore[arg-type]
-        (lambda: Speed(channels_last=1), "channels_last: got 1, wanted True or False"),  # type: ignore[arg-type]
+        (lambda: StepConfig(amp="half"), "amp: got 'half', wanted one of off, bfloat16, float16"),  # type: ignore[arg-type]
+        (lambda: StepConfig(channels_last=1), "channels_last: got 1, wanted True or False"),  # type: ignore[arg-type]
         (
-            lambda: Speed(cuda_graph=True).check(CPU, "fast", RECIPES["quick"]),
+            lambda: StepConfig(cuda_graph=True).check(CPU, RECIPES["quick"]),
             "cuda_graph: got True on device 'cpu', wanted",
         ),
         (
-            lambda: Speed(amp="bfloat16").check(CPU, "fast", replace(RECIPES["quick"], frames=2)),
+            lambda: StepConfig(amp="bfloat16").check(CPU, update(RECIPES["quick"], frames=2)),
             "amp: got 'bfloat16' on a CPU for clips of 2 frames with STIM, wanted more frames",
         ),
         (
-            lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "reference", RECIPES["quick"]),
+            lambda: StepConfig("reference", cuda_graph=True).check(torch.device("cuda"), RECIPES["quick"]),
             "cuda_graph: got True with ops='reference'",
         ),
-        (lambda: Speed(cuda_graph=True).check(torch.device("cuda"), "fast", BASELINE), "rru='none', wanted an RRU"),
+        (
+            lambda: StepConfig(cuda_graph=True).check(torch.device("cuda"), BASELINE),
+            "rru='none', wanted an RRU",
+        ),
     ],
 )
 def test_a_switch_that_cannot_be_set_is_named(ask: Callable[[], object], message: str) -> None:
@@ -159,20 +161,5 @@ def test_a_switch_that_cannot_be_set_is_named(ask: Callable[[], object], message
 def test_graphs_on_a_cpu_end_a_run_before_it_leaves_anything(small_data: Path, tmp_path: Path) -> None:
     data = {"dataset": "ilids-vid", "data_root": small_data, "check_counts": False, "device": "cpu"}
     with pytest.raises(UserError, match="cuda_graph: got True on device 'cpu'"):
-        train(Options(**data, output=tmp_path / "run", cuda_graph=True))  # type: ignore[arg-type]
+        train(make_options(**data, output=tmp_path / "run", cuda_graph=True))  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
-
-
-def test_a_resumed_run_keeps_its_speed_and_may_change_it(split: Split) -> None:
-    begun = resolve(Options(amp="bfloat16", channels_last=True), None)
-    again = Settings.from_config(begun.config(split, CPU), Path("config.json"))
-    assert resolve(Options(), again).speed == Speed(amp="bfloat16", channels_last=True)
-    assert resolve(Options(amp="off"), again).speed == Speed(channels_last=True)
-
-
-def test_a_config_without_its_speed_is_of_another_version(split: Split) -> None:
-    config = resolve(Options(), None).config(split, CPU)
-    for change in ({}, {"speed": {**config["speed"], "amp": "half"}}, {"speed": {"turbo": True}}):
-        other = {name: value for name, value in config.items() if name != "speed"} | change
-        with pytest.raises(UserError, match=r"config\.json: not one this version wrote"):
-            Settings.from_config(other, Path("config.json"))

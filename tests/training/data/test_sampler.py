@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -13,6 +12,7 @@ from training.config.presets import Recipe
 from training.data.sampler import Clip, OfficialSampler, PKSampler, make_sampler
 from training.data.tracklets import Tracklet
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 
@@ -205,10 +205,12 @@ def test_too_short_tracklets_are_left_out_and_too_few_people_say_so() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("pk", PKSampler), ("official", OfficialSampler)])
 def test_the_recipe_chooses_the_sampler_and_its_numbers(recipe: Recipe, name: str, kind: type[PKSampler]) -> None:
-    recipe = replace(recipe, sampler=name, seed=5, batches=3)
+    recipe = update(recipe, sampler=name, seed=5, batches=3)
     sampler = make_sampler(recipe, many())
     assert type(sampler) is kind
-    assert list(sampler) == list(kind(many(), recipe.people, recipe.clips, recipe.frames, seed=5, batches=3))
+    assert list(sampler) == list(
+        kind(many(), recipe.batch.people, recipe.batch.clips, recipe.batch.frames, seed=5, batches=3)
+    )
 
 
 @pytest.mark.parametrize("kind", [PKSampler, OfficialSampler])

@@ -79,8 +79,8 @@ def test_what_merely_looks_like_a_checkpoint_is_left_alone(tmp_path: Path) -> No
 def test_a_run_is_found_from_its_last_checkpoint_and_from_no_copy_of_it(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, network(1.0), {"epoch": 1}, {})
     copy = shutil.copytree(tmp_path / "checkpoint-0001", tmp_path / "best")
-    assert checkpoint.run_of(tmp_path) == checkpoint.run_of(tmp_path / "checkpoint-0001") == tmp_path
-    assert checkpoint.run_of(copy) is None
+    assert checkpoint.run_folder_of(tmp_path) == checkpoint.run_folder_of(tmp_path / "checkpoint-0001") == tmp_path
+    assert checkpoint.run_folder_of(copy) is None
 
 
 def test_a_copy_without_links_is_a_run_like_any(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from tests.helpers.file_size import file_size_limit
 from tests.helpers.forked import exit_code
-from training.config.settings import Options
 from training.engine import checkpoint
+from training.engine.options import Options, make_options
 from training.engine.resumable_run import RESULT, run
 from training.runtime.errors import UserError
 
@@ -131,7 +131,7 @@ def test_a_run_killed_again_and_again_loses_no_checkpoint_and_ends_with_the_same
         small: dict[str, Any] = {"people": 4, "batches": 1, "epochs": 3, "compare_ops": False, "device": "cpu"}
         small["pictures"] = False
         places: dict[str, Any] = {"dataset": "ilids-vid", "data_root": small_data, "output": tmp_path / name}
-        return Options(check_counts=False, **small, **places)
+        return make_options(check_counts=False, **small, **places)
 
     assert exit_code(train_killed_at, -1, options("straight")) == 0
     straight, killed = tmp_path / "straight", tmp_path / "killed"

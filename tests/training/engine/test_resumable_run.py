@@ -9,18 +9,19 @@ import pytest
 
 from tests.helpers.small_people import render
 from training.config.presets import RECIPES
-from training.config.settings import Options
 from training.engine import checkpoint
+from training.engine.options import Options, make_options
 from training.engine.resumable_run import RESULT, run
 from training.runtime.atomic_files import aside
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 from training.train import train
 
 
 def options(data: Path, output: Path, **changes: Any) -> Options:
     """Recipe `quick` on little, without pictures: 4 people, a batch an epoch."""
     small = {"people": 4, "batches": 1, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    return Options(dataset="ilids-vid", data_root=data, output=output, pictures=False, **{**small, **changes})
+    return make_options(dataset="ilids-vid", data_root=data, output=output, pictures=False, **{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_a_folder_of_other_data_or_of_something_else_is_refused(
 def test_evaluation_counts_from_the_recipe_s_first_epoch(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["quick"], eval_every=2, eval_from=3))
+    monkeypatch.setitem(RECIPES, "quick", update(RECIPES["quick"], eval_every=2, eval_from=3))
     results = run(options(small_data, tmp_path / "run", epochs=5))
     assert [result["epoch"] for result in results] == [0, 3, 5]  # always the untrained network, and the last
 
@@ -116,7 +117,7 @@ def test_a_run_continued_by_hand_for_longer_is_another(
     straight: tuple[Path, list[dict[str, Any]]], small_data: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(straight[0], tmp_path / "longer"))
-    train(Options(resume=copy, epochs=3, device="cpu", pictures=False))
+    train(make_options(resume=copy, epochs=3, device="cpu", pictures=False))
     assert run(options(small_data, copy)) == straight[1]
     with pytest.raises(UserError, match="epochs=2, got 3"):
         run(options(small_data, copy, epochs=3))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from rich.console import Console
 
 from training.config.presets import RECIPES, Recipe
 from training.data.loading import Batch, make_loader
-from training.data.sampler import make_sampler
 from training.data.tracklets import Split
-from training.engine.build import make_optimizer
+from training.engine.build import make_optimizer, make_sampler
 from training.engine.metrics_log import RunLog
 from training.engine.trainer import Trainer
 from training.model.losses import Losses
 from training.model.network import Network
+from training.runtime.fields import update
 
 PARTS = ["identity", "auxiliary", "video", "part"]
 
@@ -36,11 +35,11 @@ PARTS = ["identity", "auxiliary", "video", "part"]
 def test_every_recipe_trains_two_steps_that_move_all_it_holds(
     split: Split, tmp_path: Path, name: str, change: dict[str, Any], parts: list[str]
 ) -> None:
-    recipe = replace(RECIPES[name], weights="random", frames=2, batches=2, **change)
-    network = Network(recipe, len(split.train_people), "fast")
+    recipe = update(RECIPES[name], weights="random", frames=2, batches=2, **change)
+    network = Network(recipe.model, len(split.train_people), "fast")
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    trainer = Trainer(network, Losses(recipe, "fast"), make_optimizer(network, recipe))
-    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.frames, workers=0)
+    trainer = Trainer(network, Losses(recipe.loss, "fast"), make_optimizer(network, recipe.optim))
+    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.batch.frames, workers=0)
     with RunLog(tmp_path, Console(file=io.StringIO()), epochs=1) as log:
         trainer.run_epoch(loader, log)
     assert [list(record)[4 : 4 + len(parts)] for record in log.records] == [parts, parts]
@@ -62,9 +61,9 @@ class Slow(list[Batch]):
 def test_data_wait_is_the_time_until_the_loader_had_its_batch(
     split: Split, recipe: Recipe, tmp_path: Path, kind: type[list[Batch]]
 ) -> None:
-    network = Network(recipe, len(split.train_people), "fast")
-    trainer = Trainer(network, Losses(recipe, "fast"), make_optimizer(network, recipe))
-    batches = kind(make_loader(split.train, make_sampler(recipe, split.train), recipe.frames, workers=0))
+    network = Network(recipe.model, len(split.train_people), "fast")
+    trainer = Trainer(network, Losses(recipe.loss, "fast"), make_optimizer(network, recipe.optim))
+    batches = kind(make_loader(split.train, make_sampler(recipe, split.train), recipe.batch.frames, workers=0))
     with RunLog(tmp_path, Console(file=io.StringIO()), epochs=1) as log:
         trainer.run_epoch(batches, log)  # type: ignore[arg-type]
     seconds = [len(batches[0].frames) / record["frames_per_second"] for record in log.records]

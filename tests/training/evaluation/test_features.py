@@ -10,13 +10,14 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from training.config.presets import Recipe
-from training.config.settings import choose_device
 from training.data.loading import frames_to_input
 from training.data.tracklets import Split, Tracklet, read_frame
 from training.evaluation.features import extract
 from training.model.network import Network
 from training.model.operators import Ops
+from training.runtime.device import choose_device
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 RRUS = {
     "none": {"rru": "none", "part_loss": False},
@@ -32,13 +33,13 @@ LENGTHS = [3, 1, 7, 2, 4, 2]
 
 @pytest.fixture
 def network(recipe: Recipe) -> Network:
-    return Network(recipe, identities=4, ops="reference")
+    return Network(recipe.model, identities=4, ops="reference")
 
 
 def make_network(recipe: Recipe, head: str, rru: str, ops: Ops) -> Network:
     """A network whose batch norms are no identities, so that a frame of zeros is not zero behind them."""
     torch.manual_seed(0)
-    network = Network(replace(recipe, head=head, **RRUS[rru]), identities=4, ops=ops)
+    network = Network(update(recipe, head=head, **RRUS[rru]).model, identities=4, ops=ops)
     for name, tensor in network.state_dict().items():
         if ".running_" in name or tensor.shape == (network.head.features,):
             tensor.copy_(torch.rand(tensor.shape) + 0.2)

@@ -19,7 +19,7 @@ VERSIONS: tuple[Rerank | None, ...] = (None, "equations", "published")
 
 @pytest.fixture
 def network(recipe: Recipe) -> Network:
-    return Network(recipe, identities=4, ops="reference")
+    return Network(recipe.model, identities=4, ops="reference")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,18 @@ from torch import Tensor
 
 from training.config.presets import RECIPES, Recipe
 from training.config.settings import Settings
+from training.config.step import StepConfig
 from training.config.table1 import ROWS
 from training.data.tracklets import Split
 from training.engine import checkpoint
+from training.engine.run_record import run_record
 from training.export.__main__ import Options as AnyOptions
 from training.export.__main__ import main
 from training.export.model import TOLERANCE, Options, difference, export_model
 from training.model.network import Network
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 CPU = torch.device("cpu")
 WHOLE = "Baseline+RRU+STIM+Lv+Lp"
@@ -34,12 +36,12 @@ def saved(recipe: Recipe, split: Split, tmp_path: Path) -> Callable[..., tuple[P
     """A row of Table 1 as a checkpoint, with its running statistics moved, and its network in eval mode."""
 
     def save(row: str, base: Recipe = recipe, clips: int = 4, frames: int = 3) -> tuple[Path, Network]:
-        settings = Settings(replace(base, frames=frames, **ROWS[row].changes), None, 0, "reference")
-        network = Network(settings.recipe, len(split.train_people), "reference")
+        settings = Settings(ROWS[row].apply(update(base, frames=frames)), step=StepConfig("reference"))
+        network = Network(settings.recipe.model, len(split.train_people), "reference")
         network(torch.rand(clips, frames, 3, *network.backbone.size) * 2 - 1)
         run = tmp_path / "run"
         run.mkdir()
-        checkpoint.save(run, network, {"epoch": 1}, settings.config(split, CPU))
+        checkpoint.save(run, network, {"epoch": 1}, run_record(settings, split, CPU))
         return run, network.eval()
 
     return save
@@ -82,7 +84,7 @@ def test_inception_is_exported_without_its_auxiliary_classifier(
     saved: Callable[..., tuple[Path, Network]], tmp_path: Path, row: str, frames: int
 ) -> None:
     # Few frames: each takes Inception a quarter of a second.
-    run, network = saved(row, replace(RECIPES["paper"], weights="random"), clips=2, frames=frames)
+    run, network = saved(row, update(RECIPES["paper"], weights="random"), clips=2, frames=frames)
     assert export_model(Options(run, tmp_path / "model.pt2")) <= TOLERANCE
     program = torch.export.load(tmp_path / "model.pt2").module()
     sample = torch.rand(1, frames, 3, 299, 299) * 2 - 1

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from training.config.presets import Recipe
 from training.data.loading import make_loader
-from training.data.sampler import make_sampler
 from training.data.tracklets import Split
-from training.engine.build import make_optimizer
+from training.engine.build import make_optimizer, make_sampler
 from training.engine.metrics_log import RunLog
 from training.engine.trainer import Trainer
 from training.model.finite import first_not_finite
@@ -31,7 +30,7 @@ def spoil(network: nn.Module, weight: str, value: float = float("nan")) -> None:
 
 
 def test_a_finite_forward_has_no_such_module(recipe: Recipe) -> None:
-    assert first_not_finite(Network(recipe, identities=3, ops="fast"), CLIPS) is None
+    assert first_not_finite(Network(recipe.model, identities=3, ops="fast"), CLIPS) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -48,7 +47,7 @@ def test_a_finite_forward_has_no_such_module(recipe: Recipe) -> None:
 def test_the_first_module_in_order_of_execution_is_named(
     recipe: Recipe, ops: Any, weight: str, module: str, value: float
 ) -> None:
-    network = Network(recipe, identities=3, ops=ops)
+    network = Network(recipe.model, identities=3, ops=ops)
     if not module.startswith("classifier"):
         spoil(network, "classifier.0.weight")  # later: it does not count
     spoil(network, weight, value)
@@ -56,7 +55,7 @@ def test_the_first_module_in_order_of_execution_is_named(
 
 
 def test_frames_that_are_not_finite_are_named_before_any_module(recipe: Recipe) -> None:
-    network = Network(recipe, identities=3, ops="fast")
+    network = Network(recipe.model, identities=3, ops="fast")
     clips = CLIPS.clone()
     clips[2, 1, 0, 5, 7] = float("inf")
     assert first_not_finite(network, clips) == "the frames"
@@ -79,7 +78,7 @@ def test_what_the_network_does_itself_goes_by_its_class() -> None:
 
 
 def test_the_network_is_left_as_it_was(recipe: Recipe) -> None:
-    network = Network(recipe, identities=3, ops="fast")
+    network = Network(recipe.model, identities=3, ops="fast")
     spoil(network, "head.net.3.weight")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     first_not_finite(network, CLIPS)
@@ -90,7 +89,7 @@ def test_the_network_is_left_as_it_was(recipe: Recipe) -> None:
 
 
 def test_a_compiled_backbone_is_looked_into(recipe: Recipe) -> None:
-    network = Network(recipe, identities=3, ops="fast")
+    network = Network(recipe.model, identities=3, ops="fast")
     network.backbone.compile(backend="eager")
     network(CLIPS)
     spoil(network, "backbone.net.6.weight")
@@ -98,9 +97,9 @@ def test_a_compiled_backbone_is_looked_into(recipe: Recipe) -> None:
 
 
 def trainer_of(recipe: Recipe, split: Split) -> tuple[Trainer, Any]:
-    network = Network(recipe, len(split.train_people), "fast")
-    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.frames, workers=0)
-    return Trainer(network, Losses(recipe, "fast"), make_optimizer(network, recipe)), loader
+    network = Network(recipe.model, len(split.train_people), "fast")
+    loader = make_loader(split.train, make_sampler(recipe, split.train), recipe.batch.frames, workers=0)
+    return Trainer(network, Losses(recipe.loss, "fast"), make_optimizer(network, recipe.optim)), loader
 
 
 def test_training_ends_with_the_step_the_clips_and_the_module(recipe: Recipe, split: Split, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_training_ends_with_the_step_the_clips_and_the_module(recipe: Recipe, sp
     ):
         trainer.run_epoch(loader, log)
     assert str(told.value).endswith("]; first not finite: head.net.3; last good epoch: 0")
-    assert str(told.value).count("/person") == recipe.people * recipe.clips
+    assert str(told.value).count("/person") == recipe.batch.people * recipe.batch.clips
     assert "\n" not in str(told.value)
 
 

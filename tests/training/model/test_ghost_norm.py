@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from training.model.backbone import Inception
 from training.model.ghost_norm import GhostBatchNorm, groups_of_each, use_ghost_norm
 from training.model.network import Network
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 GROUPS = 4
 CLIPS = torch.rand(8, 2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -45,8 +45,8 @@ def check_replicas(ghost: nn.Module, plain: nn.Module, given: Tensor, groups: in
 @pytest.mark.parametrize("ops", ["fast", "reference"])
 @pytest.mark.parametrize("head", ["stim", "lstm", "baseline"])
 def test_a_network_is_four_replicas_of_itself_in_training(recipe: Recipe, head: str, ops: str) -> None:
-    recipe = replace(recipe, head=head, head_width=16, people=4, clips=2)
-    ghost, plain = (Network(replace(recipe, bn_groups=g), 3, ops).double() for g in (GROUPS, 1))
+    recipe = update(recipe, head=head, head_width=16, people=4, clips=2)
+    ghost, plain = (Network(update(recipe, bn_groups=g).model, 3, ops).double() for g in (GROUPS, 1))
     for network in (ghost, plain):
         network.classifier[3].p = 0.0  # drawn once for the batch: no replica draws the same
     check_replicas(ghost, plain, CLIPS, GROUPS)
@@ -72,8 +72,8 @@ def test_inception_is_two_replicas_of_itself_in_training() -> None:
 
 
 def test_every_batch_norm_is_replaced_and_none_of_its_names(recipe: Recipe) -> None:
-    recipe = replace(recipe, people=4)
-    ghost, plain = (Network(replace(recipe, bn_groups=g), 3, "fast") for g in (GROUPS, 1))
+    recipe = update(recipe, people=4)
+    ghost, plain = (Network(update(recipe, bn_groups=g).model, 3, "fast") for g in (GROUPS, 1))
     assert list(ghost.state_dict()) == list(plain.state_dict())
     kept = [name for name, module in ghost.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert kept == ["rru.transition_norm"]
@@ -82,8 +82,8 @@ def test_every_batch_norm_is_replaced_and_none_of_its_names(recipe: Recipe) -> N
 
 
 def test_in_eval_mode_it_is_plain_batch_norm(recipe: Recipe) -> None:
-    recipe = replace(recipe, people=4)
-    ghost, plain = (Network(replace(recipe, bn_groups=g), 3, "reference").double() for g in (GROUPS, 1))
+    recipe = update(recipe, people=4)
+    ghost, plain = (Network(update(recipe, bn_groups=g).model, 3, "reference").double() for g in (GROUPS, 1))
     ghost.train()(CLIPS)  # so that the running statistics are not those of the beginning
     plain.load_state_dict(ghost.state_dict())
     with torch.no_grad():

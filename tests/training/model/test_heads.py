@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
 from training.config.presets import Recipe
 from training.model.heads import LSTM, STIM, Baseline, make_head
+from training.runtime.fields import update
 
 MAPS = torch.rand(2, 5, 6, 4, 3, generator=torch.Generator().manual_seed(1))
 
@@ -15,7 +15,7 @@ MAPS = torch.rand(2, 5, 6, 4, 3, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
 @pytest.mark.parametrize("times", [1, 5])
 def test_a_head_takes_clips_of_any_length(recipe: Recipe, name: str, times: int) -> None:
-    head = make_head(replace(recipe, head=name, head_width=10), channels=6)
+    head = make_head(update(recipe, head=name, head_width=10).model, channels=6)
     assert head(MAPS[:, :times]).shape == (2, head.features)
     assert head.features == (6 if name == "baseline" else 10)
 
@@ -40,7 +40,7 @@ def test_stim_sees_the_order_of_time() -> None:
 
 @pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
 def test_what_lies_beyond_a_clips_length_does_not_count(recipe: Recipe, name: str) -> None:
-    head = make_head(replace(recipe, head=name, head_width=10), channels=6).eval()
+    head = make_head(update(recipe, head=name, head_width=10).model, channels=6).eval()
     if isinstance(head, STIM):
         torch.nn.init.ones_(head.net[1].bias)  # so that a frame of zeros is not zero behind the first convolution
     padded = MAPS.clone()
@@ -53,7 +53,7 @@ def test_what_lies_beyond_a_clips_length_does_not_count(recipe: Recipe, name: st
 @pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
 @pytest.mark.parametrize("cuts", [(1,), (4,), (1, 2), (2, 3), (1, 2, 3, 4)])
 def test_a_clip_in_chunks_is_the_clip_in_one_go(recipe: Recipe, name: str, cuts: tuple[int, ...]) -> None:
-    head = make_head(replace(recipe, head=name, head_width=10), channels=6).eval()
+    head = make_head(update(recipe, head=name, head_width=10).model, channels=6).eval()
     total, carried = torch.zeros(2, head.features), None
     for first, end in itertools.pairwise((0, *cuts, 5)):
         part, carried = head.stream(MAPS[:, first:end], torch.full((2,), end - first), end == 5, carried)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from training.config.presets import Recipe
 from training.model.losses import Losses
 from training.model.network import Output
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 LABELS = torch.tensor([0, 0, 1, 1])
 # On a line: each clip's hardest positive and negative can be read off. Triplets: 0.4 + (1, 1, 2, 2) - (2, 1, 1, 3).
@@ -24,7 +24,7 @@ def test_the_total_is_the_sum_of_parts_computed_by_hand(recipe: Recipe, ops: str
     # Two strips: one as the features, one that spreads them tenfold, its middle clips cost.
     strips = torch.stack([FEATURE, 10 * FEATURE], 2)  # (B, C=1, H=2)
     auxiliary = torch.tensor([[0.0, 1.0], [1.0, 0.0]] * 4)  # of 2 frames a clip: one right, one wrong
-    total, parts = Losses(recipe, ops)(OUTPUT._replace(strips=strips, auxiliary=auxiliary), LABELS)
+    total, parts = Losses(recipe.loss, ops)(OUTPUT._replace(strips=strips, auxiliary=auxiliary), LABELS)
     wanted = {
         "identity": (RIGHT + WRONG) / 2,
         "auxiliary": (RIGHT + WRONG) / 2,
@@ -37,22 +37,22 @@ def test_the_total_is_the_sum_of_parts_computed_by_hand(recipe: Recipe, ops: str
 
 def test_auxiliary_logits_are_judged_by_their_own_clips_person(recipe: Recipe) -> None:
     sure = torch.tensor([[9.0, 0.0]] * 6 + [[0.0, 9.0]] * 6)  # 3 frames a clip, clip by clip, all right
-    _, parts = Losses(recipe, "reference")(OUTPUT._replace(auxiliary=sure), LABELS)
+    _, parts = Losses(recipe.loss, "reference")(OUTPUT._replace(auxiliary=sure), LABELS)
     assert parts["auxiliary"].item() == pytest.approx(math.log(1 + math.exp(-9)), rel=1e-3)
 
 
 def test_auxiliary_logits_may_be_of_clips_and_have_a_weight(recipe: Recipe) -> None:
     of_clips = OUTPUT._replace(auxiliary=torch.tensor([[0.0, 1.0]] * 4))
-    total, parts = Losses(replace(recipe, auxiliary_weight=0.25), "reference")(of_clips, LABELS)
+    total, parts = Losses(update(recipe, auxiliary_weight=0.25).loss, "reference")(of_clips, LABELS)
     assert parts["auxiliary"].item() == pytest.approx(0.25 * (RIGHT + WRONG) / 2)
     assert total.item() == pytest.approx(sum(part.item() for part in parts.values()))
 
 
 def test_a_recipe_without_triplets_has_none(recipe: Recipe) -> None:
-    bare = replace(recipe, video_loss=False, part_loss=False)
-    assert list(Losses(bare, "reference")(OUTPUT, LABELS)[1]) == ["identity"]
+    bare = update(recipe, video_loss=False, part_loss=False)
+    assert list(Losses(bare.loss, "reference")(OUTPUT, LABELS)[1]) == ["identity"]
 
 
 def test_labels_of_another_length_are_refused(recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"labels: got shape \(3,\), wanted \(4,\), one a clip"):
-        Losses(recipe, "reference")(OUTPUT, LABELS[:3])
+        Losses(recipe.loss, "reference")(OUTPUT, LABELS[:3])

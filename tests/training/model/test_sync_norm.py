@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,10 +10,11 @@ from torch import nn
 from training.config.presets import Recipe
 from training.model.network import Network
 from training.model.sync_norm import SyncNorm, use_sync_norm
+from training.runtime.fields import update
 
 
 def test_every_batch_norm_is_replaced_and_no_name_nor_tensor_of_them(recipe: Recipe) -> None:
-    network = Network(recipe, 3, "fast").eval()
+    network = Network(recipe.model, 3, "fast").eval()
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
     before = network.state_dict(keep_vars=True)
     use_sync_norm(network)
@@ -28,7 +28,7 @@ def test_every_batch_norm_is_replaced_and_no_name_nor_tensor_of_them(recipe: Rec
 
 
 def test_in_one_process_it_is_plain_batch_norm(recipe: Recipe) -> None:
-    plain = Network(replace(recipe, rru="none", part_loss=False), 3, "reference").double()
+    plain = Network(update(recipe, rru="none", part_loss=False).model, 3, "reference").double()
     synchronised = deepcopy(plain)
     use_sync_norm(synchronised)
     clips = torch.rand(4, 2, 3, 64, 64, dtype=torch.float64)

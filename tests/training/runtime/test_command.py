@@ -9,7 +9,7 @@ import torch
 
 import rru_fast
 from training.config.presets import RECIPES
-from training.config.settings import Options, resolve
+from training.engine.options import make_options
 from training.runtime.command import run_command
 
 
@@ -25,7 +25,7 @@ def interrupt() -> None:
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run_command(lambda: resolve(Options(epochs=0), None))
+        run_command(lambda: make_options(epochs=0))
     assert capsys.readouterr().err == "error: epochs: got 0, wanted at least 1\n"
 
 

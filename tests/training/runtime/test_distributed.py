@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ import torch
 from tests.helpers.forked import command_of_ranks, ranks
 from tests.helpers.three_steps import CASES, Steps, three_steps, three_steps_of_each
 from training.config.presets import RECIPES
-from training.config.settings import Options
 from training.data import load_split
-from training.data.sampler import make_sampler
 from training.engine import checkpoint
+from training.engine.build import make_sampler
+from training.engine.options import make_options
 from training.runtime import distributed
+from training.runtime.fields import update
 from training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -194,7 +194,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
     assert lines(told, "error") == [f"error: a process of the run has ended, and all with it; {kept}"]
     assert checkpoint.load(begun).config["environment"]["processes"] == 2
 
-    train(Options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
+    train(make_options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
     apart = Path(shutil.copytree(begun, tmp_path / "apart"))
     several = running(processes, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
     several.wait_for(lambda: epoch_of(begun) >= epoch + 2)
@@ -205,7 +205,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
         f"interrupted; last good epoch: {epoch_of(begun)}; continue with --resume {begun}"
     ]
 
-    train(Options(resume=apart, epochs=epoch + 2, device="cpu", pictures=False))
+    train(make_options(resume=apart, epochs=epoch + 2, device="cpu", pictures=False))
     steps = {place: [r for r in records(place, "step") if r["epoch"] == epoch + 2] for place in (begun, apart)}
     assert [record["step"] for record in steps[begun]] == [2 * epoch + 3, 2 * epoch + 4]
     # The triplets of an epoch's first step know nothing of dropout: they are of the same clips, in the same statistics.
@@ -232,7 +232,7 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
 ) -> None:
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
-    sampler = make_sampler(replace(RECIPES["quick"], people=4), split.train)
+    sampler = make_sampler(update(RECIPES["quick"], people=4), split.train)
     sampler.deal_out(1, 2)
     for index, _ in next(iter(sampler)):
         for frame in split.train[index].frames:

@@ -10,12 +10,13 @@ from training.config.presets import Recipe
 from training.data.tracklets import Split
 from training.model.network import Network
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 from training.show.features import Maps, maps_of, picture
 
 
 @pytest.fixture
 def network(recipe: Recipe) -> Network:
-    network = Network(recipe, identities=4, ops="reference")
+    network = Network(recipe.model, identities=4, ops="reference")
     with torch.no_grad():
         for parameter in network.rru.parameters():  # a gate that is not 1/2 everywhere
             parameter.normal_()
@@ -59,7 +60,7 @@ def test_a_block_a_tracklet_each_in_its_own_scale(network: Network, split: Split
 
 
 def test_without_a_gate_there_is_nothing_to_draw(recipe: Recipe, network: Network, split: Split) -> None:
-    plain = Network(replace(recipe, rru="none", part_loss=False), identities=4, ops="fast")
+    plain = Network(update(recipe, rru="none", part_loss=False).model, identities=4, ops="fast")
     with pytest.raises(UserError, match="checkpoint: got a network without an RRU"):
         maps_of(plain, split.train[0])
     lone = replace(split.train[0], frames=split.train[0].frames[:1])

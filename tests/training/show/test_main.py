@@ -7,7 +7,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from training.config.settings import Options as RunOptions
+from training.engine.options import make_options
 from training.runtime.command import run_command
 from training.show.__main__ import Options, main
 from training.train import train
@@ -20,7 +20,7 @@ def runs(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"people": 4, "batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu", "check_counts": False}
     for name, row in (("whole", None), ("baseline", "Baseline")):
         where: dict[str, Any] = {"dataset": "ilids-vid", "data_root": small_data, "output": folder / name}
-        train(RunOptions(row=row, pictures=False, **where, **small))
+        train(make_options(row=row, pictures=False, **where, **small))
     return folder
 
 

@@ -17,7 +17,7 @@ from training.show.ranking import Found, choose, found, picture
 
 @pytest.fixture
 def network(recipe: Recipe) -> Network:
-    return Network(recipe, identities=4, ops="reference")
+    return Network(recipe.model, identities=4, ops="reference")
 
 
 @pytest.fixture

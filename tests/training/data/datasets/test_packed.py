@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.config.settings import trained_on
 from training.data import load_split
 from training.data.pack_file import CHECKSUM, HEADER, PARTS, Pack, PackedFrame
 from training.data.tracklets import Split, read_frame, read_pixels
+from training.engine.run_record import train_fingerprint
 from training.pack import Options, pack
 from training.runtime.errors import UserError
 
@@ -28,7 +28,7 @@ def packed(dataset: Any, root: Path, **options: Any) -> Path:
 
 def assert_same(one: Split, other: Split) -> None:
     assert (one.protocol, one.description) == (other.protocol, other.description)
-    assert trained_on(one) == trained_on(other)
+    assert train_fingerprint(one) == train_fingerprint(other)
     for part in PARTS:
         for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
             assert (a.person, a.camera, a.name, len(a.frames)) == (b.person, b.camera, b.name, len(b.frames))
