@@ -18,6 +18,7 @@ from benchmarks import measure, train_step, train_step_sections
 from benchmarks.stages import STAGES
 from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
 from training.config.optim import OptimConfig
+from training.config.step import StepConfig
 from training.data.datasets.synthetic import generate
 from training.data.loading import Batch
 from training.model.config import LossConfig, ModelConfig
@@ -40,9 +41,9 @@ def test_each_pipeline_trains_as_the_reference_does_and_tells_where_its_time_goe
     assert not_here.pop("fast ops, CUDA-graphed RRU") == "n/a on a CPU"
     lacks_bfloat16 = not measure.has_bfloat16(torch.device("cpu"))
     for name, own in PIPELINES.items():
-        if own.speed.amp == "bfloat16" and lacks_bfloat16:
+        if own.step.amp == "bfloat16" and lacks_bfloat16:
             assert not_here.pop(name) == "n/a: this processor has no bfloat16"
-        elif own.speed.compile_backbone:
+        elif own.step.compile_backbone:
             assert not_here.pop(name) == "n/a: compilation takes minutes"
     assert not not_here
     measured = [row for row in rows if not row["left out"]]
@@ -144,7 +145,9 @@ def test_a_pipeline_that_trains_otherwise_has_no_figures(
     people: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None], told: str
 ) -> None:
     spoil(monkeypatch)
-    monkeypatch.setattr(train_step_sections, "PIPELINES", {REFERENCE: Pipeline(), "fast ops": Pipeline(ops="fast")})
+    monkeypatch.setattr(
+        train_step_sections, "PIPELINES", {REFERENCE: Pipeline(), "fast ops": Pipeline(step=StepConfig("fast"))}
+    )
     _, row = train_step_sections.rows(Run("toy", TOY["toy, 1 worker"], people, torch.device("cpu")))
     assert str(row["left out"]).startswith(told)
 

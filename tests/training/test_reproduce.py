@@ -29,7 +29,8 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
     """Two rows of Table 1 on two splits of little data."""
     small = {"rows": ROWS, "splits": 2, "epochs": 2, "backbone": "tiny", "device": "cpu", "check_counts": False}
     places = {"table": 1, "dataset": "ilids-vid", "data_root": data}
-    return make_options(**{**small, **places, "output": output, "pictures": False, **changes})
+    given = {**small, **places, "output": output, "pictures": False, **changes}
+    return make_options(**{name: value for name, value in given.items() if value is not None})
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:

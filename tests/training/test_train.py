@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from training.train import train
 def options(data: Path, output: Path, **changes: Any) -> Options:
     """Recipe `quick` on little, without pictures: 4 people, 2 batches an epoch."""
     small = {"people": 4, "batches": 2, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    return make_options(dataset="ilids-vid", data_root=data, output=output, **{"pictures": False, **small, **changes})
+    where = {"dataset": "ilids-vid", "data_root": data, "output": output, "pictures": False}
+    return make_options(**{**where, **small, **changes})
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def started(begun: Path, tmp_path: Path) -> Path:
 def set_rate(run: Path, rate: float) -> None:
     """Have the new layers of a run continue at another learning rate."""
     state = torch.load(last(run) / "training.pt", weights_only=True)
-    state["optimizer"]["param_groups"][1]["lr"] = rate
+    state["optimizer"]["param_groups"][1]["initial_lr"] = rate
     torch.save(state, last(run) / "training.pt")
 
 
@@ -101,15 +101,17 @@ def test_a_run_begun_on_the_folder_goes_on_from_a_pack_bit_for_bit(
     assert all(torch.equal(resumed.model[name], tensor) for name, tensor in straight.model.items())
     assert metrics(started) == metrics(trained)
     apart = {name for name, value in resumed.config.items() if value != straight.config[name]}
-    assert apart == {"data_root"}
+    assert apart == {"settings"}
+    resumed, straight = (of.config["settings"] for of in (resumed, straight))
+    assert {name for name, value in resumed.items() if value != straight[name]} == {"data_root"}
 
 
 def test_a_run_that_goes_on_otherwise_keeps_how_it_began(started: Path) -> None:
     began = checkpoint.load(started).config
     train(make_options(resume=started, epochs=2, channels_last=True, device="cpu", pictures=False))
     config = checkpoint.load(started).config
-    assert config["speed"]["channels_last"]
-    assert config["earlier"] == [{"to_epoch": 1, "speed": began["speed"]}]
+    assert config["settings"]["channels_last"]
+    assert config["earlier"] == [{"to_epoch": 1, "channels_last": False}]
     assert "earlier" not in began
 
 
@@ -139,7 +141,7 @@ def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path, b
     step = records[1]
     assert step["loss"] == pytest.approx(step["identity"] + step["video"] + step["part"])
     assert (records[-1]["probes"], records[-1]["chance"]) == (4, 0.25)
-    assert json.loads((trained / "config.json").read_text())["recipe"]["people"] == 4
+    assert json.loads((trained / "config.json").read_text())["settings"]["people"] == 4
     board = EventAccumulator(str(trained)).Reload()
     assert {"train/loss", "train/data_wait", "evaluation/mAP"} <= set(board.Tags()["scalars"])
     for name in ("evaluation/ranking", "evaluation/gate"):
@@ -181,7 +183,7 @@ def test_an_evaluation_is_written_with_all_that_it_came_from(trained: Path, tmp_
     assert written["result"] == json.loads(json.dumps(result.record()))
     assert written["checkpoint"] == str(last(trained).resolve())
     assert written["config"] == json.loads((trained / "config.json").read_text())
-    assert (written["config"]["recipe"]["seed"], written["epoch"]) == (0, 2)
+    assert (written["config"]["settings"]["seed"], written["epoch"]) == (0, 2)
     assert written["environment"] == written["config"]["environment"]  # the same machine and commit
     assert written["environment"]["commit"] is not None
     with pytest.raises(UserError, match=r"result\.json is there already, wanted a new file"):
@@ -196,7 +198,7 @@ def test_too_few_people_lower_p_where_the_recipe_allows_it(
     assert "people in a batch (P): 4 instead of 8" in told
     assert "\x1b" not in told, "control characters, though this is no terminal"
     with pytest.raises(UserError, match="got 10, wanted at most 4,"):
-        train(options(small_data, tmp_path / "strict", recipe="paper", weights="random", people=None))
+        train(options(small_data, tmp_path / "strict", recipe="paper", weights="random", people=10))
 
 
 def test_resuming_on_other_data_is_refused(small_data: Path, started: Path, tmp_path: Path) -> None:
@@ -375,7 +377,7 @@ def test_damaged_metrics_are_named_and_left_as_they_are(started: Path) -> None:
 def test_prid_is_evaluated_by_the_people_it_was_trained_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = write_prid(tmp_path / "data"), tmp_path / "run"
     prid: dict[str, Any] = {"dataset": "prid-2011", "prid": "official-27", "people": 2, "epochs": 1}
-    train(replace(options(data, run), check_counts=False, **prid))
+    train(options(data, run, **prid))
     capsys.readouterr()
     evaluate(EvaluateOptions(run, device="cpu"))
     assert "official-27" in capsys.readouterr().out
@@ -384,7 +386,7 @@ def test_prid_is_evaluated_by_the_people_it_was_trained_by(tmp_path: Path, capsy
 @pytest.mark.parametrize("protocol", ["mars-official", "mars-standard-ap", "torchreid"])
 def test_mars_is_trained_on_and_evaluated_by_each_of_its_protocols(protocol: str, tmp_path: Path) -> None:
     data, run = write_mars(tmp_path / "data"), tmp_path / "run"
-    train(replace(options(data, run), dataset="mars", check_counts=False, people=2, epochs=1))
+    train(options(data, run, dataset="mars", people=2, epochs=1))
     assert metrics(run)[-1]["protocol"] == "mars-official"
     ranking = evaluate(EvaluateOptions(run, protocol=protocol, device="cpu")).ranking
     # Of 8 test tracklets 2 are junk of nobody; the 4 queries are of 2 people under 2 cameras each.

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config.presets import Recipe
-from training.data.sampler import Clip, OfficialSampler, PKSampler, make_sampler
+from training.data.sampler import Clip, OfficialSampler, PKSampler
 from training.data.tracklets import Tracklet
+from training.engine.build import make_sampler
 from training.runtime.errors import UserError
 from training.runtime.fields import update
 

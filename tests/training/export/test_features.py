@@ -43,7 +43,7 @@ def test_frames_are_resized_as_they_were_in_training(run: Path, tmp_path: Path) 
     other.mkdir()
     for name in ("model.safetensors", "training.pt"):
         (other / name).symlink_to(last(run) / name)
-    (other / "config.json").write_text(json.dumps({**config, "resize": "pillow"}))
+    (other / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"], "resize": "pillow"}}))
     export_features(Options(checkpoint=other, output=tmp_path / "file.safetensors"))
     trained = load_trained(run, UseOptions())
     features = safetensors.torch.load_file(tmp_path / "file.safetensors")["features"].numpy()
