@@ -139,21 +139,13 @@ def test_arguments_out_of_range_are_named(tmp_path: Path, people: int, seed: int
 
 
 def test_the_command_line_makes_a_set(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "training.data.datasets.synthetic",
-        "--root",
-        str(tmp_path / "set"),
-        "--people",
-        "2",
-    ]
-    command += ["--occlusion", "0.5", "--blur", "0.3"]
+    options = ["--root", str(tmp_path / "set"), "--people", "2", "--occlusion", "0.5", "--blur", "0.3"]
+    command = [sys.executable, "-m", "training.data.synthetic", *options]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    synthetic.generate(tmp_path / "set", people=2, occlusion=0.5, blur=0.3)  # that is what is there
     assert made.stdout == ""
     assert "Warning" not in made.stderr
     assert len(ilids_vid.load(tmp_path / "set", 9, check_counts=False).train) == 2
+    synthetic.generate(tmp_path / "set", people=2, occlusion=0.5, blur=0.3)  # which refuses a set of other options
 
 
 def test_the_command_line_refuses_in_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
