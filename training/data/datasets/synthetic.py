@@ -12,7 +12,7 @@ import numpy as np
 from scipy.io import savemat
 
 from training.data.datasets import ilids_vid
-from training.data.rendering.figures import Person
+from training.data.rendering.person import Person
 from training.data.rendering.walk import CAMERAS, render_walk
 from training.data.tracklets import Split
 from training.runtime.errors import UserError
@@ -21,8 +21,8 @@ from training.runtime.terminal import track
 DEFAULT_ROOT = Path("data/synthetic")
 PEOPLE, SEED = 60, 0
 SPLITS = 10
-SHORTEST, LONGEST = 16, 40  # frames a tracklet
-RENDERER = 1  # raise it with every change to the pictures, so that a folder of older ones is not taken for new
+SHORTEST, LONGEST = 16, 40  # frames per tracklet
+RENDERER = 1  # version of the pictures: raise it with every change, so that a folder rendered before is refused
 MANIFEST = "synthetic.json"
 
 
@@ -37,8 +37,8 @@ def load(root: Path, split: int) -> Split:
         UserError: `root` holds something else, or there is no such split.
     """
     generate(root)
-    read = ilids_vid.load(root, split, check_counts=False)
-    return replace(read, description=f"synthetic, {PEOPLE} rendered people (seed {SEED}); {read.description}")
+    loaded = ilids_vid.load(root, split, check_counts=False)
+    return replace(loaded, description=f"synthetic, {PEOPLE} rendered people (seed {SEED}); {loaded.description}")
 
 
 def generate(
@@ -48,17 +48,17 @@ def generate(
     occlusion: float | None = None,
     blur: float | None = None,
 ) -> None:
-    """Render a dataset in the iLIDS-VID layout, unless it is there already; it appears whole or not at all.
+    """Render a dataset in the iLIDS-VID layout, atomically; one that is there already is not rendered again.
 
     Args:
         root: the folder to make.
-        people: how many, at least 2; half of them are tested on in each split.
+        people: number of people, at least 2; each split holds out half of them.
         seed: not negative; the same seed gives the same bytes, and the same person whatever the number of people.
         occlusion: expected share of a tracklet's frames in which an occluder (of a passer-by, the trunk) reaches into
             the middle 20 of the 64 columns, where the person is, 0 to 1; if not given, seven tracklets in ten are
             crossed once, which makes it a fifth.
-        blur: expected share of a tracklet's frames that are smeared 5 pixels along the motion, 0 to 1; if not given,
-            0.05 in one half of the tracklets and 0.35 in the other.
+        blur: expected share of a tracklet's frames that are blurred by 5 pixels along the motion, 0 to 1; if not
+            given, 0.05 in one half of the tracklets and 0.35 in the other.
 
     Raises:
         UserError: `root` holds something else, or an argument is out of range.
@@ -71,38 +71,38 @@ def generate(
     for name, rate in rates.items():
         check_rate(name, rate)
     root = root.absolute()
-    asked = {"people": people, "seed": seed, "renderer": RENDERER, **rates}
-    if _holds(root, asked):
+    manifest = {"people": people, "seed": seed, "renderer": RENDERER, **rates}
+    if _exists(root, manifest):
         return
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as beside:
-            made = Path(beside) / root.name
-            _write(made, people, seed, occlusion, blur)
-            (made / MANIFEST).write_text(json.dumps(asked) + "\n")
-            made.rename(root)
+        with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as temp:
+            rendered = Path(temp) / root.name
+            _write(rendered, people, seed, occlusion, blur)
+            (rendered / MANIFEST).write_text(json.dumps(manifest) + "\n")
+            rendered.rename(root)
     except OSError as error:
-        if not _holds(root, asked):  # if it does, another process was quicker
+        if not _exists(root, manifest):  # if it does, another process was quicker
             raise UserError(f"{root}: cannot be made ({error})") from None
 
 
 def check_rate(name: str, rate: float) -> None:
-    """Raise a UserError unless a rate is a share of frames."""
+    """Raise a UserError unless 0 <= rate <= 1."""
     if not 0 <= rate <= 1:
         raise UserError(f"{name}: got {rate}, wanted a share of frames, 0 to 1")
 
 
-def _holds(root: Path, asked: dict[str, float]) -> bool:
-    """Tell whether the set asked for is at `root`; raise if something else is."""
+def _exists(root: Path, manifest: dict[str, float]) -> bool:
+    """Return True if `root` holds the set that `manifest` describes; raise if it holds something else."""
     try:
         found = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             return False
         raise UserError(f"{root}: exists, and has no readable {MANIFEST}; wanted a new folder to render to") from None
-    if found != asked:
+    if found != manifest:
         raise UserError(
-            f"{root}: holds a synthetic set of {found}, wanted {asked}; "
+            f"{root}: holds a synthetic set of {found}, wanted {manifest}; "
             "choose another folder, or read this one by --dataset ilids-vid --no-check-counts"
         )
     return True
@@ -113,10 +113,10 @@ def _write(root: Path, people: int, seed: int, occlusion: float | None, blur: fl
     rows = [np.random.default_rng((seed, 0, row)).permutation(people) + 1 for row in range(SPLITS)]
     matlab = BytesIO()
     savemat(matlab, {"ls_set": np.stack(rows)})  # type: ignore[arg-type]  # files are fine, the stubs say no
-    timeless = b"MATLAB 5.0 MAT-file".ljust(116)  # scipy writes the time of day into this free text
-    (root / ilids_vid.SPLITS).write_bytes(timeless + matlab.getvalue()[len(timeless) :])
+    header = b"MATLAB 5.0 MAT-file".ljust(116)  # scipy's has the time of day in this free text
+    (root / ilids_vid.SPLITS).write_bytes(header + matlab.getvalue()[len(header) :])
     for number in track(range(1, people + 1), "Rendering people", people):
-        person = Person.draw(np.random.default_rng((seed, number)))
+        person = Person.sample(np.random.default_rng((seed, number)))
         for camera_number, camera in enumerate(CAMERAS, start=1):
             rng = np.random.default_rng((seed, number, camera_number))
             name = f"cam{camera_number}/person{number:03d}"

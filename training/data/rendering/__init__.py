@@ -1,1 +1,1 @@
-"""Pictures of the synthetic dataset: people, cameras, occluders."""
+"""Renderer of the synthetic dataset: people, cameras, occluders."""

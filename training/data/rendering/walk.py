@@ -1,4 +1,4 @@
-"""What a surveillance camera makes of a person who walks past it: the pictures of the synthetic dataset."""
+"""Render a person who walks past a surveillance camera: the frames of a synthetic tracklet."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from math import cos, pi
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.data.rendering.figures import Person, View, draw_person
+from training.data.rendering.figures import View, draw_person
 from training.data.rendering.occlusion import HEIGHT, SCALE, WIDTH, Occluder, crossings
+from training.data.rendering.person import Person
 
-PANORAMA = 6 * WIDTH  # how much background a camera has
+PANORAMA = 6 * WIDTH  # width of a camera's background, pixels
 
 
 @dataclass(frozen=True)
 class Camera:
-    """How a camera sees."""
+    """A camera: viewpoint, exposure, color cast, sensor noise and surroundings."""
 
     view: View
     gain: float
-    cast: tuple[float, float, float]
-    noise: float  # standard deviation, of 255
+    cast: tuple[float, float, float]  # factors of red, green and blue
+    noise: float  # standard deviation, in levels of 0 to 255
     indoors: bool
 
 
@@ -40,16 +41,16 @@ def render_walk(
     occlusion: float | None = None,
     blur: float | None = None,
 ) -> Iterator[Image.Image]:
-    """Draw a person walking past a camera; walk, background, light and noise are the same at all rates.
+    """Render a person walking past a camera; walk, background, light and noise do not depend on the rates.
 
     Args:
-        person: who.
-        camera: seen by which camera.
-        frames: how many.
-        rng: for what is new each time: the stretch of background, occluders, lighting, blur, noise.
+        person: the person.
+        camera: the camera.
+        frames: number of frames.
+        rng: source of background position, occluders, lighting, blur and noise.
         occlusion: expected share of the frames in which an occluder covers the MIDDLE, 0 to 1; `None`: seven tracklets
             in ten are crossed once, which makes it a fifth.
-        blur: expected share of the frames that are smeared along the motion, 0 to 1; `None`: 0.05 in one half of the
+        blur: expected share of the frames that are blurred along the motion, 0 to 1; `None`: 0.05 in one half of the
             tracklets, 0.35 in the other.
 
     Yields:
@@ -61,19 +62,19 @@ def render_walk(
     phase = rng.uniform(0, 2 * pi)
     unit = SCALE * camera.view.unit * rng.uniform(0.94, 1.05)
     view = replace(camera.view, yaw=camera.view.yaw + rng.normal(0, 0.12), unit=unit)
-    occluders = [Occluder.draw(frames, rng)]
+    occluders = [Occluder.sample(frames, rng)]
     if occlusion is not None:
         occluders = list(crossings(occlusion, frames, rng.spawn(1)[0]))
     light = camera.gain * rng.uniform(0.82, 1.15)
-    smear, usual_blur = rng.random(frames), rng.choice([0.05, 0.35])
-    blurred = smear < (usual_blur if blur is None else blur)
+    threshold, default_blur = rng.random(frames), rng.choice([0.05, 0.35])
+    blurred = threshold < (default_blur if blur is None else blur)
     jitter_x, jitter_y = rng.normal(0, 1.2, (2, frames))
     for t in range(frames):
         image = _crop(background, begin + camera.view.facing * pace * t)
         canvas = ImageDraw.Draw(image)
-        centre = (WIDTH / 2 + jitter_x[t]) * SCALE
+        center = (WIDTH / 2 + jitter_x[t]) * SCALE
         ground = (HEIGHT - 7 + jitter_y[t]) * SCALE
-        draw_person(canvas, person, view, centre, ground, phase + person.cadence * t)
+        draw_person(canvas, person, view, center, ground, phase + person.cadence * t)
         for occluder in occluders:
             occluder.draw_on(canvas, view, t)
         light += 0.25 * (camera.gain - light) + rng.normal(0, 0.05)
@@ -81,7 +82,7 @@ def render_walk(
 
 
 def draw_background(camera: Camera) -> Image.Image:
-    """Draw what stands behind the people of a camera: PANORAMA pixels wide, and it joins up with itself."""
+    """Draw a camera's background: PANORAMA pixels wide, seamless where it repeats."""
     image = Image.new("RGB", (PANORAMA * SCALE, HEIGHT * SCALE), (172, 170, 162) if camera.indoors else (150, 156, 164))
     canvas = ImageDraw.Draw(image)
     wide, tall = image.size
@@ -95,7 +96,7 @@ def draw_background(camera: Camera) -> Image.Image:
         canvas.rectangle((0, floor, wide, tall), fill=(126, 120, 112))
         for x in range(0, wide, 32 * SCALE):
             canvas.line((x, floor, x - 20 * SCALE, tall), fill=(108, 102, 96), width=2)
-    else:  # a street: shop windows, a hedge, a kerb
+    else:  # a street: shop windows, a hedge, a curb
         for x in range(0, wide, 96 * SCALE):
             canvas.rectangle((x, 0, x + 54 * SCALE, floor), fill=(134, 94, 78))
             canvas.rectangle((x + 8 * SCALE, 14 * SCALE, x + 46 * SCALE, floor * 0.7), fill=(64, 82, 98))
@@ -114,7 +115,7 @@ def _crop(background: Image.Image, x: float) -> Image.Image:
 
 
 def _expose(image: Image.Image, camera: Camera, light: float, blur: int, rng: np.random.Generator) -> Image.Image:
-    """Reduce, smear `blur` pixels along the motion, light, and add the sensor's noise."""
+    """Downscale, blur by `blur` pixels along the motion, apply exposure, and add sensor noise."""
     pixels = np.asarray(image.reduce(SCALE), dtype=np.float32)
     pixels = sum(np.roll(pixels, shift - blur // 2, axis=1) for shift in range(blur)) / np.float32(blur)
     pixels = pixels * np.float32(light) * np.asarray(camera.cast, np.float32)

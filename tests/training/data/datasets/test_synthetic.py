@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(root)
 
 
-def test_the_default_pictures_are_those_that_the_readme_tells_of(tmp_path: Path) -> None:
+def test_the_default_pictures_are_those_of_the_readmes_figures(tmp_path: Path) -> None:
     synthetic.generate(tmp_path / "set", people=2)
     digest = hashlib.sha256()
     for path in sorted((tmp_path / "set").rglob("*.png")):
@@ -57,7 +57,7 @@ def test_the_default_pictures_are_those_that_the_readme_tells_of(tmp_path: Path)
     assert json.loads((tmp_path / "set" / synthetic.MANIFEST).read_text()) == {"people": 2, "seed": 0, "renderer": 1}
 
 
-def test_a_set_tells_its_rates_and_is_not_taken_for_one_of_others(tmp_path: Path) -> None:
+def test_a_set_records_its_rates_and_is_not_taken_for_one_of_others(tmp_path: Path) -> None:
     asked = {"people": 2, "seed": 0, "occlusion": 0.5, "blur": 0.3}
     synthetic.generate(tmp_path / "set", **asked)
     assert json.loads((tmp_path / "set" / synthetic.MANIFEST).read_text()) == {**asked, "renderer": 1}
@@ -81,15 +81,15 @@ def test_a_person_looks_the_same_in_a_smaller_set_and_not_with_another_seed(root
     assert (tmp_path / "other" / frame).read_bytes() != (root / frame).read_bytes()
 
 
-def test_people_are_told_apart_by_more_than_the_mean_colour_of_one_frame(root: Path) -> None:
-    def mean_colour(tracklet: Tracklet) -> np.ndarray:
+def test_the_mean_color_of_one_frame_does_not_identify_a_person(root: Path) -> None:
+    def mean_color(tracklet: Tracklet) -> np.ndarray:
         return read_frame(tracklet.frames[0]).float().mean(dim=(1, 2)).numpy()
 
     split = ilids_vid.load(root, 0, check_counts=False)
-    probe, gallery = (np.stack([mean_colour(t) for t in side]) for side in (split.probe, split.gallery))
+    probe, gallery = (np.stack([mean_color(t) for t in side]) for side in (split.probe, split.gallery))
     distances = np.linalg.norm(probe[:, None] - gallery, axis=-1)
     same, other = np.diag(distances).mean(), distances[~np.eye(4, dtype=bool)].mean()
-    assert same > 0.8 * other, "the cameras' light and colour must outweigh the clothes in a plain mean"
+    assert same > 0.8 * other, "the cameras' light and color must outweigh the clothes in a plain mean"
 
 
 def test_a_tracklet_moves(root: Path) -> None:

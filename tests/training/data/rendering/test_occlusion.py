@@ -7,17 +7,17 @@ import pytest
 from PIL import Image, ImageDraw
 
 from training.data.rendering import occlusion
-from training.data.rendering.figures import Person
 from training.data.rendering.occlusion import HEIGHT, MIDDLE, SCALE, WIDTH, Occluder, crossings
+from training.data.rendering.person import Person
 from training.data.rendering.walk import CAMERAS, render_walk
 
 
 def walks(occluded: float | None, blur: float | None, tracklets: int = 20) -> np.ndarray:
-    """The pixels of tracklets of 16 frames, one after another, those of a number alike but for the rates."""
+    """Return the frames of tracklets of 16 frames each, (16 N, h, w, 3), which depend on number and rates alone."""
     frames = []
     for number in range(tracklets):
         rng = np.random.default_rng(number)
-        person, camera = Person.draw(rng), CAMERAS[number % 2]
+        person, camera = Person.sample(rng), CAMERAS[number % 2]
         frames += [np.asarray(frame) for frame in render_walk(person, camera, 16, rng, occluded, blur)]
     return np.stack(frames)
 
@@ -27,14 +27,14 @@ def covered(occluders: list[Occluder], frames: int) -> float:
 
 
 @pytest.fixture
-def _passers_by_undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who passes by, which takes most of the time that an occluder does, decides nothing of when and where it is."""
-    monkeypatch.setattr(occlusion.Person, "draw", lambda rng: None)
+def _passers_by_unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip sampling the passers-by: it takes most of an occluder's time and does not affect its motion."""
+    monkeypatch.setattr(occlusion.Person, "sample", lambda rng: None)
 
 
 @pytest.mark.parametrize("frames", [pytest.param(16, marks=pytest.mark.exhaustive), 40])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.25, 0.5, 0.8, 1.0])
-@pytest.mark.usefixtures("_passers_by_undrawn")
+@pytest.mark.usefixtures("_passers_by_unsampled")
 def test_the_middle_is_covered_in_the_share_of_frames_asked_for(share: float, frames: int) -> None:
     generators = [np.random.default_rng((number, frames)) for number in range(400)]
     shares = [covered(list(crossings(share, frames, rng)), frames) for rng in generators]
@@ -43,7 +43,7 @@ def test_the_middle_is_covered_in_the_share_of_frames_asked_for(share: float, fr
     assert deviation < 0.025, "too few tracklets to tell"
 
 
-@pytest.mark.usefixtures("_passers_by_undrawn")
+@pytest.mark.usefixtures("_passers_by_unsampled")
 def test_a_tracklets_last_frames_are_covered_as_often_as_its_first() -> None:
     occluders = [list(crossings(0.3, 40, np.random.default_rng(number))) for number in range(400)]
     first, last = ([any(o.covers(t) for o in crossing) for crossing in occluders] for t in (0, 39))
@@ -51,17 +51,17 @@ def test_a_tracklets_last_frames_are_covered_as_often_as_its_first() -> None:
 
 
 def test_the_default_set_is_crossed_in_seven_tracklets_of_ten_and_covered_in_a_fifth_of_its_frames() -> None:
-    drawn = [Occluder.draw(28, np.random.default_rng(number)) for number in range(1000)]
-    assert np.mean([occluder.kind != "none" for occluder in drawn]) == pytest.approx(0.7, abs=0.04)
-    assert np.mean([covered([occluder], 28) for occluder in drawn]) == pytest.approx(0.2, abs=0.02)
+    sampled = [Occluder.sample(28, np.random.default_rng(number)) for number in range(1000)]
+    assert np.mean([occluder.kind != "none" for occluder in sampled]) == pytest.approx(0.7, abs=0.04)
+    assert np.mean([covered([occluder], 28) for occluder in sampled]) == pytest.approx(0.2, abs=0.02)
 
 
 def drawn_in_the_middle(kind: str) -> list[tuple[bool, dict[int, float]]]:
-    """Of occluders at many frames: whether they cover the middle, and how much of so many columns there they paint."""
+    """For occluders at many frames: `covers()`, and the painted share of the middle columns by their number."""
     view = replace(CAMERAS[0].view, unit=SCALE * CAMERAS[0].view.unit)
     found = []
     for number in range(20):
-        occluder = replace(Occluder.draw(28, np.random.default_rng(number)), kind=kind)
+        occluder = replace(Occluder.sample(28, np.random.default_rng(number)), kind=kind)
         for t in range(-10, 50):
             image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "lime")
             occluder.draw_on(ImageDraw.Draw(image), view, t)
@@ -97,10 +97,10 @@ def test_rendered_frames_have_an_occluder_in_their_middle_in_the_share_asked_for
     assert (changed > 0.05).mean() == pytest.approx(share, abs=0.05)
 
 
-# At 0 and 1 it is nearly said already by the frames held to.
+# 0 and 1 are nearly covered by 0.3 already, which compares with the frames at both.
 @pytest.mark.parametrize("share", [0.3, *(pytest.param(share, marks=pytest.mark.exhaustive) for share in (0.0, 1.0))])
-def test_the_share_of_frames_asked_for_is_smeared_and_the_rest_is_sharp(share: float) -> None:
-    sharp, smeared, frames = (walks(0.5, blur) for blur in (0.0, 1.0, share))
-    is_sharp, is_smeared = ((frames == other).all((1, 2, 3)) for other in (sharp, smeared))
-    assert np.all(is_sharp ^ is_smeared)
-    assert is_smeared.mean() == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / len(frames)))
+def test_the_share_of_frames_asked_for_is_blurred_and_the_rest_is_sharp(share: float) -> None:
+    sharp, blurred, frames = (walks(0.5, blur) for blur in (0.0, 1.0, share))
+    is_sharp, is_blurred = ((frames == other).all((1, 2, 3)) for other in (sharp, blurred))
+    assert np.all(is_sharp ^ is_blurred)
+    assert is_blurred.mean() == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / len(frames)))
