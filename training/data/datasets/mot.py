@@ -1,4 +1,4 @@
-"""MOTChallenge sequences as a dataset: one camera's tracks, and the search for those who come back."""
+"""MOTChallenge sequences as a dataset: tracks of one camera, split into visits or parts."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-from training.data.datasets.mot_boxes import whole_number
-from training.data.datasets.mot_sequence import Sequence, Track, read_sequence, read_sequence_info
+from training.data.datasets.mot_boxes import parse_int64
+from training.data.datasets.mot_seqinfo import read_sequence_info
+from training.data.datasets.mot_sequence import MotSequence, Track, read_sequence
 from training.data.tracklets import Split, Tracklet
 from training.runtime.errors import NoSuchSplit, UserError
 
 MIN_FRAMES = 8  # of a tracklet
-PART = 0.45  # of a track, for its probe and as much for its gallery; what lies between is the gap
-OVERLAP_SECONDS = 1.0  # of two visits of one person: a track may be picked up before its predecessor is lost
+PART = 0.45  # share of a track for its query, and as much for its gallery; the rest is a gap between them
+OVERLAP_SECONDS = 1.0  # allowed between two visits of one person: a track may start before the one before it is lost
 
 
 def load(root: Path, split: int) -> Split:
     """Read the one split of a sequence.
 
     With `identities.csv` (track,person) the earliest visit of each person is trained on and, if the person returns, is
-    the probe; the later visits are the gallery. Without, each track is a person: its first part is trained on and is
-    the probe, its last part is the gallery. The description counts the boxes left out because they have no identity
-    (-1) or are not pedestrians, as `training.data.datasets.mot_boxes` says.
+    the query; the later visits are the gallery. Without it, each track is a person: its first part is trained on and is
+    the query, its last part is the gallery. The description counts the boxes left out because they have no identity
+    (-1) or are not pedestrians, see `training.data.datasets.mot_boxes`.
 
     Args:
         root: the sequence's folder.
         split: 0.
 
     Raises:
-        UserError: a file is missing or malformed, one person is at two places, or nobody comes back; or there is
-            `identities.csv` and no frameRate.
+        UserError: a file is missing or malformed, one person is at two places, or nobody comes back; or there is an
+            `identities.csv` but no frameRate.
     """
     if split != 0:
         raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of a MOT sequence")
@@ -38,14 +39,14 @@ def load(root: Path, split: int) -> Split:
     if identities.is_file():
         overlap = OVERLAP_SECONDS * _frame_rate(root)  # before any frame is decoded
         sequence = read_sequence(root)
-        train, probe, gallery, how = _split_by_visit(sequence, identities, overlap)
+        train, probe, gallery, description = _split_by_visit(sequence, identities, overlap)
     else:
         sequence = read_sequence(root)
-        train, probe, gallery, how = _split_by_part(sequence)
-    how = "; ".join((how, *sequence.left_out))
+        train, probe, gallery, description = _split_by_part(sequence)
+    description = "; ".join((description, *sequence.left_out))
     if not probe:
-        raise UserError(f"{root}: nobody comes back, so there is nothing to search for; {how}")
-    return Split(tuple(train), tuple(probe), tuple(gallery), "single-shot", f"MOT sequence {root}: {how}")
+        raise UserError(f"{root}: nobody comes back, so there is nothing to search for; {description}")
+    return Split(tuple(train), tuple(probe), tuple(gallery), "single-shot", f"MOT sequence {root}: {description}")
 
 
 def _frame_rate(root: Path) -> float:
@@ -59,28 +60,28 @@ def _frame_rate(root: Path) -> float:
 
 
 def _split_by_visit(
-    sequence: Sequence, identities: Path, overlap: float
+    sequence: MotSequence, identities: Path, overlap: float
 ) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
     names = _read_identities(identities, {track.number for track in sequence.tracks})
     long = [track for track in sequence.tracks if len(track.crops) >= MIN_FRAMES]
     visits: dict[str | int, list[Track]] = defaultdict(list)
-    for track in sorted(long, key=lambda track: track.moments[0]):
+    for track in sorted(long, key=lambda track: track.frame_numbers[0]):
         visits[names.get(track.number, track.number)].append(track)
     train, probe, gallery = [], [], []
     for person, (name, (earliest, *later)) in enumerate(visits.items(), start=1):
-        _check_apart(f"{identities}, person {name}", [earliest, *later], overlap)
+        _check_overlap(f"{identities}, person {name}", [earliest, *later], overlap)
         train.append(Tracklet(person, 1, earliest.crops, f"track{earliest.number}"))
         probe += train[-1:] if later else []
         gallery += [Tracklet(person, 2, track.crops, f"track{track.number}") for track in later]
-    how = (
+    description = (
         f"{len(long)} tracks of {len(train)} people ({len(sequence.tracks) - len(long)} tracks under {MIN_FRAMES} "
         f"frames dropped); everyone's earliest visit is trained on; {len(probe)} people return: their earliest visit "
         f"is the probe, their {len(gallery)} later visits, never trained on, are the gallery"
     )
-    return train, probe, gallery, how
+    return train, probe, gallery, description
 
 
-def _split_by_part(sequence: Sequence) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
+def _split_by_part(sequence: MotSequence) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
     first, last = [], []
     for track in sequence.tracks:
         whole, part = len(track.crops), int(PART * len(track.crops))
@@ -88,25 +89,25 @@ def _split_by_part(sequence: Sequence) -> tuple[list[Tracklet], list[Tracklet], 
             first.append(Tracklet(track.number, 1, track.crops[:part], f"track{track.number}[0:{part}]"))
             rest = f"track{track.number}[{whole - part}:{whole}]"
             last.append(Tracklet(track.number, 2, track.crops[whole - part :], rest))
-    how = (
+    description = (
         f"{len(first)} tracks, each taken for a person ({len(sequence.tracks) - len(first)} tracks dropped, a part of "
         f"them being under {MIN_FRAMES} frames); the first {PART:.0%} of a track is trained on and is the probe, the "
         f"last {PART:.0%}, never trained on, is the gallery"
     )
-    return first, first, last, how
+    return first, first, last, description
 
 
-def _check_apart(who: str, visits: list[Track], allowed: float) -> None:
-    """Raise if one of the visits, in order of their beginnings, begins too long before an earlier one has ended."""
+def _check_overlap(who: str, visits: list[Track], allowed: float) -> None:
+    """Raise if two visits, which are in order of their first frames, overlap by more than `allowed` frames."""
     latest = visits[0]
     for visit in visits[1:]:
-        overlap = min(latest.moments[-1], visit.moments[-1]) - visit.moments[0] + 1
+        overlap = min(latest.frame_numbers[-1], visit.frame_numbers[-1]) - visit.frame_numbers[0] + 1
         if overlap > allowed:
             raise UserError(
                 f"{who}: tracks {latest.number} and {visit.number} overlap by {overlap} frames, wanted at most "
                 f"{allowed:g}, as nobody is at two places at once"
             )
-        latest = max(latest, visit, key=lambda track: track.moments[-1])
+        latest = max(latest, visit, key=lambda track: track.frame_numbers[-1])
 
 
 def _read_identities(path: Path, tracks: set[int]) -> dict[int, str]:
@@ -122,7 +123,7 @@ def _read_identities(path: Path, tracks: set[int]) -> dict[int, str]:
     for line, row in listed:
         where = f"{path}, line {line}"
         track, person = (row["track"] or "").strip(), (row["person"] or "").strip()
-        number = whole_number(track)
+        number = parse_int64(track)
         if number is None or not person:
             raise UserError(f"{where}: got {track[:40]!r},{person[:40]!r}, wanted a track number and a person")
         if number not in tracks:

@@ -1,4 +1,4 @@
-"""The boxes of a MOTChallenge sequence: parse gt.txt and leave out all but people with an identity."""
+"""Parse gt.txt of a MOTChallenge sequence, and leave out all boxes but those of people with an identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from training.runtime.errors import UserError
 PEDESTRIAN = 1  # the class, in MOT16 and later
 NO_IDENTITY = -1  # the track of a detection
 NO_CLASS = -1
-_WIDE, _MOST_CLASSES = 10, 99
+_MAX_CLASS = 99
+_WORLD_COLUMNS = 10  # with as many, the eighth may be a world coordinate
 COLUMNS = "frame,track,left,top,width,height,confidence"
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _INT64 = 2**63
@@ -24,7 +25,7 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Box:
-    """A track's place in one frame; left and top count from 1, as MOTChallenge counts pixels."""
+    """Bounding box of a track in one frame, in pixels; left and top count from 1, as in MOTChallenge."""
 
     track: int
     left: float
@@ -32,8 +33,8 @@ class Box:
     width: float
     height: float
 
-    def cut_out_of(self, image: np.ndarray) -> np.ndarray:
-        """Return a copy of the part of the box that is inside the image; it may be empty."""
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """Copy the part of an (h, w, 3) image that is inside the box; it may be empty."""
         rows = slice(max(floor(self.top - 1), 0), max(ceil(self.top - 1 + self.height), 0))
         columns = slice(max(floor(self.left - 1), 0), max(ceil(self.left - 1 + self.width), 0))
         return np.array(image[rows, columns], order="C")
@@ -41,24 +42,24 @@ class Box:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of gt.txt.
+    """A parsed line of gt.txt.
 
     Args:
-        where: for messages.
+        where: file and line number, for messages.
         frame: from 1.
-        box: the track's place.
-        kind: column 8 if it is a whole number.
-        wide: True if there are ten columns or more, of which the eighth may be a world coordinate.
+        box: bounding box of the track.
+        label: column 8 if it is a whole number: a class, or a world coordinate.
+        world: True if there are so many columns that the eighth may be a world coordinate.
     """
 
     where: str
     frame: int
     box: Box
-    kind: int | None
-    wide: bool
+    label: int | None
+    world: bool
 
 
-def whole_number(text: str) -> int | None:
+def parse_int64(text: str) -> int | None:
     """Parse a whole number exactly, also one written `12.0` or `1.2e1`.
 
     Returns:
@@ -70,14 +71,14 @@ def whole_number(text: str) -> int | None:
         value = Decimal(text.strip())
     except InvalidOperation:  # an exponent that Decimal cannot hold
         return None
-    # The range first: an int of a large exponent would fill the memory.
+    # The range first: converting a number with a large exponent to int would exhaust memory.
     return int(value) if -_INT64 <= value < _INT64 and value == value.to_integral_value() else None
 
 
 def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str, ...]]:
-    """Read gt/gt.txt or gt.txt, a box per line: frame,track,left,top,width,height,confidence and perhaps more.
+    """Read gt/gt.txt or gt.txt, one box per line: frame,track,left,top,width,height,confidence and optionally more.
 
-    Left out are, in this order:
+    Leaves out, in this order:
 
     - boxes of confidence 0, which MOTChallenge does not evaluate;
     - boxes of track -1, which have no identity;
@@ -93,7 +94,7 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
         length: the number of frames.
 
     Returns:
-        The boxes of each frame, and a phrase for each of the last two kinds that was left out.
+        The boxes of each frame by its number, and a phrase for each of the last two kinds that was left out.
 
     Raises:
         UserError: the file is missing, a line is malformed, nothing is left, or there are several classes without 1.
@@ -104,26 +105,26 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
     if not path.is_file():
         raise UserError(f"{path}: not found, nor gt/gt.txt in the same folder")
     lines = _read_lines(path, length)
-    kinds = _kinds(lines)
-    classes = sorted({kind for kind in kinds if kind is not None})
+    labels = _class_labels(lines)
+    classes = sorted({label for label in labels if label is not None})
     listed = ", ".join(map(str, classes[:10])) + ", ..." * (len(classes) > 10)
     if len(classes) > 1 and PEDESTRIAN not in classes:
         raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
-    read = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
-    identified = [(line, kind) for line, kind in zip(lines, kinds, strict=True) if line.box.track != NO_IDENTITY]
-    people = [line for line, kind in identified if kind in read]
+    wanted = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
+    identified = [(line, label) for line, label in zip(lines, labels, strict=True) if line.box.track != NO_IDENTITY]
+    people = [line for line, label in identified if label in wanted]
     notes = []
-    if nobody := len(lines) - len(identified):
-        notes.append(f"{nobody} boxes without an identity ({NO_IDENTITY}) left out")
+    if unidentified := len(lines) - len(identified):
+        notes.append(f"{unidentified} boxes without an identity ({NO_IDENTITY}) left out")
     if others := len(identified) - len(people):
         notes.append(f"class {PEDESTRIAN} of {listed} read: {others} boxes of other classes left out")
     if notes and not people:
         raise UserError(f"{path}: no box is left to read, wanted boxes of people with a track: {'; '.join(notes)}")
-    return _by_frame(people), tuple(notes)
+    return _group_by_frame(people), tuple(notes)
 
 
 def _read_lines(path: Path, length: int) -> list[_Line]:
-    """Return the boxes of a confidence other than 0."""
+    """Parse the lines, and leave out boxes of confidence 0."""
     content = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = (
         _parse(f"{path}, line {number}", line, length)
@@ -137,12 +138,12 @@ def _parse(where: str, text: str, length: int) -> _Line | None:
     got = f"{where}: got {text[:80]!r}"
     columns = text.split(",")
     try:
-        if not text.isascii() or "_" in text:  # which float takes
+        if not text.isascii() or "_" in text:  # float() accepts both
             raise ValueError
         left, top, width, height, confidence = [float(column) for column in columns][2:7]
     except ValueError:
         raise UserError(f"{got}, wanted {COLUMNS}") from None
-    frame, track = map(whole_number, columns[:2])
+    frame, track = map(parse_int64, columns[:2])
     if frame is None or track is None or not all(map(isfinite, (left, top, width, height, confidence))):
         raise UserError(f"{got}, wanted finite numbers, frame and track whole and within int64")
     if confidence == 0:
@@ -153,20 +154,20 @@ def _parse(where: str, text: str, length: int) -> _Line | None:
         raise UserError(f"{where}: got track {track}, wanted one from 0, or {NO_IDENTITY} for no identity")
     if width <= 0 or height <= 0:
         raise UserError(f"{where}: got a box of {width:g} x {height:g}, wanted a positive size")
-    kind = whole_number(columns[7]) if len(columns) > 7 else None
-    wide = len(columns) >= _WIDE
-    if kind is None and len(columns) > 7 and not wide:
+    label = parse_int64(columns[7]) if len(columns) > 7 else None
+    world = len(columns) >= _WORLD_COLUMNS
+    if label is None and len(columns) > 7 and not world:
         raise UserError(f"{where}: got {columns[7][:40]!r} in column 8, wanted a class, a whole number")
-    return _Line(where, frame, Box(track, left, top, width, height), kind, wide)
+    return _Line(where, frame, Box(track, left, top, width, height), label, world)
 
 
-def _kinds(lines: list[_Line]) -> list[int | None]:
+def _class_labels(lines: list[_Line]) -> list[int | None]:
     """Return the class of each box, None where it has none."""
-    in_world = any(line.wide and (line.kind is None or not NO_CLASS <= line.kind <= _MOST_CLASSES) for line in lines)
-    return [None if line.kind == NO_CLASS or (line.wide and in_world) else line.kind for line in lines]
+    no_classes = any(line.world and (line.label is None or not NO_CLASS <= line.label <= _MAX_CLASS) for line in lines)
+    return [None if line.label == NO_CLASS or (line.world and no_classes) else line.label for line in lines]
 
 
-def _by_frame(lines: list[_Line]) -> dict[int, list[Box]]:
+def _group_by_frame(lines: list[_Line]) -> dict[int, list[Box]]:
     boxes: dict[int, list[Box]] = defaultdict(list)
     for line in lines:
         if any(box.track == line.box.track for box in boxes[line.frame]):

@@ -1,19 +1,17 @@
-"""A MOTChallenge sequence on disk: seqinfo.ini, the boxes of gt.txt, and images or a video to cut them out of."""
+"""Crop the tracks of a MOTChallenge sequence out of its images or video."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from configparser import ConfigParser, SectionProxy
-from configparser import Error as IniError
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 import numpy as np
 
 from training.data.datasets.mot_boxes import read_boxes
+from training.data.datasets.mot_seqinfo import SequenceInfo, read_sequence_info
 from training.data.tracklets import read_pixels
 from training.data.video import read_video
 from training.runtime.errors import UserError
@@ -24,50 +22,31 @@ VIDEOS = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 
 @dataclass(frozen=True)
 class Track:
-    """The crops of one track.
+    """Crops of one track.
 
     Args:
         number: the track's number in gt.txt.
-        moments: the numbers, from 1, of the frames it was cut out of, ascending.
-        crops: (h, w, 3) uint8 RGB each, as many.
+        frame_numbers: of the frames with a crop, from 1, ascending.
+        crops: (h, w, 3) uint8 RGB each, one per frame number.
     """
 
     number: int
-    moments: tuple[int, ...]
+    frame_numbers: tuple[int, ...]
     crops: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """The tracks of a sequence, in order of their numbers, and a phrase for each kind of boxes that was left out."""
+class MotSequence:
+    """Tracks of a sequence, in order of their numbers, and a phrase for each kind of boxes that was left out."""
 
     tracks: tuple[Track, ...]
     left_out: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class SequenceInfo:
-    """The contents of seqinfo.ini.
+def read_sequence(root: Path) -> MotSequence:
+    """Decode a sequence's frames once, in order, and crop the boxes.
 
-    Args:
-        frame_rate: frames per second, if given.
-        length: the number of frames.
-        width: of a frame, if given.
-        height: of a frame, if given.
-        images: the name of the image folder.
-    """
-
-    frame_rate: float | None
-    length: int
-    width: int | None
-    height: int | None
-    images: str
-
-
-def read_sequence(root: Path) -> Sequence:
-    """Read a sequence: its frames once, in order, and of them what the boxes hold.
-
-    Frames are upright, as players and viewers show them: boxes are cut after the rotation of a video and the EXIF
+    Frames are upright, as players and viewers show them: boxes are cropped after the rotation of a video and the EXIF
     orientation of an image. All have the size that seqinfo.ini gives, or that of the first. Boxes are clipped to the
     image; one that is entirely outside is left out, and so are those that `read_boxes` names.
 
@@ -80,69 +59,23 @@ def read_sequence(root: Path) -> Sequence:
     """
     info = read_sequence_info(root)
     boxes, left_out = read_boxes(root, info.length)
-    moments: dict[int, list[int]] = defaultdict(list)
+    frame_numbers: dict[int, list[int]] = defaultdict(list)
     crops: dict[int, list[np.ndarray]] = defaultdict(list)
-    for moment, image in enumerate(_frames(root, info), start=1):
-        for box in boxes.get(moment, ()):
-            crop = box.cut_out_of(image)
+    for frame_number, image in enumerate(_read_frames(root, info), start=1):
+        for box in boxes.get(frame_number, ()):
+            crop = box.crop(image)
             if crop.size:
-                moments[box.track].append(moment)
+                frame_numbers[box.track].append(frame_number)
                 crops[box.track].append(crop)
-    if not moments:
+    if not crops:
         notes = "".join(f"; {note}" for note in left_out)
         raise UserError(f"{root}: gt.txt has no box, of a confidence other than 0, inside the image{notes}")
-    tracks = (Track(number, tuple(moments[number]), tuple(crops[number])) for number in sorted(moments))
-    return Sequence(tuple(tracks), left_out)
+    tracks = (Track(number, tuple(frame_numbers[number]), tuple(crops[number])) for number in sorted(crops))
+    return MotSequence(tuple(tracks), left_out)
 
 
-def read_sequence_info(root: Path) -> SequenceInfo:
-    """Read seqinfo.ini, of which only seqLength is required.
-
-    Raises:
-        UserError: it is missing, or a number in it is missing or malformed.
-    """
-    path = root / "seqinfo.ini"
-    ini = ConfigParser(interpolation=None)
-    try:
-        ini.read_string(path.read_text(encoding="utf-8-sig"))
-        info = ini["Sequence"]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; wanted beside gt/gt.txt or gt.txt and img1/ or a video") from None
-    except (IniError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {reason}; wanted [Sequence] with the number of frames, seqLength") from None
-    length = _positive(path, info, "seqLength")
-    if length is None:
-        raise UserError(f"{path}: no seqLength; wanted [Sequence] with the number of frames, seqLength")
-    width, height = _positive(path, info, "imWidth"), _positive(path, info, "imHeight")
-    return SequenceInfo(_frame_rate(path, info), length, width, height, info.get("imDir", "img1"))
-
-
-def _positive(path: Path, info: SectionProxy, key: str) -> int | None:
-    """Return a positive whole number of seqinfo.ini, None if it is not there."""
-    text = info.get(key)
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) == 0:
-        raise UserError(f"{path}: got {key} {text[:40]!r}, wanted a positive whole number")
-    return int(text)
-
-
-def _frame_rate(path: Path, info: SectionProxy) -> float | None:
-    text = info.get("frameRate")
-    if text is None:
-        return None
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = inf
-    if not 0 < rate < inf:
-        raise UserError(f"{path}: got frameRate {text[:40]!r}, wanted a positive finite number")
-    return rate
-
-
-def _frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
-    """Yield the frames, upright, and raise at one of another size than wanted."""
+def _read_frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
+    """Yield the upright frames; raise where one has another size than wanted."""
     folder = root / info.images
     frames = _read_images(folder, info.length) if folder.is_dir() else _read_video(root, info)
     first = None

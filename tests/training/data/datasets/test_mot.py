@@ -13,7 +13,7 @@ from training.runtime.errors import UserError
 Write = Callable[..., Path]
 
 
-def moments(tracklet: Tracklet) -> list[int]:
+def frame_numbers(tracklet: Tracklet) -> list[int]:
     """Return the numbers of the frames that a tracklet of the written sequence was cut out of."""
     return [int(frame[0, 0, 2]) for frame in tracklet.frames]  # type: ignore[index]
 
@@ -22,8 +22,8 @@ def test_without_identities_a_track_ends_as_its_own_gallery(mot: Write) -> None:
     split = load(mot({2: range(11, 51), 5: range(1, 18), 9: range(1, 19)}), 0)
     assert [t.person for t in split.train] == [2, 9]
     assert split.probe == split.train
-    assert moments(split.probe[0]) == list(range(11, 29))
-    assert moments(split.gallery[0]) == list(range(33, 51))
+    assert frame_numbers(split.probe[0]) == list(range(11, 29))
+    assert frame_numbers(split.gallery[0]) == list(range(33, 51))
     assert [(t.person, t.camera) for t in split.probe + split.gallery] == [(2, 1), (9, 1), (2, 2), (9, 2)]
     assert "1 tracks dropped" in split.description
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training.data.datasets.mot import load
-from training.data.datasets.mot_boxes import read_boxes, whole_number
+from training.data.datasets.mot_boxes import parse_int64, read_boxes
 from training.runtime.errors import UserError
 
 Write = Callable[..., Path]
@@ -64,7 +64,7 @@ def retrack(root: Path, change: Callable[[str], str]) -> None:
     ],
 )
 def test_a_whole_number_is_read_exactly_or_not_at_all(text: str, number: int | None) -> None:
-    assert whole_number(text) == number
+    assert parse_int64(text) == number
 
 
 @pytest.mark.parametrize("first", [2**53, LARGEST - 1])

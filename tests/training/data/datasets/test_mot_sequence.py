@@ -17,10 +17,10 @@ Write = Callable[..., Path]
 
 def test_crops_are_what_the_boxes_hold(mot: Write) -> None:
     (track,) = read_sequence(mot({3: range(5, 15)})).tracks
-    assert track.moments == tuple(range(5, 15))
+    assert track.frame_numbers == tuple(range(5, 15))
     rows, columns = np.mgrid[3:23, 6:16]  # left 7, top 4, counted from 1
-    for moment, crop in zip(track.moments, track.crops, strict=True):
-        assert np.array_equal(crop, np.stack([rows, columns, np.full_like(rows, moment)], axis=-1))
+    for frame, crop in zip(track.frame_numbers, track.crops, strict=True):
+        assert np.array_equal(crop, np.stack([rows, columns, np.full_like(rows, frame)], axis=-1))
 
 
 def test_boxes_are_clipped_and_those_outside_or_of_no_confidence_left_out(mot: Write) -> None:
@@ -28,7 +28,7 @@ def test_boxes_are_clipped_and_those_outside_or_of_no_confidence_left_out(mot: W
     boxes = ["1,1,-4,-9,10,20,1", "2,1,44,31,10,20,1", "3,1,49,1,10,20,1", "4,1,1,-30,10,20,1", "5,1,1,1,10,20,0"]
     (root / "gt/gt.txt").write_text("\n".join(boxes))
     (track,) = read_sequence(root).tracks
-    assert track.moments == (1, 2)
+    assert track.frame_numbers == (1, 2)
     assert [crop.shape for crop in track.crops] == [(10, 5, 3), (10, 5, 3)]
     assert track.crops[1][0, 0].tolist() == [30, 43, 2]
 
@@ -137,7 +137,7 @@ def test_a_sequence_without_a_box_says_so(mot: Write, line: str) -> None:
 
 
 def film(root: Path, frames: int) -> Path:
-    """Put a video in the place of the images: frame f is grey, 4f."""
+    """Put a video in the place of the images: frame f is gray, 4f."""
     for path in (root / "img1").iterdir():
         path.unlink()
     (root / "img1").rmdir()
@@ -155,7 +155,7 @@ def test_a_video_gives_the_frames_the_boxes_mean(mot: Write) -> None:
     root = mot({1: range(5, 25)})
     film(root, 60)
     (track,) = read_sequence(root).tracks
-    assert [int(crop[0, 0, 0]) for crop in track.crops] == [4 * moment for moment in range(5, 25)]
+    assert [int(crop[0, 0, 0]) for crop in track.crops] == [4 * frame for frame in range(5, 25)]
 
 
 def test_a_video_too_short_is_refused(mot: Write) -> None:
@@ -196,12 +196,12 @@ def test_the_boxes_of_pets_sit_on_people_to_the_frame(shared_dir: Path) -> None:
     for begin, end in ((5, 260), (260, 520), (520, 790)):
         chosen = boxes[(boxes[:, 0] >= begin) & (boxes[:, 0] < end) & (boxes[:, 6] == 1)][::7]
 
-        def held(shift: int, chosen: np.ndarray = chosen) -> float:
+        def share_moving(shift: int, chosen: np.ndarray = chosen) -> float:
             parts = []
             for frame, _, left, top, width, height, _ in chosen.clip(min=1).astype(int):
                 rows, columns = slice(top // 4, (top + height) // 4), slice(left // 4, (left + width) // 4)
                 parts.append(moving[frame - 1 + shift, rows, columns].mean())
             return float(np.mean(parts))
 
-        shares = {shift: held(shift) for shift in range(-4, 5)}
+        shares = {shift: share_moving(shift) for shift in range(-4, 5)}
         assert max(shares, key=lambda shift: shares[shift]) == 0, shares
