@@ -1,4 +1,4 @@
-"""Datasets, read into tracklets, and the loader that turns those into batches; a dataset's module has its name."""
+"""Datasets, read into tracklets, and the loader that turns tracklets into batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars
 DATASETS: tuple[str, ...] = get_args(Dataset)
 
 PridPeople: TypeAlias = Literal["paper-21", "official-27"]
-"""Who counts in PRID-2011, and how they are split: see `training.data.datasets.prid_2011`."""
+"""Protocols of PRID-2011: which people take part and how they are split, see `training.data.datasets.prid_2011`."""
 
 
 def load_split(
@@ -26,38 +26,38 @@ def load_split(
 
     Args:
         dataset: one of `DATASETS`.
-        root: the dataset's folder, or a file that `training.pack` made of it; None for the dataset's default, where it
+        root: the dataset's folder, or a file that `training.pack` made of it; None for the dataset's default, if it
             has one.
-        split: which split, from 0.
-        prid: who counts in PRID-2011; the other datasets do not ask.
-        check_counts: whether iLIDS-VID, PRID-2011 and MARS must hold as much as published.
+        split: the number of the split, from 0.
+        prid: the protocol of PRID-2011; ignored by other datasets.
+        check_counts: require the published counts of iLIDS-VID, PRID-2011 and MARS.
 
     Raises:
-        UserError: the name is unknown, no folder was given, or what it holds does not make a dataset.
+        UserError: the name is unknown, no folder was given, or the folder does not hold the dataset.
     """
-    module = _reader(dataset)
+    module = _reader_module(dataset)
     root = root or getattr(module, "DEFAULT_ROOT", None)
     if root is None:
         raise UserError(f"dataset {dataset}: got no data root, wanted the folder that holds it")
-    asked = reader_options(dataset, prid=prid, check_counts=check_counts)
+    options = reader_options(dataset, prid=prid, check_counts=check_counts)
     try:
         if root.suffix == ".pack" and not root.exists():
             raise UserError(f"{root}: no such file; wanted what python -m training.pack makes, or a dataset's folder")
         if root.is_file():
-            return packed.load(root, dataset, split, asked)
-        result: Split = module.load(root, split, **asked)
+            return packed.load(root, dataset, split, options)
+        result: Split = module.load(root, split, **options)
     except OSError as error:  # a folder that may not be entered, a disk that fails
         raise UserError(f"dataset {dataset}: {error}; wanted a data root that can be read") from error
     return result
 
 
 def reader_options(dataset: str, **options: Any) -> dict[str, Any]:
-    """Those of `options` that a dataset's reader takes."""
-    known = signature(_reader(dataset).load).parameters
+    """Return the subset of `options` that a dataset's reader takes."""
+    known = signature(_reader_module(dataset).load).parameters
     return {name: value for name, value in options.items() if name in known}
 
 
-def _reader(dataset: str) -> ModuleType:
+def _reader_module(dataset: str) -> ModuleType:
     if dataset not in DATASETS:
         raise UserError(f"dataset: got {dataset!r}, wanted one of {', '.join(DATASETS)}")
     return import_module(f"training.data.datasets.{dataset.replace('-', '_')}")

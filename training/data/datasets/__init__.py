@@ -1,1 +1,1 @@
-"""Readers of datasets, one file each, named as the dataset."""
+"""Dataset readers, one module per dataset, named after it."""

@@ -1,41 +1,42 @@
-"""The iLIDS-VID layout: person folders under two cameras, and a MATLAB file of half-and-half splits."""
+"""Read the iLIDS-VID layout: person folders under two cameras, and a MATLAB file of half-and-half splits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from training.data.datasets.readers import (
+    INCOMPLETE,
     check_count,
+    check_split,
     first_file,
     first_folder,
-    halves,
-    incomplete,
     numbered_frames,
     person_folders,
     read_table,
+    split_in_half,
 )
 from training.data.tracklets import Split, Tracklet
-from training.runtime.errors import NoSuchSplit, UserError
+from training.runtime.errors import UserError
 
 SEQUENCES = Path("i-LIDS-VID/sequences")
 SPLITS = Path("train-test people splits/train_test_splits_ilidsvid.mat")
 EXAMPLE = SEQUENCES / "cam1/person001/cam1_person001_00001.png"
 CAMERAS = (1, 2)
 
-# As published. With the ordinals of a row a permutation, which is checked always, that many people leave 300 training
-# tracklets, 150 probes and 150 in the gallery.
+# As published. As each row of the split file is a permutation, which is always checked, so many people give 300
+# training tracklets, 150 probes and 150 in the gallery.
 PEOPLE = 300
 ROWS = 10
-SHORTEST, LONGEST = 23, 192  # frames a tracklet
+SHORTEST, LONGEST = 23, 192  # frames per tracklet
 
 
 def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
-    """Read one split: the first half of its row is tested on, camera 1 against camera 2; the second is trained on.
+    """Read one split: the first half of its row is for testing, camera 1 against camera 2, the second for training.
 
     Args:
         root: the folder that holds `i-LIDS-VID/` (nested twice in some copies) and `train-test people splits/`.
         split: row of the split file, from 0.
-        check_counts: whether people, splits and frames must be as many as published.
+        check_counts: require the published numbers of people, splits and frames.
 
     Raises:
         UserError: a path is missing, the cameras hold different people, a person has no frame, the split file does not
@@ -50,17 +51,14 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     if check_counts:
         check_count(sequences, "person folders a camera", len(people), PEOPLE)
         check_count(splits, "splits", len(rows), ROWS)
-    if not 0 <= split < len(rows):
-        raise NoSuchSplit(f"split: got {split}, wanted 0 to {len(rows) - 1}, the rows of {SPLITS.name}")
-    test, train = halves(people, rows[split], f"{splits}, split {split}")
+    check_split(split, len(rows), f"the rows of {SPLITS.name}")
+    test, train = split_in_half(people, rows[split], f"{splits}, split {split}")
 
     def read(camera: int, person: str) -> Tracklet:
         folder = sequences / f"cam{camera}" / person
         frames = numbered_frames(folder, EXAMPLE.name)
         if check_counts and not SHORTEST <= len(frames) <= LONGEST:
-            raise UserError(
-                f"{folder}: got {len(frames)} frames, wanted {SHORTEST} to {LONGEST}; {incomplete('the dataset')}"
-            )
+            raise UserError(f"{folder}: got {len(frames)} frames, wanted {SHORTEST} to {LONGEST}; {INCOMPLETE}")
         return Tracklet(int(person.removeprefix("person")), camera, frames, f"cam{camera}/{person}")
 
     return Split(
@@ -76,13 +74,13 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
 
 
 def _people(sequences: Path) -> list[str]:
-    """Return the names of the person folders, sorted, the same under both cameras."""
-    found = []
+    """Return the sorted names of the person folders; raise unless both cameras have the same."""
+    by_camera = []
     for camera in CAMERAS:
         folder = first_folder(sequences / f"cam{camera}", wanted=f"a folder like {EXAMPLE.parent}")
-        found.append(set(person_folders(folder, "person")))
-    lone = sorted(found[0] ^ found[1])
+        by_camera.append(set(person_folders(folder, "person")))
+    lone = sorted(by_camera[0] ^ by_camera[1])
     if lone:
-        missing = sequences / ("cam2" if lone[0] in found[0] else "cam1") / lone[0]
+        missing = sequences / ("cam2" if lone[0] in by_camera[0] else "cam1") / lone[0]
         raise UserError(f"{missing}: not found; wanted every person folder under both cameras ({len(lone)} are not)")
-    return sorted(found[0])
+    return sorted(by_camera[0])

@@ -1,4 +1,4 @@
-"""MARS: images named after person, camera, tracklet and frame, name lists of them, and tables of rows of the lists."""
+"""Read MARS: images named by person, camera, tracklet and frame, lists of their names, and tables of their rows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from training.runtime.errors import NoSuchSplit, UserError
 
 EXAMPLE = "bbox_train/0001/0001C1T0001F001.jpg"
 FOLDER = re.compile("00-1|[0-9]{4}")  # the first is the junk
-# Person, camera, tracklet, frame: of one width, so it sorts.
+# Person, camera, tracklet, frame: of fixed width, so names sort in order of time.
 NAME = re.compile(r"(?:00-1|[0-9]{4})C[0-9]T[0-9]{4}F[0-9]{3}\.jpg")
 # The last two are the folder of the repository's archive, and of a clone.
 INFO = ("info", "info/info", "MARS-evaluation-master/info", "MARS-evaluation/info")
 
 
 def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
-    """Read the one split; no image is opened, nor looked for where there is a name list.
+    """Read the one split; no image is opened, and with a name list none is even listed.
 
-    The gallery is every test tracklet but the junk of person -1, which no protocol counts: people, queries included,
-    and distractors, who are person 0. The probes are the very objects that stand in the gallery.
+    The gallery is every test tracklet except junk (person -1), which no protocol counts: people, queries included, and
+    distractors (person 0). The probes are elements of the gallery, the same objects.
 
     Args:
         root: the folder that holds `bbox_train/`, `bbox_test/` and `info/`, each of which may be nested in a folder of
             its own name; `info/` may also be in the MARS-evaluation repository's folder. A name list missing from
             `info/` is rebuilt from the folders.
         split: 0.
-        check_counts: whether people, tracklets, frames and queries must be as many as published.
+        check_counts: require the published numbers of people, tracklets, frames and queries.
 
     Raises:
         UserError: a path is missing, the names do not fit the tables, there is no such split, or a count is not the
@@ -39,13 +39,13 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     """
     if split != 0:
         raise NoSuchSplit(f"split: got {split}, wanted 0, the only split of MARS")
-    images = [_images(root, "bbox_train"), _images(root, "bbox_test")]
-    info = _info(root)
+    images = [_image_folder(root, "bbox_train"), _image_folder(root, "bbox_test")]
+    info = _info_folder(root)
     tables = read_tables(info, check_counts=check_counts)
     lists = [info / "train_name.txt", info / "test_name.txt"]
     rebuilt = [path.name for path in lists if not path.is_file()]
-    train_names = _names(lists[0], images[0], int(tables.train.end.max()), TRAIN)
-    test_names = _names(lists[1], images[1], int(tables.test.end.max()), TEST)
+    train_names = _read_names(lists[0], images[0], int(tables.train.end.max()), TRAIN)
+    test_names = _read_names(lists[1], images[1], int(tables.test.end.max()), TEST)
 
     long = np.flatnonzero(tables.train.lengths >= MIN_FRAMES)
     train = tuple(_tracklets(images[0], train_names, tables.train, long))
@@ -67,11 +67,11 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     )
 
 
-def _images(root: Path, name: str) -> Path:
-    """Return the folder that holds the person folders."""
+def _image_folder(root: Path, name: str) -> Path:
+    """Find the folder that holds the person folders."""
     outer = root / name
     if not outer.is_dir():
-        raise _not_found(root, name)
+        raise _not_found_error(root, name)
     inner = outer / name
     if _has_people(outer):
         if inner.is_dir() and _has_people(inner):
@@ -88,34 +88,34 @@ def _has_people(folder: Path) -> bool:
     return any(FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
 
 
-def _info(root: Path) -> Path:
-    """Return the folder of the tables, or one that should have them."""
+def _info_folder(root: Path) -> Path:
+    """Find the folder of the tables, or one that should have them."""
     folders = [root / name for name in INFO if (root / name).is_dir()]
     for folder in folders:
         if (folder / TRAIN).is_file():
             return folder
     if not folders:
-        raise _not_found(root, "info")
+        raise _not_found_error(root, "info")
     return folders[0]
 
 
-def _not_found(root: Path, name: str) -> UserError:
+def _not_found_error(root: Path, name: str) -> UserError:
     """Make the error for a folder missing from `root`; it names a folder above or below `root` that has it."""
     place = root / name
     candidates = (root.parent / name, *sorted(root.glob(f"*/{name}")), *sorted(root.glob(f"*/*/{name}")))
     for found in filter(Path.is_dir, candidates):
         if "__MACOSX" in found.parts:  # left by an archive: it has the folders but no images
             continue
-        whole = (found.parent / "bbox_train").is_dir() and (found.parent / "bbox_test").is_dir()
-        remedy = f"pass --data-root {found.parent}" if whole else f"move it to {place}"
+        is_root = (found.parent / "bbox_train").is_dir() and (found.parent / "bbox_test").is_dir()
+        remedy = f"pass --data-root {found.parent}" if is_root else f"move it to {place}"
         return UserError(f"{place}: not found, but {found} is; {remedy}")
     return UserError(
         f"{place}: not found; wanted a folder with {EXAMPLE}, bbox_test/ next to bbox_train/, and info/{TRAIN}"
     )
 
 
-def _names(path: Path, images: Path, rows: int, table: str) -> list[str]:
-    """Read a name list, or rebuild it; its rows are what the table's `rows` rows count."""
+def _read_names(path: Path, images: Path, rows: int, table: str) -> list[str]:
+    """Read a name list, or rebuild it from the folders; raise unless it has as many rows as the table refers to."""
     if path.is_file():
         names = path.read_text(encoding="utf-8-sig", errors="replace").split()
         if len(names) != rows:
@@ -136,7 +136,7 @@ def _names(path: Path, images: Path, rows: int, table: str) -> list[str]:
 
 
 def _tracklets(images: Path, names: list[str], tracks: Tracks, rows: Iterable[int]) -> Iterable[Tracklet]:
-    """Make the tracklets of some rows of a table."""
+    """Make the tracklets of the given rows of a table."""
     for row in rows:
         start, end, person, camera = (
             int(column[row]) for column in (tracks.start, tracks.end, tracks.person, tracks.camera)

@@ -1,4 +1,4 @@
-"""The metadata of MARS: which rows of the name lists are a tracklet, of whom, by which camera, and the queries."""
+"""Metadata tables of MARS: person, camera and name-list rows of each tracklet, and the queries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.data.datasets.readers import Ints, check_count, first_file, read_t
 from training.runtime.errors import UserError
 
 TRAIN, TEST, QUERY = "tracks_train_info.mat", "tracks_test_info.mat", "query_IDX.mat"
-JUNK, DISTRACTOR = -1, 0  # persons that are none
+JUNK, DISTRACTOR = -1, 0  # person numbers without an identity
 MIN_FRAMES = 8  # of a training tracklet
 
 PUBLISHED = {
@@ -40,15 +40,18 @@ PUBLISHED = {
         "gallery tracklets without the queries": 9330,
     },
 }
-"""What `count` finds in the whole dataset."""
+"""Counts of the whole dataset, as `count` returns them."""
 
 
 @dataclass(frozen=True)
 class Tracks:
     """A table of N tracklets.
 
-    start, end: (N,) rows of the name list, `names[start:end]` from 0.
-    person, camera: (N,), the camera from 1.
+    Args:
+        start: (N,) first row in the name list, from 0.
+        end: (N,) the row after the last: a tracklet is `names[start:end]`.
+        person: (N,) identities.
+        camera: (N,) cameras, from 1.
     """
 
     start: Ints
@@ -58,16 +61,18 @@ class Tracks:
 
     @property
     def lengths(self) -> Ints:
-        """(N,), frames a tracklet."""
+        """Frames per tracklet, (N,)."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The whole metadata.
+    """Metadata of the whole dataset.
 
-    train, test: their tracklets.
-    query: (Q,) distinct rows of `test`, from 0, none of them junk or a distractor.
+    Args:
+        train: training tracklets.
+        test: test tracklets.
+        query: (Q,) distinct rows of `test`, from 0, none of them junk or a distractor.
     """
 
     train: Tracks
@@ -76,7 +81,7 @@ class Tables:
 
     @property
     def gallery(self) -> Ints:
-        """(G,) rows of `test` that are ranked: all but the junk, which no protocol counts; the queries too."""
+        """Rows of `test` that are ranked, (G,): all except junk, which no protocol counts; queries included."""
         return np.flatnonzero(self.test.person != JUNK)
 
 
@@ -85,7 +90,7 @@ def read_tables(info: Path, *, check_counts: bool = True) -> Tables:
 
     Args:
         info: the folder that holds them.
-        check_counts: whether what they hold must be as published.
+        check_counts: require the published counts.
 
     Raises:
         UserError: a file is missing or unreadable, its numbers make no sense, or a count is not the published one.
@@ -97,11 +102,10 @@ def read_tables(info: Path, *, check_counts: bool = True) -> Tables:
     if len(wrong):
         raise UserError(f"{info / QUERY}: got row {wrong[0]}, wanted 1 to {len(test.person)}, the rows of {TEST}")
     query = rows - 1
-    nobody = query[test.person[query] <= DISTRACTOR]
-    if len(nobody):
-        raise UserError(
-            f"{info / QUERY}: row {nobody[0] + 1} of {TEST} is person {test.person[nobody[0]]}, wanted a person from 1"
-        )
+    not_person = query[test.person[query] <= DISTRACTOR]
+    if len(not_person):
+        row = not_person[0]
+        raise UserError(f"{info / QUERY}: row {row + 1} of {TEST} is person {test.person[row]}, wanted a person from 1")
     if len(np.unique(query)) < len(query):
         raise UserError(f"{info / QUERY}: got a row of {TEST} twice, wanted each query once")
     tables = Tables(train, test, query)
@@ -113,11 +117,11 @@ def read_tables(info: Path, *, check_counts: bool = True) -> Tables:
 
 
 def count(tables: Tables) -> dict[str, dict[str, int]]:
-    """Count what `PUBLISHED` has the counts of, under the same names."""
+    """Count people, tracklets, frames and queries, under the names of `PUBLISHED`."""
     train, test, query = tables.train, tables.test, tables.query
     people, tracklets = np.unique(train.person, return_counts=True)
     cameras = np.unique(np.stack([train.person, train.camera]), axis=1)[0]
-    asked = np.stack([test.person[query], test.camera[query]])
+    pairs = np.stack([test.person[query], test.camera[query]])
     return {
         TRAIN: {
             "tracklets": len(train.person),
@@ -139,8 +143,8 @@ def count(tables: Tables) -> dict[str, dict[str, int]]:
         },
         QUERY: {
             "queries": len(query),
-            "people": len(np.unique(asked[0])),
-            "pairs of person and camera": np.unique(asked, axis=1).shape[1],
+            "people": len(np.unique(pairs[0])),
+            "pairs of person and camera": np.unique(pairs, axis=1).shape[1],
             "gallery tracklets without the queries": len(np.setdiff1d(tables.gallery, query)),
         },
     }

@@ -1,4 +1,4 @@
-"""What the readers of datasets on disk share: paths, published counts, MATLAB tables, frames in order, halves."""
+"""Shared by the dataset readers: paths, published counts, MATLAB tables, numbered frames, half-and-half splits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from training.runtime.errors import UserError
+from training.runtime.errors import NoSuchSplit, UserError
 
 Ints = NDArray[np.int64]
+INCOMPLETE = "copy the dataset again, or read a part of it with --no-check-counts"
+"""Remedy for a copy with counts other than the published, for messages."""
 
 
 def first_folder(*paths: Path, wanted: str) -> Path:
     """Return the first of `paths` that is a folder.
 
     Raises:
-        UserError: none is; it names the first, and says what is `wanted`.
+        UserError: none is; it names the first and gives `wanted`.
     """
     return _first(filter(Path.is_dir, paths), paths[0], wanted)
 
@@ -28,7 +30,7 @@ def first_file(*paths: Path, wanted: str) -> Path:
     """Return the first of `paths` that is a file.
 
     Raises:
-        UserError: none is; it names the first, and says what is `wanted`.
+        UserError: none is; it names the first and gives `wanted`.
     """
     return _first(filter(Path.is_file, paths), paths[0], wanted)
 
@@ -45,26 +47,38 @@ def check_count(place: Path | str, what: str, got: int, wanted: int) -> None:
     Args:
         place: the folder or file that was counted.
         what: the things counted, in the plural.
+        got: the count.
+        wanted: the published count.
 
     Raises:
-        UserError: it is another; it says how to read a part of the dataset.
+        UserError: they differ; it says how to read a part of the dataset.
     """
     if got != wanted:
-        raise UserError(f"{place}: got {got} {what}, wanted {wanted}; {incomplete('the dataset')}")
+        raise UserError(f"{place}: got {got} {what}, wanted {wanted}; {INCOMPLETE}")
 
 
-def incomplete(what: str) -> str:
-    """What to do about a copy with counts other than the published."""
-    return f"copy {what} again, or read a part of it with --no-check-counts"
+def check_split(split: int, count: int, what: str) -> None:
+    """Raise unless there is such a split.
+
+    Args:
+        split: the split asked for, from 0.
+        count: the number of splits.
+        what: a description of the splits, for messages, e.g. "the rows of splits.mat".
+
+    Raises:
+        NoSuchSplit: it is out of range.
+    """
+    if not 0 <= split < count:
+        raise NoSuchSplit(f"split: got {split}, wanted 0 to {count - 1}, {what}")
 
 
 def read_table(path: Path, key: str, layout: str) -> Ints:
-    """Read a table of whole numbers out of a MATLAB file.
+    """Read a table of whole numbers from a MATLAB file.
 
     Args:
         path: a file that exists.
         key: the variable.
-        layout: what its rows and columns are, for messages, e.g. "splits by people".
+        layout: a description of its rows and columns, for messages, e.g. "splits by people".
 
     Returns:
         (rows, columns), neither of them 0.
@@ -74,7 +88,7 @@ def read_table(path: Path, key: str, layout: str) -> Ints:
     """
     try:
         content = loadmat(path)
-    except Exception as error:  # a damaged file has scipy raise anything
+    except Exception as error:  # scipy raises anything on a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a readable MATLAB file ({reason}); copy it again") from None
     if key not in content:
@@ -82,7 +96,7 @@ def read_table(path: Path, key: str, layout: str) -> Ints:
     table = np.asarray(content[key])
     if table.ndim != 2 or table.size == 0 or table.dtype.kind not in "iuf":
         raise UserError(f"{path}: {key} has shape {table.shape} of {table.dtype}; wanted numbers, {layout}")
-    if table.dtype.kind == "f" and not np.all(table == np.floor(table)):  # which NaN is not either
+    if table.dtype.kind == "f" and not np.all(table == np.floor(table)):  # refuses NaN too
         raise UserError(f"{path}: {key} has numbers that are not whole; wanted {layout}, all whole")
     inexact = ~_exact_in_int64(table)
     if inexact.any():
@@ -92,17 +106,17 @@ def read_table(path: Path, key: str, layout: str) -> Ints:
 
 
 def _exact_in_int64(table: np.ndarray) -> NDArray[np.bool_]:
-    """Return a mask of the numbers that int64 can hold and that cannot have been rounded."""
+    """Return a mask of the numbers that fit int64 and cannot have been rounded."""
     if table.dtype.kind == "f":
         return np.asarray(np.abs(table) < 2.0 ** (np.finfo(table.dtype).nmant + 1))
     return np.asarray(table <= np.iinfo(np.int64).max)
 
 
 def numbered_frames(folder: Path, example: str) -> tuple[Path, ...]:
-    """Return the .png files of a folder, in order of the numbers their names end in.
+    """List the .png files of a folder in order of the numbers at the end of their names.
 
     Args:
-        folder: of one tracklet.
+        folder: the folder of one tracklet.
         example: the name of a frame, for messages.
 
     Raises:
@@ -120,7 +134,7 @@ def numbered_frames(folder: Path, example: str) -> tuple[Path, ...]:
 
 
 def person_folders(folder: Path, prefix: str) -> dict[str, int]:
-    """Return the names of the person folders, each with the number after its prefix.
+    """Map the names of the person folders to the number after the prefix, sorted by name.
 
     Raises:
         UserError: two have the same number.
@@ -135,13 +149,13 @@ def person_folders(folder: Path, prefix: str) -> dict[str, int]:
     return {name: number for number, name in by_number.items()}
 
 
-def halves(people: list[str], ordinals: Iterable[int], source: str) -> tuple[list[str], list[str]]:
-    """Deal people by a row of ordinals: the first half to test on, the second to train on.
+def split_in_half(people: list[str], ordinals: Iterable[int], source: str) -> tuple[list[str], list[str]]:
+    """Split people by a row of ordinals: the first half to test on, the second to train on.
 
     Args:
-        people: the names that ordinals from 1 stand for.
-        ordinals: one split's.
-        source: where they come from, for messages.
+        people: names, which the ordinals index from 1.
+        ordinals: a permutation of 1 to the number of people.
+        source: the origin of the ordinals, for messages.
 
     Returns:
         The names to test on and those to train on, each sorted.
