@@ -88,7 +88,7 @@ def train_run(
     pin = device.type == "cuda" and not step.cuda_graph
     loader = make_loader(split.train, sampler, recipe.batch.frames, machine.workers, resize, pin)
     logged = _logged(run, config, trainer, recipe.epochs) if distributed.is_main() else nullcontext()
-    with workers.explained(), logged as log:
+    with workers.explain_errors(), logged as log:
         if log:
             size = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
             by = f"{distributed.world()} processes, " * (distributed.world() > 1)
@@ -109,7 +109,7 @@ def train_run(
         return []
     if recipe.eval.compare_ops:
         sampler.set_epoch(0)
-        with workers.explained():
+        with workers.explain_errors():
             clips, labels = to_input(next(iter(loader)), trainer.network, step)
         say(timing_table(compare_ops(trainer.network, recipe, clips, labels)))
     return [record for record in log.records if record["kind"] == "result"]

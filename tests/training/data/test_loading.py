@@ -19,7 +19,7 @@ from training.data.loading import Batch, frames_to_input, make_loader
 from training.data.resizing import resize
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet, read_frame
-from training.data.workers import explained
+from training.data.workers import explain_errors
 from training.pack import Options, pack
 from training.runtime.errors import UserError
 
@@ -147,15 +147,15 @@ def test_input_of_black_and_white_spans_minus_one_to_one() -> None:
     assert frames_to_input(frames, (4, 4), "cpu").amax(dim=(1, 2, 3)).tolist() == [-1.0, 1.0]
 
 
-def test_a_killed_worker_is_told_in_one_line() -> None:
+def test_a_killed_worker_is_one_line() -> None:
     loader = make_loader(PEOPLE, PKSampler(PEOPLE, 2, 2, 4, seed=0), 4, workers=1)
     list(loader)
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[union-attr]
-    told = r"\Aworkers: DataLoader worker \(pid.* \d+\) (is|exited) .*; where memory ran out, .*\Z"
-    with pytest.raises(UserError, match=told):
+    wanted = r"\Aworkers: DataLoader worker \(pid.* \d+\) (is|exited) .*; where memory ran out, .*\Z"
+    with pytest.raises(UserError, match=wanted):
         read(loader)
 
 
-@explained()
+@explain_errors()
 def read(loader: DataLoader[Any]) -> None:
     list(loader)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from training.data.loading import make_loader
 from training.data.sampler import PKSampler
 from training.data.tracklets import Tracklet
-from training.data.workers import end_where_sending_fails, explained
+from training.data.workers import exit_if_sending_fails, explain_errors
 from training.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -133,8 +133,8 @@ class Unsendable:
 
 
 def test_a_worker_whose_batches_cannot_be_sent_ends_the_loader(capfd: pytest.CaptureFixture[str]) -> None:
-    loader = DataLoader([Unsendable()], batch_size=None, num_workers=1, worker_init_fn=end_where_sending_fails)
-    with pytest.raises(UserError, match=r"\Aworkers: DataLoader worker .* exited unexpectedly"), explained():
+    loader = DataLoader([Unsendable()], batch_size=None, num_workers=1, worker_init_fn=exit_if_sending_fails)
+    with pytest.raises(UserError, match=r"\Aworkers: DataLoader worker .* exited unexpectedly"), explain_errors():
         next(iter(loader))
     assert "open files (ulimit -n) are not enough; wanted fewer --workers" in capfd.readouterr().err
 
