@@ -1,4 +1,4 @@
-"""What a dataset is, once read: tracklets of frames, dealt into train, probe and gallery."""
+"""Tracklets of frames, splits of them into train, probe and gallery, and the decoding of frames."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Frame: TypeAlias = Path | np.ndarray | PackedFrame
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of 8 bits or fewer: converting a deeper one to RGB clips it
 _ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # keys of an image's info
-# Everything Pillow lets out of a damaged file; it names no common base for them.
+# Everything Pillow raises on a damaged file; they have no common base class.
 _CORRUPT = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Tracklet:
-    """One person seen once by one camera.
+    """A sequence of frames of one person by one camera.
 
     Args:
         person: identity, as the dataset numbers it.
         camera: the camera, as the dataset numbers it.
         frames: in order of time, at least one.
-        name: what to call it in messages, e.g. "cam1/person001".
+        name: its name in messages, e.g. "cam1/person001".
 
     Raises:
         UserError: there is no frame, or the person's number is beyond int64.
@@ -55,14 +55,14 @@ class Tracklet:
 
 @dataclass(frozen=True)
 class Split:
-    """The tracklets to train on and those to evaluate on.
+    """Training, probe and gallery tracklets of a dataset.
 
     Args:
         train: tracklets to train on.
         probe: the queries.
-        gallery: what the queries are ranked against.
+        gallery: the tracklets ranked for each query.
         protocol: the name of the evaluation protocol the split is made for.
-        description: one line for people: dataset, split, counts, what was held out.
+        description: one line for a reader: dataset, split, counts, held-out people.
     """
 
     train: tuple[Tracklet, ...]
@@ -73,7 +73,7 @@ class Split:
 
     @property
     def train_people(self) -> tuple[int, ...]:
-        """The distinct identities trained on, sorted: the order of the classifier's outputs."""
+        """Distinct training identities, sorted: the order of the classifier's outputs."""
         return people_of(self.train)
 
 
@@ -86,11 +86,11 @@ def read_frame(frame: Frame, size: tuple[int, int] | None = None) -> torch.Tenso
     """Read one frame as RGB, upright; an alpha channel is dropped.
 
     Args:
-        frame: where its pixels are.
-        size: height and width to resize it to, bicubic, by Pillow; as it is if not given.
+        frame: an image file, an array or a packed frame.
+        size: height and width to resize it to, bicubic, by Pillow; not resized if not given.
 
     Returns:
-        (3, h, w) uint8, stored channels last, sharing nothing with `frame`.
+        (3, h, w) uint8, stored channels last, sharing no memory with `frame`.
 
     Raises:
         UserError: the file is missing, is not an image that can be read to its end, or is one of 16 bits or of inks.
@@ -99,7 +99,7 @@ def read_frame(frame: Frame, size: tuple[int, int] | None = None) -> torch.Tenso
 
 
 def read_pixels(frame: Frame, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read one frame as `read_frame` does, to an (h, w, 3) uint8 array: of an array that has its size, itself."""
+    """Read one frame like `read_frame`, as an (h, w, 3) uint8 array; an array that has the size is returned itself."""
     pixels = frame if isinstance(frame, np.ndarray) else decode(encoded(frame), frame)
     if size is None or pixels.shape[:2] == size:
         return pixels
@@ -107,10 +107,10 @@ def read_pixels(frame: Frame, size: tuple[int, int] | None = None) -> np.ndarray
 
 
 def encoded(frame: Path | PackedFrame) -> bytes:
-    """The bytes of a frame's image file.
+    """Read the bytes of a frame's image file.
 
     Raises:
-        UserError: they cannot be read, or are not those that were packed.
+        UserError: they cannot be read, or are not the bytes that were packed.
     """
     if isinstance(frame, PackedFrame):
         return frame.encoded()
@@ -123,13 +123,13 @@ def encoded(frame: Path | PackedFrame) -> bytes:
 
 
 def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
-    """Decode an image to (h, w, 3) uint8 RGB, upright as its EXIF orientation says.
+    """Decode an image to (h, w, 3) uint8 RGB, upright by its EXIF orientation.
 
-    An orientation that cannot be read is ignored, as image viewers ignore it.
+    An orientation that cannot be read is ignored, as in image viewers.
 
     Args:
         image_file: the bytes of the file.
-        frame: where they come from, for messages.
+        frame: their origin, for messages.
 
     Raises:
         UserError: it cannot be read to its end, or is one of 16 bits or of inks.
@@ -141,7 +141,7 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
             _set_upright(image)
             pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     except _CORRUPT as error:
-        reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # Pillow tells of a file that is none here
+        reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # without Pillow's name of an in-memory file
         what = f"not a readable image ({type(error).__name__}: {reason})"
         raise UserError(f"frame {frame}: {what}; copy it again") from None
     if mode not in _MODES:
@@ -150,12 +150,12 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
 
 
 def _set_upright(image: Image.Image) -> None:
-    """Turn and mirror an image in place by its EXIF orientation, at no cost where it has no metadata."""
-    if not _ORIENTED & image.info.keys():  # a TIFF file's is applied by load()
+    """Rotate and flip an image in place by its EXIF orientation; free if it has no metadata."""
+    if not _ORIENTED & image.info.keys():  # the orientation of a TIFF file is applied by load()
         return
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # damaged metadata has Pillow raise anything
+    except Exception:  # Pillow raises anything on damaged metadata
         pass

@@ -1,4 +1,4 @@
-"""Frames of a video file, upright, as players show them."""
+"""Decode the frames of a video file, upright, as players show them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _ONE_DEGREE = 0.0175  # writers round sines and cosines
 
 
 def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
-    """Decode the first frames of a video, each turned and mirrored as its display matrix says.
+    """Decode the first frames of a video, each rotated and flipped by its display matrix.
 
-    A cover picture is not the video. Of several video streams, the one marked as default is read.
+    Cover pictures are ignored. Of several video streams, the one marked as default is decoded.
 
     Args:
         path: the file.
-        count: how many frames.
+        count: the number of frames.
 
     Yields:
         (h, w, 3) uint8 RGB each.
 
     Raises:
-        UserError: the file cannot be decoded, has no video stream or several, fewer frames, or a frame turned by other
-            than a multiple of 90 degrees.
+        UserError: the file cannot be decoded, has no video stream or several, fewer frames, or a frame rotated by
+            other than a multiple of 90 degrees.
     """
     number = 0
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no reason to stop
+        with av.open(str(path), metadata_errors="replace") as container:  # do not fail on a title in Latin-1
             for number, frame in enumerate(container.decode(_video_stream(path, container)), start=1):
                 pixels, matrix = frame.to_ndarray(format="rgb24"), _display_matrix(frame)
                 yield pixels if matrix is None else _upright(pixels, matrix, f"{path}, frame {number}")
@@ -51,7 +51,7 @@ def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
 
 
 def _video_stream(path: Path, container: Any) -> Any:
-    """Return the one video stream that is not a cover picture, or of several the default one."""
+    """Return the only video stream that is not a cover picture, or the default one of several."""
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     default = [stream for stream in streams if stream.disposition & Disposition.default]
     for candidates in (streams, default):
@@ -70,7 +70,7 @@ def _display_matrix(frame: av.VideoFrame) -> bytes | None:
 
 
 def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
-    """Return a frame of the same data without the kinds of side data that PyAV has no name for."""
+    """Return a frame of the same data without the side data types that PyAV has no name for."""
     graph = av.filter.Graph()
     size = {"width": frame.width, "height": frame.height}
     filters = [graph.add_buffer(**size, format=frame.format.name, time_base=Fraction(1))]
@@ -85,9 +85,9 @@ def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def _upright(pixels: np.ndarray, matrix: bytes, where: str) -> np.ndarray:
-    """Turn and mirror an image by a display matrix, which shows pixel (x, y) at (a x + c y, b x + d y)."""
+    """Rotate and flip an image by a display matrix, which shows pixel (x, y) at (a x + c y, b x + d y)."""
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if a == b == c == d == 0:  # some writers leave it empty
+    if a == b == c == d == 0:  # left empty by some writers
         return pixels
     shown = ", ".join(f"{value / 2**16:.3g}" for value in (a, b, c, d))
     if abs(b) + abs(c) > abs(a) + abs(d):

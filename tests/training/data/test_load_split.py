@@ -32,7 +32,7 @@ def test_a_sequence_is_read_whatever_is_asked_of_the_other_datasets(mot: Callabl
     assert asked.description == load_split("mot", root, 0).description
 
 
-def test_counts_are_checked_unless_told_otherwise(ilids: Path) -> None:
+def test_counts_are_checked_unless_turned_off(ilids: Path) -> None:
     with pytest.raises(UserError, match=r"got 4 person folders .* wanted 300; .* --no-check-counts"):
         load_split("ilids-vid", ilids, 1)
 
@@ -54,7 +54,7 @@ def test_a_root_that_is_not_there_is_named(dataset: str, tmp_path: Path) -> None
         load_split(dataset, tmp_path / "absent", 0)
 
 
-def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     root = write_mars(tmp_path / "mars", name_lists=False)
     shutil.rmtree(root / "bbox_train" / "0001")
     (root / "bbox_train" / "0001").write_text("where a folder should be")

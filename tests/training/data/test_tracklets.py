@@ -40,9 +40,9 @@ def test_an_image_that_would_be_clipped_is_named_with_its_mode(tmp_path: Path, m
 
 def test_a_message_names_the_file_once(tmp_path: Path) -> None:
     (tmp_path / "frame.png").write_bytes(b"no image")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         read_frame(tmp_path / "frame.png")
-    assert str(told.value).count("frame.png") == 1
+    assert str(caught.value).count("frame.png") == 1
 
 
 def test_reading_an_array_leaves_it_alone() -> None:

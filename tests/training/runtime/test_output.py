@@ -29,13 +29,13 @@ def test_a_file_is_written_in_a_folder_that_was_made_for_it(tmp_path: Path) -> N
         ("/proc/none/file.json", "No such file"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, name: str, message: str) -> None:
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "there.json").write_text("mine")
     (tmp_path / "link.json").symlink_to("nowhere")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match=f"^output: .*({message})") as told:
+    with pytest.raises(UserError, match=f"^output: .*({message})") as caught:
         check_output(tmp_path / name, ".json")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert (tmp_path / "there.json").read_text() == "mine"
 
 

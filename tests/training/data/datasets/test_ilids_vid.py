@@ -149,16 +149,16 @@ def test_a_whole_set_has_the_published_counts_in_each_split(published: Path) -> 
         load(published, 10)
 
 
-def test_a_person_too_few_is_told_and_what_to_do(ilids: Path) -> None:
-    with pytest.raises(UserError) as told:
+def test_a_person_too_few_is_reported_and_what_to_do(ilids: Path) -> None:
+    with pytest.raises(UserError) as caught:
         load(ilids, 0)
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"{ilids / SEQUENCES}: got 4 person folders a camera, wanted 300; copy the dataset again, or read a part of it "
         "with --no-check-counts"
     )
 
 
-def test_a_split_too_few_is_told(published: Path, tmp_path: Path) -> None:
+def test_a_split_too_few_is_reported(published: Path, tmp_path: Path) -> None:
     (tmp_path / "i-LIDS-VID").symlink_to(published / "i-LIDS-VID")
     (tmp_path / SPLITS).parent.mkdir()
     savemat(tmp_path / SPLITS, {"ls_set": np.stack([np.arange(300) + 1] * 9)})

@@ -95,18 +95,18 @@ def test_the_description_counts(mars: Path) -> None:
     ) in load(mars).description
 
 
-def test_an_image_missing_from_folders_without_a_list_is_told(tmp_path: Path) -> None:
+def test_an_image_missing_from_folders_without_a_list_is_reported(tmp_path: Path) -> None:
     write_mars(tmp_path, name_lists=False)
     (tmp_path / "bbox_test/00-1/00-1C1T0001F002.jpg").unlink()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         load(tmp_path)
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"{tmp_path}/bbox_test: got 31 images like bbox_train/0001/0001C1T0001F001.jpg, wanted 32, as "
         "tracks_test_info.mat says; copy the images again, or put test_name.txt into info/"
     )
 
 
-def test_a_name_list_cut_short_is_told(mars: Path) -> None:
+def test_a_name_list_cut_short_is_reported(mars: Path) -> None:
     path = mars / "info/test_name.txt"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=rf"\A{path}: got 31 names, wanted 32, as \S+ says; copy it again\Z"):

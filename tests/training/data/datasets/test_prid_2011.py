@@ -82,10 +82,10 @@ def test_the_description_says_which_people_and_which_halves(prid: Path) -> None:
 
 
 def test_official_splits_are_found_where_the_ilids_archive_has_them(prid: Path) -> None:
-    beside = load(prid, 0, "official-27")
+    plain = load(prid, 0, "official-27")
     (prid / "train-test people splits").mkdir()
     (prid / PRID_SPLITS).rename(prid / "train-test people splits" / PRID_SPLITS)
-    assert load(prid, 0, "official-27") == beside
+    assert load(prid, 0, "official-27") == plain
 
 
 def test_the_splits_of_torchreid_are_read_when_they_are_there(prid: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_person_without_frames_is_named(prid: Path) -> None:
         load(prid)
 
 
-def test_too_few_people_are_told(prid: Path) -> None:
+def test_too_few_people_are_reported(prid: Path) -> None:
     for person in (1, 3, 7):
         shutil.rmtree(prid / MULTI_SHOT / f"cam_a/person_{person:04d}")
     with pytest.raises(UserError, match=rf"{prid / MULTI_SHOT}: got 1 people with 27 frames or more"):
@@ -208,21 +208,21 @@ def test_a_whole_set_has_178_official_people_89_of_them_to_train_on(published: P
     assert len(prid_2011.load(published, 9).probe) == 100
 
 
-def test_another_number_of_official_people_is_told(published: Path) -> None:
+def test_another_number_of_official_people_is_reported(published: Path) -> None:
     frame = published / MULTI_SHOT / "cam_b/person_0100/0027.png"
     frame.unlink()
     try:
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as caught:
             prid_2011.load(published, 0, prid="official-27")
     finally:
         frame.touch()
-    assert str(told.value) == (
+    assert str(caught.value) == (
         f"{published / MULTI_SHOT}: got 177 people with 27 frames or more under both cameras, wanted 178; copy the "
         "dataset again, or read a part of it with --no-check-counts"
     )
 
 
 @pytest.mark.parametrize("prid_people", PROTOCOLS)
-def test_fewer_than_200_common_people_are_told_by_camera(prid: Path, prid_people: PridPeople) -> None:
+def test_fewer_than_200_common_people_are_reported_by_camera(prid: Path, prid_people: PridPeople) -> None:
     with pytest.raises(UserError, match=rf"^{prid / MULTI_SHOT}/cam_a: got 6 person folders .*, wanted 200; copy"):
         prid_2011.load(prid, 0, prid=prid_people)
