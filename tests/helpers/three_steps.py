@@ -72,7 +72,7 @@ def three_steps(case: str) -> Steps:
     )
     split = _noise()
     sampler = make_sampler(recipe, split.train)
-    sampler.deal_out(distributed.rank(), processes)
+    sampler.shard(distributed.rank(), processes)
     batches: list[Batch] = list(make_loader(split.train, sampler, recipe.batch.frames, workers=0))
     trainer.run_epoch(batches, None)  # type: ignore[arg-type]
     clips = [distributed.gathered(batch.clips) for batch in batches]

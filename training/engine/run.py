@@ -76,7 +76,7 @@ def train_run(
         line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
         say(line)
     sampler = make_sampler(recipe, split.train)
-    sampler.deal_out(distributed.rank(), distributed.world())
+    sampler.shard(distributed.rank(), distributed.world())
 
     step.check(device, recipe)
     config = run_record(settings, split, device)

@@ -105,11 +105,14 @@ def test_every_start_occurs_from_the_first_to_the_last(kind: type[PKSampler]) ->
 
 
 @pytest.mark.parametrize("kind", [PKSampler, OfficialSampler])
-@pytest.mark.parametrize("wrong", [{"people": 0}, {"clips": 0}, {"frames": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"identities_per_batch": 0}, {"clips_per_identity": 0}, {"frames_per_clip": 0}, {"seed": -1}]
+)
 def test_numbers_out_of_range_are_named(kind: type[PKSampler], wrong: dict[str, int]) -> None:
     (name,) = wrong
+    valid = {"identities_per_batch": 2, "clips_per_identity": 2, "frames_per_clip": 8, "seed": 0}
     with pytest.raises(UserError, match=f"^{name}: got {wrong[name]}, wanted at least"):
-        kind(many(), **{"people": 2, "clips": 2, "frames": 8, "seed": 0, **wrong})
+        kind(many(), **{**valid, **wrong})
 
 
 def test_too_few_people_say_how_many_there_are() -> None:
@@ -120,7 +123,7 @@ def test_too_few_people_say_how_many_there_are() -> None:
 def official_sets(
     tracklets: list[Tracklet], people: int, clips: int, frames: int = 1, epoch: int = 0
 ) -> list[list[list[int]]]:
-    """An epoch's batches, each as its sets of K tracklets."""
+    """Return an epoch's batches, each as its sets of K tracklets."""
     sampler = OfficialSampler(tracklets, people, clips, frames, seed=0)
     sampler.set_epoch(epoch)
     batches = list(sampler)
@@ -150,10 +153,10 @@ def test_official_sets_use_up_everybodys_tracklets_different_cameras_first(track
     for index, tracklet in enumerate(tracklets):
         left.setdefault(tracklet.person, []).append(index)
     own = {person: set(indices) for person, indices in left.items()}
-    # One person a batch: nobody's sets are left over. Sets are dealt from last to first.
-    for (dealt,) in official_sets(tracklets, 1, k)[::-1]:
-        person = tracklets[dealt[0]].person
-        new, again = dealt[: len(left[person])], dealt[len(left[person]) :]
+    # One identity per batch: no sets are left over. Sets are used from last to first.
+    for (chosen,) in official_sets(tracklets, 1, k)[::-1]:
+        person = tracklets[chosen[0]].person
+        new, again = chosen[: len(left[person])], chosen[len(left[person]) :]
         assert len(set(new)) == len(new)
         assert set(new) <= set(left[person])
         assert set(again) <= own[person]
@@ -171,8 +174,8 @@ def test_an_official_epoch_ends_when_fewer_than_p_people_have_sets_left(
     sets = {person: -(-number // k) for person, number in Counter(t.person for t in tracklets).items()}
     for batch in official_sets(tracklets, p, k, epoch=data.draw(st.integers(0, 3))):
         assert sum(number > 0 for number in sets.values()) >= p
-        for dealt in batch:
-            sets[tracklets[dealt[0]].person] -= 1
+        for chosen in batch:
+            sets[tracklets[chosen[0]].person] -= 1
     assert all(number >= 0 for number in sets.values())
     assert sum(number > 0 for number in sets.values()) < p
 
@@ -188,11 +191,11 @@ def test_official_epochs_differ_in_length_and_each_knows_its_own() -> None:
     assert len(lengths) > 1
 
 
-def test_a_number_of_batches_deals_everything_anew() -> None:
+def test_a_number_of_batches_takes_as_many_passes_as_it_needs() -> None:
     sampler = OfficialSampler(many(5), 2, 2, 8, seed=0, batches=7)
     batches = [[many(5)[index].person for index, _ in batch] for batch in sampler]
     assert len(batches) == len(sampler) == 7
-    # 5 people of one set each: two batches a deal
+    # 5 identities of one set each: two batches per pass
     assert all(len(set(chain(*batches[start : start + 2]))) == 4 for start in (0, 2, 4))
 
 
@@ -216,21 +219,21 @@ def test_the_recipe_chooses_the_sampler_and_its_numbers(recipe: Recipe, name: st
 
 @pytest.mark.parametrize("kind", [PKSampler, OfficialSampler])
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
-def test_shares_of_processes_make_up_the_batches_and_nobody_is_in_two(kind: type[PKSampler], processes: int) -> None:
+def test_shards_of_processes_make_up_the_batches_and_nobody_is_in_two(kind: type[PKSampler], processes: int) -> None:
     whole = list(kind(many(), 6, 2, 8, seed=3))
-    shares = []
+    shards = []
     for rank in range(processes):
         sampler = kind(many(), 6, 2, 8, seed=3)
-        sampler.deal_out(rank, processes)
+        sampler.shard(rank, processes)
         assert len(sampler) == len(whole)
-        shares.append(list(sampler))
-    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        shards.append(list(sampler))
+    for batch, parts in zip(whole, zip(*shards, strict=True), strict=True):
         assert list(chain(*parts)) == batch
         seen = [{many()[index].person for index, _ in part} for part in parts]
         assert [len(each) for each in seen] == [6 // processes] * processes
         assert len(set.union(*seen)) == 6
 
 
-def test_people_that_cannot_be_dealt_out_are_named() -> None:
+def test_people_that_cannot_be_sharded_are_named() -> None:
     with pytest.raises(UserError, match=r"people in a batch \(P\): got 6 for 4 processes, wanted a multiple of 4"):
-        PKSampler(many(), 6, 2, 8, seed=0).deal_out(0, 4)
+        PKSampler(many(), 6, 2, 8, seed=0).shard(0, 4)

@@ -233,7 +233,7 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
     sampler = make_sampler(update(RECIPES["quick"], people=4), split.train)
-    sampler.deal_out(1, 2)
+    sampler.shard(1, 2)
     for index, _ in next(iter(sampler)):
         for frame in split.train[index].frames:
             assert isinstance(frame, Path)
