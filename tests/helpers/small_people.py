@@ -1,4 +1,4 @@
-"""Rendered people on short walks: what most tests train on is to be there, and no more."""
+"""Render small synthetic sets of short tracklets, for tests that need data of any kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.data.datasets import synthetic
 
 
 def short_walks(patch: pytest.MonkeyPatch) -> None:
-    """Have each camera see a person for 8 to 12 frames, which are a clip of any recipe, and not for 16 to 40."""
+    """Shorten tracklets from 16 to 40 frames to 8 to 12, which suffice for a clip of any recipe."""
     patch.setattr(synthetic, "SHORTEST", 8)
     patch.setattr(synthetic, "LONGEST", 12)
 

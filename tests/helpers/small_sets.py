@@ -1,4 +1,4 @@
-"""Small datasets on disk, each in the layout its authors distribute; every frame's colour says what it is."""
+"""Small datasets on disk, each in the layout its authors distribute; a frame's color encodes person and camera."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scipy.io import savemat
 ILIDS_PEOPLE = (1, 2, 4, 319)  # gaps in the numbers, as in the real set
 ILIDS_SPLITS = Path("train-test people splits/train_test_splits_ilidsvid.mat")
 
-# Frames of each person under camera a and camera b. 5 counts by neither protocol, 2 by paper-21 alone; the 201 of the
-# one camera is not the 201 of the other.
+# Frames of each person under camera a and camera b. Person 5 is in neither protocol, 2 in paper-21 alone; the two 201
+# are different people.
 PRID_FRAMES = {1: (27, 30), 2: (22, 40), 3: (28, 27), 5: (50, 21), 7: (29, 27), 200: (27, 28), 201: (30, 30)}
 PRID_SPLITS = Path("train_test_splits_prid.mat")
 
@@ -51,7 +51,7 @@ def write_prid(root: Path) -> Path:
 
 
 def write_mars(root: Path, name_lists: bool = True, train: Sequence[tuple[int, int, int]] = MARS_TRAIN) -> Path:
-    """Write the tracklets of MARS_TEST and to train on, the queries, and name lists with the CRLF of the real ones.
+    """Write test tracklets, training tracklets, queries, and name lists with CRLF like the real ones.
 
     Frame f of tracklet t of person p at camera c is about (5 p, 20 c + t, 10 f): JPEG rounds.
     """
@@ -69,8 +69,8 @@ def write_mars(root: Path, name_lists: bool = True, train: Sequence[tuple[int, i
             rows.append((len(names) + 1, len(names) + frames, person, camera))
             for frame in range(1, frames + 1):
                 names.append(f"{who}C{camera}T{seen[person, camera]:04d}F{frame:03d}.jpg")
-                colour = (5 * max(person, 0), 20 * camera + seen[person, camera], 10 * frame)
-                Image.new("RGB", (8, 16), colour).save(folder / names[-1], quality=95)
+                color = (5 * max(person, 0), 20 * camera + seen[person, camera], 10 * frame)
+                Image.new("RGB", (8, 16), color).save(folder / names[-1], quality=95)
         savemat(info / f"tracks_{part}_info.mat", {f"track_{part}_info": np.array(rows, dtype=np.int32)})
         if name_lists:
             (info / f"{part}_name.txt").write_bytes("".join(f"{name}\r\n" for name in names).encode())

@@ -43,8 +43,13 @@ class PeopleSampler(Sampler[list[Clip]], ABC):
         batches: int | None = None,
     ) -> None:
         self._p, self._k, self._t, self._batches = identities_per_batch, clips_per_identity, frames_per_clip, batches
-        limits = {"identities_per_batch": 1, "clips_per_identity": 1, "frames_per_clip": 1, "seed": 0}
-        for value, (name, least) in zip((self._p, self._k, self._t, seed), limits.items(), strict=True):
+        limits = (
+            ("identities_per_batch", identities_per_batch, 1),
+            ("clips_per_identity", clips_per_identity, 1),
+            ("frames_per_clip", frames_per_clip, 1),
+            ("seed", seed, 0),
+        )
+        for name, value, least in limits:
             if value < least:
                 raise UserError(f"{name}: got {value}, wanted at least {least}")
         min_frames = self._min_frames(frames_per_clip)
@@ -70,8 +75,8 @@ class PeopleSampler(Sampler[list[Clip]], ABC):
     def shard(self, rank: int, world_size: int) -> None:
         """Restrict every batch to the identities of one of several processes.
 
-        The batches are the same for any number of processes; each process gets as many of a batch's identities, all
-        different.
+        The batches are the same for any number of processes; each process gets an equal number of identities per
+        batch, and no identity of a batch goes to two of them.
 
         Raises:
             UserError: P is not a multiple of `world_size`.

@@ -20,7 +20,7 @@ def ilids(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prid(tmp_path: Path) -> Path:
-    """Seven people in the PRID-2011 layout, four of whom count by both protocols."""
+    """Seven people in the PRID-2011 layout, of which four are in both protocols."""
     return write_prid(tmp_path)
 
 

@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 
 
 def tracklet(person: int, length: int, camera: int = 1) -> Tracklet:
-    """Frame f of person p is of p and f alone, and its size of f."""
+    """Make a tracklet whose frames encode person, frame number and camera, in several sizes."""
     frames = tuple(np.full((4 + f % 3, 5, 3), (person, f, camera), np.uint8) for f in range(length))
     return Tracklet(person, camera, frames, f"cam{camera}/person{person:03d}")
 
@@ -42,7 +42,7 @@ def batches(
     size: tuple[int, int] | None = None,
     start: str | None = None,
 ) -> list[Batch]:
-    """Those of two epochs, by the same workers."""
+    """Return the batches of two epochs, read by the same workers."""
     sampler = PKSampler(tracklets, 2, 2, frames, seed=0, batches=3)
     loader = make_loader(tracklets, sampler, frames, workers, size)
     loader.multiprocessing_context = start

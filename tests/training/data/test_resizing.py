@@ -12,7 +12,7 @@ from training.data.datasets.mot_sequence import read_sequence
 from training.data.resizing import resize
 from training.data.tracklets import read_frame
 
-DTYPES = (torch.uint8, torch.float32)  # on a CPU, and what other devices are given
+DTYPES = (torch.uint8, torch.float32)  # of a CPU and of other devices
 
 
 def by_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -20,7 +20,7 @@ def by_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def off_by(frames: Tensor, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """The most grey levels between frames resized together and by Pillow one by one."""
+    """Return the largest difference in levels between frames resized together and by Pillow one by one."""
     resized = resize(frames.to(dtype), size)
     assert resized.dtype == dtype and resized.shape == (len(frames), 3, *size)
     return int((resized.int() - by_pillow(frames, size).int()).abs().max())

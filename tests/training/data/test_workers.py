@@ -50,8 +50,8 @@ def test_too_little_shared_memory_is_one_line_before_training_begins(small_data:
     assert line.endswith("3 ahead for each worker; wanted fewer --workers, or more of it (in Docker, --shm-size=1g)")
 
 
-def load_what_grows() -> None:
-    """Read batches of 4 MiB whose size a sample of frames does not tell: those in the middle of a tracklet are tiny."""
+def load_underestimated() -> None:
+    """Read batches of 4 MiB whose size is underestimated: frames in the middle of a tracklet are tiny."""
     large, tiny = np.zeros((420, 400, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)
     people = [Tracklet(n, 1, [tiny if t == 4 else large for t in range(9)], f"person{n}") for n in range(4)]
     for _ in make_loader(people, PKSampler(people, 2, 2, 2, seed=0, batches=9), 2, workers=1):
@@ -59,7 +59,7 @@ def load_what_grows() -> None:
 
 
 def test_a_batch_that_does_not_fit_ends_the_loader_and_is_one_line(tmp_path: Path) -> None:
-    code = "from tests.training.data.test_workers import load_what_grows; load_what_grows()"
+    code = "from tests.training.data.test_workers import load_underestimated; load_underestimated()"
     ended = in_shared_memory_of(2, [sys.executable, "-c", code], tmp_path)
     last = ended.stderr.splitlines()[-1]
     wanted = "training.runtime.errors.UserError: workers: 2.0 MiB of /dev/shm are too few for a batch of 3."
@@ -95,7 +95,7 @@ def load_slowly(mib: int) -> None:
 
 
 @pytest.mark.parametrize(("shared", "fits"), [(19, False), (21, True)])
-def test_what_is_said_to_fit_does_until_the_end(shared: int, fits: bool, tmp_path: Path) -> None:
+def test_batches_that_pass_the_check_fit_until_the_end(shared: int, fits: bool, tmp_path: Path) -> None:
     code = "from tests.training.data.test_workers import load_slowly; load_slowly(4)"
     ended = in_shared_memory_of(shared, [sys.executable, "-c", code], tmp_path)
     assert (ended.returncode == 0) is fits, ended.stderr

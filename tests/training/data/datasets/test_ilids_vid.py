@@ -123,7 +123,7 @@ def test_a_split_file_cut_short_anywhere_is_one_line(ilids: Path) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much as the real dataset holds, of empty files: reading opens none."""
+    """The layout of the real dataset with its counts, of empty files: reading opens none."""
     root = tmp_path_factory.mktemp("published")
     for camera in (1, 2):
         for ordinal in range(300):

@@ -78,11 +78,11 @@ def test_missing_name_lists_are_rebuilt_from_the_folders_and_the_run_says_so(mar
     for stray in ("bbox_test/.DS_Store", "bbox_test/0002/._0002C1T0001F001.jpg", "bbox_test/0002/Thumbs.db"):
         (bare / stray).touch()
     assert load(bare) == rebuilt
-    for ours, theirs in ((rebuilt.train, given.train), (rebuilt.gallery, given.gallery), (rebuilt.probe, given.probe)):
-        assert facts(ours) == facts(theirs)
-        assert [[p.relative_to(bare) for p in t.frames] for t in ours] == [  # type: ignore[union-attr]
+    for new, old in ((rebuilt.train, given.train), (rebuilt.gallery, given.gallery), (rebuilt.probe, given.probe)):
+        assert facts(new) == facts(old)
+        assert [[p.relative_to(bare) for p in t.frames] for t in new] == [  # type: ignore[union-attr]
             [p.relative_to(mars) for p in t.frames]  # type: ignore[union-attr]
-            for t in theirs
+            for t in old
         ]
     assert rebuilt.description.endswith("train_name.txt and test_name.txt rebuilt from the folders")
     assert "rebuilt" not in given.description

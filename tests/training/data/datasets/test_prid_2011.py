@@ -188,7 +188,7 @@ def test_an_unreadable_frame_is_one_line_that_says_what_to_do(prid: Path) -> Non
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much as the real dataset holds of the people who can count, of empty files: reading opens none."""
+    """The layout of the real dataset, for people of either protocol, of empty files: reading opens none."""
     root = tmp_path_factory.mktemp("published")
     for camera in ("cam_a", "cam_b"):
         for person in range(1, 211):
