@@ -27,7 +27,7 @@ from training.engine.options import Options as RunOptions
 from training.engine.options import make_options
 from training.reports.ablation_plot import draw
 from training.reports.ablation_table import check_page, fill_page, markdown
-from training.runtime.atomic_files import write_whole
+from training.runtime.atomic_files import write_atomic
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
@@ -170,7 +170,7 @@ def ablate(options: Options) -> None:
     try:
         for folder in [options.output, *([options.readme.parent] if options.readme else [])]:
             (folder / RESULTS).write_text(json.dumps(ablation, indent=2) + "\n")
-            write_whole(folder / PLOT, png(draw(ablation)))
+            write_atomic(folder / PLOT, png(draw(ablation)))
         if options.readme:
             fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
     except OSError as error:

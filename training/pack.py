@@ -26,7 +26,7 @@ from PIL import Image
 from training.data import Dataset, PridPeople, load_split, reader_options
 from training.data.pack_file import CHECKSUM, HEADER, MAGIC, PARTS, Pack
 from training.data.tracklets import Split, Tracklet, decode, encoded
-from training.runtime.atomic_files import aside, to_disk
+from training.runtime.atomic_files import fsync_path, temp_path
 from training.runtime.command import run_command
 from training.runtime.errors import NoSuchSplit, UserError
 from training.runtime.terminal import say, track
@@ -190,7 +190,7 @@ def _differs(path: Path, content: _Content) -> str | None:
 
 def _write(path: Path, content: _Content) -> None:
     """Put the file in its place in one step, whole and on the disk."""
-    new = aside(path)
+    new = temp_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new.unlink(missing_ok=True)  # left by a kill
     try:
@@ -203,7 +203,7 @@ def _write(path: Path, content: _Content) -> None:
     if not os.path.samestat(ours, new.stat()):
         raise UserError(f"output: {path} is being made by another process too; wanted one at a time")
     new.replace(path)
-    to_disk(path.parent)
+    fsync_path(path.parent)
 
 
 def _fill(file: BinaryIO, content: _Content) -> None:

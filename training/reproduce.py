@@ -31,7 +31,7 @@ from training.engine.resumable_run import RESULT, run
 from training.engine.run import read_split
 from training.model.weights import download_inception
 from training.reports.paper_table import NOTE, Results, compare, markdown, terminal
-from training.runtime.atomic_files import write_whole
+from training.runtime.atomic_files import write_atomic
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
 from training.runtime.fields import flatten, update
@@ -309,8 +309,8 @@ def _environments(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> 
 def _write(plan: _Plan, content: Mapping[str, Any]) -> None:
     table = markdown(content["title"], content["rows"], plan.scores, content["notes"])
     try:
-        write_whole(plan.output / "table.md", table)
-        write_whole(plan.output / "table.json", json.dumps(content, indent=2) + "\n")
+        write_atomic(plan.output / "table.md", table)
+        write_atomic(plan.output / "table.json", json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output: {error}") from error
 

@@ -16,7 +16,7 @@ from training.engine.options import Options, parse_options
 from training.engine.run import check_free, read_split, train_run
 from training.evaluation.result import result_table
 from training.runtime import distributed
-from training.runtime.atomic_files import resolved
+from training.runtime.atomic_files import realpath
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
@@ -63,7 +63,7 @@ def _run_folder(options: Options, recipe: Recipe) -> Path:
             raise UserError(f"resume: {resume} is not the last checkpoint of a run, wanted --output for a new one")
         return resume if checkpoint.last(resume) else resumed
     run = options.output or Path("runs") / f"{recipe.name}-{recipe.data.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if resolved(run) != resumed:
+    if realpath(run) != resumed:
         check_free(run)
     return run
 

@@ -19,7 +19,7 @@ from training.data import load_split
 from training.data.pack_file import Pack
 from training.data.tracklets import read_pixels
 from training.pack import Options, pack
-from training.runtime.atomic_files import aside
+from training.runtime.atomic_files import temp_path
 from training.runtime.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_a_kill_leaves_the_file_before_or_none_and_the_same_command_makes_it(ask
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGXFSZ
-        assert aside(output).stat().st_size == 1000
+        assert temp_path(output).stat().st_size == 1000
         assert (output.read_bytes() if output.exists() else None) == before
         pack(asked)
         assert [path.name for path in output.parent.iterdir()] == ["ilids.pack"]

@@ -9,7 +9,7 @@ from training.config.presets import QUICK
 from training.config.recipe import Recipe
 from training.config.step import StepConfig
 from training.data.config import SourceConfig
-from training.runtime.atomic_files import resolved
+from training.runtime.atomic_files import realpath
 from training.runtime.errors import UserError
 from training.runtime.fields import Config
 
@@ -44,9 +44,9 @@ class Settings(Config):
         """Return these with absolute paths: a run may be continued from another working folder."""
         root, weights = self.source.data_root, self.recipe.model.weights
         if weights not in ("imagenet", "random"):
-            weights = str(resolved(Path(weights)))
+            weights = str(realpath(Path(weights)))
         return replace(
             self,
             recipe=replace(self.recipe, model=replace(self.recipe.model, weights=weights)),
-            source=replace(self.source, data_root=None if root is None else resolved(root)),
+            source=replace(self.source, data_root=None if root is None else realpath(root)),
         )

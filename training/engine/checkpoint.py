@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.model.weights import first_line, load_pickle
-from training.runtime.atomic_files import resolved, to_disk, write_whole
+from training.runtime.atomic_files import fsync_path, realpath, write_atomic
 from training.runtime.errors import UserError
 
 CONFIG, LAST = "config.json", "last"
@@ -52,7 +52,7 @@ def last(run: Path) -> Path | None:
 
 def run_folder_of(path: Path) -> Path | None:
     """The run that is continued from `path`: itself, or the one whose last checkpoint it is; `None` for neither."""
-    path = resolved(path)
+    path = realpath(path)
     if last(path):
         return path
     return path.parent if last(path.parent) == path else None
@@ -82,11 +82,11 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
         (folder / "training.pt").write_bytes(state.getbuffer())
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in (*folder.iterdir(), folder, run):
-            to_disk(path)
+            fsync_path(path)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)  # the disk is full enough
         raise OSError(f"{folder}: {error.strerror}") from error
-    write_whole(run / LAST, folder.name + "\n")
+    write_atomic(run / LAST, folder.name + "\n")
     if before not in (None, folder):
         shutil.rmtree(before, ignore_errors=True)
 

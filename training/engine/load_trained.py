@@ -23,7 +23,7 @@ from training.model.network import Network
 from training.model.operators import Ops
 from training.model.weights import load_weights
 from training.runtime import distributed
-from training.runtime.atomic_files import resolved
+from training.runtime.atomic_files import realpath
 from training.runtime.device import Device, choose_device
 from training.runtime.errors import UserError
 
@@ -85,7 +85,7 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
     dataset = options.dataset or data.dataset
     # Another dataset does not lie where the one trained on did, nor is it split alike.
     root, number = (settings.source.data_root, settings.split) if dataset == data.dataset else (None, 0)
-    root = resolved(options.data_root) if options.data_root else root
+    root = realpath(options.data_root) if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.source.check_counts or dataset != data.dataset)
     split = distributed.main_first(lambda: load_split(dataset, root, number, prid=data.prid, check_counts=check_counts))

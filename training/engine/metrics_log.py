@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.engine.progress import LiveView, Measured
 from training.evaluation.result import Result
-from training.runtime.atomic_files import write_whole
+from training.runtime.atomic_files import write_atomic
 from training.runtime.command import uninterrupted
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
@@ -46,7 +46,7 @@ class RunLog:
             # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
             kept = _read_records(metrics) if metrics.exists() else []  # a run may go on in another folder
             self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
-        write_whole(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+        write_atomic(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
         # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.
         with uninterrupted():

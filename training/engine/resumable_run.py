@@ -14,7 +14,7 @@ from training.engine.metrics_log import METRICS
 from training.engine.options import Options
 from training.engine.run import Draw, check_free, read_split, train_run
 from training.engine.run_record import differences, run_record, settings_from_record, train_fingerprint
-from training.runtime.atomic_files import write_whole
+from training.runtime.atomic_files import write_atomic
 from training.runtime.device import choose_device
 from training.runtime.errors import UserError
 
@@ -63,7 +63,7 @@ def run(options: Options, draw: Draw | None = None) -> list[dict[str, Any]]:
         records = train_run(folder, settings, split, resumed, options.machine, draw)
         results = [{name: value for name, value in record.items() if name != "kind"} for record in records]
         config = run_record(_clamped(settings, split), split, choose_device(options.machine.device))
-        write_whole(folder / RESULT, json.dumps({**config, "results": results}, indent=2) + "\n")
+        write_atomic(folder / RESULT, json.dumps({**config, "results": results}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output: {error}") from error
     return results

@@ -31,7 +31,7 @@ from training.evaluation.result import Result
 from training.evaluation.scoring import Compared, compare
 from training.model.network import Network
 from training.runtime import distributed
-from training.runtime.atomic_files import LOCK, aside, held, write_whole
+from training.runtime.atomic_files import LOCK, folder_lock, temp_path, write_atomic
 from training.runtime.device import choose_device
 from training.runtime.errors import UserError
 from training.runtime.fields import flatten
@@ -129,8 +129,8 @@ def _earlier(resumed: Checkpoint, settings: Settings, config: dict[str, Any]) ->
 def _logged(run: Path, config: dict[str, Any], trainer: Trainer, epochs: int) -> Iterator[RunLog]:
     """Write in a run's folder, which no other process does meanwhile."""
     run.mkdir(parents=True, exist_ok=True)
-    with held(run):
-        write_whole(run / CONFIG, json.dumps(config, indent=2) + "\n")
+    with folder_lock(run):
+        write_atomic(run / CONFIG, json.dumps(config, indent=2) + "\n")
         with RunLog(run, Console(), epochs=epochs, epoch=trainer.epoch, step=trainer.step) as log:
             yield log
 
@@ -157,7 +157,7 @@ def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | 
 def check_free(run: Path) -> None:
     """Raise a UserError unless a run may begin in a folder: one that is not there yet, or holds nothing."""
     try:
-        left = (run / LOCK, aside(run / CONFIG))  # by a kill at a run's beginning
+        left = (run / LOCK, temp_path(run / CONFIG))  # by a kill at a run's beginning
         taken = any(path not in left for path in run.iterdir())
     except FileNotFoundError:
         return

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Atomic writes, a lock per folder, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from training.runtime.errors import UserError
 LOCK = "lock"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Put a file in the place of what was there, in one step, on the disk itself.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write or replace a file atomically and durably: write a temporary file, fsync, rename.
 
     Args:
-        path: the file; it is written beside, under `aside(path)`, which a kill may leave behind.
-        content: all it is to hold.
+        path: the file; the temporary file is `temp_path(path)`, which a kill may leave behind.
+        content: the whole content; a str is encoded as UTF-8.
 
     Raises:
-        OSError: it cannot be written; the file before stands.
+        OSError: it cannot be written; an earlier file at `path` remains.
     """
-    new = aside(path)
-    new.write_bytes(content.encode() if isinstance(content, str) else content)
-    to_disk(new)
-    new.replace(path)
-    to_disk(path.parent)
+    temp = temp_path(path)
+    temp.write_bytes(content.encode() if isinstance(content, str) else content)
+    fsync_path(temp)
+    temp.replace(path)
+    fsync_path(path.parent)
 
 
-def resolved(path: Path) -> Path:
-    """The path without links and dots; of links in a circle, which Path.resolve raises at, one of them."""
+def realpath(path: Path) -> Path:
+    """Resolve links and dots; does not raise on a cycle of links, as Path.resolve does before Python 3.13."""
     return Path(os.path.realpath(path))
 
 
-def aside(path: Path) -> Path:
-    """Where `write_whole` writes before it renames."""
+def temp_path(path: Path) -> Path:
+    """Return the path of the temporary file that `write_atomic` renames."""
     return path.with_name(f"{path.name}.new")
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a folder to this process until the block ends, or the process does; those it forks do not hold it.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process until the block or the process ends; forked processes do not inherit the lock.
 
     Raises:
-        UserError: another process has it.
-        OSError: it cannot be written.
+        UserError: another process holds the lock.
+        OSError: the folder cannot be written.
     """
     with (folder / LOCK).open("a") as file:
         try:
@@ -56,8 +56,8 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def to_disk(path: Path) -> None:
-    """Return once a file's content, or a folder's list of names, would outlive the machine's going down."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,15 +66,15 @@ def to_disk(path: Path) -> None:
 
 
 def check_output(path: Path, suffix: str, *, replace: bool = False) -> None:
-    """Make the folder of a file to come.
+    """Check that an output file can be written, and make its folder.
 
     Args:
         path: the file.
-        suffix: what its name has to end in, e.g. ".json".
-        replace: whether a file that is there already may be written over.
+        suffix: the required suffix of its name, e.g. ".json".
+        replace: allow it to exist already.
 
     Raises:
-        UserError: its name ends otherwise, it is there already, or it cannot be written.
+        UserError: its name ends otherwise, it exists already, or it cannot be written.
     """
     if path.suffix.lower() != suffix:
         raise UserError(f"output: got {path}, wanted a name that ends in {suffix}")
@@ -82,17 +82,17 @@ def check_output(path: Path, suffix: str, *, replace: bool = False) -> None:
         raise UserError(f"output: {path} is there already, wanted {'a file' if replace else 'a new file'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside(path).touch()
-        aside(path).unlink()
+        temp_path(path).touch()
+        temp_path(path).unlink()
     except OSError as error:
         raise UserError(f"output: {error}") from error
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write the file; a UserError if it cannot be, and then nothing of it is left."""
+    """Write a file atomically; raise a UserError and remove the temporary file if that fails."""
     try:
-        write_whole(path, content)
+        write_atomic(path, content)
     except OSError as error:
         with suppress(OSError):
-            aside(path).unlink()
+            temp_path(path).unlink()
         raise UserError(f"output: {path}: {error.strerror}") from error

@@ -15,7 +15,7 @@ from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.protocols import ProtocolName, Trial
 from training.evaluation.ranking import DEEPEST, Floats, Ranking
 from training.evaluation.scoring import compare
-from training.runtime.atomic_files import resolved
+from training.runtime.atomic_files import realpath
 from training.runtime.errors import UserError
 from training.show.picture import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT, label_ends
 
@@ -72,7 +72,7 @@ def names(runs: Sequence[Path]) -> list[str]:
     Raises:
         UserError: one is named twice.
     """
-    paths = [resolved(run) for run in runs]
+    paths = [realpath(run) for run in runs]
     if len(set(paths)) < len(paths):
         raise UserError(f"runs: got one of them twice in {', '.join(map(str, runs))}, wanted each once")
     shared = os.path.commonpath([path.parent for path in paths])

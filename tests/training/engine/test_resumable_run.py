@@ -12,7 +12,7 @@ from training.config.presets import RECIPES
 from training.engine import checkpoint
 from training.engine.options import Options, make_options
 from training.engine.resumable_run import RESULT, run
-from training.runtime.atomic_files import aside
+from training.runtime.atomic_files import temp_path
 from training.runtime.errors import UserError
 from training.runtime.fields import update
 from training.train import train
@@ -57,7 +57,7 @@ def test_what_a_kill_in_the_first_epoch_leaves_is_begun_again(
 ) -> None:
     folder, results = straight
     (tmp_path / "run").mkdir()
-    aside(tmp_path / "run" / "config.json").write_text('{"recipe": {"na')
+    temp_path(tmp_path / "run" / "config.json").write_text('{"recipe": {"na')
     assert run(options(small_data, tmp_path / "run")) == results
     (tmp_path / "again" / "checkpoint-0001").mkdir(parents=True)
     (tmp_path / "again" / "checkpoint-0001" / "model.safetensors").write_bytes(b"\0" * 100)

@@ -6,40 +6,40 @@ from pathlib import Path
 
 import pytest
 
-from training.runtime.atomic_files import aside, held, resolved, write_whole
+from training.runtime.atomic_files import folder_lock, realpath, temp_path, write_atomic
 from training.runtime.errors import UserError
 
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, "old")
-    aside(path).mkdir()
+    write_atomic(path, "old")
+    temp_path(path).mkdir()
     with pytest.raises(OSError, match="Is a directory"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
-    aside(path).rmdir()
-    aside(path).write_text("half of what a kill")
-    write_whole(path, "new")
+    temp_path(path).rmdir()
+    temp_path(path).write_text("half of what a kill")
+    write_atomic(path, "new")
     assert path.read_text() == "new"
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_is_one_processes_until_it_ends_however_it_ends(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from training.runtime.atomic_files import held\n"
-        "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        "import sys, time, pathlib; from training.runtime.atomic_files import folder_lock\n"
+        "with folder_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match=f"output: another process is writing in {tmp_path}, wanted one at a time"):
-        held(tmp_path).__enter__()
+        folder_lock(tmp_path).__enter__()
     process.kill()
     process.communicate()
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
 def test_links_in_a_circle_are_a_path_too(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    assert resolved(tmp_path / "a").parent == tmp_path.resolve()
+    assert realpath(tmp_path / "a").parent == tmp_path.resolve()
