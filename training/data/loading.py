@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from training.data.resizing import resize
-from training.data.sampler import Clip, PeopleSampler
+from training.data.sampler import Clip, IdentitySampler
 from training.data.tracklets import Tracklet, people_of, read_pixels
 from training.data.worker_limits import PREFETCH, check_limits
 from training.data.workers import exit_if_sending_fails, move_to_shared_memory
@@ -100,7 +100,7 @@ def _identity(batch: Any) -> Any:
 
 def make_loader(
     tracklets: Sequence[Tracklet],
-    sampler: PeopleSampler,
+    sampler: IdentitySampler,
     frames: int,
     workers: int,
     resize: tuple[int, int] | None = None,

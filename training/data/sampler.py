@@ -18,7 +18,7 @@ Clip: TypeAlias = tuple[int, int]
 """Index of the tracklet, and index of the clip's first frame in it."""
 
 
-class PeopleSampler(Sampler[list[Clip]], ABC):
+class IdentitySampler(Sampler[list[Clip]], ABC):
     """Base of the samplers: batches of P identities with K clips each, a function of `seed` and the epoch alone.
 
     Args:
@@ -117,7 +117,7 @@ class PeopleSampler(Sampler[list[Clip]], ABC):
         return index, int(rng.integers(max(self._lengths[index] - self._t, 0) + 1))
 
 
-class PKSampler(PeopleSampler):
+class PKSampler(IdentitySampler):
     """Yield batches of P distinct identities with K clips each, grouped by identity; identities take turns.
 
     An identity's clips come from different cameras first, and from different tracklets before the same one twice. A
@@ -146,7 +146,7 @@ class PKSampler(PeopleSampler):
         return islice(cycle([index for turn in rounds for index in turn if index is not None]), self._k)
 
 
-class OfficialSampler(PeopleSampler):
+class OfficialSampler(IdentitySampler):
     """Yield batches of P identities with K clips each as in the authors' code, which samples without replacement.
 
     Each pass groups the tracklets of every identity into sets of K, without replacement: a set takes one tracklet from

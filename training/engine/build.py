@@ -13,7 +13,7 @@ from torch.optim import SGD
 from training.config.optim import OptimConfig
 from training.config.recipe import Recipe
 from training.config.settings import Settings
-from training.data.sampler import OfficialSampler, PeopleSampler, PKSampler
+from training.data.sampler import IdentitySampler, OfficialSampler, PKSampler
 from training.data.tracklets import Tracklet
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from training.runtime import distributed
 from training.runtime.errors import UserError
 
 
-def make_sampler(recipe: Recipe, tracklets: Sequence[Tracklet]) -> PeopleSampler:
+def make_sampler(recipe: Recipe, tracklets: Sequence[Tracklet]) -> IdentitySampler:
     """Make the sampler of a recipe.
 
     Args:
