@@ -123,8 +123,8 @@ def _read(options: Options) -> _Content:
     splits = {}
     for number, split in _splits(options, chosen):
         splits[str(number)] = {"protocol": split.protocol, "description": split.description}
-        for part in PARTS:
-            rows = [add(tracklet) for tracklet in getattr(split, part)]
+        for part, of_part in zip(PARTS, (split.train, split.query, split.gallery), strict=True):
+            rows = [add(tracklet) for tracklet in of_part]
             content.arrays[f"{number}.{part}"] = np.array(rows, np.uint32)
     content.arrays |= {
         "frames": np.array(frames, np.uint32),

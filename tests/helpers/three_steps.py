@@ -77,7 +77,7 @@ def three_steps(case: str) -> Steps:
     trainer.run_epoch(batches, None)  # type: ignore[arg-type]
     clips = [distributed.gathered(batch.clips) for batch in batches]
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Steps(clips, gradients[0], state, extract(network, split.probe), score(network, split))
+    return Steps(clips, gradients[0], state, extract(network, split.query), score(network, split))
 
 
 def _noise() -> Split:

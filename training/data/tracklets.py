@@ -1,4 +1,4 @@
-"""Tracklets of frames, splits of them into train, probe and gallery, and the decoding of frames."""
+"""Tracklets of frames, splits of them into train, query and gallery, and the decoding of frames."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class Tracklet:
 
 @dataclass(frozen=True)
 class Split:
-    """Training, probe and gallery tracklets of a dataset.
+    """Training, query and gallery tracklets of a dataset.
 
     Args:
         train: tracklets to train on.
-        probe: the queries.
-        gallery: the tracklets ranked for each query.
+        query: query tracklets.
+        gallery: tracklets ranked for each query.
         protocol: the name of the evaluation protocol the split is made for.
         description: one line for a reader: dataset, split, counts, held-out people.
     """
 
     train: tuple[Tracklet, ...]
-    probe: tuple[Tracklet, ...]
+    query: tuple[Tracklet, ...]
     gallery: tuple[Tracklet, ...]
     protocol: str
     description: str

@@ -89,7 +89,7 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.source.check_counts or dataset != data.dataset)
     split = distributed.main_first(lambda: load_split(dataset, root, number, prid=data.prid, check_counts=check_counts))
-    seen = {tracklet.person for tracklet in split.probe} & set(saved.config["people"])
+    seen = {tracklet.person for tracklet in split.query} & set(saved.config["people"])
     # A MOT sequence searches for the people trained on, by later frames, and says so.
     if seen and dataset == data.dataset != "mot":
         line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"

@@ -87,7 +87,7 @@ def compare(
     search = _search(split)
     trial = prepare(protocol or split.protocol, search)  # first: extraction may take hours
     inside = search.places >= 0
-    outside = [probe for probe, known in zip(split.probe, inside, strict=True) if not known]
+    outside = [probe for probe, known in zip(split.query, inside, strict=True) if not known]
     features = extract(network, [*split.gallery, *outside], chunk, resize)
     probes = np.where(inside, search.places, len(split.gallery) - 1 + np.cumsum(~inside))
     return Compared(trial, features, probes, next(network.parameters()).device)
@@ -96,9 +96,9 @@ def compare(
 def _search(split: Split) -> Search:
     place = {id(tracklet): at for at, tracklet in enumerate(split.gallery)}
     return Search(
-        probe_people=np.array([tracklet.person for tracklet in split.probe], dtype=np.int64),
-        probe_cameras=np.array([tracklet.camera for tracklet in split.probe], dtype=np.int64),
+        probe_people=np.array([tracklet.person for tracklet in split.query], dtype=np.int64),
+        probe_cameras=np.array([tracklet.camera for tracklet in split.query], dtype=np.int64),
         gallery_people=np.array([tracklet.person for tracklet in split.gallery], dtype=np.int64),
         gallery_cameras=np.array([tracklet.camera for tracklet in split.gallery], dtype=np.int64),
-        places=np.array([place.get(id(tracklet), -1) for tracklet in split.probe], dtype=np.int64),
+        places=np.array([place.get(id(tracklet), -1) for tracklet in split.query], dtype=np.int64),
     )

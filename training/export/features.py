@@ -37,7 +37,8 @@ def export_features(options: Options) -> None:
     check_output(options.output, SUFFIX)
     trained = load_trained(options.checkpoint, options)
     say(trained.split.description)
-    tracklets = getattr(trained.split, options.part)
+    split = trained.split
+    tracklets = {"gallery": split.gallery, "probe": split.query, "train": split.train}[options.part]
     device = next(trained.network.parameters()).device
     about = {
         "dataset": trained.dataset,

@@ -23,9 +23,9 @@ def pictures(network: Network, split: Split, compared: Compared, resize: Resize)
         compared: the split's tracklets by its features.
         resize: who resizes frames.
     """
-    probes = np.unique(np.linspace(0, len(split.probe) - 1, PROBES).round().astype(np.int64))
+    probes = np.unique(np.linspace(0, len(split.query) - 1, PROBES).round().astype(np.int64))
     shown = {"ranking": ranking.picture(ranking.found(compared, split, TOP, probes))}
-    moving = next((tracklet for tracklet in split.probe if len(tracklet.frames) > 1), None)
+    moving = next((tracklet for tracklet in split.query if len(tracklet.frames) > 1), None)
     if network.rru is not None and moving is not None:
         shown["gate"] = features.picture([features.maps_of(network, moving, resize=resize)], FRAMES)
     return shown

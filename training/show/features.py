@@ -77,12 +77,12 @@ def show(options: Options) -> Figure:
         raise UserError(f"frames: got {options.frames}, wanted at least 2: the gate opens at the second")
     trained = load_trained(options.checkpoint, options)
     split, resize = trained.split, trained.settings.source.resize
-    tracklets = split.probe[: options.probes or 1]
+    tracklets = split.query[: options.probes or 1]
     if options.tracklet is not None:
-        known = (*split.probe, *split.gallery, *split.train)
+        known = (*split.query, *split.gallery, *split.train)
         tracklets = (known[index_of(options.tracklet, known, "tracklet")],)
-    elif options.probes is not None and not 1 <= options.probes <= len(split.probe):
-        raise UserError(f"probes: got {options.probes}, wanted 1 to {len(split.probe)}")
+    elif options.probes is not None and not 1 <= options.probes <= len(split.query):
+        raise UserError(f"probes: got {options.probes}, wanted 1 to {len(split.query)}")
     return picture([maps_of(trained.network, tracklet, resize=resize) for tracklet in tracklets], options.frames)
 
 

@@ -76,7 +76,7 @@ def show(options: Options) -> Figure:
     trained = load_trained(options.checkpoint, options)
     asked: Ints | slice = slice(None)
     if not isinstance(options.probes, int):
-        asked = np.array([index_of(name, trained.split.probe, "probes") for name in options.probes])
+        asked = np.array([index_of(name, trained.split.query, "probes") for name in options.probes])
     compared = compare(trained.network, trained.split, protocol=options.protocol, resize=trained.settings.source.resize)
     rows = found(compared, trained.split, options.top, asked)
     return picture(choose(rows, options.probes) if isinstance(options.probes, int) else rows)
@@ -85,7 +85,7 @@ def show(options: Options) -> Figure:
 def found(compared: Compared, split: Split, top: int, probes: Ints | slice = slice(None)) -> list[Found]:
     """The nearest `top` of the gallery for all probes or for some, what is junk to a probe left out."""
     trial, result = compared.trial, []
-    asked = np.arange(len(split.probe))[probes]
+    asked = np.arange(len(split.query))[probes]
     for probe, distance in zip(asked, chain.from_iterable(compared.distances(probes)), strict=True):
         counts, positive = trial.counts[probe], trial.positive[probe]
         order = torch.where(counts, distance.cpu(), torch.inf).argsort(stable=True)[: counts.count_nonzero()]
@@ -93,7 +93,7 @@ def found(compared: Compared, split: Split, top: int, probes: Ints | slice = sli
         nearest = order[:top]
         result.append(
             Found(
-                split.probe[probe],
+                split.query[probe],
                 tuple(split.gallery[at] for at in trial.kept[nearest]),
                 tuple(distance.cpu()[nearest].tolist()),
                 tuple(positive[nearest].tolist()),

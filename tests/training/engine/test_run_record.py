@@ -98,7 +98,7 @@ def test_a_difference_is_named_but_for_where_the_data_is() -> None:
 
 def test_training_data_is_told_from_data_with_as_many_people(split: Split) -> None:
     shorter = replace(split.train[0], frames=split.train[0].frames[:1])
-    assert train_fingerprint(split) == train_fingerprint(replace(split, probe=()))
+    assert train_fingerprint(split) == train_fingerprint(replace(split, query=()))
     assert train_fingerprint(split) != train_fingerprint(replace(split, train=(shorter, *split.train[1:])))
 
 

@@ -108,18 +108,18 @@ def test_a_tracklet_ten_times_as_long_needs_no_more_memory(recipe: Recipe, head:
 
 def test_a_chunk_without_frames_is_refused(network: Network, split: Split) -> None:
     with pytest.raises(UserError, match="chunk: got 0, wanted at least 1 frame"):
-        extract(network, split.probe, chunk=0)
+        extract(network, split.query, chunk=0)
 
 
 def test_a_frame_that_cannot_be_read_is_named(network: Network, split: Split, tmp_path: Path) -> None:
-    gone = replace(split.probe[1], frames=(*split.probe[1].frames, tmp_path / "gone.png"))
+    gone = replace(split.query[1], frames=(*split.query[1].frames, tmp_path / "gone.png"))
     with pytest.raises(UserError, match=r"frame .*gone\.png: no such file"):
-        extract(network.train(), [split.probe[0], gone])
+        extract(network.train(), [split.query[0], gone])
     assert network.training
 
 
 def test_two_extractions_are_equal_to_the_last_bit(network: Network, split: Split) -> None:
-    assert np.array_equal(extract(network, split.probe), extract(network, split.probe))
+    assert np.array_equal(extract(network, split.query), extract(network, split.query))
 
 
 def test_every_frame_of_a_tracklet_counts(network: Network, split: Split) -> None:
@@ -132,7 +132,7 @@ def test_every_frame_of_a_tracklet_counts(network: Network, split: Split) -> Non
 def test_extraction_leaves_the_network_as_it_was(network: Network, split: Split) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.train()
-    extract(network, split.probe)
+    extract(network, split.query)
     assert all(module.training for module in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
@@ -142,5 +142,5 @@ def test_a_feature_that_is_not_finite_is_an_error_not_a_rank(network: Network, s
     with torch.no_grad():
         network.head.net[0].weight.fill_(torch.nan)
     with pytest.raises(UserError, match="cam1/person003: its feature is not finite"):
-        extract(network, split.probe)
+        extract(network, split.query)
     assert network.training

@@ -25,13 +25,13 @@ def network(recipe: Recipe) -> Network:
 @pytest.fixture
 def clones(split: Split) -> Split:
     """The probes, seen by another camera exactly as by the first."""
-    return replace(split, gallery=tuple(replace(tracklet, camera=2) for tracklet in split.probe))
+    return replace(split, gallery=tuple(replace(tracklet, camera=2) for tracklet in split.query))
 
 
 @pytest.fixture
 def within(split: Split) -> Split:
     """As MARS has it: every tracklet is in the gallery, two of them are searched for."""
-    return replace(split, probe=split.train[1:5:3], gallery=split.train, protocol="mars-official")
+    return replace(split, query=split.train[1:5:3], gallery=split.train, protocol="mars-official")
 
 
 def count_frames(network: Network) -> list[int]:
@@ -64,14 +64,14 @@ def test_a_probe_in_the_gallery_goes_through_the_network_once(
     assert sum(frames) == sum(len(tracklet.frames) for tracklet in within.gallery)
     assert inside.junk == 1.0  # itself
     if rerank is None:  # a second node beside its own would be one neighbor more
-        again = score(network, replace(within, probe=tuple(replace(probe) for probe in within.probe)))
+        again = score(network, replace(within, query=tuple(replace(probe) for probe in within.query)))
         assert again == inside
         assert sum(frames) > 2 * sum(len(tracklet.frames) for tracklet in within.gallery)
 
 
 def test_probes_inside_and_outside_the_gallery_keep_their_own_features(network: Network, split: Split) -> None:
     probe = (split.train[4], split.train[0], split.train[7], split.train[2])  # the second and the last are outside
-    mixed = replace(split, probe=probe, gallery=(*split.train[3:], split.train[1]))
+    mixed = replace(split, query=probe, gallery=(*split.train[3:], split.train[1]))
     ranking = score(network, mixed, protocol="mars-standard-ap")
     features = {
         id(tracklet): feature for tracklet, feature in zip(split.train, extract(network, split.train), strict=True)

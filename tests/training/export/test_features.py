@@ -25,7 +25,8 @@ def test_a_file_holds_the_features_of_a_part_with_who_they_are_of(run: Path, tmp
     options = tyro.cli(AnyOptions, args=["features", *f"--checkpoint {run} --output {output} --part {part}".split()])
     main(options)
     trained = load_trained(run, UseOptions())
-    tracklets = getattr(trained.split, part)
+    split = trained.split
+    tracklets = {"gallery": split.gallery, "probe": split.query, "train": split.train}[part]
     file = open_features(output)
     assert (file.rows, file.names) == (len(tracklets), [tracklet.name for tracklet in tracklets])
     assert file.people == [tracklet.person for tracklet in tracklets]

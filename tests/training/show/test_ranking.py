@@ -24,7 +24,7 @@ def network(recipe: Recipe) -> Network:
 def within(split: Split) -> Split:
     """As MARS has it: every tracklet is in the gallery and searched for, one of them of nobody in particular."""
     gallery = (*split.train[:7], replace(split.train[7], person=-1))
-    return replace(split, probe=gallery[:6], gallery=gallery, protocol="mars-official")
+    return replace(split, query=gallery[:6], gallery=gallery, protocol="mars-official")
 
 
 def test_the_nearest_come_first_without_what_is_junk(network: Network, within: Split) -> None:
@@ -56,7 +56,7 @@ def test_the_rows_add_up_to_the_ranking(network: Network, split: Split) -> None:
 
 
 def row_of(split: Split, first: int | None) -> Found:
-    return Found(split.probe[0], split.gallery[:1], (0.1,), (first == 1,), first)
+    return Found(split.query[0], split.gallery[:1], (0.1,), (first == 1,), first)
 
 
 def test_some_found_at_once_and_the_worst_are_chosen(split: Split) -> None:

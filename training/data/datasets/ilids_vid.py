@@ -24,7 +24,7 @@ EXAMPLE = SEQUENCES / "cam1/person001/cam1_person001_00001.png"
 CAMERAS = (1, 2)
 
 # As published. As each row of the split file is a permutation, which is always checked, so many people give 300
-# training tracklets, 150 probes and 150 in the gallery.
+# training tracklets, 150 queries and 150 in the gallery.
 PEOPLE = 300
 ROWS = 10
 SHORTEST, LONGEST = 23, 192  # frames per tracklet
@@ -63,7 +63,7 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
 
     return Split(
         train=tuple(read(camera, person) for person in train for camera in CAMERAS),
-        probe=tuple(read(1, person) for person in test),
+        query=tuple(read(1, person) for person in test),
         gallery=tuple(read(2, person) for person in test),
         protocol="single-shot",
         description=(

@@ -24,7 +24,7 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     """Read the one split; no image is opened, and with a name list none is even listed.
 
     The gallery is every test tracklet except junk (person -1), which no protocol counts: people, queries included, and
-    distractors (person 0). The probes are elements of the gallery, the same objects.
+    distractors (person 0). The queries are elements of the gallery, the same objects.
 
     Args:
         root: the folder that holds `bbox_train/`, `bbox_test/` and `info/`, each of which may be nested in a folder of
@@ -51,16 +51,16 @@ def load(root: Path, split: int, *, check_counts: bool = True) -> Split:
     train = tuple(_tracklets(images[0], train_names, tables.train, long))
     gallery = tuple(_tracklets(images[1], test_names, tables.test, tables.gallery))
     at_row = dict(zip(tables.gallery.tolist(), gallery, strict=True))
-    probe = tuple(at_row[row] for row in tables.query.tolist())
+    query = tuple(at_row[row] for row in tables.query.tolist())
     return Split(
         train,
-        probe,
+        query,
         gallery,
         protocol="mars-official",
         description=(
             f"MARS layout in {root}: {len(people_of(train))} people to train on ({len(train)} tracklets, "
-            f"{len(tables.train.start) - len(train)} under {MIN_FRAMES} frames dropped), {len(people_of(probe))} other "
-            f"people held out, {len(probe)} queries in a gallery of {len(gallery)} that they are part of, "
+            f"{len(tables.train.start) - len(train)} under {MIN_FRAMES} frames dropped), {len(people_of(query))} other "
+            f"people held out, {len(query)} queries in a gallery of {len(gallery)} that they are part of, "
             f"{len(tables.test.start) - len(gallery)} junk tracklets left out"
             + (f"; {' and '.join(rebuilt)} rebuilt from the folders" if rebuilt else "")
         ),

@@ -39,14 +39,14 @@ def load(root: Path, split: int) -> Split:
     if identities.is_file():
         overlap = OVERLAP_SECONDS * _frame_rate(root)  # before any frame is decoded
         sequence = read_sequence(root)
-        train, probe, gallery, description = _split_by_visit(sequence, identities, overlap)
+        train, query, gallery, description = _split_by_visit(sequence, identities, overlap)
     else:
         sequence = read_sequence(root)
-        train, probe, gallery, description = _split_by_part(sequence)
+        train, query, gallery, description = _split_by_part(sequence)
     description = "; ".join((description, *sequence.left_out))
-    if not probe:
+    if not query:
         raise UserError(f"{root}: nobody comes back, so there is nothing to search for; {description}")
-    return Split(tuple(train), tuple(probe), tuple(gallery), "single-shot", f"MOT sequence {root}: {description}")
+    return Split(tuple(train), tuple(query), tuple(gallery), "single-shot", f"MOT sequence {root}: {description}")
 
 
 def _frame_rate(root: Path) -> float:
@@ -67,18 +67,18 @@ def _split_by_visit(
     visits: dict[str | int, list[Track]] = defaultdict(list)
     for track in sorted(long, key=lambda track: track.frame_numbers[0]):
         visits[names.get(track.number, track.number)].append(track)
-    train, probe, gallery = [], [], []
+    train, query, gallery = [], [], []
     for person, (name, (earliest, *later)) in enumerate(visits.items(), start=1):
         _check_overlap(f"{identities}, person {name}", [earliest, *later], overlap)
         train.append(Tracklet(person, 1, earliest.crops, f"track{earliest.number}"))
-        probe += train[-1:] if later else []
+        query += train[-1:] if later else []
         gallery += [Tracklet(person, 2, track.crops, f"track{track.number}") for track in later]
     description = (
         f"{len(long)} tracks of {len(train)} people ({len(sequence.tracks) - len(long)} tracks under {MIN_FRAMES} "
-        f"frames dropped); everyone's earliest visit is trained on; {len(probe)} people return: their earliest visit "
-        f"is the probe, their {len(gallery)} later visits, never trained on, are the gallery"
+        f"frames dropped); everyone's earliest visit is trained on; {len(query)} people return: their earliest visit "
+        f"is the query, their {len(gallery)} later visits, never trained on, are the gallery"
     )
-    return train, probe, gallery, description
+    return train, query, gallery, description
 
 
 def _split_by_part(sequence: MotSequence) -> tuple[list[Tracklet], list[Tracklet], list[Tracklet], str]:
@@ -91,7 +91,7 @@ def _split_by_part(sequence: MotSequence) -> tuple[list[Tracklet], list[Tracklet
             last.append(Tracklet(track.number, 2, track.crops[whole - part :], rest))
     description = (
         f"{len(first)} tracks, each taken for a person ({len(sequence.tracks) - len(first)} tracks dropped, a part of "
-        f"them being under {MIN_FRAMES} frames); the first {PART:.0%} of a track is trained on and is the probe, the "
+        f"them being under {MIN_FRAMES} frames); the first {PART:.0%} of a track is trained on and is the query, the "
         f"last {PART:.0%}, never trained on, is the gallery"
     )
     return first, first, last, description

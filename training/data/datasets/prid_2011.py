@@ -74,7 +74,7 @@ def load(root: Path, split: int, *, prid: PridPeople = "paper-21", check_counts:
         test, train, source = _random_split(split, list(people))
     return Split(
         train=tuple(tracklet for person in train for tracklet in people[person]),
-        probe=tuple(people[person][0] for person in test),
+        query=tuple(people[person][0] for person in test),
         gallery=tuple(people[person][1] for person in test),
         protocol="single-shot",
         description=(

@@ -19,16 +19,16 @@ def test_the_first_half_of_a_row_is_tested_on_and_the_second_train_fingerprint(i
     split = load(ilids, 0, check_counts=False)  # ordinals 4 1 | 3 2 into the folders 1, 2, 4, 319
     assert split.train_people == (2, 4)
     assert [(t.person, t.camera) for t in split.train] == [(2, 1), (2, 2), (4, 1), (4, 2)]
-    assert [(t.person, t.camera) for t in split.probe] == [(1, 1), (319, 1)]
+    assert [(t.person, t.camera) for t in split.query] == [(1, 1), (319, 1)]
     assert [(t.person, t.camera) for t in split.gallery] == [(1, 2), (319, 2)]
     assert split.protocol == "single-shot"
     assert load(ilids, 1, check_counts=False).train_people == (1, 319)
 
 
 def test_frames_are_in_the_order_of_their_numbers(ilids: Path) -> None:
-    probe = load(ilids, 0, check_counts=False).probe[1]
-    assert probe.name == "cam1/person319"
-    assert [read_frame(frame)[:, 0, 0].tolist() for frame in probe.frames] == [[63, 1, 9], [63, 1, 10], [63, 1, 101]]
+    query = load(ilids, 0, check_counts=False).query[1]
+    assert query.name == "cam1/person319"
+    assert [read_frame(frame)[:, 0, 0].tolist() for frame in query.frames] == [[63, 1, 9], [63, 1, 10], [63, 1, 101]]
 
 
 def test_a_folder_nested_twice_reads_the_same(ilids: Path) -> None:
@@ -37,8 +37,8 @@ def test_a_folder_nested_twice_reads_the_same(ilids: Path) -> None:
     (ilids / "i-LIDS-VID").mkdir()
     (ilids / "inner").rename(ilids / "i-LIDS-VID/i-LIDS-VID")
     nested = load(ilids, 0, check_counts=False)
-    assert [t.name for t in nested.train + nested.probe] == [t.name for t in plain.train + plain.probe]
-    assert nested.probe[0].frames[0] == ilids / "i-LIDS-VID" / SEQUENCES / "cam1/person001/cam1_person001_9.png"
+    assert [t.name for t in nested.train + nested.query] == [t.name for t in plain.train + plain.query]
+    assert nested.query[0].frames[0] == ilids / "i-LIDS-VID" / SEQUENCES / "cam1/person001/cam1_person001_9.png"
 
 
 def test_stray_files_are_no_people_and_no_frames(ilids: Path) -> None:
@@ -141,10 +141,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_set_has_the_published_counts_in_each_split(published: Path) -> None:
     for number in (0, 9):
         split = load(published, number)
-        assert (len(split.train), len(split.probe), len(split.gallery)) == (300, 150, 150)
+        assert (len(split.train), len(split.query), len(split.gallery)) == (300, 150, 150)
         assert len(split.train_people) == 150
-        assert not {t.person for t in split.probe} & set(split.train_people)
-        assert {len(t.frames) for t in split.train + split.probe + split.gallery} == {23, 192}
+        assert not {t.person for t in split.query} & set(split.train_people)
+        assert {len(t.frames) for t in split.train + split.query + split.gallery} == {23, 192}
     with pytest.raises(UserError, match=r"got 10, wanted 0 to 9"):
         load(published, 10)
 
@@ -187,7 +187,7 @@ def test_a_tracklet_of_another_length_than_published_is_named(published: Path, f
 
 
 def test_an_unreadable_frame_is_one_line_that_says_what_to_do(ilids: Path) -> None:
-    frame = load(ilids, 0, check_counts=False).probe[0].frames[0]
+    frame = load(ilids, 0, check_counts=False).query[0].frames[0]
     assert isinstance(frame, Path)
     frame.write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError, match=rf"\Aframe {frame}: not a readable image \(.*\); copy it again\Z"):

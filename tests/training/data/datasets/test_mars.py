@@ -37,8 +37,8 @@ def test_the_gallery_has_queries_and_distractors_and_no_junk(mars: Path) -> None
 
 def test_probes_are_the_very_objects_in_the_gallery(mars: Path) -> None:
     split = load(mars)
-    assert facts(split.probe) == [(2, 1, 4), (2, 3, 2), (11, 2, 3), (11, 5, 4)]
-    rows = [next(row for row, other in enumerate(split.gallery) if other is probe) for probe in split.probe]
+    assert facts(split.query) == [(2, 1, 4), (2, 3, 2), (11, 2, 3), (11, 5, 4)]
+    rows = [next(row for row, other in enumerate(split.gallery) if other is query) for query in split.query]
     assert rows == [1, 3, 4, 5]
 
 
@@ -78,7 +78,7 @@ def test_missing_name_lists_are_rebuilt_from_the_folders_and_the_run_says_so(mar
     for stray in ("bbox_test/.DS_Store", "bbox_test/0002/._0002C1T0001F001.jpg", "bbox_test/0002/Thumbs.db"):
         (bare / stray).touch()
     assert load(bare) == rebuilt
-    for new, old in ((rebuilt.train, given.train), (rebuilt.gallery, given.gallery), (rebuilt.probe, given.probe)):
+    for new, old in ((rebuilt.train, given.train), (rebuilt.gallery, given.gallery), (rebuilt.query, given.query)):
         assert facts(new) == facts(old)
         assert [[p.relative_to(bare) for p in t.frames] for t in new] == [  # type: ignore[union-attr]
             [p.relative_to(mars) for p in t.frames]  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ def test_a_folder_inside_one_of_its_own_name_reads_the_same(tmp_path: Path, name
     assert facts(after.train + after.gallery) == facts(before.train + before.gallery)
     assert [t.name for t in after.gallery] == [t.name for t in before.gallery]
     assert after.description == before.description
-    for tracklet in after.train + after.probe:
+    for tracklet in after.train + after.query:
         read_frame(tracklet.frames[0])
 
 
@@ -219,7 +219,7 @@ def test_there_is_one_split(mars: Path, split: int) -> None:
 
 
 def test_an_unreadable_frame_is_one_line_that_says_what_to_do(mars: Path) -> None:
-    frame = load(mars).probe[0].frames[0]
+    frame = load(mars).query[0].frames[0]
     assert isinstance(frame, Path)
     frame.write_bytes(frame.read_bytes()[:300])
     with pytest.raises(UserError, match=rf"\Aframe {frame}: not a readable image \(.*\); copy it again\Z"):
@@ -250,8 +250,8 @@ def test_the_real_tables_read_to_the_whole_dataset(shared_dir: Path, tmp_path: P
         (info / f"{part}_name.txt").write_bytes("".join(f"{name}\r\n" for name in names_of(tracks)).encode())
     split = reader.load(tmp_path, 0)
     assert (len(split.train), len(split.train_people)) == (8212, 625)
-    assert (len(split.probe), len({t.person for t in split.probe}), len(split.gallery)) == (1980, 626, 11_310)
-    assert len({id(t) for t in split.gallery} - {id(t) for t in split.probe}) == 9330
+    assert (len(split.query), len({t.person for t in split.query}), len(split.gallery)) == (1980, 626, 11_310)
+    assert len({id(t) for t in split.gallery} - {id(t) for t in split.query}) == 9330
     assert sum(t.person == 0 for t in split.gallery) == 3248
     assert min(len(t.frames) for t in split.train) == 8
     assert max(len(t.frames) for t in split.gallery) == 920

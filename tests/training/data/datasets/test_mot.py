@@ -21,10 +21,10 @@ def frame_numbers(tracklet: Tracklet) -> list[int]:
 def test_without_identities_a_track_ends_as_its_own_gallery(mot: Write) -> None:
     split = load(mot({2: range(11, 51), 5: range(1, 18), 9: range(1, 19)}), 0)
     assert [t.person for t in split.train] == [2, 9]
-    assert split.probe == split.train
-    assert frame_numbers(split.probe[0]) == list(range(11, 29))
+    assert split.query == split.train
+    assert frame_numbers(split.query[0]) == list(range(11, 29))
     assert frame_numbers(split.gallery[0]) == list(range(33, 51))
-    assert [(t.person, t.camera) for t in split.probe + split.gallery] == [(2, 1), (9, 1), (2, 2), (9, 2)]
+    assert [(t.person, t.camera) for t in split.query + split.gallery] == [(2, 1), (9, 1), (2, 2), (9, 2)]
     assert "1 tracks dropped" in split.description
 
 
@@ -35,11 +35,11 @@ VISITS = {7: range(1, 11), 1: range(12, 25), 3: range(40, 50), 2: range(1, 12), 
 def test_with_identities_later_visits_are_searched_by_the_earliest(mot: Write) -> None:
     split = load(mot(VISITS, identities=IDENTITIES), 0)
     assert [t.name for t in split.train] == ["track2", "track7", "track4"]
-    assert [t.name for t in split.probe] == ["track7"], "Bob's return, of 4 frames, is too short"
+    assert [t.name for t in split.query] == ["track7"], "Bob's return, of 4 frames, is too short"
     assert [t.name for t in split.gallery] == ["track1", "track3"]
     assert {t.camera for t in split.train} == {1}
     assert {t.camera for t in split.gallery} == {2}
-    assert {t.person for t in split.probe} == {t.person for t in split.gallery}
+    assert {t.person for t in split.query} == {t.person for t in split.gallery}
     assert "1 tracks under 8 frames dropped" in split.description
     assert "never trained on" in split.description
 
@@ -133,6 +133,6 @@ def test_only_split_zero_is_there(mot: Write) -> None:
 def test_seven_of_the_ten_people_of_pets_return(shared_dir: Path) -> None:
     split = load(shared_dir / "data" / "pets09-s2l1", 0)
     assert len(split.train) == 10
-    assert [t.name for t in split.probe] == ["track9", "track15", "track19", "track11", "track12", "track13", "track10"]
+    assert [t.name for t in split.query] == ["track9", "track15", "track19", "track11", "track12", "track13", "track10"]
     assert [t.person for t in split.gallery] == [1, 2, 2, 2, 3, 4, 5, 6, 9]
     assert sum(len(t.frames) for t in split.train + split.gallery) == 4476

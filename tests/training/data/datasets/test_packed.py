@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from training.data import load_split
-from training.data.pack_file import CHECKSUM, HEADER, PARTS, Pack, PackedFrame
+from training.data.pack_file import CHECKSUM, HEADER, Pack, PackedFrame
 from training.data.tracklets import Split, read_frame, read_pixels
 from training.engine.run_record import train_fingerprint
 from training.pack import Options, pack
@@ -29,15 +29,15 @@ def packed(dataset: Any, root: Path, **options: Any) -> Path:
 def assert_same(one: Split, other: Split) -> None:
     assert (one.protocol, one.description) == (other.protocol, other.description)
     assert train_fingerprint(one) == train_fingerprint(other)
-    for part in PARTS:
+    for part in ("train", "query", "gallery"):
         for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
             assert (a.person, a.camera, a.name, len(a.frames)) == (b.person, b.camera, b.name, len(b.frames))
             assert all(np.array_equal(read_pixels(x), read_pixels(y)) for x, y in zip(a.frames, b.frames, strict=True))
     in_gallery = [
-        [next((k for k, known in enumerate(split.gallery) if known is probe), None) for probe in split.probe]
+        [next((k for k, known in enumerate(split.gallery) if known is query), None) for query in split.query]
         for split in (one, other)
     ]
-    assert in_gallery[0] == in_gallery[1], "a probe is the very tracklet of the gallery, or is not"
+    assert in_gallery[0] == in_gallery[1], "a query is the same object as its tracklet in the gallery, or is not in it"
 
 
 def test_every_split_of_files_is_that_of_the_folder(ilids: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_the_queries_of_mars_are_the_very_objects_of_its_gallery(mars: Path) -> 
     path = packed("mars", mars)
     one, other = (load_split("mars", root, 0, check_counts=False) for root in (path, mars))
     assert_same(one, other)
-    assert all(any(probe is known for known in one.gallery) for probe in one.probe)
+    assert all(any(query is known for known in one.gallery) for query in one.query)
 
 
 def test_crops_of_a_video_are_packed_without_loss(mot: Callable[..., Path]) -> None:

@@ -37,24 +37,24 @@ def write_json(root: Path, splits: Any) -> Path:
 def test_official_people_have_27_frames_and_the_first_half_of_a_row_is_tested_on(prid: Path) -> None:
     split = load(prid, 0, "official-27")  # ordinals 4 1 | 3 2 into the folders 1, 3, 7, 200
     assert [(t.person, t.camera) for t in split.train] == [(3, 1), (3, 2), (7, 1), (7, 2)]
-    assert [(t.person, t.camera) for t in split.probe] == [(1, 1), (200, 1)]
+    assert [(t.person, t.camera) for t in split.query] == [(1, 1), (200, 1)]
     assert [(t.person, t.camera) for t in split.gallery] == [(1, 2), (200, 2)]
     assert split.protocol == "single-shot"
-    assert split.probe[0].name == "cam_a/person_0001"
+    assert split.query[0].name == "cam_a/person_0001"
     assert load(prid, 1, "official-27").train_people == (1, 200)
 
 
 def test_the_paper_counts_people_with_more_than_21_frames_under_both_cameras(prid: Path) -> None:
     for number in range(10):
         split = load(prid, number)
-        assert sorted(people(split.probe) + list(split.train_people)) == [1, 2, 3, 7, 200]
-        assert people(split.probe) == people(split.gallery)
-        assert (len(split.probe), len(split.train)) == (2, 6)
+        assert sorted(people(split.query) + list(split.train_people)) == [1, 2, 3, 7, 200]
+        assert people(split.query) == people(split.gallery)
+        assert (len(split.query), len(split.train)) == (2, 6)
 
 
 def test_random_halves_are_the_same_each_time_and_differ_from_split_to_split(prid: Path) -> None:
-    halves = [people(load(prid, number).probe) for number in range(10)]
-    assert halves == [people(load(prid, number).probe) for number in range(10)]
+    halves = [people(load(prid, number).query) for number in range(10)]
+    assert halves == [people(load(prid, number).query) for number in range(10)]
     assert len({tuple(half) for half in halves}) > 4
 
 
@@ -67,7 +67,7 @@ def test_frames_are_in_order(prid: Path) -> None:
 @pytest.mark.parametrize("prid_people", PROTOCOLS)
 def test_equal_numbers_above_200_are_different_people(prid: Path, prid_people: PridPeople) -> None:
     split = load(prid, 0, prid_people)
-    assert max(people(split.train + split.probe)) == 200
+    assert max(people(split.train + split.query)) == 200
 
 
 def test_the_description_says_which_people_and_which_halves(prid: Path) -> None:
@@ -91,7 +91,7 @@ def test_official_splits_are_found_where_the_ilids_archive_has_them(prid: Path) 
 def test_the_splits_of_torchreid_are_read_when_they_are_there(prid: Path) -> None:
     write_json(prid, [{}, {"test": ["person_0200", "person_0002"], "train": ["person_0007", "person_0001"]}])
     split = load(prid, 1)
-    assert (people(split.probe), split.train_people) == ([2, 200], (1, 7))
+    assert (people(split.query), split.train_people) == ([2, 200], (1, 7))
     assert load(prid, 1, "official-27").train_people == (1, 200), "they are of paper-21 alone"
 
 
@@ -179,7 +179,7 @@ def test_stray_files_are_no_people_and_no_frames(prid: Path) -> None:
 
 
 def test_an_unreadable_frame_is_one_line_that_says_what_to_do(prid: Path) -> None:
-    frame = load(prid).probe[0].frames[0]
+    frame = load(prid).query[0].frames[0]
     assert isinstance(frame, Path)
     frame.write_bytes(frame.read_bytes()[:40])
     with pytest.raises(UserError, match=rf"\Aframe {frame}: not a readable image \(.*\); copy it again\Z"):
@@ -204,8 +204,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_set_has_178_official_people_89_of_them_to_train_on(published: Path) -> None:
     for number in (0, 9):
         split = prid_2011.load(published, number, prid="official-27")
-        assert (len(split.train), len(split.probe), len(split.gallery)) == (178, 89, 89)
-    assert len(prid_2011.load(published, 9).probe) == 100
+        assert (len(split.train), len(split.query), len(split.gallery)) == (178, 89, 89)
+    assert len(prid_2011.load(published, 9).query) == 100
 
 
 def test_another_number_of_official_people_is_reported(published: Path) -> None:

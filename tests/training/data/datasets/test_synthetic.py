@@ -33,9 +33,9 @@ def test_the_reader_of_the_real_layout_reads_it(root: Path) -> None:
     assert len({split.train_people for split in splits}) > 5
     for split in splits:
         assert len(split.train) == 8
-        assert len(split.probe) == len(split.gallery) == 4
-        assert {t.person for t in split.probe} == {t.person for t in split.gallery}
-        assert not {t.person for t in split.probe} & set(split.train_people)
+        assert len(split.query) == len(split.gallery) == 4
+        assert {t.person for t in split.query} == {t.person for t in split.gallery}
+        assert not {t.person for t in split.query} & set(split.train_people)
         for tracklet in split.train:
             assert 16 <= len(tracklet.frames) <= 40
             assert read_frame(tracklet.frames[-1]).shape == (3, 128, 64)
@@ -86,8 +86,8 @@ def test_the_mean_color_of_one_frame_does_not_identify_a_person(root: Path) -> N
         return read_frame(tracklet.frames[0]).float().mean(dim=(1, 2)).numpy()
 
     split = ilids_vid.load(root, 0, check_counts=False)
-    probe, gallery = (np.stack([mean_color(t) for t in side]) for side in (split.probe, split.gallery))
-    distances = np.linalg.norm(probe[:, None] - gallery, axis=-1)
+    query, gallery = (np.stack([mean_color(t) for t in side]) for side in (split.query, split.gallery))
+    distances = np.linalg.norm(query[:, None] - gallery, axis=-1)
     same, other = np.diag(distances).mean(), distances[~np.eye(4, dtype=bool)].mean()
     assert same > 0.8 * other, "the cameras' light and color must outweigh the clothes in a plain mean"
 
