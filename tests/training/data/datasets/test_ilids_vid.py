@@ -15,7 +15,7 @@ from training.runtime.errors import UserError
 SEQUENCES = Path("i-LIDS-VID/sequences")
 
 
-def test_the_first_half_of_a_row_is_tested_on_and_the_second_train_fingerprint(ilids: Path) -> None:
+def test_the_first_half_of_a_row_is_tested_on_and_the_second_trained_on(ilids: Path) -> None:
     split = load(ilids, 0, check_counts=False)  # ordinals 4 1 | 3 2 into the folders 1, 2, 4, 319
     assert split.train_people == (2, 4)
     assert [(t.person, t.camera) for t in split.train] == [(2, 1), (2, 2), (4, 1), (4, 2)]

@@ -44,7 +44,7 @@ def test_with_identities_later_visits_are_searched_by_the_earliest(mot: Write) -
     assert "never trained on" in split.description
 
 
-def test_the_gallery_holds_nothing_train_fingerprint(mot: Write) -> None:
+def test_the_gallery_holds_nothing_trained_on(mot: Write) -> None:
     split = load(mot(VISITS, identities=IDENTITIES), 0)
     assert not {t.name for t in split.gallery} & {t.name for t in split.train}
 
