@@ -122,7 +122,7 @@ def test_a_file_of_other_options_is_made_again_and_which_is_told(
     for other, why in (
         (replace(asked, pixels=True), "made with pixels False, not True"),
         (replace(asked, splits=(0, 1)), "made with pixels True, not False"),
-        (asked, "made of splits 0, 1, not 0"),
+        (asked, "made with splits '0, 1', not '0'"),
         (replace(asked, splits=(0, 1), prid="official-27"), "made with prid 'paper-21', not 'official-27'"),
         (replace(asked, data_root=moved), "made with prid 'official-27', not 'paper-21'"),
         (asked, f"made of PRID-2011 layout in {moved}.*"),

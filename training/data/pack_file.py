@@ -1,6 +1,6 @@
-"""A packed dataset: one file of frames, as encoded or as PPM, with an index of them and of the splits' tracklets.
+"""A packed dataset: one file of frames, as encoded or as PPM, and a checked index of them and of the splits' tracklets.
 
-    header    HEADER, once all else is on the disk
+    header    HEADER
     frames    image files, one after another
     index     arrays, by safetensors
 
@@ -12,7 +12,7 @@ Arrays, where there are N frames, M distinct tracklets and R references of track
     starts (M + 1,) uint64         where in `frames` each tracklet begins, and the last ends
     people, cameras (M,) int64
     K.train, K.probe, K.gallery    uint32, the tracklets of split K
-    about                          uint8, JSON: what was read and how it is kept, names of tracklets, what each split is
+    about                          uint8, JSON: dataset, its reader's options, names of tracklets, each split's texts
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
@@ -33,10 +33,13 @@ from safetensors import SafetensorError
 from training.runtime.errors import UserError
 
 MAGIC = b"RRUPACK\x01"  # the last byte is the format's version
-HEADER = struct.Struct("<8sQQII")  # magic, where the index begins, its length, its crc32, crc32 of all before
-CHECKSUM = struct.Struct("<I")
-PARTS = ("train", "probe", "gallery")
+HEADER = struct.Struct("<8sQQI4x")  # magic, where the index begins, its length, its crc32
+PARTS = ("train", "probe", "gallery")  # of a split, as the index names them
 _REMEDY = "make it again with python -m training.pack"
+
+
+class NotAPack(UserError):
+    """A file of another kind, never to be written over."""
 
 
 class Pack:
@@ -44,82 +47,84 @@ class Pack:
 
     Args:
         path: the file.
+        checksum: the crc32 that its index must have, if it was open before.
 
     Raises:
-        UserError: it cannot be read, is something else, or is cut short or damaged.
+        NotAPack: it is something else.
+        UserError: it cannot be read, is cut short or damaged, or was made again since it was open before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checksum: int | None = None) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
-            size = os.fstat(self._file.fileno()).st_size
-            header = self._read(0, HEADER.size)
+            self.file = path.open("rb", buffering=0)
+            index = self._read_index()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if header[: len(MAGIC)] != MAGIC[: len(header)]:
-            raise UserError(
-                f"{path}: not a packed dataset; wanted a dataset's folder, or what training.pack makes of it"
-            )
-        if len(header) < HEADER.size or zlib.crc32(header[: -CHECKSUM.size]) != HEADER.unpack(header)[-1]:
-            raise UserError(f"{path}: got {size} bytes without a whole header; {_REMEDY}")
-        _, begin, length, self._checksum, _ = HEADER.unpack(header)
-        if size != begin + length:
-            raise UserError(f"{path}: got {size} bytes, wanted {begin + length}; {_REMEDY}")
-        index = self._read(begin, length)
-        if zlib.crc32(index) != self._checksum:
-            raise UserError(f"{path}: its index is damaged; {_REMEDY}")
+        if checksum not in (None, self._checksum):
+            raise UserError(f"{path}: made again while it was in use; start again")
         try:
             self.arrays = safetensors.numpy.load(index)
             self.about: dict[str, Any] = json.loads(self.arrays["about"].tobytes())
-        except (SafetensorError, ValueError, KeyError) as error:  # with its checksum right, of another program's make
+        except (SafetensorError, ValueError, KeyError) as error:  # with its checksum right: by another program
             raise UserError(f"{path}: its index cannot be read ({error}); {_REMEDY}") from None
+        self.has_pixels = bool(self.about.get("pixels"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self._checksum)
+        return Pack, (self.path, self._checksum)
 
-    def frames_of(self, tracklet: int) -> PackedFrames:
-        """The frames of a tracklet, by its number."""
-        first, end = self.arrays["starts"][tracklet : tracklet + 2].tolist()
-        return PackedFrames(self, range(first, end))
-
-    def encoded(self, number: int) -> bytes:
-        """The image file of a frame, by its number.
-
-        Raises:
-            UserError: it cannot be read, or is not what was packed.
-        """
-        first, end = self.arrays["offsets"][number : number + 2].tolist()
-        try:
-            # Not by a memory map: there a disk that fails kills the process.
-            content = self._read(first, end - first)
-        except OSError as error:
-            raise UserError(f"frame {self.name_of(number)}: cannot be read ({error.strerror}); {_REMEDY}") from None
-        if zlib.crc32(content) != self.arrays["checksums"][number]:
-            raise UserError(f"frame {self.name_of(number)}: damaged, its checksum is another; {_REMEDY}")
-        return content
-
-    def name_of(self, number: int) -> str:
-        """What to call a frame in messages: its place in the first tracklet that has it."""
-        place = int(np.flatnonzero(self.arrays["frames"] == number)[0])
-        tracklet = int(np.searchsorted(self.arrays["starts"], place, side="right")) - 1
-        inside = place - int(self.arrays["starts"][tracklet])
-        return f"{inside} of {self.about['names'][tracklet]} in {self.path}"
-
-    def _read(self, first: int, length: int) -> bytes:
-        """As many bytes as there are, whatever other processes read by the same descriptor."""
-        parts = []
-        while length and (part := os.pread(self._file.fileno(), length, first)):
-            parts.append(part)
-            first, length = first + len(part), length - len(part)
-        return b"".join(parts)
+    def _read_index(self) -> bytes:
+        size = os.fstat(self.file.fileno()).st_size
+        header = self.file.read(HEADER.size)
+        if header[: len(MAGIC)] != MAGIC[: len(header)]:
+            raise NotAPack(f"{self.path}: not a packed dataset; wanted a dataset's folder, or a file by training.pack")
+        if len(header) < HEADER.size:
+            raise UserError(f"{self.path}: got {size} bytes without a whole header; {_REMEDY}")
+        _, begin, length, self._checksum = HEADER.unpack(header)
+        if size != begin + length:
+            raise UserError(f"{self.path}: got {size} bytes, wanted {begin + length}; {_REMEDY}")
+        self.file.seek(begin)
+        index = self.file.readall()
+        if zlib.crc32(index) != self._checksum:
+            raise UserError(f"{self.path}: its index is damaged; {_REMEDY}")
+        return index
 
 
-def _reopen(path: Path, checksum: int) -> Pack:
-    pack = Pack(path)
-    if pack._checksum != checksum:
-        raise UserError(f"{path}: made again while it was in use; start again")
-    return pack
+def write_pack(
+    file: BinaryIO, image_files: Iterable[bytes], arrays: dict[str, np.ndarray], about: dict[str, Any]
+) -> None:
+    """Write a whole pack, and return once it is on the disk.
+
+    Args:
+        file: a new one.
+        image_files: the frames, as encoded or by `to_ppm`.
+        arrays: those of the index but `offsets`, `checksums` and `about`.
+        about: the index's last one.
+    """
+    file.write(bytes(HEADER.size))
+    offsets, checksums = [HEADER.size], []
+    for image_file in image_files:
+        file.write(image_file)
+        offsets.append(offsets[-1] + len(image_file))
+        checksums.append(zlib.crc32(image_file))
+    index = safetensors.numpy.save(
+        {
+            **arrays,
+            "offsets": np.array(offsets, np.uint64),
+            "checksums": np.array(checksums, np.uint32),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        }
+    )
+    file.write(index)
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, offsets[-1], len(index), zlib.crc32(index)))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def to_ppm(pixels: np.ndarray) -> bytes:
+    """Return an image file that holds an (h, w, 3) uint8 array as it is."""
+    return b"P6\n%d %d\n255\n" % pixels.shape[1::-1] + pixels.tobytes()
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,27 @@ class PackedFrame:
     number: int
 
     def encoded(self) -> bytes:
-        """Its image file; raises a UserError where that is damaged."""
-        return self.pack.encoded(self.number)
+        """Read its image file.
+
+        Raises:
+            UserError: it cannot be read, or is not the one that was packed.
+        """
+        arrays = self.pack.arrays
+        first, end = arrays["offsets"][self.number : self.number + 2].tolist()
+        try:
+            content = os.pread(self.pack.file.fileno(), end - first, first)
+        except OSError as error:
+            raise UserError(f"frame {self}: cannot be read ({error.strerror}); {_REMEDY}") from None
+        if zlib.crc32(content) != arrays["checksums"][self.number]:
+            raise UserError(f"frame {self}: damaged, its checksum is another; {_REMEDY}")
+        return content
 
     def __str__(self) -> str:
-        return self.pack.name_of(self.number)
+        """Name it for messages: its place in the first tracklet that has it."""
+        arrays = self.pack.arrays
+        place = int(np.flatnonzero(arrays["frames"] == self.number)[0])
+        tracklet = int(np.searchsorted(arrays["starts"], place, side="right")) - 1
+        return f"{place - int(arrays['starts'][tracklet])} of {self.pack.about['names'][tracklet]} in {self.pack.path}"
 
 
 @dataclass(frozen=True)
@@ -151,13 +172,7 @@ class PackedFrames(Sequence[PackedFrame]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, item: int) -> PackedFrame: ...
-
-    @overload
-    def __getitem__(self, item: slice) -> PackedFrames: ...
-
-    def __getitem__(self, item: int | slice) -> PackedFrame | PackedFrames:
+    def __getitem__(self, item: int | slice) -> Any:
         if isinstance(item, slice):
             return PackedFrames(self.pack, self.places[item])
         return PackedFrame(self.pack, int(self.pack.arrays["frames"][self.places[item]]))

@@ -1,11 +1,12 @@
-"""A split out of a packed dataset, as the dataset's own reader makes it of the folder."""
+"""Reader of packed datasets: a split as the dataset's own reader makes it of the folder."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.data.pack_file import PARTS, Pack
+from training.data.pack_file import PARTS, Pack, PackedFrames
 from training.data.tracklets import Split, Tracklet
 from training.runtime.errors import NoSuchSplit, UserError
 
@@ -34,13 +35,12 @@ def load(path: Path, dataset: str, split: int, asked: dict[str, Any]) -> Split:
         )
     if str(split) not in about["splits"]:
         raise NoSuchSplit(f"split: got {split}, wanted one of {', '.join(about['splits'])}, which {path} holds")
-    tracklets: dict[int, Tracklet] = {}  # a probe that stands in the gallery is the very same object
 
+    @cache  # a query of the gallery is the very same object
     def read(number: int) -> Tracklet:
-        if number not in tracklets:
-            person, camera = int(pack.arrays["people"][number]), int(pack.arrays["cameras"][number])
-            tracklets[number] = Tracklet(person, camera, pack.frames_of(number), about["names"][number])
-        return tracklets[number]
+        frames = PackedFrames(pack, range(*pack.arrays["starts"][number : number + 2].tolist()))
+        person, camera = int(pack.arrays["people"][number]), int(pack.arrays["cameras"][number])
+        return Tracklet(person, camera, frames, about["names"][number])
 
-    train, probe, gallery = (tuple(map(read, pack.arrays[f"{split}.{part}"].tolist())) for part in PARTS)
-    return Split(train, probe, gallery, **about["splits"][str(split)])
+    train, query, gallery = (tuple(map(read, pack.arrays[f"{split}.{part}"].tolist())) for part in PARTS)
+    return Split(train, query, gallery, **about["splits"][str(split)])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from training.data import load_split
-from training.data.pack_file import CHECKSUM, HEADER, Pack, PackedFrame
+from training.data.pack_file import HEADER, MAGIC, Pack, PackedFrame
 from training.data.tracklets import Split, read_frame, read_pixels
 from training.engine.run_record import train_fingerprint
 from training.pack import Options, pack
@@ -101,6 +101,14 @@ def test_a_pack_survives_pickling_and_its_tracklets_are_cut_as_tuples_are(ilids:
     assert len(pickle.dumps(tracklet)) < 1000, "the index stays in the file"
 
 
+def test_a_pack_made_again_while_it_is_in_use_is_one_line(ilids: Path) -> None:
+    path = packed("ilids-vid", ilids)
+    tracklet = pickle.dumps(load_split("ilids-vid", path, 0, check_counts=False).train[0])
+    packed("ilids-vid", ilids, splits=(0,))
+    with pytest.raises(UserError, match=rf"\A{path}: made again while it was in use; start again\Z"):
+        pickle.loads(tracklet)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -120,22 +128,19 @@ def test_what_a_pack_does_not_hold_is_told_in_one_line(prid: Path, asked: dict[s
 def test_what_is_no_whole_pack_is_told_in_one_line(ilids: Path) -> None:
     path = packed("ilids-vid", ilids)
     whole = path.read_bytes()
-    _, begin, length, *_ = HEADER.unpack(whole[: HEADER.size])
-
-    def header(*fields: int) -> bytes:
-        plain = HEADER.pack(whole[:8], *fields, 0)[: -CHECKSUM.size]
-        return plain + CHECKSUM.pack(zlib.crc32(plain))
-
+    _, begin, length, _ = HEADER.unpack(whole[: HEADER.size])
     nonsense = b"x" * length
+    header = HEADER.pack(MAGIC, begin, length, zlib.crc32(nonsense))
     cases = {
         "got 0 bytes without a whole header": b"",
         "got 20 bytes without a whole header": whole[:20],
         f"got {len(whole) - 1} bytes, wanted {len(whole)}": whole[:-1],
         f"got {len(whole) + 1} bytes, wanted {len(whole)}": whole + b"x",
         "not a packed dataset": b"PK\x03\x04 something else",
-        f"got {len(whole)} bytes without a whole header": whole[:9] + b"\xff" + whole[10:],
+        f"got {len(whole)} bytes, wanted ": whole[:15] + b"\xff" + whole[16:],
         "its index is damaged": whole[:-5] + b"\xff\xff" + whole[-3:],
-        "its index cannot be read": header(begin, length, zlib.crc32(nonsense)) + whole[HEADER.size : begin] + nonsense,
+        "its index is damaged; ": whole[:24] + bytes([whole[24] ^ 1]) + whole[25:],
+        "its index cannot be read": header + whole[HEADER.size : begin] + nonsense,
     }
     for message, content in cases.items():
         path.write_bytes(content)
