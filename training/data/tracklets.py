@@ -100,7 +100,12 @@ def read_frame(frame: Frame, size: tuple[int, int] | None = None) -> torch.Tenso
 
 def read_pixels(frame: Frame, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read one frame like `read_frame`, as an (h, w, 3) uint8 array; an array that has the size is returned itself."""
-    pixels = frame if isinstance(frame, np.ndarray) else decode(encoded(frame), frame)
+    if isinstance(frame, np.ndarray):
+        pixels = frame
+    elif isinstance(frame, PackedFrame) and frame.pack.has_pixels:
+        pixels = frame.pixels()
+    else:
+        pixels = decode(encoded(frame), frame)
     if size is None or pixels.shape[:2] == size:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
