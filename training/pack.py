@@ -177,7 +177,7 @@ def _write(path: Path, content: _Content) -> None:
     except BaseException:
         new.unlink(missing_ok=True)  # it may be many GB
         raise
-    if not os.path.samestat(ours, new.stat()):
+    if not new.exists() or not os.path.samestat(ours, new.stat()):
         raise UserError(f"output: {path} is being made by another process too; wanted one at a time")
     new.replace(path)
     fsync_path(path.parent)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_a_kill_leaves_the_file_before_or_none_and_the_same_command_makes_it(ask
         pack(asked)
         assert [path.name for path in output.parent.iterdir()] == ["ilids.pack"]
         assert len(load_split("ilids-vid", output, 1, check_counts=False).train) == 4
+
+
+def test_two_at_a_time_make_one_whole_file_and_one_line(asked: Options, tmp_path: Path) -> None:
+    assert asked.data_root is not None
+    slow = replace(asked, data_root=Path(shutil.copytree(asked.data_root, tmp_path / "slow")))
+    frame = next(slow.data_root.rglob("cam2_person319_101.png"))  # type: ignore[union-attr]
+    png = frame.read_bytes()
+    frame.unlink()
+    os.mkfifo(frame)  # whose reader waits for us
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(pack, slow)
+        with frame.open("wb") as pipe:  # which waits for the reader
+            pack(asked)
+            pipe.write(png)
+        with pytest.raises(UserError, match=r"\Aoutput: .*ilids\.pack is being made by another process too; .*\Z"):
+            first.result(timeout=60)
+    assert len(load_split("ilids-vid", asked.output, 0, check_counts=False).train) == 4
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_file_before(asked: Options) -> None:
