@@ -29,7 +29,7 @@ from training.engine.options import Base, Machine, base_settings, parse_known, p
 from training.engine.options import Options as RunOptions
 from training.engine.resumable_run import RESULT, run
 from training.engine.run import read_split
-from training.model.weights import download_inception
+from training.model.backbone import make_backbone
 from training.reports.paper_table import NOTE, Results, compare, markdown, terminal
 from training.runtime.atomic_files import write_atomic
 from training.runtime.command import run_command
@@ -236,10 +236,10 @@ def _result(plan: _Plan, row: str, split: int) -> Results:
 def _check_weights(plan: _Plan) -> None:
     """Raise where a backbone would start at random for want of the weights that its recipe names."""
     model = plan.options.recipe.model
-    if model.backbone == "inception_v3" and model.weights == "imagenet":
+    if model.weights == "imagenet":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is an error here
-            if download_inception() is None:
+            if not make_backbone(model, identities=1).pretrained:
                 raise UserError("weights: ImageNet's cannot be fetched here, wanted a file (--weights PATH) or random")
 
 

@@ -18,6 +18,7 @@ from training.config.presets import RECIPES, diff_from_preset, row_of
 from training.config.settings import Settings
 from training.data.tracklets import Split
 from training.engine.checkpoint import CONFIG, Checkpoint
+from training.model.config import ModelConfig
 from training.runtime import distributed
 from training.runtime.errors import UserError
 from training.runtime.fields import flatten, update
@@ -55,7 +56,7 @@ def options_of(content: Any) -> dict[str, Any]:
         recipe = dict(content["recipe"])
         name, _ = recipe.pop("name"), recipe.pop("preset", None)
         rest = {option: content[option] for option in flatten(Settings()) if option in content}
-        added = flatten(OptimConfig())  # its schedule came later
+        added = flatten(ModelConfig()) | flatten(OptimConfig())  # some of their options came later
         return {**added, **rest, **recipe, **content["speed"], "recipe": name}
     return dict(content)
 

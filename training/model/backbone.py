@@ -1,4 +1,4 @@
-"""What turns one frame into maps: Inception-v3 as in the paper, or a small network for CPUs."""
+"""From a frame to feature maps: Inception-v3 as in the paper, a small network for CPUs, or another by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from training.model.config import ModelConfig
+from training.model.named_backbone import FRAME_SIZE, NamedBackbone
 from training.model.weights import download_inception, load_pretrained, read_weights
 from training.runtime.errors import UserError
 
@@ -128,8 +129,10 @@ class Tiny(nn.Module):
         return self.net(frames), None
 
 
-def make_backbone(config: ModelConfig, identities: int) -> Inception | Tiny:
+def make_backbone(config: ModelConfig, identities: int) -> Inception | Tiny | NamedBackbone:
     """Make the backbone; an auxiliary classifier has so many identities."""
+    if "/" in config.backbone:
+        return NamedBackbone(config.backbone, config.weights, config.frame_size or FRAME_SIZE)
     if config.backbone == "tiny":
         return Tiny(config.weights)
     return Inception(identities, config.weights, config.auxiliary)

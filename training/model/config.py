@@ -18,8 +18,11 @@ class ModelConfig(Config):
         UserError: an option has no such value.
     """
 
-    backbone: Literal["inception_v3", "tiny"] = "inception_v3"
-    """The backbone; in a recipe of another, tiny brings quick's weights, widths and learning rates with it."""
+    backbone: str = "inception_v3"
+    """inception_v3; tiny, which brings quick's weights, widths and learning rates with it; or a network of a library as
+    torchvision/NAME or timm/NAME."""
+    frame_size: tuple[int, int] | None = None
+    """Height and width of a library's backbone's input, 256 128 if None; the others have sizes of their own."""
     weights: str = "imagenet"
     """The backbone's start: imagenet, random, or a .pth or .safetensors file."""
     auxiliary: Literal["frames", "clip"] = "frames"
@@ -40,6 +43,14 @@ class ModelConfig(Config):
     """Channels of that block."""
 
     def validate(self) -> None:
+        library, _, name = self.backbone.partition("/")
+        if self.backbone not in ("inception_v3", "tiny") and (library not in ("torchvision", "timm") or not name):
+            wanted = "inception_v3, tiny, torchvision/NAME or timm/NAME"
+            raise UserError(f"backbone: got {self.backbone!r}, wanted {wanted}")
+        if self.frame_size is not None and not name:
+            raise UserError(f"frame_size: got {self.frame_size} with {self.backbone}, which has a size of its own")
+        for side in self.frame_size or ():
+            check_count("frame_size", side)
         check_count("bn_groups", self.bn_groups)
         check_count("head_width", self.head_width)
         check_count("classifier_width", self.classifier_width)

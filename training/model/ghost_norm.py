@@ -60,7 +60,27 @@ def groups_of_each(groups: int, processes: int) -> int:
 
 def use_ghost_norm(module: nn.Module, groups: int) -> None:
     """Put a ghost batch norm in the place of every batch norm inside a module; its state_dict stays as it is."""
-    for parent in list(module.modules()):
+    for parent, name, norm in batch_norms(module, f"bn_groups: got {groups}"):
+        setattr(parent, name, GhostBatchNorm(norm, groups))
+
+
+def batch_norms(module: nn.Module, got: str) -> list[tuple[nn.Module, str, nn.modules.batchnorm._BatchNorm]]:
+    """List the batch norms inside a module, each with its parent and its name there.
+
+    Args:
+        module: all of it.
+        got: the option they are replaced for, for the message.
+
+    Raises:
+        UserError: one does more than normalize, which a layer in its place would not.
+    """
+    found: list[tuple[nn.Module, str, nn.modules.batchnorm._BatchNorm]] = []
+    for parent in module.modules():
         for name, child in parent.named_children():
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                setattr(parent, name, GhostBatchNorm(child, groups))
+            if not isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                continue
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                found.append((parent, name, child))
+            else:
+                raise UserError(f"{got} with a {type(child).__name__} in the backbone, wanted plain batch norms")
+    return found

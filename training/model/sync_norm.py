@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from training.model.ghost_norm import batch_norms
 from training.runtime import distributed
 
 _total = cast("Callable[[Tensor], Tensor]", all_reduce)  # the sum over all processes, with gradient
@@ -54,7 +55,5 @@ def use_sync_norm(network: nn.Module) -> None:
 
     The RRU, whose kernels normalise by themselves, goes by the one it finds.
     """
-    for parent in list(network.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                setattr(parent, name, SyncNorm(child))
+    for parent, name, norm in batch_norms(network, "sync_bn: got True"):
+        setattr(parent, name, SyncNorm(norm))

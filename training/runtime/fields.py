@@ -99,9 +99,15 @@ def _update(config: Any, rest: dict[str, Any]) -> Any:
         if is_dataclass(value):
             own[field.name] = _update(value, rest)
         elif field.name in rest:
-            given = rest.pop(field.name)
-            own[field.name] = Path(given) if isinstance(given, str) and Path in get_args(kinds[field.name]) else given
+            own[field.name] = _from_json(rest.pop(field.name), kinds[field.name])
     return replace(config, **own)
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """Return a value as its field has it, where JSON has text for a path and a list for a tuple."""
+    if isinstance(value, str) and Path in get_args(kind):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -110,6 +116,9 @@ def _is_a(value: object, kind: Any) -> bool:
         return value in get_args(kind) and not isinstance(value, bool)
     if get_origin(kind) in (Union, UnionType):
         return any(_is_a(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_a, value, parts))
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
@@ -120,4 +129,6 @@ def _named(kind: Any) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_named, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"({', '.join(map(_named, get_args(kind)))})"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))

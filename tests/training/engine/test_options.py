@@ -70,7 +70,8 @@ def test_help_shows_the_defaults_that_are_used(
 def test_every_option_of_the_settings_can_be_set_on_the_command_line() -> None:
     settings = parse().settings
     given: dict[str, Any] = {
-        "dataset": "mars", "prid": "official-27", "backbone": "inception_v3", "weights": "imagenet",
+        "dataset": "mars", "prid": "official-27", "backbone": "timm/resnet18", "frame_size": (64, 32),
+        "weights": "imagenet",
         "auxiliary": "clip", "rru": "spatial", "rru_inputs": "raw", "bn_groups": 2, "head": "lstm", "head_width": 32,
         "classifier": "official", "classifier_width": 64, "video_loss": False, "part_loss": False, "margin": 0.3,
         "auxiliary_weight": 0.5, "sampler": "official", "people": 4, "clips": 3, "frames": 4, "strict_people": True,
@@ -86,7 +87,8 @@ def test_every_option_of_the_settings_can_be_set_on_the_command_line() -> None:
     words: list[str] = []
     for name, value in given.items():
         flag = name.replace("_", "-")
-        words += [f"--no-{flag}"] if name in ("check_counts", "sync_bn") else [f"--{flag}", str(value)]
+        values = map(str, value if isinstance(value, tuple) else (value,))
+        words += [f"--no-{flag}"] if name in ("check_counts", "sync_bn") else [f"--{flag}", *values]
     assert flatten(parse(*words).settings) == {"name": "quick", **given}
     assert make_options(**given).settings == parse(*words).settings
     assert parse("--sync-bn").settings.step.sync_bn
