@@ -25,9 +25,10 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, terminal
-from benchmarks.parity import report_parity
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.harness.parity import report_parity
+from benchmarks.reports import terminal
+from benchmarks.reports.table import Row
 from rru_fast import backends
 from rru_fast.testing import compare, gradients
 

@@ -33,8 +33,8 @@ import tyro
 from triton.backends.compiler import GPUTarget
 
 import rru_fast.triton
-from benchmarks import terminal
-from benchmarks.launches import Launch, Specializer, recording, refine_arguments
+from benchmarks.launches.recording import Launch, Specializer, recording, refine_arguments
+from benchmarks.reports import terminal
 from rru_fast.arguments import BatchHardArguments, RefineArguments, RefineNeed, RefineUpstream
 from rru_fast.reference import RRU
 from rru_fast.triton import batch_hard, refine, strip_pool

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks.harness import measure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.launch_stub import Stub, launched_by
-from benchmarks.launches import refine_arguments
+from benchmarks.launches.recording import refine_arguments
+from benchmarks.launches.stub import Stub, launched_by
 from rru_fast.arguments import RefineNeed, RefineUpstream
 from rru_fast.reference import RRU
 from rru_fast.triton import refine

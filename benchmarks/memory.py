@@ -19,9 +19,11 @@ from functools import partial
 import torch
 import tyro
 
-from benchmarks import batch_hard, measure, terminal
-from benchmarks.contenders import Shape, check, contenders
-from benchmarks.table import Row
+from benchmarks import batch_hard
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import Shape, check, contenders
+from benchmarks.reports import terminal
+from benchmarks.reports.table import Row
 
 
 @dataclass

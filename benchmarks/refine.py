@@ -4,9 +4,9 @@
     python -m benchmarks.refine --shape 4 8 2048 8 8 --dtype bfloat16 --no-compile
 
 Training: forward, and forward with backward, float32 and bfloat16 in the same rounds. Then, unless a shape or a dtype
-is asked for, one whole tracklet in eval mode, forward only. `benchmarks.contenders` says what the eager rows are.
-Roofline, of forward with backward or in eval mode of forward: `benchmarks.roofline`, at the rates in the caption,
-measured in the same run.
+is asked for, one whole tracklet in eval mode, forward only. `benchmarks.implementations.refine` says what the eager
+rows are. Roofline, of forward with backward or in eval mode of forward: `benchmarks.harness.roofline`, at the rates in
+the caption, measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks import measure, table, terminal
-from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE, Contender, Shape, check, contenders
-from benchmarks.roofline import Rates, rates
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.harness.roofline import Rates, rates
+from benchmarks.implementations.refine import AUTHORS, COMPILED, REFERENCE, Contender, Shape, check, contenders
+from benchmarks.reports import table, terminal
+from benchmarks.reports.table import Row
 from rru_fast import reference
 
 PAPER: Shape = (20, 8, 2048, 8, 8)

@@ -34,8 +34,8 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import drawing, speed_up, style, table
-from benchmarks.table import Row
+from benchmarks.reports import drawing, speed_up, style, table
+from benchmarks.reports.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the caption says of a run; its rows say the rest.

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks import measure, table, terminal
-from benchmarks.contenders import AUTHORS, REFERENCE, Shape, contenders, sifted
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import AUTHORS, REFERENCE, Shape, contenders, sifted
+from benchmarks.reports import table, terminal
+from benchmarks.reports.table import Row
 from rru_fast import backends
 
 AXES = {"B": 0, "T": 1, "C": 2}  # where in the shape

@@ -20,10 +20,11 @@ import tyro
 from torch import Tensor
 
 import rru_fast
-from benchmarks import measure, table, terminal
-from benchmarks.contenders import Shape
-from benchmarks.parity import report_parity
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.harness.parity import report_parity
+from benchmarks.implementations.refine import Shape
+from benchmarks.reports import table, terminal
+from benchmarks.reports.table import Row
 from rru_fast import backends
 from rru_fast.testing import compare, gradients
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import batch_hard, measure, strip_pool
-from benchmarks.contenders import AUTHORS, REFERENCE, Contender, Shape, contenders, sifted
+from benchmarks import batch_hard, strip_pool
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import AUTHORS, REFERENCE, Contender, Shape, contenders, sifted
 from rru_fast import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import rru_fast
-from benchmarks.parity import SEEDS
+from benchmarks.harness.parity import SEEDS
 from rru_fast import backends, triton
 from rru_fast.arguments import RefineArguments
 from rru_fast.reference import RRU

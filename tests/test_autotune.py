@@ -160,7 +160,7 @@ def test_every_candidate_of_every_operator_is_read_back(monkeypatch: pytest.Monk
 
     for module in (refine, batch_hard):
         monkeypatch.setattr(module, "autotune", collect)
-    monkeypatch.setattr("benchmarks.launches.Recorder.autotune", lambda self, *arguments: collect(*arguments))
+    monkeypatch.setattr("benchmarks.launches.recording.Recorder.autotune", lambda self, *arguments: collect(*arguments))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         compile_report.launches(dtype, "default")
     assert {op for op, _ in seen} == {"refine", "refine_backward", "batch_hard"}

@@ -147,7 +147,7 @@ def test_maps_of_more_than_31_bits(backend: str) -> None:
 
 @every_backend
 def test_memory_saved_at_the_papers_shape(backend: str) -> None:
-    from benchmarks import measure
+    from benchmarks.harness import measure
 
     rru = rru_fast.RRU(2048, backend=backend).cuda()
     x = torch.rand(20, 8, 2048, 8, 8, device="cuda", requires_grad=True)

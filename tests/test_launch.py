@@ -21,7 +21,7 @@ if triton.interpreted():
 pytest.importorskip("triton")
 
 from benchmarks import compile_report
-from benchmarks.launch_stub import Stub, launched_by
+from benchmarks.launches.stub import Stub, launched_by
 from rru_fast.triton import _launch, refine
 from rru_fast.triton._launch import Counter, Launches, Slices
 

@@ -308,7 +308,7 @@ def test_graphs_captured_by_two_threads_leave_torch_as_it_was(monkeypatch: pytes
 
 def test_no_number_of_clips_is_too_many_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rru_fast.triton._launch")
-    from benchmarks.launches import refine_arguments
+    from benchmarks.launches.recording import refine_arguments
     from rru_fast.triton import _launch, refine, strip_pool
 
     grids: list[tuple[int, ...]] = []

@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, table
-from benchmarks.contenders import told
 from benchmarks.gpu import groups
 from benchmarks.gpu.parts import PARTS, ROOT, Context, LeftOutError
 from benchmarks.gpu.results import Findings, Results
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import told
+from benchmarks.reports import table
 from rru_fast import triton
 
 LEAST = 5  # seconds that a part must have left to begin

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, measure
 from benchmarks.gpu.run import PRECISIONS, Run, Sizes, Work, faster, left_out, set_precision, times
-from benchmarks.parity import report_parity
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.harness.parity import report_parity
+from benchmarks.implementations import refine as contenders
+from benchmarks.reports.table import Row
 from rru_fast import backends, reference
 from rru_fast.testing import compare, gradients
 

@@ -121,10 +121,10 @@ def sections(*titles: str) -> Callable[[Context], Iterator[Finding]]:
 
 def kernels(context: Context) -> Iterator[Finding]:
     """Microseconds per kernel of a training step, ours and the authors' eager."""
-    from benchmarks import contenders
     from benchmarks.gpu.kernel_times import by_kernel
     from benchmarks.gpu.run import TOY, Sizes, set_precision
     from benchmarks.gpu.sections import OURS, autocast
+    from benchmarks.implementations import refine as contenders
 
     sizes = TOY if context.toy else Sizes()
     for name, precision, bfloat16 in (

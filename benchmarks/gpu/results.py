@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import Row
+from benchmarks.reports.table import Row
 
 
 class Results:

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from benchmarks import measure
-from benchmarks.contenders import HIDDEN, Shape
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import HIDDEN, Shape
+from benchmarks.reports.table import Row
 
 WHY = "left out"
 PRECISIONS = ("defaults", "high")

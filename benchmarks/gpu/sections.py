@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders, measure, roofline
-from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE, Contender
 from benchmarks.gpu import losses
 from benchmarks.gpu.run import PRECISIONS, Run, Work, faster, left_out, set_precision, times
-from benchmarks.table import Row
+from benchmarks.harness import measure, roofline
+from benchmarks.implementations import refine as contenders
+from benchmarks.implementations.refine import AUTHORS, COMPILED, REFERENCE, Contender
+from benchmarks.reports.table import Row
 from rru_fast import reference
 from rru_fast.testing import gradients
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks import contenders
 from benchmarks.gpu.run import Sizes, set_precision
+from benchmarks.implementations import refine as contenders
 from rru_fast.testing import compare, median_errors
 from tests.parity import GROUPS, ODD_SHAPES, Case, make_call, run, stable_seed
 

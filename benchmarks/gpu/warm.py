@@ -21,10 +21,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import rru_fast.triton
-from benchmarks.contenders import Contender, Shape
 from benchmarks.gpu import losses, sanitizer, sections, smoke
 from benchmarks.gpu.run import PRECISIONS, TOY, Sizes, set_float32
-from benchmarks.launches import NUM_SMS, Launch, Recorder, Specialization, Specializer, recording
+from benchmarks.implementations.refine import Contender, Shape
+from benchmarks.launches.recording import NUM_SMS, Launch, Recorder, Specialization, Specializer, recording
 from rru_fast import backends
 from tests.parity import Call, make_call, run
 

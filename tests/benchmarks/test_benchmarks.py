@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contenders, refine, scaling
+from benchmarks import refine, scaling
+from benchmarks.implementations import refine as contenders
 from rru_fast import backends
 from rru_fast.composite import batch_hard as batch_hard_kernel
 from rru_fast.composite import refine as refine_kernel

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import drawing, report, speed_up, style, table
+from benchmarks import report
+from benchmarks.reports import drawing, speed_up, style, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HERE = {"hardware": "a machine", "threads": 2, "torch": "2.11.0", "python": "3.11", "commit": "abc", "date": "today"}

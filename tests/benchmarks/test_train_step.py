@@ -13,10 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch.optim import SGD
 
+import benchmarks.train_step.__main__ as train_step
 import rru_fast
-from benchmarks import measure, train_step, train_step_sections
-from benchmarks.stages import STAGES
-from benchmarks.train_step_sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
+from benchmarks.harness import measure
+from benchmarks.train_step import sections as train_step_sections
+from benchmarks.train_step.sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
+from benchmarks.train_step.stages import STAGES
 from training.config.optim import OptimConfig
 from training.config.step import StepConfig
 from training.data.datasets.synthetic import generate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks.measure import peak_bytes
+from benchmarks.harness.measure import peak_bytes
 from rru_fast import ops, triton
 from rru_fast.testing import EXACT, assert_parity, gradients, poisoned_memory, relative_error
 from tests import parity

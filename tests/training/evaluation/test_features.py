@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measure import peak_bytes
+from benchmarks.harness.measure import peak_bytes
 from training.config.presets import Recipe
 from training.data.loading import frames_to_input
 from training.data.tracklets import Split, Tracklet, read_frame

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_bytes
+from benchmarks.harness.measure import peak_bytes
 from training.retrieval import exact as module
 from training.retrieval.exact import nearest
 from training.retrieval.feature_file import FeatureFile, open_features, write_features

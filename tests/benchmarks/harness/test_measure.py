@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.parity import report_parity
+from benchmarks.harness import measure
+from benchmarks.harness.parity import report_parity
 from rru_fast.testing import Error, compare
 
 

@@ -9,8 +9,8 @@ from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks import contenders
-from benchmarks.table import Row
+from benchmarks.implementations import refine as contenders
+from benchmarks.reports.table import Row
 from training.runtime.command import end_with_parent
 
 Section = Callable[..., list[Row]]

@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import style
-from benchmarks.contenders import AUTHORS, REFERENCE
+from benchmarks.implementations.refine import AUTHORS, REFERENCE
+from benchmarks.reports import style
+from benchmarks.reports.style import COLOURS, TEXT
+from benchmarks.reports.table import Row, cell
 from benchmarks.scaling import AXES
-from benchmarks.style import COLOURS, TEXT
-from benchmarks.table import Row, cell
 
 # Of `memory`: where in the shape the rows differ.
 MEMORY_AXES = {"refine": (1, "T, frames"), "batch_hard": (0, "N, features")}

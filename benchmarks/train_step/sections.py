@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from rich.console import Console
 
-from benchmarks import contenders, measure
-from benchmarks.stages import STAGES, Stages
-from benchmarks.table import Row
+from benchmarks.harness import measure
+from benchmarks.implementations import refine as contenders
+from benchmarks.reports.table import Row
+from benchmarks.train_step.stages import STAGES, Stages
 from training.config.presets import RECIPES
 from training.config.recipe import Recipe
 from training.config.step import StepConfig

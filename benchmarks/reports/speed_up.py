@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import style
-from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE
-from benchmarks.table import Row, cell
+from benchmarks.implementations.refine import AUTHORS, COMPILED, REFERENCE
+from benchmarks.reports import style
+from benchmarks.reports.table import Row, cell
 
 Ratios = dict[str, float | None]
 OURS = ("cuda", "triton", "cpu", "composite")  # the fastest first

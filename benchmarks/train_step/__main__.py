@@ -32,9 +32,11 @@ from tempfile import TemporaryDirectory
 import torch
 import tyro
 
-from benchmarks import measure, processes, table, terminal
-from benchmarks.table import Row
-from benchmarks.train_step_sections import CPU, END_TO_END, GPU, NOT_HERE, TOY, WHY, Run, packed, rows
+from benchmarks.harness import measure
+from benchmarks.reports import table, terminal
+from benchmarks.reports.table import Row
+from benchmarks.train_step import processes
+from benchmarks.train_step.sections import CPU, END_TO_END, GPU, NOT_HERE, TOY, WHY, Run, packed, rows
 from training.data.datasets.synthetic import generate
 from training.pack import Options as PackOptions
 from training.pack import pack

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.batch_hard import PEER
-from benchmarks.contenders import AUTHORS, COMPILED, REFERENCE
+from benchmarks.implementations.refine import AUTHORS, COMPILED, REFERENCE
 
 # Okabe and Ito's colours, told apart by all eyes; what is plain PyTorch stays grey.
 COLOURS = {

@@ -137,7 +137,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from benchmarks.gpu import warm
 from benchmarks.gpu.run import TOY
-from benchmarks.launches import NUM_SMS
+from benchmarks.launches.recording import NUM_SMS
 from rru_fast.triton import _device, _launch
 
 class Driver:

@@ -7,8 +7,8 @@ from math import prod
 
 import torch
 
-from benchmarks import measure
-from benchmarks.contenders import DTYPES, Shape
+from benchmarks.harness import measure
+from benchmarks.implementations.refine import DTYPES, Shape
 
 
 def flops(shape: Shape, hidden: int, *, backward: bool) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks.parity import SEEDS, report_parity
+from benchmarks.harness.parity import SEEDS, report_parity
 from rru_fast import backends, reference
 from rru_fast.testing import Error, compare, gradients, no_relu_near_zero
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.roofline import Rates, flops, size
+from benchmarks.harness.roofline import Rates, flops, size
 
 PAPER = (20, 8, 2048, 8, 8)
 ONE_PRODUCT = 2 * 256 * 2048 * 64 * 20  # 1.34 GFLOP: W_a A_t of all clips

@@ -1,0 +1,1 @@
+"""Parity, timing, memory and the environment of a run: all that every benchmark is measured with."""

@@ -1,0 +1,1 @@
+"""Implementations of each operator that the benchmarks compare, and their parity check."""

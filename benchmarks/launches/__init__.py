@@ -1,0 +1,1 @@
+"""Launches of Triton kernels without a GPU: recorded for the compiler, or bound and stopped before the driver."""
