@@ -1,10 +1,10 @@
-"""Compile every Triton kernel ahead of time, at the paper's shape and in each dtype, and hold it to a budget.
+"""Compile every Triton kernel ahead of time, at the paper's shape and in each dtype, and check it against a budget.
 
 python -m benchmarks.compile_report --arch 80 90 100
 
-Needs no GPU. The operators run on tensors without storage; each kernel they would launch is compiled as the launch
-would have, for each architecture, and disassembled: registers, stack (where spills go), shared memory and, from the
-PTX, the matrix instructions. A kernel over the budget, or a product that misses the tensor cores, fails the run.
+Needs no GPU. The operators run on meta tensors; each kernel that they would launch is compiled as the launch would, for
+each architecture, and its registers, stack (where spills go), shared memory and, from the PTX, matrix instructions are
+read. A kernel over the budget, or a product that misses the tensor cores, fails the run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLIPS = 20
 
 @dataclass(frozen=True)
 class Variant:
-    """A unit, and how it is called."""
+    """Configuration and call of a unit."""
 
     attention: str = "both"
     inputs: str = "appearance+motion"
@@ -58,7 +58,7 @@ class Variant:
         return ", ".join(f"{value} groups" if isinstance(value, int) else value for value in own) or "the paper's"
 
 
-# The paper's, and between them every flag that a kernel has and every way its arguments are specialised.
+# The paper's, and variants that together cover every flag of a kernel and every specialization of its arguments.
 PAPERS, EVAL = Variant(), Variant(mode="eval")
 VARIANTS = (
     PAPERS,
@@ -76,14 +76,14 @@ VARIANTS = (
 
 LAYOUTS = ("NCHW", "channels-last", "odd")
 
-# What a kernel may use. Shared memory is what one program can have on the architecture, in bytes. Float64 is there for
-# checking: it has no budget of registers but that it compiles.
+# Budget in bytes. Shared memory: the maximum per program on the architecture. Float64 is for checks: it has to compile,
+# but its stack has no limit.
 MAX_STACK = 0
 MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*")
 
-# How each dtype is multiplied; float32 in each way there is.
+# Dtype and RRU_FAST_FLOAT32, the precision of float32 products.
 DTYPES = {
     "float32 ieee": (torch.float32, "ieee"),
     "float32 tf32": (torch.float32, "tf32"),
@@ -96,20 +96,23 @@ DTYPES = {
 
 @dataclass
 class Options:
-    """What to compile."""
+    """Compile kernels."""
 
     arch: tuple[int, ...] = (80, 90, 100)
     """Compute capabilities, times ten."""
     dtype: tuple[str, ...] = tuple(DTYPES)
-    """Of the maps and features, and how float32 is multiplied."""
+    """Dtypes of the maps and features, with the precision of float32 products."""
     launched: Literal["all", "default"] = "all"
-    """By every variant of the unit and by tuning, or by the paper's unit, in training and eval, as it comes."""
+    """Kernels of every variant of the unit and of autotuning, or of the paper's unit in training and eval, untuned."""
     jobs: int = os.cpu_count() or 1
-    """Compilers at once."""
+    """Compiler processes."""
 
 
 def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
-    """Record the operators at the paper's shape, forward and backward; of "all", every variant's and autotuning's."""
+    """Record the operators' launches at the paper's shape, forward and backward, those of autotuning last.
+
+    launched: as in `Options`.
+    """
     found: list[Launch] = []
     clips, frames, channels, height, width = PAPER
     strips = torch.empty(clips, channels, height, dtype=dtype, device="meta")
@@ -137,7 +140,6 @@ def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
             args = BatchHardArguments(features, labels, 0.3, False, "euclidean")
             outputs = batch_hard.forward(args)
             batch_hard.backward(outputs.loss, outputs.saved, args)
-    # What tuning tries beside the defaults: those first.
     return sorted(found, key=lambda launch: launch.tuning)
 
 
@@ -161,7 +163,7 @@ def _refine_arguments(x: torch.Tensor, variant: Variant) -> RefineArguments:
 
 
 def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, Any]]:
-    """A row for each different kernel of a dtype, compiled for an architecture."""
+    """Compile each distinct kernel of a dtype for an architecture; returns a row per kernel."""
     dtype, precision = DTYPES[name]
     specializer = Specializer(GPUTarget("cuda", arch, 32))
     rows: list[dict[str, Any]] = []
@@ -170,7 +172,7 @@ def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, A
     for launch in recorded:
         if (specialization := specializer.new(launch)) is None:
             continue
-        described = {
+        description = {
             "kernel": launch.kernel.__name__.removesuffix("_kernel"),
             "op": f"{launch.op}, tuning" if launch.tuning else launch.op,
             "dtype": name,
@@ -179,13 +181,13 @@ def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, A
         try:
             compiled = specialization.compile(specializer.target)
         except Exception as error:  # the compiler's passes raise anything
-            raise RuntimeError(f"{described} {launch.arguments}: {error}") from error
+            raise RuntimeError(f"{description} {launch.arguments}: {error}") from error
         row = {
-            **described,
+            **description,
             **_resources(compiled.asm["cubin"]),
             "shared": compiled.metadata.shared,
             "warps": compiled.metadata.num_warps,
-            "matrix instructions": ", ".join(sorted(set(_matrix(compiled.asm["ptx"])))) or None,
+            "matrix instructions": ", ".join(sorted(set(_matrix_instructions(compiled.asm["ptx"])))) or None,
             "multiplies": "tt.dot" in compiled.asm["ttir"],
             "rounds": "cvt.rna.tf32" in compiled.asm["ptx"],
         }
@@ -193,8 +195,8 @@ def compile_all(arch: int, name: str, launched: str = "all") -> list[dict[str, A
     return rows
 
 
-def _matrix(ptx: str) -> Iterator[str]:
-    """The kinds of matrix instructions in a PTX text, as wgmma.m64n64k8.tf32."""
+def _matrix_instructions(ptx: str) -> Iterator[str]:
+    """Yield the kind of each matrix instruction in a PTX text, such as wgmma.m64n64k8.tf32."""
     for found in MATRIX.finditer(ptx):
         parts = found.group(0).split(".")
         shape = next((part for part in parts if re.fullmatch(r"m\d+n\d+k\d+", part)), None)
@@ -203,38 +205,42 @@ def _matrix(ptx: str) -> Iterator[str]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack a thread."""
+    """Return the registers, and the bytes of stack, per thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"\b{what}:(\d+)", told).group(1)) for what in ("REG", "STACK"))  # type: ignore[union-attr]
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     return {"registers": registers, "stack": stack}
 
 
 def over_budget(row: dict[str, Any]) -> list[str]:
-    """What of a kernel is more than it may be, or is not done, a sentence each."""
-    who = f"{row['kernel']} ({row['op']}, {row['dtype']}, sm_{row['sm']})"
+    """Return a sentence for each limit that a kernel exceeds and each instruction that it lacks."""
+    kernel = f"{row['kernel']} ({row['op']}, {row['dtype']}, sm_{row['sm']})"
     limits = {"shared": MAX_SHARED[row["sm"]]} | ({} if row["dtype"] == "float64" else {"stack": MAX_STACK})
-    told = [f"{who}: {what} {row[what]}, at most {most}" for what, most in limits.items() if row[what] > most]
-    # Float32 as such has no matrix instruction; the products of the gate's vectors are always exact.
+    found = [f"{kernel}: {key} {row[key]}, at most {most}" for key, most in limits.items() if row[key] > most]
+    # There is no matrix instruction for IEEE float32; the products of the gate's vectors are always exact.
     exact = row["dtype"] in ("float32 ieee", "float64") or row["kernel"] in ("atb", "refine_bwd_pooled")
     if row["multiplies"] and not exact and not row["matrix instructions"]:
-        told.append(f"{who}: no matrix instructions")
+        found.append(f"{kernel}: no matrix instructions")
     if row["matrix instructions"] and row["dtype"] == "float32 tf32" and not row["rounds"]:
-        told.append(f"{who}: factors cut off to TF32, wanted rounded")
-    return told
+        found.append(f"{kernel}: factors cut off to TF32, wanted rounded")
+    return found
 
 
 def main(options: Options) -> None:
-    """Compile, print, and exit with what is over budget."""
+    """Compile and print a table per architecture and dtype.
+
+    Raises:
+        SystemExit: an option is wrong, or, at the end, kernels are over budget.
+    """
     if rru_fast.triton.interpreted():
         raise SystemExit("TRITON_INTERPRET: got 1, wanted it unset: nothing is compiled in the interpreter")
-    for what, known, asked in (("--arch", MAX_SHARED, options.arch), ("--dtype", DTYPES, options.dtype)):
-        for one in asked:  # type: ignore[attr-defined]
-            if one not in known:
-                raise SystemExit(f"{what}: got {one!r}, wanted one of {', '.join(map(repr, known))}")
+    for option, known, values in (("--arch", MAX_SHARED, options.arch), ("--dtype", DTYPES, options.dtype)):
+        for value in values:  # type: ignore[attr-defined]
+            if value not in known:
+                raise SystemExit(f"{option}: got {value!r}, wanted one of {', '.join(map(repr, known))}")
     work = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -242,9 +248,8 @@ def main(options: Options) -> None:
         for (arch, dtype), found in zip(work, done, strict=True):
             terminal.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
             rows += found
-    told = [sentence for row in rows for sentence in over_budget(row)]
-    if told:
-        raise SystemExit("over budget:\n  " + "\n  ".join(told))
+    if failed := [sentence for row in rows for sentence in over_budget(row)]:
+        raise SystemExit("over budget:\n  " + "\n  ".join(failed))
     print(f"{len(rows)} kernels within budget")
 
 

@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: what is measured where, beside the figures that pytest-benchmark keeps."""
+"""Options of `pytest benchmarks`, and the environment that pytest-benchmark stores with the figures."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import measure
+from benchmarks.harness.results import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """One option: whether it runs, in place of how fast."""
-    parser.addoption("--toy", action="store_true", help="tiny shapes: whether the benchmarks run")
+    """Add --toy, which runs each benchmark once at a tiny shape."""
+    parser.addoption("--toy", action="store_true", help="run each benchmark once, at a tiny shape")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Say which PyTorch, threads and device; a comparison of runs that differ there carries the plugin's warning."""
-    environment = measure.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    machine_info |= {key: environment[key] for key in ("hardware", "threads", "torch")}
+    """Store hardware, threads and PyTorch's version; the plugin warns if those of two runs it compares differ."""
+    found = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine_info |= {key: found[key] for key in ("hardware", "threads", "torch")}

@@ -2,9 +2,9 @@
 
 python -m benchmarks.host_time
 
-Binds and specializes each launch as on a GPU, and stops before the driver's call. Tensors are small and on the CPU: the
-host's work depends on the number of frames, not on sizes. Prints the least thread time of many calls, in microseconds,
-and the launches that went through Triton's binding.
+Binds and specializes each launch as on a GPU, and stops before the call into the driver. Tensors are small and on the
+CPU: the host's work depends on the number of frames, not on sizes. Prints the minimum thread time of 300 calls, in
+microseconds, and the number of launches that went through Triton's binding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CALLS = 300
 
 
 def main() -> None:
-    """Print a line per dtype."""
+    """Measure and print a line per dtype."""
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         launches: list[bool] = []
@@ -42,7 +42,7 @@ def main() -> None:
             forward()
             backward()
             bound, total = sum(launches), len(launches)
-            times = [_least_us(call) for call in (forward, backward)]
+            times = [_min_us(call) for call in (forward, backward)]
         print(
             f"{str(dtype).removeprefix('torch.')}: forward {times[0]:.0f} us, backward {times[1]:.0f} us; "
             f"{total} launches, {bound} of them bound by Triton"
@@ -55,6 +55,7 @@ def _bound(arguments: tuple[Any, ...]) -> bool:
 
 
 def _calls(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return a forward and a backward of the unit as calls without arguments."""
     clips, _, channels, height, width = SHAPE
     x = torch.randn(SHAPE).to(dtype)
     arguments = refine_arguments(RRU(channels, (height, width)).to(dtype), x)
@@ -67,7 +68,7 @@ def _calls(dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
     )
 
 
-def _least_us(call: Callable[[], object]) -> float:
+def _min_us(call: Callable[[], object]) -> float:
     times = []
     for _ in range(CALLS):
         begin = time.thread_time()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --json benchmarks/results/memory-cpu-2core.json
 
-The peak, beyond the inputs and with the gradients. On a CPU a run on as many threads gives the same figures, so nothing
-is repeated and the machine may be busy. Parity comes first at every size.
+Peak memory beyond the inputs, gradients included. On a CPU the figures depend only on the number of threads, so nothing
+is repeated and the machine may be busy. Parity is checked first at every size.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from functools import partial
 import torch
 import tyro
 
-from benchmarks import batch_hard
 from benchmarks.harness import measure
-from benchmarks.implementations.refine import Shape, check, contenders
+from benchmarks.harness.results import BenchArgs, environment, write
+from benchmarks.harness.shapes import Shape
+from benchmarks.implementations import batch_hard, refine
 from benchmarks.reports import terminal
 from benchmarks.reports.table import Row
 
 
 @dataclass
-class Options(measure.Where):
-    """What to measure."""
+class Options(BenchArgs):
+    """Measure peak memory."""
 
     maps: Shape = (8, 8, 2048, 8, 8)
-    """B T C H W, whose T is replaced by each of `frames`."""
+    """B T C H W of the maps, with T replaced by each of `frames`."""
     frames: tuple[int, ...] = (2, 4, 8, 16, 32)
     features: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Numbers of features."""
@@ -40,7 +41,7 @@ class Options(measure.Where):
 
 
 def main(options: Options) -> list[Row]:
-    """At each size check parity, then measure; print and return the rows, those of `refine` first.
+    """Check parity and measure at each size, and print; returns the rows, those of `refine` first.
 
     Raises:
         SystemExit: one is wrong; nothing more is measured.
@@ -49,18 +50,18 @@ def main(options: Options) -> list[Row]:
     clips, _, *sizes = options.maps
     of_refine = [_refine((clips, frames, *sizes), device) for frames in options.frames]  # type: ignore[arg-type]
     of_batch_hard = [_batch_hard(n, options.d, device) for n in options.features]
-    environment = measure.environment(device, torch.float32)
-    terminal.show("refine, training, forward + backward, peak MiB", environment, of_refine, hide=["op"])
-    terminal.show("batch_hard_triplet, forward + backward, peak MiB", environment, of_batch_hard, hide=["op"])
+    found = environment(device, torch.float32)
+    terminal.show("refine, training, forward + backward, peak MiB", found, of_refine, hide=["op"])
+    terminal.show("batch_hard_triplet, forward + backward, peak MiB", found, of_batch_hard, hide=["op"])
     if options.json is not None:
-        measure.write(options.json, {**environment, "op": "memory"}, of_refine + of_batch_hard)
+        write(options.json, {**found, "op": "memory"}, of_refine + of_batch_hard)
     return of_refine + of_batch_hard
 
 
 def _refine(shape: Shape, device: torch.device) -> Row:
-    field = contenders(shape, "float32", device)
-    check(field)
-    peaks = {f"{name} MiB": measure.peak_bytes(own.step, device) / measure.MIB for name, own in field.items()}
+    impls = refine.implementations(shape, "float32", device)
+    refine.check(impls)
+    peaks = {f"{name} MiB": measure.peak_bytes(impl.step, device) / measure.MIB for name, impl in impls.items()}
     return {"op": "refine", "shape": list(shape), **peaks}
 
 
@@ -69,8 +70,8 @@ def _batch_hard(n: int, d: int, device: torch.device) -> Row:
     features, labels = batch_hard.batch(n, d, device)
     losses = batch_hard.losses(device) | {batch_hard.PEER: batch_hard.peer()}
     batch_hard.check(losses, features, labels)
-    works = {name: partial(batch_hard.results, loss, features, labels) for name, loss in losses.items()}
-    peaks = {f"{name} MiB": measure.peak_bytes(work, device) / measure.MIB for name, work in works.items()}
+    fns = {name: partial(batch_hard.results, loss, features, labels) for name, loss in losses.items()}
+    peaks = {f"{name} MiB": measure.peak_bytes(fn, device) / measure.MIB for name, fn in fns.items()}
     return {"op": "batch_hard", "shape": [n, d], **peaks}
 
 

@@ -1,13 +1,14 @@
-"""Draws the measured runs and writes their tables into the README, so that no figure there is typed by hand.
+"""Draw the measured runs and write their tables into the README, so that no figure there is typed by hand.
 
     python -m benchmarks.refine --json benchmarks/results/refine-cpu-2core.json    # and the other benchmarks likewise
     python -m benchmarks.report
     python -m benchmarks.report --check
 
 Every run of `benchmarks/results/*.json` becomes tables between the README's markers of its operator, `<!-- refine -->`
-and `<!-- /refine -->`; those of DRAWN are drawn to a PNG of the same name beside it. Of a machine's runs together,
-`<op>-<machine>.json`, comes one drawing of all speed-ups, between `<!-- speed_up -->` and `<!-- /speed_up -->`.
-Another machine's runs, in a folder of their own, become a page there, which is begun if there is none:
+and `<!-- /refine -->`; runs of refine, scaling and memory are also drawn, to a PNG of the same name in that folder. All
+runs of a machine, `<op>-<machine>.json`, share one drawing of speed-ups, between `<!-- speed_up -->` and
+`<!-- /speed_up -->`. Runs in a folder of their own, of another machine, are written to a page there, which is created
+if there is none:
 
     python -m benchmarks.report --results build/bench --readme build/bench/README.md
 """
@@ -23,7 +24,6 @@ import hashlib
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,71 +34,79 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
+from benchmarks.harness.results import ROOT
 from benchmarks.reports import drawing, speed_up, style, table
 from benchmarks.reports.table import Row
+from build_tools import palette
+from build_tools.pages import check_markers, replace_section
 
-ROOT = Path(__file__).resolve().parent.parent
-# What the caption says of a run; its rows say the rest.
+# Keys of a run's environment in its caption.
 CAPTION = ("hardware", "threads", "dtype", "torch", "commit", "date", "roofline")
 DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
 PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "memory", "train_step", "gpu")
-AUTOTUNED = "-autotune"  # end of the names of files that benchmarks.gpu writes with its runs
+AUTOTUNED = "-autotune"  # suffix of files of autotuned configs that benchmarks.gpu writes next to its runs
 Run = dict[str, Any]
 
 
 @dataclass
 class Options:
-    """What to read and to write."""
+    """Report measured runs."""
 
     results: Path = ROOT / "benchmarks" / "results"
-    """The folder of measured runs; drawings go there too."""
+    """Folder of measured runs, to which drawings are written too."""
     readme: Path = ROOT / "README.md"
-    """The page whose tables are written; one that is not there yet gets a place for all that was measured."""
+    """Page to write the tables to; created with a section for every operator if it does not exist."""
     check: bool = False
-    """Write nothing; fail if the page or a drawing is not what the runs make of it."""
+    """Write nothing; fail if the page or a drawing is not up to date with the runs."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing to be made."""
+    """A drawing that has not been drawn yet."""
 
     draw: Callable[[], Figure]
     source: str
-    """The hash of what it is drawn from, runs and code: the pixels differ between versions of matplotlib."""
+    """Hash of the runs and the code that it is drawn from; the pixels differ between versions of matplotlib."""
 
 
 def main(options: Options) -> None:
-    """Draw, and write the tables.
+    """Write the drawings and the tables.
 
     Raises:
-        SystemExit: a marker is missing; with `check`, the page or a drawing is not what it would be made.
+        SystemExit: a marker is missing; with `check`, the page or a drawing is out of date.
     """
     paths = [path for path in sorted(options.results.glob("*.json")) if not path.stem.endswith(AUTOTUNED)]
     runs = {path: json.loads(path.read_text()) for path in paths}
     wanted = pictures(runs)
-    said = contents(runs, options.readme.parent)
-    before = options.readme.read_text() if options.readme.exists() else _blank(said)
+    sections = contents(runs, options.readme.parent)
+    before = options.readme.read_text() if options.readme.exists() else _blank(sections)
     after = before
-    for op, content in said.items():
-        after = _replaced(after, op, content, options.readme)
+    for op, content in sections.items():
+        try:
+            check_markers(after, op, f"the runs of {op}")
+        except ValueError as error:
+            raise SystemExit(f"{options.readme}: {error}") from error
+        after = replace_section(after, op, content)
     if options.check:
         stale = [str(path) for path, picture in wanted.items() if style.source(path) != picture.source]
         stale += [str(options.readme)] * (after != before)
         if stale:
             raise SystemExit(f"stale: {', '.join(stale)}; run: python -m benchmarks.report")
+        print(f"{options.readme} and {len(wanted)} drawings in {options.results} are up to date")
         return
     for path, picture in wanted.items():
         style.save(picture.draw(), picture.source, path)
     options.readme.write_text(after)
+    print(f"wrote tables to {options.readme} and {len(wanted)} drawings to {options.results}")
 
 
-def _blank(said: Iterable[str]) -> str:
-    places = (f"## {op}\n\n<!-- {op} -->\n<!-- /{op} -->\n" for op in sorted(said, key=PLACES.index))
+def _blank(ops: Iterable[str]) -> str:
+    places = (f"## {op}\n\n<!-- {op} -->\n<!-- /{op} -->\n" for op in sorted(ops, key=PLACES.index))
     return "\n".join(["# Measured\n", *places])
 
 
 def pictures(runs: dict[Path, Run]) -> dict[Path, Picture]:
-    """By its file, the drawing of each run that has one, and of each machine's runs together."""
+    """Return the drawing of each run that has one, and of each machine's runs together, by file."""
     found = {
         path.with_suffix(".png"): Picture(partial(DRAWN[_op(run)], run, caption([run])), _hash([run]))
         for path, run in runs.items()
@@ -110,7 +118,7 @@ def pictures(runs: dict[Path, Run]) -> dict[Path, Picture]:
 
 
 def contents(runs: dict[Path, Run], folder: Path) -> dict[str, str]:
-    """By its marker, what a page in `folder` says there."""
+    """Return the sections of a page in `folder`, by marker."""
     found = {}
     for op, group in groupby(sorted(runs, key=lambda path: _op(runs[path])), key=lambda path: _op(runs[path])):
         found[op] = "\n\n".join(section(path, runs[path], folder) for path in group)
@@ -119,7 +127,7 @@ def contents(runs: dict[Path, Run], folder: Path) -> dict[str, str]:
 
 
 def section(path: Path, run: Run, folder: Path) -> str:
-    """What a page in `folder` says of a run: its drawing if it has one, its tables, and what they were measured on."""
+    """Return the section of a run on a page in `folder`: its caption, its drawing if it has one, and its tables."""
     parts = [f"*{caption([run])}; [{path.name}]({_relative(path, folder)})*"]
     if _op(run) in DRAWN:
         picture = path.with_suffix(".png")
@@ -130,7 +138,7 @@ def section(path: Path, run: Run, folder: Path) -> str:
 
 
 def tables(run: Run) -> dict[str, list[Row]]:
-    """A run's rows by the title of their table: one for each shape and mode, except where shapes are rows."""
+    """Return a run's rows by the title of their table: a table per shape and mode, unless its rows are shapes."""
     if _op(run) == "scaling":
         ours = run["environment"]["ours"]
         return {f"Forward + backward; x: how many times faster {ours} is; -: parity fails there": run["rows"]}
@@ -141,7 +149,7 @@ def tables(run: Run) -> dict[str, list[Row]]:
 
 
 def caption(runs: Sequence[Run]) -> str:
-    """What the figures mean nothing without, as far as it is the same of all runs."""
+    """Return the conditions that all runs share, as text."""
     first, *others = (run["environment"] for run in runs)
     shared = [key for key in CAPTION if key in first and all(other.get(key) == first[key] for other in others)]
     return ", ".join(f"{key} {first[key]}" for key in shared)
@@ -161,9 +169,9 @@ def _hidden(run: Run) -> tuple[str, ...]:
 
 
 def _machines(runs: dict[Path, Run]) -> dict[Path, list[Run]]:
-    """By the file of its drawing, each machine's runs of which speed-ups are drawn."""
+    """Return each machine's runs that have speed-ups, in the order of LINES, by the file of their drawing."""
     found: dict[Path, list[Run]] = {}
-    for op in speed_up.LINES:  # in their order
+    for op in speed_up.LINES:
         for path, run in runs.items():
             if _op(run) == op:
                 machine = path.stem.removeprefix(f"{op}-")
@@ -172,7 +180,7 @@ def _machines(runs: dict[Path, Run]) -> dict[Path, list[Run]]:
 
 
 def _hash(runs: Sequence[Run]) -> str:
-    code = [inspect.getsource(module) for module in (drawing, speed_up, style)]
+    code = [inspect.getsource(module) for module in (drawing, speed_up, style, palette)]
     return hashlib.sha256(json.dumps([*runs, caption(runs), *code], sort_keys=True).encode()).hexdigest()
 
 
@@ -182,13 +190,6 @@ def _op(run: Run) -> str:
 
 def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _replaced(text: str, op: str, content: str, page: Path) -> str:
-    begin, end = f"<!-- {op} -->", f"<!-- /{op} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"{page}: got no place for the runs of {op}, wanted {begin} ... {end} once")
-    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

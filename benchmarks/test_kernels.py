@@ -1,7 +1,7 @@
-"""The operators under pytest-benchmark, to compare one commit with another: `pytest benchmarks`.
+"""Operators under pytest-benchmark, to compare one commit with another: `pytest benchmarks`.
 
-Each implementation is held to the float64 oracle before it is timed; one that is wrong fails, and has no figure. Times
-here are each implementation's own, one after the other: ratios between implementations are those of `make bench`.
+Each implementation is held to the float64 oracle before it is timed; one that is wrong fails and has no figure.
+Implementations are timed one after the other: for ratios between them use `make bench`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import batch_hard, strip_pool
 from benchmarks.harness import measure
-from benchmarks.implementations.refine import AUTHORS, REFERENCE, Contender, Shape, contenders, sifted
+from benchmarks.harness.measure import Fn
+from benchmarks.harness.shapes import Shape
+from benchmarks.implementations import batch_hard, strip_pool
+from benchmarks.implementations.refine import AUTHORS, REFERENCE, Implementation, filter_valid, implementations
 from rru_fast import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _, *BACKENDS = backends.serving(DEVICE)
-Time = Callable[[str, Callable[[], object]], None]
+Time = Callable[[str, Fn], None]
 pytestmark = pytest.mark.benchmark(disable_gc=True, warmup=True, warmup_iterations=2)
 
 
 @pytest.fixture(scope="module")
 def toy(pytestconfig: pytest.Config) -> bool:
-    """Whether to run once, at tiny shapes."""
+    """Run once, at tiny shapes."""
     return bool(pytestconfig.getoption("--toy"))
 
 
 @pytest.fixture(scope="module")
 def maps(toy: bool) -> Shape:
-    """B T C H W: with `features`, so that all of this takes less than a minute on two cores."""
+    """B T C H W; with `features`, the whole file takes less than a minute on two cores."""
     return (2, 3, 16, 4, 4) if toy else (4, 8, 512, 8, 8)
 
 
@@ -44,33 +46,35 @@ def features(toy: bool) -> tuple[int, int]:
 
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture, toy: bool) -> Time:
-    """Times a work, under the name of those that it is shown with."""
+    """Time a function, and show it in a group."""
 
-    def run(group: str, work: Callable[[], object]) -> None:
+    def run(group: str, fn: Fn) -> None:
         benchmark.group = group
         if toy:
-            benchmark.pedantic(measure.finished, (work,))  # type: ignore[no-untyped-call]
+            benchmark.pedantic(measure.call_and_wait, (fn,))  # type: ignore[no-untyped-call]
         else:
-            benchmark(measure.finished, work)
+            benchmark(measure.call_and_wait, fn)
 
     return run
 
 
 @pytest.fixture(scope="module", params=["training", "eval"])
-def field(request: pytest.FixtureRequest, maps: Shape) -> tuple[str, dict[str, Contender], dict[str, str]]:
-    """A mode, the implementations that are right there, outputs and gradients, and why another is not among them."""
-    found = contenders(maps, "float32", DEVICE, training=request.param == "training")
-    found[REFERENCE].x.requires_grad_()  # all have the same
-    return request.param, *sifted(found)
+def units(request: pytest.FixtureRequest, maps: Shape) -> tuple[str, dict[str, Implementation], dict[str, str]]:
+    """A mode, the implementations whose outputs and gradients are right, and the reason for each that is left out."""
+    found = implementations(maps, "float32", DEVICE, training=request.param == "training")
+    found[REFERENCE].x.requires_grad_()  # all share it
+    return request.param, *filter_valid(found)
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
 @pytest.mark.parametrize("name", [AUTHORS, REFERENCE, *BACKENDS])
-def test_refine(timed: Time, field: tuple[str, dict[str, Contender], dict[str, str]], name: str, passes: str) -> None:
-    mode, right, refused = field
+def test_refine(
+    timed: Time, units: tuple[str, dict[str, Implementation], dict[str, str]], name: str, passes: str
+) -> None:
+    mode, valid, refused = units
     if name in refused:
         pytest.fail(refused[name], pytrace=False)
-    timed(f"refine, {mode}, {passes}", right[name].forward if passes == "forward" else right[name].step)
+    timed(f"refine, {mode}, {passes}", valid[name].forward if passes == "forward" else valid[name].step)
 
 
 @pytest.mark.parametrize("name", strip_pool.implementations(DEVICE))

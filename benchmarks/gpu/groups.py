@@ -1,4 +1,4 @@
-"""Commands in process groups of their own: killed as a whole, at a time limit or with the process that started them."""
+"""Commands in their own process groups, which are killed at a time limit or with the process that started them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ENDING = 10  # seconds that a killed process may take to end
 def run(
     command: Sequence[str], seconds: float, log: Path, cwd: Path, env: Mapping[str, str], poll: Callable[[], object]
 ) -> str:
-    """Run a command with its output appended to `log`; all of its group is dead afterwards.
+    """Run a command with its output appended to `log`; no process of its group survives.
 
     Args:
-        command: it may call `end_with_parent`.
-        seconds: limit, at which the group is killed.
-        log: file of its output.
-        cwd: its working directory.
-        env: its environment.
-        poll: called again and again while it runs.
+        command: program and arguments; the program may call `end_with_parent`.
+        seconds: time limit, at which the group is killed.
+        log: file of the output.
+        cwd: working directory.
+        env: environment.
+        poll: called every 0.1 s while the command runs.
 
     Returns:
         "ok", "exit status N" or "stopped after N s".
@@ -35,7 +35,7 @@ def run(
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # nothing is written: its end tells the command that this process is gone
+            stdin=subprocess.PIPE,  # nothing is written; the command reads the end of file when this process ends
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=cwd,
@@ -44,7 +44,7 @@ def run(
         )
     try:
         end = time.monotonic() + seconds
-        # Not reaped yet, a process keeps its number: the group that is killed is its own.
+        # WNOWAIT: a process that is not reaped keeps its ID, so killpg below cannot hit another group.
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if time.monotonic() > end:
                 return f"stopped after {seconds:.0f} s"
@@ -53,7 +53,7 @@ def run(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps its process for longer
+        with suppress(subprocess.TimeoutExpired):  # a hanging driver blocks the end of its process
             process.wait(ENDING)
         assert process.stdin is not None
         process.stdin.close()
@@ -61,10 +61,10 @@ def run(
 
 
 def end_with_parent() -> None:
-    """Have this process's group killed as soon as the one that called `run` is gone."""
+    """Kill this process's group as soon as the process that called `run` has ended."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) or os.getpgrp() != os.getpid():
         return
-    pipe = os.dup(0)  # not inherited, unlike 0
+    pipe = os.dup(0)  # unlike 0, not inherited by children
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

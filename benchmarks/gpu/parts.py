@@ -1,7 +1,7 @@
-"""Parts of a run in the order of their worth, each a generator that yields its findings one by one.
+"""Parts of a run, most important first, each a generator that yields its findings one by one.
 
-A finding is a dictionary. Its keys "rows", "environment" and "failed" go where their names say, "columns" into the
-part's row number "row", "ended" replaces how the part ended, and all others are listed under the part's name.
+A finding is a dictionary. Its "rows", "environment" and "failed" are added to those of the run, "columns" to the part's
+row number "row"; "ended" replaces the status of the part, and all other keys are listed under the part's name.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.run import WHY, Work
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.gpu.run import WHY
+from benchmarks.harness.measure import Fn
+from benchmarks.harness.results import ROOT
+from build_tools.provenance import version_of
 
 Finding = dict[str, Any]
 
@@ -36,9 +36,9 @@ class Context:
     toy: bool
     repeats: int
     seconds: float
-    """Limit, after which the part is killed."""
+    """Time limit, after which the part is killed."""
     stem: Path
-    """Beginning of the names of files that the part leaves."""
+    """Prefix of the files that the part writes."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,13 @@ class Part:
     seconds: float
     needs_gpu: bool = False
     interpreted: bool = True
-    """Keep TRITON_INTERPRET where it is set."""
+    """Pass TRITON_INTERPRET on, if it is set."""
 
 
 def environment(context: Context) -> Iterator[Finding]:
-    """Versions and the GPU's state."""
+    """Report versions and the state of the GPU."""
     found: Finding = {"python": platform.python_version(), "cores": os.cpu_count(), "CUDA": torch.version.cuda}
-    for package in ("triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
+    found |= {name: version_of(name) for name in ("triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout")}
     query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.limit"
     if context.device.type == "cuda":
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -78,7 +74,7 @@ def warm(context: Context) -> Iterator[Finding]:
 
 
 def smoke(context: Context) -> Iterator[Finding]:
-    """Hold every operator to the oracle in short."""
+    """Hold every operator to the oracle, in short."""
     from benchmarks.gpu import run, smoke
 
     plan, sizes = (smoke.TOY, run.TOY) if context.toy else (smoke.FULL, run.Sizes())
@@ -96,35 +92,35 @@ def sections(*titles: str) -> Callable[[Context], Iterator[Finding]]:
 
         run = make_run(context.device, context.toy, context.repeats)
         yield {"environment": {"roofline": f"{run.copy / 1e9:.0f} GB/s"}}
-        profiled: list[tuple[str, dict[str, Work]]] = []  # by row of this part: its precision and calls
+        profiled: list[tuple[str, dict[str, Fn]]] = []  # precision and calls of each row of this part
         for title in titles:
             op, section = SECTIONS[title]
             for rows in section(run):
                 calls = [{column: cell for column, cell in row.items() if callable(cell)} for row in rows]
-                profiled += [(row["precision"], own) for row, own in zip(rows, calls, strict=True)]
+                profiled += [(row["precision"], of_row) for row, of_row in zip(rows, calls, strict=True)]
                 yield {
                     "rows": [
-                        {**row, **dict.fromkeys(own), "op": op, "mode": title}
-                        for row, own in zip(rows, calls, strict=True)
+                        {**row, **dict.fromkeys(of_row), "op": op, "mode": title}
+                        for row, of_row in zip(rows, calls, strict=True)
                     ]
                 }
                 for row in rows:
                     if why := row.get(WHY):
                         yield {"failed": f"{title}, {row['implementation']}, {row['precision']}: {why}"}
         # The profiler slows down what is timed after it.
-        for number, (precision, calls_of_row) in enumerate(profiled if context.device.type == "cuda" else []):
+        for number, (precision, of_row) in enumerate(profiled if context.device.type == "cuda" else []):
             set_precision(precision, context.device)
-            yield {"row": number, "columns": {column: kernel_ms(call) for column, call in calls_of_row.items()}}
+            yield {"row": number, "columns": {column: kernel_ms(call) for column, call in of_row.items()}}
 
     return part
 
 
 def kernels(context: Context) -> Iterator[Finding]:
-    """Microseconds per kernel of a training step, ours and the authors' eager."""
+    """Report the microseconds per kernel of a training step, of ours and of the authors' eager."""
+    from benchmarks.gpu.implementations import OURS, autocast
     from benchmarks.gpu.kernel_times import by_kernel
     from benchmarks.gpu.run import TOY, Sizes, set_precision
-    from benchmarks.gpu.sections import OURS, autocast
-    from benchmarks.implementations import refine as contenders
+    from benchmarks.implementations.refine import AUTHORS, implementations
 
     sizes = TOY if context.toy else Sizes()
     for name, precision, bfloat16 in (
@@ -133,10 +129,10 @@ def kernels(context: Context) -> Iterator[Finding]:
         ("bfloat16", "defaults", True),
     ):
         set_precision(precision, context.device)
-        field = contenders.contenders(sizes.maps, "float32", context.device, hidden=sizes.hidden)
-        for implementation in (OURS, contenders.AUTHORS):
-            own = autocast(field[implementation]) if bfloat16 else field[implementation]
-            yield {f"{implementation}, {name}": by_kernel(own.step)}
+        impls = implementations(sizes.maps, "float32", context.device, hidden=sizes.hidden)
+        for key in (OURS, AUTHORS):
+            impl = autocast(impls[key]) if bfloat16 else impls[key]
+            yield {f"{key}, {name}": by_kernel(impl.step)}
 
 
 def parity(context: Context) -> Iterator[Finding]:
@@ -154,7 +150,7 @@ def rest(context: Context) -> Iterator[Finding]:
 
 
 def sanitizer(context: Context) -> Iterator[Finding]:
-    """Look for races and for memory out of bounds."""
+    """Check for races and for accesses out of bounds."""
     from benchmarks.gpu import sanitizer
 
     if (tool := sanitizer.find_tool()) is None:

@@ -1,4 +1,4 @@
-"""The files of a run: one JSON, written anew at each finding, the log, the suite's XML and the autotuned configs."""
+"""Files of a run: a JSON, rewritten at each finding, the log, the suite's XML and the autotuned configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Results:
     """Findings of a run so far, in memory and on disk."""
 
     def __init__(self, folder: Path, name: str, environment: Row) -> None:
-        """Choose files that no earlier run has written, and write the first."""
+        """Choose file names that no earlier run has used, and write the JSON."""
         self.stem = _free_stem(folder, name)
         self.path = self.stem.with_suffix(".json")
         self.log = self.stem.with_suffix(".log")
@@ -28,15 +28,15 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write the JSON; a reader finds the earlier one or this, whole."""
+        """Write the JSON atomically: a reader sees the previous version or this one."""
         content = {"environment": self.environment, "rows": self.rows, "parts": self.parts}
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n")
         os.replace(unfinished, self.path)
 
     def add(self, part: str, finding: dict[str, Any]) -> None:
-        """Put a finding in its place; see `benchmarks.gpu.parts`."""
-        own = self.parts[part]
+        """Add a finding of a part; for its keys see `benchmarks.gpu.parts`."""
+        of_part = self.parts[part]
         for key, value in finding.items():
             if key == "rows":
                 self._first_row.setdefault(part, len(self.rows))
@@ -46,15 +46,15 @@ class Results:
             elif key == "environment":
                 self.environment |= value
             elif key == "failed":
-                own.setdefault("failed", []).append(value)
+                of_part.setdefault("failed", []).append(value)
             elif key != "row":
-                own[key] = value
+                of_part[key] = value
 
     def gather_autotuned(self, cache: Path) -> None:
-        """Write the configs that autotuning has left in `cache` into one file, if there are any."""
+        """Write all configs that autotuning has cached in `cache` to one file, if there are any."""
         found = []
         for path in sorted((cache / "rru_fast" / "autotune").glob("*.json")):
-            with suppress(ValueError):  # of a part that was killed while it wrote
+            with suppress(ValueError):  # a part was killed while it wrote the file
                 found.append(json.loads(path.read_text()))
         if found:
             path = self.stem.with_name(f"{self.stem.name}-autotune.json")
@@ -62,7 +62,7 @@ class Results:
 
 
 class Findings:
-    """The file of JSON lines that a part writes, read as it grows."""
+    """Reader of the JSON lines that a part writes, while it writes them."""
 
     def __init__(self, path: Path) -> None:
         """Read `path`, which need not exist yet."""
@@ -70,7 +70,7 @@ class Findings:
         self._read = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Return the lines written since the last call; half a line waits for its other half."""
+        """Return the findings written since the last call, without an incomplete last line."""
         if not self.path.exists():
             return []
         content = self.path.read_bytes()

@@ -19,9 +19,9 @@ import torch
 import rru_fast
 
 TOOLS = ("memcheck", "racecheck")
-# Leave PyTorch's own kernels out, where the tool can.
+# Exclude PyTorch's own kernels, if the tool can.
 EXCLUDE = ["--kernel-name-exclude", "kns=at6native"]
-# The allocator's cache would hide what is read or written out of bounds.
+# The caching allocator would hide accesses out of bounds.
 ENVIRONMENT = {"RRU_FAST_AUTOTUNE": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error")
 
@@ -39,12 +39,12 @@ def small_calls(device: torch.device) -> None:
 
 
 def find_tool() -> str | None:
-    """Path of compute-sanitizer, None where it is not installed."""
+    """Return the path of compute-sanitizer, None if it is not installed."""
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
 def sanitize(root: Path, tool: str) -> Iterator[dict[str, Any]]:
-    """Yield the last lines of each check, and "failed" where it reports errors or ends without a summary."""
+    """Yield the last lines of each check, and "failed" if it reports errors or ends without a summary."""
     known = subprocess.run([tool, "--help"], capture_output=True, text=True, check=False).stdout
     options = EXCLUDE if EXCLUDE[0] in known else []
     for check in TOOLS:
@@ -59,7 +59,7 @@ def sanitize(root: Path, tool: str) -> Iterator[dict[str, Any]]:
         )
         assert process.stdout is not None
         lines = []
-        for line in process.stdout:  # into the log at once: the part may be stopped
+        for line in process.stdout:  # logged at once: the part may be killed at its time limit
             print(line, end="", flush=True)
             lines.append(line.rstrip())
         status = process.wait()
@@ -72,7 +72,7 @@ def sanitize(root: Path, tool: str) -> Iterator[dict[str, Any]]:
 
 
 def count_errors(output: str) -> int | None:
-    """Errors of a tool's summary, None without one."""
+    """Return the number of errors in a tool's summary, None without a summary."""
     found = [int(first or second) for first, second in SUMMARY.findall(output)]
     return sum(found) if found else None
 

@@ -1,4 +1,4 @@
-"""Parity in short: small odd cases in float64, the paper's shape in every dtype, two runs bitwise equal."""
+"""Short parity test: small edge cases in float64, the paper's shape in every dtype, bitwise equality of two runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rru_fast
 from benchmarks.gpu.run import Sizes, set_precision
-from benchmarks.implementations import refine as contenders
+from benchmarks.harness.parity import format_error
 from rru_fast.testing import compare, median_errors
 from tests.parity import GROUPS, ODD_SHAPES, Case, make_call, run, stable_seed
 
@@ -28,7 +28,7 @@ SMALL = [
     ODD_SHAPES[6],
     ODD_SHAPES[8],
 ]
-# By title: dtype, and how its float32 products are computed; see `set_precision`.
+# Dtype and precision of float32 products, as in `set_precision`, by title.
 DTYPES = {
     "TF32": (torch.float32, "high"),
     "bfloat16": (torch.bfloat16, "defaults"),
@@ -44,11 +44,11 @@ class Plan:
     small: list[Case]
     full: Case
     draws: int
-    """Of the full case; their median decides."""
+    """Draws of the full case, of whose errors the median is compared."""
     dtypes: dict[str, tuple[torch.dtype, str]]
-    """Of the full case."""
+    """Dtypes of the full case, as in DTYPES."""
     others: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
-    """Of the other operators."""
+    """Dtypes of the other operators."""
 
 
 FULL = Plan(SMALL, PAPER, 1, DTYPES)
@@ -57,26 +57,26 @@ TOY = Plan([_TOY], _TOY, 3, {name: DTYPES[name] for name in ("bfloat16", "float3
 
 
 def smoke(device: torch.device, plan: Plan, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Findings, one by one: errors next to eager's in the same dtype; "failed" where one is more than it may be."""
+    """Yield findings: errors next to eager's in the same dtype, and "failed" where one exceeds its bound."""
     for case in plan.small:
         set_precision("exact", device)
-        yield from _tried(f"float64 {case}", partial(_float64, case, device))
+        yield from _findings(f"float64 {case}", partial(_float64, case, device))
     for name, (dtype, precision) in plan.dtypes.items():
         set_precision(precision, device)
-        yield from _tried(f"{name} {plan.full}", partial(_full, plan, dtype, device))
+        yield from _findings(f"{name} {plan.full}", partial(_full, plan, dtype, device))
     set_precision("exact", device)
     for dtype in plan.others:
         for operator in OTHERS:
             title = f"{operator} {str(dtype).removeprefix('torch.')}"
-            yield from _tried(title, partial(_other, operator, sizes, device, dtype))
+            yield from _findings(title, partial(_other, operator, sizes, device, dtype))
 
 
-def _tried(title: str, check: Callable[[], tuple[dict[str, Any], list[str]]]) -> Iterator[dict[str, Any]]:
-    """The finding of a check and its failures; an exception is both."""
+def _findings(title: str, check: Callable[[], tuple[dict[str, Any], list[str]]]) -> Iterator[dict[str, Any]]:
+    """Yield the finding of a check and its failures; an exception is both."""
     try:
         found, wrong = check()
-    except Exception as error:  # whatever it is, the other checks go on
-        yield {title: contenders.told(error), "failed": f"{title}: {contenders.told(error)}"}
+    except Exception as error:  # any error: the other checks still run
+        yield {title: format_error(error), "failed": f"{title}: {format_error(error)}"}
         return
     yield {title: found}
     for sentence in wrong:
@@ -86,34 +86,34 @@ def _tried(title: str, check: Callable[[], tuple[dict[str, Any], list[str]]]) ->
 def _float64(case: Case, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     call = make_call(case)
     got, oracle = run(case, call.map(lambda v: v.to(device)), "triton"), run(case, call, "reference")
-    return _compared([({name: value.cpu() for name, value in got.items()}, oracle, oracle)])
+    return _compare([({name: value.cpu() for name, value in got.items()}, oracle, oracle)])
 
 
 def _full(plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     draws = []
-    # A single draw decides only if rounding switches none of its ReLUs.
+    # A single draw is enough if rounding moves none of its ReLUs across zero.
     seeds = range(plan.draws) if plan.draws > 1 else [stable_seed(plan.full, dtype, device)]
     for seed in seeds:
         call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
         low = call.map(lambda v: v.to(dtype))
         got = run(plan.full, low, "triton")
         draws.append((got, run(plan.full, low, "reference"), run(plan.full, call, "reference")))
-    return _repeated(*_compared(draws), got, run(plan.full, low, "triton"))
+    return _with_repetition(*_compare(draws), got, run(plan.full, low, "triton"))
 
 
 def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
     function, shape = OTHERS[operator], sizes.features if operator == "batch_hard" else sizes.maps
     draws = []
-    # Of a value or a handful of them, luck alone decides on which side a rounding falls.
+    # Chance decides the rounding of a tensor of a few values in a single draw.
     for _ in range(1 if operator == "strip_pool" else sizes.draws):
         tensor = torch.randn(shape, device=device).to(dtype)
         got = function(tensor, "triton", sizes)
         draws.append((got, function(tensor, "reference", sizes), function(tensor.double(), "reference", sizes)))
-    return _repeated(*_compared(draws), got, function(tensor, "triton", sizes))
+    return _with_repetition(*_compare(draws), got, function(tensor, "triton", sizes))
 
 
 def batch_hard(features: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
-    """The loss of features (G, N, D), and its gradient."""
+    """Return the loss of features (G, N, D) and its gradient."""
     labels = torch.arange(features.shape[1], device=features.device) // sizes.clips_per_identity
     leaf = features.detach().requires_grad_()
     value = rru_fast.batch_hard_triplet(leaf, labels, margin=0.4, backend=backend)
@@ -121,7 +121,7 @@ def batch_hard(features: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor
 
 
 def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
-    """The strips of maps, and their gradient."""
+    """Return the strips (B, C, H) of maps (B, T, C, H, W) and the gradient of the maps."""
     leaf = s.detach().requires_grad_()
     value = rru_fast.strip_pool(leaf, backend=backend)
     return {"value": value.detach(), "gradient": torch.autograd.grad(value.sum(), leaf)[0]}
@@ -130,8 +130,11 @@ def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
 OTHERS = {"batch_hard": batch_hard, "strip_pool": strip_pool}
 
 
-def _compared(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:
-    """Medians over draws of (got, eager, oracle): [error, eager's error] by tensor name, and a sentence per failure."""
+def _compare(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:
+    """Return [error, eager's error] by tensor name, and a sentence per failure.
+
+    draws: results of the implementation, of eager and of the oracle; medians over draws are compared.
+    """
     found, wrong = {}, []
     for name, error in median_errors([compare(*draw) for draw in draws]).items():
         found[name] = [float(f"{value:.2e}") for value in (error.got, error.reference)]
@@ -140,9 +143,10 @@ def _compared(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[s
     return found, wrong
 
 
-def _repeated(
+def _with_repetition(
     found: dict[str, Any], wrong: list[str], got: Results, again: Results
 ) -> tuple[dict[str, Any], list[str]]:
+    """Add the bitwise comparison of two runs to a finding and its failures."""
     differing = [name for name, value in got.items() if not torch.equal(value, again[name])]
     wrong = [*wrong, *(f"{name} differs between two runs" for name in differing)]
     return found | {"bitwise equal twice": not differing}, wrong

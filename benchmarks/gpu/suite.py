@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-# "torch.float16" does not occur in "torch.bfloat16", as "float16" would. The tests of tuning and of TF32 are triton's
-# alone, and not named after it.
+# "torch.float16" rather than "float16", which "torch.bfloat16" contains. The tests of autotuning and of TF32 are of
+# triton alone, but do not have it in their names.
 CORE = "(triton or tuned or products_of_tf32) and not compiled and not torch.float16 and not more_than_31"
 REST = f"not ({CORE})"
 WORKERS = 12
-ENDING = 20  # seconds that pytest gets to write what it has; xdist takes 10 of them to end its workers
+ENDING = 20  # seconds for pytest to write its results; xdist needs 10 of them to end its workers
 
 
 def suite(root: Path, selection: str, junit: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Run a selection of the suite and yield its counts and what failed; interrupted before `seconds` are over."""
+    """Run a selection of the suite and yield its counts and failures; interrupts it before `seconds` are over."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", selection]
     command += ["-o", "faulthandler_timeout=60", "--maxfail=60", f"--junitxml={junit}", "tests/test_gpu.py"]
     plugins = {
@@ -43,12 +43,12 @@ def suite(root: Path, selection: str, junit: Path, seconds: float) -> Iterator[d
     yield from counts(junit)
     if stopped:
         yield {"ended": f"stopped after {seconds - ENDING:.0f} s"}
-    elif status not in (0, 1):  # 1: tests failed, which the counts say
+    elif status not in (0, 1):  # 1: tests failed, as the counts show
         yield {"failed": f"pytest ended with status {status}"}
 
 
 def counts(junit: Path) -> Iterator[dict[str, Any]]:
-    """Yield how many tests ran, were skipped and failed, then each failure by its name and first line."""
+    """Yield the numbers of tests, skipped and failed, then the name and first line of each failure."""
     if not junit.exists():
         return
     cases = list(ElementTree.parse(junit).iter("testcase"))

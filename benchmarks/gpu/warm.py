@@ -1,7 +1,7 @@
-"""Compilation, ahead of every other part and on all cores, of the kernels that they launch.
+"""Compilation of the kernels that the other parts launch, before them and on all cores.
 
-The parts' own calls are made on CPU tensors; their launches are recorded, not run, and compiled into Triton's cache for
-this machine's GPU, or for sm_90 without one. The processes that compile have no CUDA context.
+The calls of the parts are made on CPU tensors; their launches are recorded, not run, and compiled into Triton's cache
+for this machine's GPU, or for sm_90 without one. The processes that compile have no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import rru_fast.triton
-from benchmarks.gpu import losses, sanitizer, sections, smoke
+from benchmarks.gpu import losses, sanitizer, smoke
+from benchmarks.gpu.implementations import autocast
 from benchmarks.gpu.run import PRECISIONS, TOY, Sizes, set_float32
-from benchmarks.implementations.refine import Contender, Shape
+from benchmarks.harness.shapes import Shape
+from benchmarks.implementations.refine import Implementation
 from benchmarks.launches.recording import NUM_SMS, Launch, Recorder, Specialization, Specializer, recording
 from rru_fast import backends
 from tests.parity import Call, make_call, run
@@ -32,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def warm(toy: bool) -> Iterator[dict[str, Any]]:
-    """Record and compile; yields the number of kernels, and why one does not compile."""
+    """Record and compile; yields the number of kernels, and the error of each that does not compile."""
     target, num_sms, launchers = GPUTarget("cuda", 90, 32), NUM_SMS, torch.cuda.is_available()
     if launchers:
         found = torch.cuda.get_device_properties(0)
@@ -43,14 +45,14 @@ def warm(toy: bool) -> Iterator[dict[str, Any]]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         failed = 0
         for wrong in pool.map(partial(compile_one, target=target, launcher=launchers), jobs):
-            if wrong is not None:  # no failure of this part: a candidate of autotuning may ask for too much
+            if wrong is not None:  # not a failure of this part: a candidate of autotuning may exceed the GPU's limits
                 failed += 1
                 yield {f"does not compile, {failed}": wrong}
     yield {"compiled": len(jobs) - failed}
 
 
 def compile_one(job: Specialization, target: GPUTarget, launcher: bool) -> str | None:
-    """Compile a kernel, and on a machine with a GPU its launcher, in C; returns why it does not compile."""
+    """Compile a kernel, and with `launcher` its launcher in C, which needs a GPU; returns the error, if any."""
     try:
         compiled = job.compile(target)
         if launcher:
@@ -63,7 +65,7 @@ def compile_one(job: Specialization, target: GPUTarget, launcher: bool) -> str |
 
 
 def record(target: GPUTarget, num_sms: int, calls: Callable[[Recorder], None]) -> list[Specialization]:
-    """Return every kernel that the calls launch, each once."""
+    """Return the specializations of all kernels that the calls launch, each once."""
     specializer = Specializer(target)
     jobs: list[Specialization] = []
 
@@ -77,7 +79,7 @@ def record(target: GPUTarget, num_sms: int, calls: Callable[[Recorder], None]) -
 
 
 def call_parts(recorder: Recorder) -> None:
-    """Call what the parts call; autotuning tries its candidates where a part does not turn it off."""
+    """Make the calls of all parts, with the candidates of autotuning for the parts that do not disable it."""
     recorder.candidates = True
     call_sections(Sizes())
     recorder.candidates = False
@@ -85,17 +87,17 @@ def call_parts(recorder: Recorder) -> None:
 
 
 def call_toy(recorder: Recorder) -> None:
-    """Call a little, which compiles in seconds."""
-    _contender(TOY.tracklet, TOY.hidden, training=False).forward()
+    """Make a few calls, which compile in seconds."""
+    _unit(TOY.tracklet, TOY.hidden, training=False).forward()
     call_strips(TOY)
 
 
 def call_sections(sizes: Sizes) -> None:
-    """Call what the sections time, at each precision."""
+    """Make the calls that the sections time, at each precision."""
     for precision in PRECISIONS:
         set_float32(precision)
         call_step(sizes, bfloat16=False)
-        _contender(sizes.tracklet, sizes.hidden, training=False).forward()
+        _unit(sizes.tracklet, sizes.hidden, training=False).forward()
         function = losses.strip_loss_functions(sizes, CPU, ["triton"])["triton"]
         losses.results(function, losses.strip_loss_inputs(sizes, CPU))
         function = losses.many_functions(sizes, CPU, ["triton"])["triton"]
@@ -107,19 +109,19 @@ def call_sections(sizes: Sizes) -> None:
 
 def call_step(sizes: Sizes, bfloat16: bool) -> None:
     """Call the unit in training: forward alone, then with its backward."""
-    own = _contender(sizes.maps, sizes.hidden, training=True)
-    own = sections.autocast(own) if bfloat16 else own
-    own.forward()
-    own.step()
+    unit = _unit(sizes.maps, sizes.hidden, training=True)
+    unit = autocast(unit) if bfloat16 else unit
+    unit.forward()
+    unit.step()
 
 
 def call_strips(sizes: Sizes) -> None:
-    """Call the strips' pooling, forward and backward."""
+    """Call strip pooling, forward and backward."""
     losses.results(partial(rru_fast.strip_pool, backend="triton"), {"s": torch.empty(sizes.maps)})
 
 
 def call_untuned(sizes: Sizes) -> None:
-    """Call what the smoke test and the sanitizer do."""
+    """Make the calls of the smoke test and of the sanitizer."""
     for case in smoke.SMALL:
         set_float32("exact")
         run(case, make_call(case), "triton")
@@ -135,18 +137,18 @@ def call_untuned(sizes: Sizes) -> None:
     sanitizer.small_calls(CPU)
 
 
-def _contender(shape: Shape, hidden: tuple[int, int], training: bool) -> Contender:
-    """Our module on maps without values."""
+def _unit(shape: Shape, hidden: tuple[int, int], training: bool) -> Implementation:
+    """Return our module on uninitialized maps."""
     clips, _, channels, height, width = shape
     settings: dict[str, Any] = {"hidden": hidden[0], "spatial_hidden": hidden[1], "backend": "triton"}
     unit = rru_fast.RRU(channels, (height, width), **settings).train(training)
     x = torch.empty(shape).requires_grad_(training)
-    return Contender(unit, x, (torch.empty(shape), torch.empty(clips, channels, height)))
+    return Implementation(unit, x, (torch.empty(shape), torch.empty(clips, channels, height)))
 
 
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Have backend "triton" serve CPU tensors; their launches must be recorded, not run."""
+    """Let backend "triton" serve CPU tensors; their launches must be recorded, not run."""
     with ExitStack() as stack:
         stack.enter_context(patch.dict(backends.BACKENDS, triton=None))
         stack.enter_context(patch.object(rru_fast.triton, "serves", lambda device: True))

@@ -1,8 +1,8 @@
-"""Everything that runs the unit here, each with the same weights and maps, held to the oracle before it is timed.
+"""Implementations of the unit, each with the same weights and maps, held to the oracle before it is timed.
 
-There are two eager ones. "authors" is the unit as its authors' code runs it, frames sliced one by one and the blend
-(1 - Z) S + Z X: what a user comes from. "reference" is this library's, with frames unbound at once and the blend
-S + Z (X - S): the same arithmetic, less memory traffic.
+Two of them are eager PyTorch. "authors" is the unit as its authors' code computes it: frames sliced one by one and the
+blend (1 - Z) S + Z X. A user of that code starts from there. "reference" is this library's: frames unbound at once and
+the blend S + Z (X - S), the same arithmetic with less memory traffic.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ import torch
 from torch import Tensor
 
 import rru_fast
-from benchmarks.harness.parity import SEEDS, report_parity
+from benchmarks.harness.parity import SEEDS, format_error, report_parity
+from benchmarks.harness.shapes import DTYPES, Shape
 from rru_fast import backends, reference
 from rru_fast.testing import Error, compare, gradients, no_relu_near_zero
 
 AUTHORS, REFERENCE, COMPILED = "eager, authors", "eager, reference", "torch.compile, reference"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Elements of x from which one draw's errors are already an average.
-LARGE = 2**22
-DRAWS = 5  # of smaller ones
-Shape = tuple[int, int, int, int, int]  # B, T, C, H, W
+LARGE = 2**22  # elements of x from which one draw's errors are already an average
+DRAWS = 5  # of smaller x
 HIDDEN = (256, 128)  # the paper's D and A
 
 
 class Authors(reference.RRU):
-    """The unit as its authors' code runs it, in this library's signs and names."""
+    """The unit as its authors' code computes it, in this library's signs and names."""
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, state: rru_fast.State | None = None
     ) -> rru_fast.Refined:
-        """x (B, T, C, H, W) to `Refined`; neither lengths nor state."""
+        """Refine x (B, T, C, H, W); `lengths` and `state` are ignored."""
         previous = torch.cat((x[:, :1], x[:, :-1]), 1)
         motion, s, out = x - previous, x[:, 0], []
         for t in range(x.shape[1]):
@@ -48,27 +46,27 @@ class Authors(reference.RRU):
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One implementation and what it runs on."""
+class Implementation:
+    """A module and the tensors it runs on."""
 
     module: reference.RRU
-    x: Tensor
+    x: Tensor  # (B, T, C, H, W)
     upstream: tuple[Tensor, Tensor]
-    """Gradients of the features and of the strips."""
+    """Gradients of the features (B, T, C, H, W) and of the strips (B, C, H)."""
 
     def forward(self) -> rru_fast.Refined:
-        """One forward without gradients."""
+        """Run a forward without gradients."""
         with torch.no_grad():
             out: rru_fast.Refined = self.module(self.x)
         return out
 
     def step(self) -> tuple[Tensor, ...]:
-        """Forward and backward: the gradients of x and of every parameter."""
+        """Run forward and backward; returns the gradients of x and of every parameter."""
         out = self.module(self.x)
         return torch.autograd.grad(out[:2], [self.x, *self.module.parameters()], self.upstream)
 
     def results(self) -> dict[str, Tensor]:
-        """What parity compares: outputs, and where x asks for its own also gradients."""
+        """Return the outputs, and the gradients if x requires one, by the names that parity reports."""
         if not self.x.requires_grad:
             features, strips, _ = self.forward()
             return {"features": features, "strips": strips}
@@ -76,31 +74,31 @@ class Contender:
         found = gradients([features, strips], self.upstream, {"x": self.x, **dict(self.module.named_parameters())})
         return {"features": features.detach(), "strips": strips.detach(), **found}
 
-    def twin(self, cls: type[reference.RRU], **settings: Any) -> Contender:
-        """Another implementation with weights of its own, equal to this one's, on the same maps."""
+    def twin(self, cls: type[reference.RRU], **settings: Any) -> Implementation:
+        """Return another implementation on the same maps, with a copy of this one's weights."""
         own = self.module
         settings |= {"hidden": own.transition.out_channels, "spatial_hidden": own.spatial_attention[0].out_features}
         module = cls(own.channels, own.spatial, **settings)
         module.to(own.transition.weight).load_state_dict(own.state_dict())
         return replace(self, module=module.train(own.training))
 
-    def redrawn(self) -> Contender:
-        """The same on other maps and gradients, of the same shapes and strides."""
+    def redraw(self) -> Implementation:
+        """Return the same module on other maps and upstream gradients of the same shapes and strides."""
         features, strips = self.upstream
         x = torch.randn_like(self.x).relu().requires_grad_(self.x.requires_grad)
         return replace(self, x=x, upstream=(torch.randn_like(features), torch.randn_like(strips)))
 
-    def in_double(self) -> Contender:
-        """The oracle: the same weights and maps in float64."""
+    def oracle(self) -> Implementation:
+        """Return the reference with the same weights and maps in float64."""
         features, strips = self.upstream
-        return Contender(
+        return Implementation(
             self.twin(reference.RRU).module.double(),
             self.x.detach().double().requires_grad_(self.x.requires_grad),
             (features.double(), strips.double()),
         )
 
 
-def contenders(
+def implementations(
     shape: Shape,
     dtype: str,
     device: torch.device,
@@ -108,11 +106,11 @@ def contenders(
     training: bool = True,
     channels_last: bool = False,
     hidden: tuple[int, int] = HIDDEN,
-) -> dict[str, Contender]:
-    """By name, the two eager ones and every backend that can serve on the device."""
+) -> dict[str, Implementation]:
+    """Return both eager implementations and every backend that serves the device, by name."""
     for seed in SEEDS:
-        eager = _drawn(shape, dtype, device, training, channels_last, hidden, seed)
-        if not training or no_relu_near_zero(eager.in_double().forward, eager.x.dtype):
+        eager = _draw(shape, dtype, device, training, channels_last, hidden, seed)
+        if not training or no_relu_near_zero(eager.oracle().forward, eager.x.dtype):
             break
     _, *fast = backends.serving(device)
     return {
@@ -122,7 +120,7 @@ def contenders(
     }
 
 
-def _drawn(
+def _draw(
     shape: Shape,
     dtype: str,
     device: torch.device,
@@ -130,7 +128,7 @@ def _drawn(
     channels_last: bool,
     hidden: tuple[int, int],
     seed: int,
-) -> Contender:
+) -> Implementation:
     torch.manual_seed(seed)
     clips, _, channels, height, width = shape
     x = torch.randn(shape, device=device).relu().to(DTYPES[dtype])
@@ -141,60 +139,58 @@ def _drawn(
     if not training:
         module(x[:, :8])  # running statistics other than the initial ones
         module.eval()
-    return Contender(module, x.requires_grad_(training), upstream)
+    return Implementation(module, x.requires_grad_(training), upstream)
 
 
-def check(field: Mapping[str, Contender]) -> None:
-    """Hold every contender to the float64 oracle, on the maps about to be timed, and where they are small on more.
+def check(impls: Mapping[str, Implementation]) -> None:
+    """Hold every implementation to the float64 oracle on its maps, and on more draws if they are small.
 
     Raises:
         SystemExit: one is wrong.
     """
-    for draws in _draws(field).values():
-        report_parity(*draws)
+    for name, errors in _errors(impls).items():
+        report_parity(_title(name, impls), errors)
 
 
-def sifted(field: Mapping[str, Contender], draws: int = DRAWS) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those of the field that run and are right, by `check`; and why another is not among them.
+def filter_valid(
+    impls: Mapping[str, Implementation], draws: int = DRAWS
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return the implementations that run and pass `check`, and the reason for each that is left out.
 
-    draws: of maps that are small.
+    draws: number of draws of small maps.
     """
-    right, refused = dict(field), {}
-    for name, own in field.items():
+    valid, refused = dict(impls), {}
+    for name, impl in impls.items():
         try:
-            own.results()
-        except Exception as error:  # whatever it is, the others can be measured
-            refused[name] = f"does not run: {told(error)}"
-            del right[name]
-    for name, compared in _draws(right, draws).items():
+            impl.results()
+        except Exception as error:  # any error: the others can still be measured
+            refused[name] = f"does not run: {format_error(error)}"
+            del valid[name]
+    for name, errors in _errors(valid, draws).items():
         try:
-            report_parity(*compared)
+            report_parity(_title(name, impls), errors)
         except SystemExit as refusal:
             refused[name] = str(refusal)
-            del right[name]
+            del valid[name]
     for name, why in refused.items():
         print(f"{name} is left out: {why}")
-    return right, refused
+    return valid, refused
 
 
-def told(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _title(name: str, impls: Mapping[str, Implementation]) -> str:
+    return f"{name}, {str(impls[REFERENCE].x.dtype).removeprefix('torch.')}"
 
 
-def _draws(field: Mapping[str, Contender], count: int = DRAWS) -> dict[str, tuple[str, list[dict[str, Error]]]]:
-    """Arguments of `report_parity` for each contender but the eager reference: a title, and draws.
+def _errors(impls: Mapping[str, Implementation], draws: int = DRAWS) -> dict[str, list[dict[str, Error]]]:
+    """Return the errors of each draw, by name, of each implementation but the eager reference.
 
-    count: draws of inputs of fewer elements than `LARGE`.
+    draws: number of draws of x of fewer than `LARGE` elements.
     """
-    eager = field[REFERENCE]
-    dtype = str(eager.x.dtype).removeprefix("torch.")
-    draws: dict[str, tuple[str, list[dict[str, Error]]]]
-    draws = {name: (f"{name}, {dtype}", []) for name in field if name != REFERENCE}
-    for turn in range(1 if eager.x.numel() >= LARGE else count):
-        drawn = eager if turn == 0 else eager.redrawn()
-        in_dtype, oracle = drawn.results(), drawn.in_double().results()
-        for name, (_, found) in draws.items():
-            own = replace(drawn, module=field[name].module)
-            found.append(compare(own.results(), in_dtype, oracle))
-    return draws
+    eager = impls[REFERENCE]
+    found: dict[str, list[dict[str, Error]]] = {name: [] for name in impls if name != REFERENCE}
+    for draw in range(1 if eager.x.numel() >= LARGE else draws):
+        drawn = eager if draw == 0 else eager.redraw()
+        in_dtype, oracle = drawn.results(), drawn.oracle().results()
+        for name, errors in found.items():
+            errors.append(compare(replace(drawn, module=impls[name].module).results(), in_dtype, oracle))
+    return found

@@ -1,4 +1,4 @@
-"""Kernel launches of the Triton operators: recorded without running, specialized and compiled without a GPU."""
+"""Launches of the Triton operators: recorded instead of run, then specialized and compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refine_arguments(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what it would be launched with."""
+    """A kernel and the arguments of its launch."""
 
     op: str
     tuning: bool  # only autotuning launches it
@@ -62,7 +62,7 @@ class Launch:
 
 
 class Recorder:
-    """Receiver of every launch in place of the GPU."""
+    """Receiver of all launches in place of the GPU."""
 
     def __init__(self, note: Callable[[Launch], object]) -> None:
         self.note = note
@@ -127,7 +127,7 @@ class Specialization:
 
 
 class Specializer:
-    """Specializes launches for a target as `JITFunction.run` does, each kind once."""
+    """Specialization of launches for a target as in `JITFunction.run`, each kind once."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

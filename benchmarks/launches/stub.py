@@ -1,4 +1,4 @@
-"""Launch Triton kernels without a GPU: all of a launch but compiling and the driver's call."""
+"""Launch Triton kernels without a GPU: everything but compilation and the call into the driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[..., None]
 
 
 class Stub:
-    """A compiled kernel that calls `run` in place of the driver."""
+    """Stand-in for a compiled kernel that calls `run` in place of the driver."""
 
     __getitem__ = CompiledKernel.__getitem__
     function = packed_metadata = None
@@ -31,10 +31,10 @@ class Stub:
         pass
 
     def launch_metadata(self, *_: Any) -> None:
-        """None, as without hooks."""
+        """Return None, as without hooks."""
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        """Hand the arguments on; before them are stream, function, metadata and hooks."""
+        """Pass on the kernel's arguments, which follow the stream, function, metadata and hooks."""
         self._run(self, (x, y, z), *rest[6:])
 
 
@@ -64,6 +64,6 @@ def launched_by(run: Run) -> Iterator[None]:
         try:
             yield
         finally:
-            driver.set_active(None)  # the default, which needs a GPU, is made when it is asked for
+            driver.set_active(None)  # Triton creates the default, which needs a GPU, on its next use
             for kernel in used:
                 kernel.device_caches.clear()

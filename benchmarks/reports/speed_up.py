@@ -1,4 +1,4 @@
-"""How many times faster the kernels are than PyTorch, at every shape measured: a machine's runs in one drawing."""
+"""Drawing of the kernels' speed-ups over PyTorch at every shape measured on one machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from matplotlib.figure import Figure
 from benchmarks.implementations.refine import AUTHORS, COMPILED, REFERENCE
 from benchmarks.reports import style
 from benchmarks.reports.table import Row, cell
+from build_tools.palette import TEXT
 
 Ratios = dict[str, float | None]
-OURS = ("cuda", "triton", "cpu", "composite")  # the fastest first
+"""Speed-ups over other implementations, by their names."""
+OURS = ("cuda", "triton", "cpu", "composite")  # fastest first
 TICKS = (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100)
 
 
 def draw(runs: Sequence[dict[str, Any]], caption: str) -> Figure:
-    """A line a shape, a dot on it for each that ours is compared to."""
+    """Draw a line per shape with a dot for each implementation that ours is compared with."""
     found = lines(runs)
     figure = Figure(figsize=(9, 0.26 * len(found) + 1.7), layout="constrained")
     axes = figure.subplots()
@@ -26,26 +28,27 @@ def draw(runs: Sequence[dict[str, Any]], caption: str) -> Figure:
     for other in (AUTHORS, COMPILED, REFERENCE):
         dots = [(ratios[other], height) for height, (_, ratios) in enumerate(found) if ratios.get(other)]
         if dots:
-            axes.plot(*zip(*dots, strict=True), "o", color=style.COLOURS[other], label=f"than {other}")
+            axes.plot(*zip(*dots, strict=True), "o", color=style.COLORS[other], label=f"than {other}")
     for height, (_, ratios) in enumerate(found):
-        told = cell("x ", ratios[REFERENCE])
-        axes.text(1.02, height, told, transform=axes.get_yaxis_transform(), va="center", color=style.TEXT, fontsize=9)
-    axes.axvline(1, color=style.TEXT, linestyle="--", linewidth=1)
+        number = cell("x ", ratios[REFERENCE])
+        axes.text(1.02, height, number, transform=axes.get_yaxis_transform(), va="center", color=TEXT, fontsize=9)
+    axes.axvline(1, color=TEXT, linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="times faster; the number: than eager, reference", ylim=(len(found) - 0.5, -0.5))
     axes.set_yticks(heights, [name for name, _ in found])
     low, high = axes.get_xlim()
     axes.set_xticks([tick for tick in TICKS if low <= tick <= high])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.minorticks_off()
-    style.plain(axes)
+    style.simplify(axes)
     figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    what = "forward + backward, in eval forward; float32 unless said; maps: B x T x C x H x W, features: [G x] N x D"
-    style.caption(figure, f"{what}\n{caption}")
+    conditions = "forward + backward, in eval forward; float32 unless said"
+    shapes = "maps: B x T x C x H x W, features: [G x] N x D"
+    style.caption(figure, f"{conditions}; {shapes}\n{caption}")
     return figure
 
 
 def lines(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Ratios]]:
-    """What each shape is called, and how many times faster ours is there than each that it is compared to."""
+    """Return the label of each shape and the speed-ups of ours at it."""
     return [line for run in runs for line in LINES[run["environment"]["op"]](run)]
 
 
@@ -76,7 +79,7 @@ def _operator(run: dict[str, Any]) -> Iterator[tuple[str, Ratios]]:
 
 
 def _ours(run: dict[str, Any]) -> list[Row]:
-    """The rows of the fastest backend there is."""
+    """Return the rows of the fastest backend that was measured."""
     names = {row["implementation"] for row in run["rows"]}
     ours = next(name for name in OURS if name in names)
     return [row for row in run["rows"] if row["implementation"] == ours]

@@ -1,4 +1,4 @@
-"""The rows of a run as a Markdown table."""
+"""Rows of a run as a Markdown table."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
-# What a title or a caption says once for all rows, or what only a drawing needs.
+# Columns that a title or a caption gives once for all rows, or that only a drawing uses.
 SHARED = ("op", "mode", "shape", "threads", "roofline ms")
 
 
 def columns(rows: list[Row], hide: Sequence[str] = ()) -> list[str]:
-    """Every row's keys in order, but for those in `hide`."""
+    """Return the keys of all rows in order, without those in `hide`."""
     return list(dict.fromkeys(key for row in rows for key in row if key not in hide))
 
 
 def markdown(rows: list[Row], hide: Sequence[str] = ()) -> str:
-    """Rows under their keys, but for those in `hide` and those that no row has a value for."""
+    """Return a table of the rows; leaves out columns in `hide` and columns without any value."""
     names = [c for c in columns(rows, hide) if any(row.get(c) is not None for row in rows)]
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([cell(c, row.get(c)) for c in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(column: str, value: Any) -> str:
-    """Ratios, "x ...", with two decimals, other floats with three digits, a missing value as a dash, a shape with x."""
+    """Return a value as text.
+
+    Ratios, "x ...", have two decimals, other floats three digits; a missing value is a dash, a shape joined by x.
+    """
     if value is None:
         return "-"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The rows of a run as a table in the terminal."""
+"""Rows of a run as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.reports.table import Row, cell, columns
 
 
 def show(title: str, environment: Row, rows: list[Row], notes: str = "", hide: Sequence[str] = ()) -> None:
-    """Print rows under their keys, but for those in `hide`."""
+    """Print a table of the rows without the columns in `hide`, captioned with the environment and `notes`."""
     table = Table(
         title=title, caption=", ".join(f"{k} {v}" for k, v in environment.items()) + notes, title_justify="left"
     )

@@ -1,4 +1,4 @@
-"""The stages of a training step, timed by hooks on the trainer's own parts."""
+"""Stages of a training step, timed by hooks on the trainer's parts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ STAGES = (
     "head",
     "losses",
     "backward",
-    "optimiser",
+    "optimiser",  # the spelling of the stored results' columns
     "rest",
 )
 
 
 class Stages:
-    """Seconds by stage; on a GPU each is waited for.
+    """Seconds by stage; on a GPU the end of each stage waits for the device.
 
-    The head is what comes after the RRU: STIM and the classifier. What a compiled backbone does is taken to last until
-    the RRU begins, as hooks of its own would be compiled with it.
+    The head is everything after the RRU: STIM and the classifier. The backbone lasts until the RRU begins: hooks of its
+    own would be compiled with it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,23 +40,23 @@ class Stages:
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     def begin(self) -> None:
-        """Let the first stage begin now."""
+        """Start the first stage."""
         self._last = self._now()
 
     def end(self, stage: str) -> None:
-        """A stage ends here, and the next begins."""
+        """End a stage and start the next."""
         now = self._now()
         self.seconds[stage] += now - self._last
         self._last = now
 
     def shares(self) -> dict[str, float]:
-        """Each stage's share of all."""
+        """Return each stage's share of the total."""
         total = sum(self.seconds.values())
         return {stage: spent / total for stage, spent in self.seconds.items()}
 
     @contextmanager
     def of(self, trainer: Trainer, loader: DataLoader[Any]) -> Iterator[DataLoader[Any]]:
-        """Watch a trainer inside the block; it is to be given the loader that this yields."""
+        """Watch a trainer inside the block; yields the loader to train with."""
         network, rru = trainer.network, trainer.network.rru
         assert rru is not None
         hooks = [
@@ -82,7 +82,7 @@ class Stages:
 
 @dataclass
 class _Batch(Batch):
-    """A batch that tells when it is on the device."""
+    """A batch whose transfer to the device ends a stage."""
 
     stages: Stages
 
@@ -93,7 +93,7 @@ class _Batch(Batch):
 
 
 class _Watched:
-    """A loader that tells when a batch is there, and when the next is asked for."""
+    """A loader whose batches end a stage when they arrive and when the next is requested."""
 
     def __init__(self, loader: DataLoader[Any], stages: Stages) -> None:
         self._loader, self._stages = loader, stages

@@ -1,4 +1,4 @@
-"""Each benchmark at a toy shape: it checks parity first, measures every implementation, and writes what it printed."""
+"""Benchmarks at toy shapes: each checks parity first, measures every implementation, and writes the rows it prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import refine, scaling
-from benchmarks.implementations import refine as contenders
+from benchmarks.implementations import refine as unit
 from rru_fast import backends
 from rru_fast.composite import batch_hard as batch_hard_kernel
 from rru_fast.composite import refine as refine_kernel
@@ -27,7 +27,7 @@ SHAPE = (2, 3, 16, 4, 4)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On a busy machine several threads wait for each other far longer than they work on a toy."""
+    """Use one thread: on a busy machine, several threads wait for each other far longer than a toy takes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,17 +39,17 @@ def test_refine_measures_both_dtypes_and_the_tracklet_in_one_run(
 ) -> None:
     path = tmp_path / "rows.json"
     rows = refine.main(refine.Options(shape=SHAPE, tracklet=5, repeats=2, compile=False, device="cpu", json=path))
-    field = ["eager, authors", "eager, reference", *BACKENDS]
+    names = ["eager, authors", "eager, reference", *BACKENDS]
     assert [(row["mode"], row["dtype"], row["implementation"]) for row in rows] == [
         (mode, dtype, name)
         for mode, dtype in (("training", "float32"), ("training", "bfloat16"), ("eval", "float32"))
-        for name in field
+        for name in names
     ]
     assert rows[-1]["shape"] == [1, 5, *SHAPE[2:]]
     assert all(row["threads"] == torch.get_num_threads() for row in rows)
     authors, reference, composite = rows[:3]
     assert composite["saved MiB"] < reference["saved MiB"] < authors["saved MiB"]
-    in_bfloat16 = rows[len(field)]
+    in_bfloat16 = rows[len(names)]
     assert authors["x float32, fwd+bwd"] == 1 != in_bfloat16["x float32, fwd+bwd"]
     written = json.loads(path.read_text())
     assert written["rows"] == rows
@@ -60,7 +60,7 @@ def test_refine_measures_both_dtypes_and_the_tracklet_in_one_run(
 
 
 @pytest.mark.exhaustive  # the compiler takes half a minute
-def test_a_shape_and_a_dtype_measure_that_training_alone_beside_the_compiler() -> None:
+def test_a_shape_and_a_dtype_measure_that_training_alone_with_the_compiler() -> None:
     rows = refine.main(refine.Options(shape=SHAPE, dtype="float32", repeats=1, device="cpu"))
     assert [row["implementation"] for row in rows] == [
         "eager, authors",
@@ -86,57 +86,59 @@ def test_scaling_changes_one_size_at_a_time() -> None:
     assert scaling.Point(base.shape, 2, layout="channels last") in points
 
 
-def test_scaling_rows_hold_paired_ratios_of_what_auto_takes() -> None:
+def test_scaling_rows_hold_paired_ratios_of_the_backend_that_auto_takes() -> None:
     ours = backends.choose("auto", torch.device("cpu"))
     options = scaling.Options(SHAPE, clips=(2,), frames=(3,), channels=(16,), threads=(1, 2), repeats=1, device="cpu")
     rows = scaling.main(options)
     assert torch.get_num_threads() == 1
     assert {row["threads"] for row in rows} == {1, min(2, os.cpu_count() or 1)}
-    # What is wrong at a shape is left out there. That plain eager, the other way of writing it, is not.
+    # The authors' eager and the backends are left out where they are wrong; the reference never is.
     assert all(row["eager, reference ms"] > 0 for row in rows)
     for row in rows:
         mine, theirs = row[f"{ours} ms"], row["eager, reference ms"]
         assert row["x reference"] == (None if mine is None else pytest.approx(theirs / mine))
 
 
-def test_what_is_wrong_at_a_point_is_not_measured_there(
+def test_an_implementation_that_is_wrong_at_a_point_is_not_measured_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exact = refine_kernel.forward
     monkeypatch.setattr(refine_kernel, "forward", lambda *a: off(exact(*a)))
-    found, refused = contenders.sifted(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
+    found, refused = unit.filter_valid(unit.implementations(SHAPE, "float32", torch.device("cpu")))
     assert "composite" not in found
     assert "eager, authors" in found
     assert list(refused) == ["composite"]
     assert "composite is left out: parity: composite, float32 is off by" in capsys.readouterr().out
 
 
-def test_what_does_not_run_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_does_not_run_is_named_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no kernel image is available\nand more")
 
     monkeypatch.setattr(refine_kernel, "forward", broken)
-    found, refused = contenders.sifted(contenders.contenders(SHAPE, "float32", torch.device("cpu")))
+    found, refused = unit.filter_valid(unit.implementations(SHAPE, "float32", torch.device("cpu")))
     assert refused == {"composite": "does not run: RuntimeError: no kernel image is available"}
     assert "eager, authors" in found
 
 
-def test_every_contender_has_the_same_maps_and_equal_weights_of_its_own() -> None:
-    field = contenders.contenders(SHAPE, "float32", torch.device("cpu"), channels_last=True)
-    x = field["eager, reference"].x
+def test_every_implementation_has_the_same_maps_and_a_copy_of_the_weights() -> None:
+    impls = unit.implementations(SHAPE, "float32", torch.device("cpu"), channels_last=True)
+    x = impls["eager, reference"].x
     assert x.shape == SHAPE and x.stride(2) == 1
-    weights = [own.module.transition.weight for own in field.values()]
-    assert all(own.x is x for own in field.values())
+    weights = [impl.module.transition.weight for impl in impls.values()]
+    assert all(impl.x is x for impl in impls.values())
     assert all(torch.equal(weight, weights[0]) for weight in weights)
-    assert len({weight.data_ptr() for weight in weights}) == len(field)
+    assert len({weight.data_ptr() for weight in weights}) == len(impls)
 
 
 def test_nothing_is_left_out_at_the_hardest_point_of_scaling() -> None:
-    """Of one position the statistics are of a handful of values, and a product's terms are easily added in a row."""
-    contenders.check(contenders.contenders((8, 4, 2048, 1, 1), "float32", torch.device("cpu")))
+    """At one position the statistics are over few values, and a product may add its terms in sequence."""
+    unit.check(unit.implementations((8, 4, 2048, 1, 1), "float32", torch.device("cpu")))
 
 
-# By module, a run of its command at toy shapes.
+# Options for toy shapes, by command.
 COMMANDS = {
     "refine": "--shape 2 3 16 4 4 --tracklet 5 --dtype float32 --repeats 1 --no-compile",
     "scaling": "--base 2 3 16 4 4 --clips 2 --frames 3 --channels 16 --threads 1 --repeats 1",
@@ -150,7 +152,7 @@ every_command = pytest.mark.parametrize(
 
 
 def _run(command: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `python -m` does; it imports the module anew, as __main__."""
+    """Run a command as `python -m` does: imported anew, as __main__."""
     monkeypatch.setattr("sys.argv", [command, *COMMANDS[command].split(), "--device", "cpu", "--json", str(path)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that it has been imported before
@@ -158,7 +160,7 @@ def _run(command: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_command
-def test_a_command_tells_parity_before_its_figures_and_ends_well(
+def test_a_command_reports_parity_before_its_figures_and_where_it_wrote_them(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _run(command, tmp_path / "rows.json", monkeypatch)
@@ -166,23 +168,25 @@ def test_a_command_tells_parity_before_its_figures_and_ends_well(
     parity, figures = printed.index("parity: composite"), printed.index("┏")
     assert parity < figures
     assert "is within" in printed[parity:figures]
-    kept = json.loads((tmp_path / "rows.json").read_text())
-    assert kept["environment"]["op"] == command and kept["environment"]["commit"]
-    names = {row.get("implementation") for row in kept["rows"]} | {
-        key.removesuffix(" MiB").removesuffix(" ms") for row in kept["rows"] for key in row
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert printed.endswith(f"wrote {len(rows)} rows to {tmp_path / 'rows.json'}\n")
+    environment = json.loads((tmp_path / "rows.json").read_text())["environment"]
+    assert environment["op"] == command and environment["commit"]
+    names = {row.get("implementation") for row in rows} | {
+        key.removesuffix(" MiB").removesuffix(" ms") for row in rows for key in row
     }
     assert names.issuperset(BACKENDS)
     assert ("pytorch-metric-learning" in names) == (command in ("batch_hard", "memory"))
 
 
 def off(outputs: Any) -> Any:
-    """The same outputs, the first by a thousandth too large."""
+    """Return the outputs with the first one multiplied by 1.001."""
     first = fields(outputs)[0].name
     return replace(outputs, **{first: getattr(outputs, first) * 1.001})
 
 
 @every_command
-def test_no_figure_leaves_a_command_whose_kernel_is_wrong_and_it_ends_with_an_error(
+def test_a_command_whose_kernel_is_wrong_prints_no_figure_of_it_and_ends_with_an_error(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kernel in (refine_kernel, batch_hard_kernel):
@@ -193,8 +197,8 @@ def test_no_figure_leaves_a_command_whose_kernel_is_wrong_and_it_ends_with_an_er
     path = tmp_path / "rows.json"
     with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d)? is off") as ended:
         _run(command, path, monkeypatch)
-    assert isinstance(ended.value.code, str)  # which the interpreter prints, and ends with 1
-    if command == "scaling":  # what is right at a point is measured there
+    assert isinstance(ended.value.code, str)  # the interpreter prints it and exits with 1
+    if command == "scaling":  # the others are measured at each point
         rows = json.loads(path.read_text())["rows"]
         assert all(row["composite ms"] is None and row["x composite"] is None for row in rows)
     else:

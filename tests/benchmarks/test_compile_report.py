@@ -1,4 +1,4 @@
-"""The report that compiles the Triton kernels without a GPU."""
+"""Compile report of the Triton kernels, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "messages"),
     [
         ({}, []),
         ({"stack": 8}, ["stack 8, at most 0"]),
@@ -43,12 +43,12 @@ ROW = {
         ({"matrix instructions": None, "multiplies": False}, []),
     ],
 )
-def test_what_is_over_budget_is_told(changed: dict[str, object], told: list[str]) -> None:
+def test_every_excess_over_the_budget_is_reported(changed: dict[str, object], messages: list[str]) -> None:
     found = over_budget({**ROW, **changed})
-    assert [sentence.split(": ")[1] for sentence in found] == told
+    assert [sentence.split(": ")[1] for sentence in found] == messages
 
 
-@pytest.mark.exhaustive  # a part of make compile-report
+@pytest.mark.exhaustive  # make compile-report includes it
 def test_every_kernel_is_compiled_and_within_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_report, "VARIANTS", (compile_report.Variant(groups=compile_report.CLIPS),))
     rows = compile_report.compile_all(90, "bfloat16")
@@ -74,6 +74,6 @@ def test_by_default_every_kernel_is_launched_by_the_papers_unit_and_untuned() ->
         (Options(dtype=("int8",)), r"--dtype: got 'int8', wanted one of 'float32 ieee'"),
     ],
 )
-def test_what_it_cannot_compile_for_is_refused(options: Options, message: str) -> None:
+def test_an_architecture_or_dtype_that_it_cannot_compile_for_is_refused(options: Options, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(options)

@@ -1,4 +1,4 @@
-"""The kernels under pytest-benchmark, run as a user runs them."""
+"""`pytest benchmarks`, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.report import ROOT
 from tests.parity import BACKENDS
 
 TOY = ["benchmarks", "--toy", "-q"]
-# One process, of which the import of torch takes most: saved, compared, and with a wrong kernel.
+# Three runs in one process, as the import of torch takes longest: saved, compared, and with a wrong kernel.
 TWICE_AND_WRONG = f"""
 import sys
 import pytest
@@ -34,10 +34,10 @@ sys.exit(f"ENDED {{saved:d}} {{compared:d}} {{wrong:d}}")
 
 
 @pytest.mark.exhaustive  # three runs of all kernels
-def test_a_run_is_compared_with_the_one_before_and_what_is_wrong_has_no_figure(tmp_path: Path) -> None:
+def test_a_run_is_compared_with_the_one_before_and_a_wrong_kernel_has_no_figure(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWICE_AND_WRONG, str(tmp_path)]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not of xdist's own
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=alone)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.stderr.strip().endswith("ENDED 0 0 1"), done.stdout + done.stderr
     first, second = sorted(tmp_path.glob("*/*.json"))
     saved = json.loads(first.read_text())

@@ -1,4 +1,4 @@
-"""From the JSON of runs to drawings and to the README's tables."""
+"""Drawings and tables of the README from the JSON of runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _written(folder: Path) -> report.Options:
 
 @pytest.fixture
 def options(tmp_path: Path) -> report.Options:
-    """Runs, and a page with a place for each."""
+    """Measured runs, and a page with a section for each."""
     return _written(tmp_path)
 
 
@@ -81,12 +81,12 @@ def _drawn_once(tmp_path_factory: pytest.TempPathFactory) -> report.Options:
 
 @pytest.fixture
 def drawn(_drawn_once: report.Options, tmp_path: Path) -> report.Options:
-    """The same, reported."""
+    """The same after a report."""
     folder = shutil.copytree(_drawn_once.results, tmp_path / "copy")
     return report.Options(results=folder, readme=folder / "README.md")
 
 
-def test_runs_become_tables_between_their_markers_and_drawings_beside_them(drawn: report.Options) -> None:
+def test_runs_become_tables_between_their_markers_and_drawings_in_their_folder(drawn: report.Options) -> None:
     page = drawn.readme.read_text()
     assert "old" not in page
     assert page.startswith("before\n<!-- refine -->\n") and page.endswith("<!-- /speed_up -->\nafter\n")
@@ -130,7 +130,7 @@ def test_a_run_on_a_gpu_becomes_a_table_for_each_operator_and_mode(options: repo
     assert "| triton | 3 | 3.00 | high | 0.25 | - |" in page and "| wrong | - | - | - | - | off |" in page
 
 
-def test_the_readme_has_a_place_for_a_gpus_figures() -> None:
+def test_the_readme_has_a_section_for_a_gpus_figures() -> None:
     page = (report.ROOT / "README.md").read_text()
     assert page.count("<!-- gpu -->") == page.count("<!-- /gpu -->") == 1
 
@@ -148,9 +148,7 @@ def test_the_same_runs_give_the_same_files(drawn: report.Options) -> None:
     assert [path.read_bytes() for path in paths] == first
 
 
-def test_check_tells_a_page_and_drawings_that_say_something_else(
-    options: report.Options, drawn: report.Options
-) -> None:
+def test_check_names_a_page_and_drawings_that_are_out_of_date(options: report.Options, drawn: report.Options) -> None:
     with pytest.raises(SystemExit, match=r"stale: .*refine-here.png.*README.md; run: python -m benchmarks.report"):
         report.main(replace(options, check=True))
     assert options.readme.read_text() == PAGE
@@ -175,10 +173,10 @@ def test_a_digit_that_no_table_shows_makes_its_runs_drawings_stale(drawn: report
 
 def test_a_drawing_by_another_matplotlib_is_not_stale(drawn: report.Options) -> None:
     path = drawn.results / "refine-here.png"
-    said = style.source(path)
-    assert said is not None
+    source = style.source(path)
+    assert source is not None
     figure = Figure()  # other pixels
-    style.save(figure, said, path)
+    style.save(figure, source, path)
     report.main(replace(drawn, check=True))
 
 
@@ -188,14 +186,14 @@ def test_a_run_without_a_place_in_the_page_is_an_error(options: report.Options) 
         report.main(options)
 
 
-def test_an_axis_holds_the_base_and_what_differs_from_it_there_alone() -> None:
+def test_an_axis_holds_the_base_and_the_rows_that_differ_from_it_there_alone() -> None:
     rows = _scaling()["rows"]
     assert [drawing.size(row, "B") for row in drawing.along(rows, BASE, "B")] == [1, 2]
     assert [drawing.size(row, "T") for row in drawing.along(rows, BASE, "T")] == [2, 3]
     assert [drawing.size(row, "threads") for row in drawing.along(rows, BASE, "threads")] == [1, 2]
 
 
-def test_a_line_of_the_speed_ups_is_a_shape_and_what_ours_is_compared_to_there() -> None:
+def test_a_line_of_the_speed_ups_is_a_shape_and_the_implementations_compared_there() -> None:
     lines = dict(speed_up.lines([_refine(), _scaling()]))
     assert lines["refine, training, 2 x 3 x 16 x 4 x 4, bfloat16"]["eager, reference"] == 300 / 123.4
     assert lines["refine, training, 2 x 2 x 16 x 4 x 4"]["eager, authors"] == 0.75
@@ -207,11 +205,11 @@ def test_a_column_without_a_value_is_no_column() -> None:
     assert table.markdown([{"a": 1, "b": None}]) == "| a |\n| --- |\n| 1 |"
 
 
-def test_a_page_that_is_not_there_is_begun_with_all_that_was_measured(drawn: report.Options) -> None:
+def test_a_missing_page_is_created_with_a_section_for_every_run(drawn: report.Options) -> None:
     page = drawn.results / "another.md"
     report.main(replace(drawn, readme=page))
-    there = [line for line in page.read_text().splitlines() if line.startswith("## ")]
-    assert there == ["## speed_up", "## refine", "## scaling", "## memory"]
+    headings = [line for line in page.read_text().splitlines() if line.startswith("## ")]
+    assert headings == ["## speed_up", "## refine", "## scaling", "## memory"]
     before = drawn.readme.read_text()
     for op in ("refine", "scaling", "memory", "speed_up"):
         begin, end = f"<!-- {op} -->", f"<!-- /{op} -->"
@@ -223,5 +221,5 @@ PAGES |= {page: page.parent for page in report.Options().results.glob("*/README.
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_page_says_what_the_measured_runs_say(page: Path) -> None:
+def test_a_page_is_up_to_date_with_the_measured_runs(page: Path) -> None:
     report.main(report.Options(results=PAGES[page], readme=page, check=True))

@@ -1,4 +1,4 @@
-"""The benchmark of a training step, at a toy's size."""
+"""Benchmark of a training step, at toy size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch.optim import SGD
 
-import benchmarks.train_step.__main__ as train_step
 import rru_fast
 from benchmarks.harness import measure
-from benchmarks.train_step import sections as train_step_sections
-from benchmarks.train_step.sections import PIPELINES, REFERENCE, TOY, Pipeline, Run, Runner, packed
+from benchmarks.train_step import pipelines, runner, sections
+from benchmarks.train_step.__main__ import Options, main
+from benchmarks.train_step.pipelines import PIPELINES, REFERENCE, TOY, Pipeline, Run, packed
+from benchmarks.train_step.runner import Runner
 from benchmarks.train_step.stages import STAGES
 from training.config.optim import OptimConfig
 from training.config.step import StepConfig
@@ -30,14 +31,14 @@ from training.model.operators import Ops
 from training.pack import Options as PackOptions
 from training.pack import pack
 
-PEOPLE = 4  # two to train on, as many as the toy's batches hold
+PEOPLE = 4  # two of them to train on, as many as in a batch of the toy
 
 
-def test_each_pipeline_trains_as_the_reference_does_and_tells_where_its_time_goes(
+def test_each_pipeline_trains_as_the_reference_does_and_has_its_time_by_stages(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.json"
-    rows = train_step.main(train_step.Options(toy=True, people=PEOPLE, json=path))
+    rows = main(Options(toy=True, people=PEOPLE, json=path))
     assert [row["pipeline"] for row in rows] == list(PIPELINES)
     not_here = {row["pipeline"]: row["left out"] for row in rows if row["left out"]}
     assert not_here.pop("fast ops, CUDA-graphed RRU") == "n/a on a CPU"
@@ -79,25 +80,25 @@ def test_a_pipeline_of_other_frames_and_one_that_does_not_run_have_no_figures(
             ImageOps.invert(frame).save(path)
     run = Run("toy", TOY["toy, 1 worker"], data, torch.device("cpu"))
     tried = {REFERENCE: Pipeline(), "packed frames": Pipeline(packed="encoded")}
-    monkeypatch.setattr(train_step_sections, "PIPELINES", tried)
-    _, not_running = train_step_sections.rows(run)
+    monkeypatch.setattr(pipelines, "PIPELINES", tried)
+    _, not_running = sections.rows(run)
     assert not_running["left out"].startswith("does not run: UserError: ") and not_running["frames/s"] is None
     pack(PackOptions("ilids-vid", packed(data, "encoded"), others, splits=(0,), check_counts=False))
-    _, wrong = train_step_sections.rows(run)
+    _, wrong = sections.rows(run)
     assert wrong["left out"].startswith("wrong: frames within ") and wrong["frames/s"] is None
 
 
 def other_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = train_step_sections.Losses
+    right = runner.Losses
 
     def wrong(config: LossConfig, ops: Ops) -> Losses:
         return right(replace(config, margin=config.margin + 0.001) if ops == "fast" else config, ops)
 
-    monkeypatch.setattr(train_step_sections, "Losses", wrong)
+    monkeypatch.setattr(runner, "Losses", wrong)
 
 
 def no_gradient_of_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = train_step_sections.Network
+    right = runner.Network
 
     def wrong(config: ModelConfig, people: int, ops: Ops, cuda_graph: bool) -> Network:
         network = right(config, people, ops, cuda_graph)
@@ -106,11 +107,11 @@ def no_gradient_of_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
             network.rru.transition.weight.register_hook(torch.zeros_like)
         return network
 
-    monkeypatch.setattr(train_step_sections, "Network", wrong)
+    monkeypatch.setattr(runner, "Network", wrong)
 
 
 def no_change_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = train_step_sections.make_optimizer
+    right = runner.make_optimizer
 
     def wrong(network: Network, config: OptimConfig) -> SGD:
         optimizer = right(network, config)
@@ -119,7 +120,7 @@ def no_change_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
                 group["lr"] = 0.0
         return optimizer
 
-    monkeypatch.setattr(train_step_sections, "make_optimizer", wrong)
+    monkeypatch.setattr(runner, "make_optimizer", wrong)
 
 
 def other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +136,7 @@ def other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reason"),
     [
         pytest.param(other_margin, "wrong: frames within ", marks=pytest.mark.exhaustive),
         pytest.param(no_gradient_of_the_gate, "wrong: frames within ", marks=pytest.mark.exhaustive),
@@ -143,17 +144,15 @@ def other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (other_labels, "wrong: its batches are of other clips, or have other labels"),
     ],
 )
-def test_a_pipeline_that_trains_otherwise_has_no_figures(
-    people: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None], told: str
+def test_a_pipeline_that_trains_differently_has_no_figures(
+    people: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None], reason: str
 ) -> None:
     spoil(monkeypatch)
-    monkeypatch.setattr(
-        train_step_sections, "PIPELINES", {REFERENCE: Pipeline(), "fast ops": Pipeline(step=StepConfig("fast"))}
-    )
-    _, row = train_step_sections.rows(Run("toy", TOY["toy, 1 worker"], people, torch.device("cpu")))
-    assert str(row["left out"]).startswith(told)
+    monkeypatch.setattr(pipelines, "PIPELINES", {REFERENCE: Pipeline(), "fast ops": Pipeline(step=StepConfig("fast"))})
+    _, row = sections.rows(Run("toy", TOY["toy, 1 worker"], people, torch.device("cpu")))
+    assert str(row["left out"]).startswith(reason)
 
 
-def test_what_the_time_did_not_reach_is_named() -> None:
+def test_a_section_that_the_time_did_not_reach_is_named() -> None:
     with pytest.raises(SystemExit, match="left out:\n  toy, 1 worker: the time is over"):
-        train_step.main(train_step.Options(toy=True, people=PEOPLE, seconds=-1))
+        main(Options(toy=True, people=PEOPLE, seconds=-1))

@@ -1,4 +1,4 @@
-"""The GPU benchmark, tried without a GPU: its parts, their processes, and what it needs to be installed."""
+"""GPU benchmark, run without a GPU: its parts, their processes, and its requirements."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ pytest.importorskip("triton")
 
 import benchmarks.gpu.__main__ as command
 from benchmarks.gpu import losses
-from benchmarks.gpu.parts import PARTS, ROOT
+from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import make_run
 from benchmarks.gpu.sections import SECTIONS
+from benchmarks.harness.results import ROOT
 from rru_fast import triton
 
 interpreted = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -37,7 +38,7 @@ WITHOUT_GPU = [name for name, part in PARTS.items() if not part.needs_gpu]
 
 
 def top_levels(*names: str) -> set[Path]:
-    """Files and folders that these distributions, and those that they require, put into site-packages."""
+    """Return the entries of site-packages of these distributions and of all that they require."""
     requirements = pytest.importorskip("packaging.requirements")
     seen: set[tuple[str, str]] = set()
     found: set[Path] = set()
@@ -60,7 +61,7 @@ def top_levels(*names: str) -> set[Path]:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Python that has only what is needed, and a checkout without compiled kernels."""
+    """A Python with the required packages only, and a checkout without compiled kernels."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
@@ -69,7 +70,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             (packages / path.name).symlink_to(path)
     checkout = folder / "checkout"
     unwanted = shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "results")
-    for name in ("rru_fast", "benchmarks", "tests"):
+    for name in ("rru_fast", "benchmarks", "build_tools", "tests"):
         shutil.copytree(ROOT / name, checkout / name, ignore=unwanted)
     shutil.copy(ROOT / "pyproject.toml", checkout)
     return folder / "env" / "bin" / "python", checkout
@@ -77,14 +78,14 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run_bare(bare: tuple[Path, Path], *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     python, checkout = bare
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "TRITON", "RRU_FAST"))}
-    kept |= {"OMP_NUM_THREADS": "1", **environment}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "TRITON", "RRU_FAST"))}
+    inherited |= {"OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [str(python), *arguments], cwd=checkout, env=kept, capture_output=True, text=True, check=False
+        [str(python), *arguments], cwd=checkout, env=inherited, capture_output=True, text=True, check=False
     )
 
 
-def test_the_environment_lacks_what_is_not_needed(bare: tuple[Path, Path]) -> None:
+def test_the_environment_lacks_all_other_packages(bare: tuple[Path, Path]) -> None:
     code = f"from importlib.util import find_spec; print([name for name in {ABSENT} if find_spec(name)])"
     done = run_bare(bare, "-c", code)
     assert done.stdout.strip() == "[]", done.stderr
@@ -166,7 +167,7 @@ print(len(jobs), len(set(launched)), len(warmed), len(set(cache.rglob("*")) - wa
 
 
 @compiled
-def test_a_launch_finds_what_was_warmed_in_the_cache(tmp_path: Path) -> None:
+def test_a_launch_finds_the_warmed_kernels_in_the_cache(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WARMED, str(tmp_path)],
         cwd=ROOT,
@@ -181,7 +182,7 @@ def test_a_launch_finds_what_was_warmed_in_the_cache(tmp_path: Path) -> None:
 
 
 @interpreted
-def test_triton_where_it_does_not_run_is_a_row_of_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_a_row_of_dashes_if_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RRU_FAST_FLOAT32", "tf16")  # refused by every kernel that multiplies
     for found in losses.many(make_run(torch.device("cpu"), toy=True, repeats=1)):
         rows = {row["implementation"]: row for row in found}
@@ -195,7 +196,7 @@ SAY = "print('{\"found\": ' + str(os.getpid()) + '}', file=file, flush=True)\n"
 CHILD = (
     "child = subprocess.Popen(['sleep', '600']); print('{\"child\": ' + str(child.pid) + '}', file=file, flush=True)\n"
 )
-# By part, the script in its place.
+# Script in place of a part, by its name.
 SCRIPTS = {
     "environment": f"{BEGIN}{SAY}os._exit(3)",
     "warm": f"{BEGIN}{SAY}{CHILD}",
@@ -207,7 +208,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts in place of the parts."""
+    """Replace the parts by scripts."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(
         command, "command", lambda name, findings, *_: [sys.executable, "-c", SCRIPTS[name], str(findings)]
@@ -234,7 +235,7 @@ def written(folder: Path) -> Any:
 
 @no_gpu
 @pytest.mark.usefixtures("scripted")
-def test_a_part_that_crashes_or_hangs_loses_itself_alone(
+def test_a_part_that_crashes_or_hangs_does_not_affect_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "LEAST", 0)
@@ -293,7 +294,7 @@ def test_no_run_overwrites_an_earlier_one_and_no_part_begins_when_the_time_is_ov
 
 
 @no_gpu
-def test_without_a_gpu_it_says_how_it_can_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_says_how_to_try_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = "--toy: got False without a GPU, wanted one, or --toy with TRITON_INTERPRET=1"
     with pytest.raises(SystemExit, match=wanted):
         command.main(["--results", str(tmp_path)])

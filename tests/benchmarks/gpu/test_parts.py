@@ -1,4 +1,4 @@
-"""The parts of the GPU benchmark one by one: findings, profiles, the suite and the sanitizer."""
+"""Parts of the GPU benchmark: findings, profiles, the suite and the sanitizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.gpu import kernel_times, parts, sanitizer, suite
 from benchmarks.gpu.results import Findings, Results
 
 
-def test_findings_go_where_their_keys_say(tmp_path: Path) -> None:
+def test_findings_are_added_by_their_keys(tmp_path: Path) -> None:
     results = Results(tmp_path, "toy", {"op": "gpu"})
     results.parts["smoke"] = {}
     lines = tmp_path / "lines"
@@ -83,7 +83,7 @@ def test_autotuned_configs_come_back_in_one_file(tmp_path: Path) -> None:
     assert json.loads(gathered.read_text()) == [{"kind": "a"}, {"kind": "b"}]
 
 
-def test_the_suite_writes_what_it_has_before_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_writes_its_results_before_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "ENDING", 2)
     monkeypatch.setattr(suite, "find_spec", lambda module: None)  # pytest-xdist takes 10 s to end
     for name in [name for name in os.environ if name.startswith("PYTEST")]:
@@ -126,7 +126,7 @@ def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Memcpy DtoD", 1.0),
         ("atb_kernel", 4.0),
     ] * kernel_times.CALLS
-    monkeypatch.setattr(kernel_times, "_device_events", lambda work: events)
+    monkeypatch.setattr(kernel_times, "_device_events", lambda fn: events)
     assert kernel_times.kernel_ms(lambda: None) == pytest.approx(7e-3)
     assert kernel_times.by_kernel(lambda: None, most=1) == {
         "us per call": 7.0,

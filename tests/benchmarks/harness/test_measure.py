@@ -1,4 +1,4 @@
-"""The instruments themselves."""
+"""Timing, memory and parity checks of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.harness.parity import report_parity
 from rru_fast.testing import Error, compare
 
 
-def test_paired_rounds_find_the_slower_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]  # a busy machine oversleeps
+def test_paired_rounds_find_the_slower_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]  # on a busy machine, sleep takes longer
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def sleep(seconds: float) -> None:
@@ -24,28 +24,28 @@ def test_paired_rounds_find_the_slower_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert measure.ratio(times["slow"], times["quick"]) == 4
 
 
-def test_every_round_begins_with_another_work() -> None:
+def test_every_round_begins_with_another_function() -> None:
     order: list[str] = []
     measure.paired({name: lambda name=name: order.append(name) for name in "abc"}, repeats=3, warmup=0)
     assert "".join(order) == "abcbcacab"
 
 
-def test_saved_bytes_counts_what_the_backward_needs_once() -> None:
+def test_saved_bytes_counts_each_storage_of_the_backward_once() -> None:
     x = torch.randn(1000, requires_grad=True)
     # exp keeps its output, sin its input: one storage of 4000 bytes between them
     assert measure.saved_bytes(lambda: [x.exp().sin()], [x]) == 4000
     assert measure.saved_bytes(lambda: [x.exp()], [x]) == 0
 
 
-def test_peak_bytes_sees_what_is_held_at_once() -> None:
-    def work() -> None:
+def test_peak_bytes_counts_what_is_allocated_at_once() -> None:
+    def allocate() -> None:
         first = torch.empty(2**20, dtype=torch.uint8)
         second = torch.empty(2**21, dtype=torch.uint8)
         del first, second
         del_again = torch.empty(2**20, dtype=torch.uint8)
         del del_again
 
-    assert measure.peak_bytes(work, torch.device("cpu")) == pytest.approx(3 * 2**20, rel=0.01)
+    assert measure.peak_bytes(allocate, torch.device("cpu")) == pytest.approx(3 * 2**20, rel=0.01)
 
 
 def test_a_wrong_answer_ends_the_benchmark_and_names_the_tensor() -> None:
@@ -58,14 +58,14 @@ def test_a_wrong_answer_ends_the_benchmark_and_names_the_tensor() -> None:
         report_parity("nan", [compare({"d_x": torch.full((3,), float("nan"))}, eager, wanted)])
 
 
-def test_of_small_tensors_the_median_draw_decides() -> None:
+def test_errors_of_small_tensors_are_medians_over_draws() -> None:
     fine, off = {"d_x": Error(1e-7, 0.0, 2e-7)}, {"d_x": Error(3e-7, 0.0, 2e-7)}
     assert report_parity("lucky", [fine, off, fine]) == 1e-7
     with pytest.raises(SystemExit, match=r"parity: wrong is off by 3\.0e-07 in d_x, allowed 2\.0e-07"):
         report_parity("wrong", [off, fine, off])
 
 
-def test_in_float64_eager_is_the_oracle_and_1e9_is_asked_for() -> None:
+def test_in_float64_eager_is_the_oracle_and_the_bound_is_1e9() -> None:
     wanted = {"d_x": torch.ones(3, dtype=torch.float64)}
     assert report_parity("fine", [compare({"d_x": wanted["d_x"] + 1e-12}, wanted, wanted)]) < 2e-12
     with pytest.raises(SystemExit, match=r"allowed 1\.0e-09"):
@@ -73,7 +73,7 @@ def test_in_float64_eager_is_the_oracle_and_1e9_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_product_there_is_gets_a_rate(dtype: torch.dtype) -> None:
+def test_every_available_product_gets_a_rate(dtype: torch.dtype) -> None:
     rates = measure.gemm_rates(64, 32, 16, dtype, torch.device("cpu"))
     assert "torch.mm" in rates and ("torch.mm in float32" in rates) == (dtype.itemsize == 2)
     assert all(1e5 < rate < 1e14 for rate in rates.values())
