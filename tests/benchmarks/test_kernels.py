@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import ROOT
+from benchmarks.harness.results import ROOT
 from tests.parity import BACKENDS
 
 TOY = ["benchmarks", "--toy", "-q"]
