@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from build_tools.provenance import commit_of, version_of
 from training.config.optim import OptimConfig
 from training.config.presets import RECIPES, diff_from_preset, row_of
 from training.config.settings import Settings
@@ -22,6 +21,8 @@ from training.model.config import ModelConfig
 from training.runtime import distributed
 from training.runtime.errors import UserError
 from training.runtime.fields import flatten, update
+
+CODE = ("rru_fast", "csrc", "training/*.py")  # a change of these since the commit marks a run
 
 
 def run_record(settings: Settings, split: Split, device: torch.device) -> dict[str, Any]:
@@ -144,28 +145,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": distributed.world(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
-        "commit": commit_of(Path(__file__).parents[2]),
+        **{name: version_of(name) for name in ("rru-fast", "torch", "torchvision", "numpy")},
+        "commit": commit_of(Path(__file__).parents[2], *CODE),
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return None
-
-
-def commit_of(checkout: Path) -> str | None:
-    """Return the commit of a checkout of this project, marked where code was changed since; None without git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]  # a kill would leave the lock behind
-        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "rru_fast", "csrc", "training/*.py")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + "-dirty" * bool(changed)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from build_tools.provenance import commit_of
 from training.config.presets import RECIPES
 from training.config.settings import Settings
 from training.data.tracklets import Split
 from training.engine.checkpoint import Checkpoint
 from training.engine.options import make_options
-from training.engine.run_record import commit_of, differences, run_record, settings_of, train_fingerprint
+from training.engine.run_record import CODE, differences, run_record, settings_of, train_fingerprint
 from training.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_a_commit_is_marked_where_code_was_changed_beside_it(tmp_path: Path) -> 
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    assert commit_of(tmp_path) is None
+    assert commit_of(tmp_path, *CODE) is None
     for path in ("training/data/mot.py", "training/README.md", "rru_fast/triton/refine.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("as committed")
@@ -118,9 +119,9 @@ def test_a_commit_is_marked_where_code_was_changed_beside_it(tmp_path: Path) -> 
     commit = git("rev-parse", "HEAD")
     (tmp_path / "training" / "README.md").write_text("a table that a run wrote")
     (tmp_path / "runs").mkdir()
-    assert commit_of(tmp_path) == commit
+    assert commit_of(tmp_path, *CODE) == commit
     for path in ("training/data/mot.py", "rru_fast/triton/refine.py", "training/data/new.py"):
         (tmp_path / path).write_text("changed")
-        assert commit_of(tmp_path) == f"{commit}-dirty"
+        assert commit_of(tmp_path, *CODE) == f"{commit}-dirty"
         git("stash", "-u", "-q")
-    assert commit_of(tmp_path) == commit
+    assert commit_of(tmp_path, *CODE) == commit
