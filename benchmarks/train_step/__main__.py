@@ -108,4 +108,4 @@ def main(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="benchmarks.train_step", description=__doc__))
