@@ -36,7 +36,7 @@ def train(options: Options) -> None:
     settings, resume = options.settings, options.base.resume
     resumed = checkpoint.load(resume) if resume else None
     run = distributed.from_main(lambda: _run_folder(options, settings.recipe))
-    distributed.keep(lambda: _resume_hint(run))
+    distributed.set_resume_hint(lambda: _resume_hint(run))
     epochs = settings.recipe.epochs
     if resumed and resumed.training["epoch"] >= epochs:
         line = f"epoch {resumed.training['epoch']} is reached already, of {epochs}: nothing to train"

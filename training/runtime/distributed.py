@@ -1,102 +1,109 @@
-"""The processes that torchrun starts: who is who, what they tell each other, and how all end where one does.
+"""Processes of a run, started by torchrun: rank, collectives, and what the others do when one of them fails.
 
-Without torchrun there is one process, no process group, and everything here is as if it were not.
+Without torchrun there is one process and no process group; every function then returns at once.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
-import select
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar, cast
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
-# Seconds within which torchrun ends the others, once one has ended; it looks ten times a second.
-PATIENCE = 10.0
+# Seconds for torchrun to send SIGTERM after a process has failed; by default it polls them ten times a second.
+_SIGTERM_DELAY = 10.0
 
-_store: Store | None = None
-_torchrun = 0  # its process id
-_kept: Callable[[], str] | None = None
+_resume_hint: Callable[[], str] | None = None
+
+
+class RunEnded(BaseException):
+    """SIGTERM from torchrun: another process of the run has failed, or torchrun itself is to end."""
+
+    def __str__(self) -> str:
+        return "a process of the run has ended, and all with it" + (f"; {_resume_hint()}" if _resume_hint else "")
+
+
+def set_resume_hint(hint: Callable[[], str]) -> None:
+    """Have a `RunEnded` say how to continue.
+
+    Args:
+        hint: called when the run ends; returns the text.
+    """
+    global _resume_hint
+    _resume_hint = hint
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world() -> int:
-    """How many processes there are on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and shows things."""
+    """Return True in the process that writes files and the terminal."""
     return rank() == 0
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Form a process group with the others that torchrun started: gloo for CPUs, NCCL beside it where there are GPUs.
+    """Join the process group of torchrun for the block: gloo for CPU tensors, NCCL for those of GPUs.
 
-    Where one process ends with an error, is killed or interrupted, torchrun ends the others; one line tells why. One of
-    several processes that torchrun started ends with the block.
+    Raises:
+        RunEnded: in the block, when torchrun ends this process as another one has failed.
+        KeyboardInterrupt: in the block, on SIGINT.
     """
-    global _store, _torchrun
     if not dist.is_torchelastic_launched():
         yield
         return
-    _torchrun = os.getppid()
-    store, number, count = next(rendezvous("env://"))
-    _store = store.clone()  # for the thread that listens: the main one may be using the other
-    _listen()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     try:
         yield
+        wait_for_all()
     except RuntimeError:
-        # So a collective tells that another process has ended: torchrun is about to end this one, which then says so.
-        time.sleep(PATIENCE)
+        # A collective raises as soon as a peer is gone, before torchrun has noticed and sent SIGTERM. The peer's
+        # failure is the one to report; a RuntimeError without SIGTERM is this process's own.
+        time.sleep(_SIGTERM_DELAY)
         raise
-    wait_for_all()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    finally:
+        _ignore_signals()
     dist.destroy_process_group()
-    _leave()
 
 
-def first_to_tell() -> bool:
-    """Whether this process is to tell why all end: the first that asks is, once."""
-    if _store is None:
+def first_to_report() -> bool:
+    """Return True in the first process that calls this: it alone reports why the run ends."""
+    if not dist.is_torchelastic_launched():
         return True
-    return _store.add("told", 1) == 1 if os.getppid() == _torchrun else is_main()  # torchrun keeps the count
-
-
-def keep(kept: Callable[[], str]) -> None:
-    """Have whoever tells that all were ended say also what is left: the text that `kept` then returns."""
-    global _kept
-    _kept = kept
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, timeout=timedelta(seconds=_SIGTERM_DELAY))  # torchrun's, of this attempt
+        return store.add("reports", 1) == 1
+    except dist.DistError:  # torchrun is gone
+        return is_main()
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What a function returns, called in the main process alone."""
+    """Call a function in the main process alone; return its value in every process."""
     if world() == 1:
         return function()
     values = [function() if is_main() else None]
@@ -105,7 +112,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """What a function returns in this process, called in the main one before any other."""
+    """Call a function in the main process, then in the others; return this process's value."""
     if is_main():
         value = function()
         wait_for_all()
@@ -115,7 +122,7 @@ def main_first(function: Callable[[], T]) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """The value of every process, in order."""
+    """Values of all processes, in order of rank."""
     values: list[T | None] = [None] * world()
     if world() == 1:
         return [value]
@@ -124,48 +131,23 @@ def gathered(value: T) -> list[T]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place; no gradient passes."""
+    """Sum a tensor over all processes, in place, without gradients; return it."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def wait_for_all() -> None:
-    """Return once every process is here."""
+    """Block until every process has called this."""
     total(torch.zeros(1))
 
 
-def _leave() -> NoReturn:
-    """End this process in good order, but for the interpreter's own end.
-
-    That ends other threads wherever they are, and one inside PyTorch's C++ takes the process down with SIGABRT.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def _end(number: int, _frame: object) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt if number == signal.SIGINT else RunEnded
 
 
-def _listen() -> None:
-    """Have a thread end this process on SIGTERM and SIGINT, and where torchrun is gone.
-
-    The main one may be inside a collective for good.
-    """
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # what Python handles goes to the pipe, whatever the main thread is at
-    threading.Thread(target=_end_with_the_others, args=(heard,), daemon=True).start()
-
-
-def _end_with_the_others(heard: int) -> None:
-    number = 0
-    while number not in (signal.SIGTERM, signal.SIGINT) and os.getppid() == _torchrun:
-        number = os.read(heard, 1)[0] if select.select([heard], [], [], 1.0)[0] else 0
-    interrupted = number == signal.SIGINT
-    if first_to_tell():
-        why = "interrupted" if interrupted else "error: a process of the run has ended, and all with it"
-        Console().show_cursor()  # a progress bar may have hidden it
-        sys.stderr.write(f"{why}{'; ' + _kept() if _kept else ''}\n")
-    os._exit(130 if interrupted else 1)
+def _ignore_signals() -> None:
+    """Let this process end undisturbed: torchrun repeats a SIGINT that a terminal has sent to every process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

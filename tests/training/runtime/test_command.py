@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import threading
 import warnings
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 import rru_fast
 from training.config.presets import RECIPES
 from training.engine.options import make_options
-from training.runtime.command import run_command
+from training.runtime.command import run_command, uninterrupted
+from training.runtime.distributed import RunEnded
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +34,9 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
 def test_a_check_of_the_library_is_bad_input_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: rru_fast.RRU(8, spatial=(2, 2))(torch.rand(2, 3, 5, 2, 2)))
-    told = capsys.readouterr().err
-    assert told.startswith("error: x: got shape (2, 3, 5, 2, 2)")
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: x: got shape (2, 3, 5, 2, 2)")
+    assert printed.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback() -> None:
@@ -58,12 +60,12 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_file_that_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: Path("x" * 300).stat())
-    told = capsys.readouterr().err
-    assert told.startswith("error: [Errno 36] File name too long: ") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: [Errno 36] File name too long: ") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(("error", "lines"), [(OSError("the disk is full"), 0), (RuntimeError("a bug"), 1)])
-def test_a_thread_that_meets_a_full_disk_leaves_the_telling_to_its_caller(
+def test_a_thread_that_meets_a_full_disk_leaves_the_report_to_its_caller(
     capsys: pytest.CaptureFixture[str], error: Exception, lines: int
 ) -> None:
     def fail() -> None:
@@ -76,3 +78,27 @@ def test_a_thread_that_meets_a_full_disk_leaves_the_telling_to_its_caller(
 
     run_command(start)
     assert capsys.readouterr().err.count("Traceback") == lines
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, RunEnded)])
+def test_a_signal_that_is_handled_waits_for_the_end_of_an_uninterrupted_block(
+    number: signal.Signals, raised: type[BaseException]
+) -> None:
+    def handle(*_: object) -> None:
+        raise raised
+
+    reached = []
+
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(number)
+            reached.append("end of the block")
+
+    before = signal.signal(number, handle)
+    try:
+        with pytest.raises(raised):
+            work()
+        assert signal.getsignal(number) is handle
+    finally:
+        signal.signal(number, before)
+    assert reached == ["end of the block"]

@@ -42,13 +42,13 @@ def run(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[s
 def small(data: Path, output: Path, **changes: str) -> list[str | Path]:
     """`training.train` on 4 people, 2 batches an epoch."""
     given = {"people": "4", "batches": "2", "epochs": "999", "compare-ops": "False", "device": "cpu", **changes}
-    told = [word for name, value in given.items() for word in (f"--{name}", value)]
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
     place: list[str | Path] = ["--data-root", data, "--output", output]
-    return ["training.train", "--dataset", "ilids-vid", "--no-check-counts", "--no-pictures", *place, *told]
+    return ["training.train", "--dataset", "ilids-vid", "--no-check-counts", "--no-pictures", *place, *options]
 
 
 class Running:
-    """A command under torchrun, in a session of its own, and what it says."""
+    """A command under torchrun, in a session of its own."""
 
     def __init__(self, processes: int, *arguments: str | Path) -> None:
         self._process = subprocess.Popen(
@@ -81,13 +81,13 @@ class Running:
         os.killpg(self._process.pid, signal.SIGINT)
 
     def end(self) -> tuple[int, str]:
-        """The exit status, and what was said on stderr but for torchrun's own report."""
+        """Wait for its end; return the exit status and stderr, torchrun's report included."""
         try:
-            _, told = self._process.communicate(timeout=60)
+            _, stderr = self._process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             raise
-        return self._process.returncode, told
+        return self._process.returncode, stderr
 
 
 class RunningForks:
@@ -108,8 +108,13 @@ class RunningForks:
         return max(abs(end.status or 0) for end in ended), "".join(end.err for end in ended)
 
 
-def lines(told: str, *starts: str) -> list[str]:
-    return [line for line in told.splitlines() if line.startswith(starts)]
+def lines(stderr: str, *starts: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith(starts)]
+
+
+def root_cause(stderr: str) -> str:
+    """The part of torchrun's report on the process that failed first."""
+    return stderr.partition("Root Cause (first observed failure):")[2]
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -124,17 +129,17 @@ def epoch_of(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Steps]:
-    """What one process makes of it."""
+    """Steps of one process, by case."""
     return {case: three_steps(case) for case in CASES}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
-    """What several processes make of it."""
+    """Steps of several processes, by case."""
     out = tmp_path_factory.mktemp("steps") / "steps.pt"
     for rank, ended in enumerate(ranks(request.param, three_steps_of_each, out)):
         assert ended == (0, f"process {rank} is done\n", "")
-    return {case: Steps(**kept) for case, kept in torch.load(out, weights_only=False).items()}
+    return {case: Steps(**steps) for case, steps in torch.load(out, weights_only=False).items()}
 
 
 def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -142,7 +147,9 @@ def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         most = max(1e-6 * tensor.abs().max().item(), 1e-15)
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=most, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            got[name], tensor, rtol=0, atol=most, msg=lambda message, name=name: f"{name}: {message}"
+        )
 
 
 def test_gradients_and_weights_of_several_processes_are_those_of_one(
@@ -187,11 +194,15 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
     two = Running(2, *small(small_data, begun), "--sync-bn")
     two.wait_for(lambda: epoch_of(begun) >= 1)
     os.kill(two.pids()["1"], signal.SIGKILL)
-    status, told = two.end()
+    status, stderr = two.end()
     epoch = epoch_of(begun)
-    kept = f"last good epoch: {epoch}; continue with --resume {begun}"
+    hint = f"last good epoch: {epoch}; continue with --resume {begun}"
     assert status != 0
-    assert lines(told, "error") == [f"error: a process of the run has ended, and all with it; {kept}"]
+    assert lines(stderr, "error", "Traceback") == [
+        f"error: a process of the run has ended, and all with it; {hint}",
+        "Traceback (most recent call last):",  # torchrun's own
+    ]
+    assert "rank      : 1 " in root_cause(stderr) and "Signal 9 (SIGKILL)" in root_cause(stderr)
     assert checkpoint.load(begun).config["environment"]["processes"] == 2
 
     train(make_options(resume=begun, epochs=epoch + 1, device="cpu", pictures=False))
@@ -199,9 +210,9 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
     several = running(processes, "training.train", "--resume", begun, "--epochs", "999", "--device", "cpu")
     several.wait_for(lambda: epoch_of(begun) >= epoch + 2)
     several.interrupt()
-    status, told = several.end()
+    status, stderr = several.end()
     assert status != 0
-    assert lines(told, "interrupted", "error") == [
+    assert lines(stderr, "interrupted", "error") == [
         f"interrupted; last good epoch: {epoch_of(begun)}; continue with --resume {begun}"
     ]
 
@@ -216,19 +227,22 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one_and_then_in_severa
     assert records(apart, "result")[-1]["changed"][-1] == "sync_bn True (False)"
 
 
-def told_by_torchrun(*command: str | Path) -> str:
-    return run(2, *command).stderr
+def stderr_of_torchrun(*command: str | Path) -> str:
+    stderr = run(2, *command).stderr
+    (line,) = lines(stderr, "error")
+    assert f"training.runtime.errors.UserError: {line.removeprefix('error: ')}" in root_cause(stderr)
+    return stderr
 
 
-def told_by_forks(*command: str | Path) -> str:
+def stderr_of_forks(*command: str | Path) -> str:
     ended = command_of_ranks(2, *map(str, command)).end()
     assert 2 in {end.status for end in ended} <= {1, 2, -signal.SIGTERM}
     return "".join(end.err for end in ended)
 
 
-@pytest.mark.parametrize("told_by", [told_by_forks, pytest.param(told_by_torchrun, marks=pytest.mark.exhaustive)])
-def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
-    small_data: Path, tmp_path: Path, told_by: Callable[..., str]
+@pytest.mark.parametrize("stderr_of", [stderr_of_forks, pytest.param(stderr_of_torchrun, marks=pytest.mark.exhaustive)])
+def test_an_error_of_one_process_is_printed_once_and_so_is_an_error_of_all(
+    small_data: Path, tmp_path: Path, stderr_of: Callable[..., str]
 ) -> None:
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
     split = load_split("ilids-vid", data, 0, prid="paper-21", check_counts=False)
@@ -238,14 +252,14 @@ def test_what_ends_one_process_is_told_once_and_so_is_what_ends_all(
         for frame in split.train[index].frames:
             assert isinstance(frame, Path)
             frame.write_bytes(b"not an image")
-    told = told_by(*small(data, tmp_path / "run", epochs="1"))
-    assert len(lines(told, "error", "warning")) == 1
-    assert "not a readable image" in lines(told, "error")[0]
-    told = told_by(*small(data, tmp_path / "odd", people="3"))
-    assert lines(told, "error") == ["error: people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"]
+    stderr = stderr_of(*small(data, tmp_path / "run", epochs="1"))
+    assert len(lines(stderr, "error", "warning")) == 1
+    assert "not a readable image" in lines(stderr, "error")[0]
+    stderr = stderr_of(*small(data, tmp_path / "odd", people="3"))
+    assert lines(stderr, "error") == ["error: people in a batch (P): got 3 for 2 processes, wanted a multiple of 2"]
     assert not (tmp_path / "odd").exists()
-    told = told_by("training.reproduce", "--table", "1")
-    assert lines(told, "error") == ["error: torchrun: got 2 processes, wanted 1 for this command"]
+    stderr = stderr_of("training.reproduce", "--table", "1")
+    assert lines(stderr, "error") == ["error: torchrun: got 2 processes, wanted 1 for this command"]
 
 
 def test_without_torchrun_there_is_one_process() -> None:
@@ -254,4 +268,4 @@ def test_without_torchrun_there_is_one_process() -> None:
         assert not torch.distributed.is_initialized()
         assert distributed.from_main(lambda: 5) == distributed.main_first(lambda: 5) == 5
         assert distributed.gathered("clip") == ["clip"]
-    assert distributed.first_to_tell() and distributed.first_to_tell()
+    assert distributed.first_to_report() and distributed.first_to_report()
