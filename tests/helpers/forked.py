@@ -1,4 +1,4 @@
-"""Processes of their own that cost no start: forked from one that has the training package imported."""
+"""Processes without the cost of imports: forked from one that has the training package imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROCESSES.set_forkserver_preload(
 
 
 class Ended(NamedTuple):
-    """How a process ended, minus the signal that ended it, and what it said."""
+    """Exit status of a process, negative for the signal that ended it, its stdout and its stderr."""
 
     status: int | None
     out: str
@@ -46,11 +46,11 @@ class Forked:
         self.pid = self.process.pid
 
     def out(self) -> str:
-        """What it has said by now."""
+        """Return its stdout up to now."""
         return self._said[0].read_text()
 
     def wait_for(self, there: Callable[[], object]) -> None:
-        """Wait for a moment while it runs."""
+        """Block until a condition is true; fail if the process ends before."""
         deadline = time.monotonic() + 120
         while not there():
             assert self.process.is_alive(), f"it ended before: {self.end()}"
@@ -67,19 +67,19 @@ class Forked:
 
 
 def exit_code(target: Callable[..., None], *arguments: Any) -> int | None:
-    """How a process of its own ended; minus the signal that ended it."""
+    """Return the exit status of a function in a process of its own, negative for the signal that ended it."""
     return Forked(target, *arguments).end().status
 
 
 def command(module: str, *arguments: Any) -> Forked:
-    """What `python -m` makes of a module and its arguments."""
+    """Start a module as `python -m` does."""
     return Forked(main_of, module, [str(argument) for argument in arguments])
 
 
 class Ranks:
-    """A function called in so many processes that find around them what torchrun gives its own.
+    """A function called in several processes, with the environment variables of torchrun.
 
-    As torchrun does, this process keeps the store that they meet in, and ends the others once one has failed.
+    As torchrun does, this process hosts their store, and sends SIGTERM to the others once one has failed.
     """
 
     def __init__(self, count: int, target: Callable[..., None], *arguments: Any):
@@ -106,12 +106,12 @@ class Ranks:
 
 
 def ranks(count: int, target: Callable[..., None], *arguments: Any) -> list[Ended]:
-    """Call a function in so many processes as torchrun would, and wait for their ends."""
+    """Call a function in several processes as torchrun does, and wait for their ends."""
     return Ranks(count, target, *arguments).end()
 
 
 def command_of_ranks(count: int, module: str, *arguments: Any) -> Ranks:
-    """What torchrun makes of a module and its arguments."""
+    """Start a module in several processes as torchrun does."""
     return Ranks(count, main_of, module, [str(argument) for argument in arguments])
 
 

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], bool, Any]] = {
 
 
 class Steps(NamedTuple):
-    """What came of three steps.
+    """Results of three steps.
 
     clips: of each batch, of each process, the names of its clips.
     gradients: of the first step, by parameter.
@@ -92,7 +92,7 @@ def _noise() -> Split:
 
 
 def three_steps_of_each(out: Path) -> None:
-    """Take them by every case in all processes of torchrun, and leave what came of them in a file."""
+    """Take the steps of every case in all processes of torchrun; the main one saves the results."""
     with distributed.processes():
         done = {case: three_steps(case)._asdict() for case in CASES}
         sys.stdout.write(f"process {distributed.rank()} is done\n")
