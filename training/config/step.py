@@ -1,4 +1,4 @@
-"""How a training step is computed, apart from what it computes: operators, precision, layout, compiler, graphs."""
+"""Options of a training step that leave what it computes: operators, precision, layout, compiler, graphs."""
 
 from __future__ import annotations
 

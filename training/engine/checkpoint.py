@@ -27,12 +27,12 @@ CONFIG, LAST = "config.json", "last"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     folder: the folder.
     config: what was trained, on what, with what: `config.json`.
     model: the network's state_dict: `model.safetensors`.
-    training: where training stands, the random generators included: `training.pt`.
+    training: the trainer's state and that of the random generators: `training.pt`.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def last(run: Path) -> Path | None:
-    """The folder of a run's last checkpoint, or `None` where it has none."""
+    """Return the folder of a run's last checkpoint, or None if it has none."""
     try:
         name = (run / LAST).read_text().strip()
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def last(run: Path) -> Path | None:
 
 
 def run_folder_of(path: Path) -> Path | None:
-    """The run that is continued from `path`: itself, or the one whose last checkpoint it is; `None` for neither."""
+    """Return the run that `path` continues: itself, or the one whose last checkpoint it is; None for neither."""
     path = realpath(path)
     if last(path):
         return path
@@ -68,7 +68,7 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
         config: JSON values.
 
     Raises:
-        OSError: it cannot be written; the checkpoint before stands.
+        OSError: it cannot be written; the checkpoint before is unharmed.
     """
     before, folder = last(run), run / f"checkpoint-{training['epoch']:04d}"
     shutil.rmtree(folder, ignore_errors=True)  # left by a kill during its writing

@@ -1,4 +1,4 @@
-"""A trained network, and the people it is tested on: what every command that uses a checkpoint begins with."""
+"""Load a trained network and the split to test it on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from training.runtime.errors import UserError
 
 @dataclass(kw_only=True)
 class UseOptions:
-    """How a trained network is used. What is not given is as it was in training."""
+    """Options of a trained network's use. Those not given are as in training."""
 
     dataset: Dataset | None = None
     """What to use it on."""
@@ -48,12 +48,12 @@ class UseOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network and who it is tested on.
+    """A trained network and the split to test it on.
 
     network: on its device.
-    split: what it is tested on.
+    split: the split to test it on.
     dataset, number: which split that is.
-    settings: what it was trained by.
+    settings: of its training.
     ops: which operators it runs, "fast" or "reference".
     epoch: how many epochs it was trained for.
     saved: the checkpoint.
@@ -119,7 +119,7 @@ def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Ne
 
 
 def provenance(saved: Checkpoint, device: torch.device) -> dict[str, Any]:
-    """What is written beside all that comes out of a checkpoint's network, as JSON values.
+    """Return the origin of all that a checkpoint's network computes, as JSON values.
 
     Returns:
         "checkpoint": its folder; "epoch": how many it was trained for; "network": a hash of its tensors; "config": its

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: `metrics.jsonl`, TensorBoard, a live view or a line an epoch."""
+"""The log of a run: `metrics.jsonl`, TensorBoard, and on a terminal a live view, or one line per epoch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _FLAT = (OmitArgPrefixes,)
 
 @dataclass(frozen=True)
 class Machine(Config):
-    """The machine's part in a run, of which no figure is."""
+    """Options of the machine, on which no figure depends."""
 
     device: Device = "auto"
     """Where to compute."""
@@ -44,7 +44,7 @@ class Machine(Config):
 
 @dataclass(frozen=True)
 class Base:
-    """What the other options start from, and show as their defaults."""
+    """The values that all other options start from, and show as their defaults."""
 
     recipe: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
     """The recipe."""

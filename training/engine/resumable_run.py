@@ -1,4 +1,4 @@
-"""A training run that ends with the same results however often it was killed: begun, continued or only read."""
+"""A training run that ends with the same results however often it is killed: begun, continued or only read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run(options: Options, draw: Draw | None = None) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    """What a file holds, or `None` where there is none."""
+    """Return the content of a file, or None if there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

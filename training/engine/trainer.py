@@ -37,7 +37,7 @@ def to_input(batch: Batch, network: Network, step: StepConfig) -> tuple[Tensor, 
 
 @dataclass
 class Trainer:
-    """A network in training: with its losses and optimizer, after so many epochs and steps.
+    """A network in training, with its losses and optimizer, after some epochs and steps.
 
     network: its backbone is laid out and compiled as `config` says; of several processes all have the main one's.
     losses: whose means over the processes are the losses of all clips.
@@ -111,7 +111,7 @@ class Trainer:
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, but for the network's own tensors."""
+        """Return the state of training, without the network's tensors."""
         return {
             "epoch": self.epoch,
             "step": self.step,

@@ -1,4 +1,4 @@
-"""Where a forward first goes wrong: the module whose output is the first that is not finite."""
+"""Find the first module of a forward whose output is not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def first_not_finite(network: nn.Module, clips: Tensor) -> str | None:
     """Run a forward again, eager, and name the first of its modules that puts out infinity or NaN.
 
     It draws on the random generators, as dropout does, and leaves the network as it was, running statistics too.
-    Where batch norms synchronise, every rank has to call it.
+    Where batch norms synchronize, every rank has to call it.
 
     Args:
         network: in the mode that is in question.

@@ -10,7 +10,7 @@ from training.runtime.errors import UserError
 
 
 class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm that in training normalises each of G consecutive groups of the batch by its own statistics.
+    """A batch norm that in training normalizes each of G consecutive groups of the batch by its own statistics.
 
     The running statistics follow the first group, as those of replica 0 do. In eval mode it is a plain batch norm.
 
@@ -48,7 +48,7 @@ class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def groups_of_each(groups: int, processes: int) -> int:
-    """How many of G groups fall to each of several processes, which have batch statistics of their own in any case.
+    """Return the groups per process, of G in all: processes have batch statistics of their own in any case.
 
     Raises:
         UserError: they cannot be dealt out.

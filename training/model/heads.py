@@ -1,4 +1,4 @@
-"""What turns the maps of a clip into one feature: the paper's baseline, LSTM and STIM.
+"""Heads from the maps of a clip to its feature: the baseline, the LSTM and STIM.
 
 Each says something of every frame, and the feature is the mean over the frames. So a clip too long for one go is
 streamed, in eval mode: `stream` returns what a chunk's frames add to the sum over all frames, and what the next needs.

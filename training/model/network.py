@@ -16,7 +16,7 @@ from training.runtime.errors import UserError
 
 
 class Output(NamedTuple):
-    """What a network says of a batch of clips.
+    """A network's output for a batch of clips.
 
     feature: f, (B, D), what clips are compared by.
     strips: (B, C, H), eq. 9; `None` without an RRU.
@@ -32,7 +32,7 @@ class Output(NamedTuple):
 
 
 class StreamState(NamedTuple):
-    """What a chunk of a clip leaves to the next: the RRU's state, and what the head's `stream` gives back."""
+    """State passed from one chunk of a clip to the next: the RRU's, and the one that the head's `stream` returns."""
 
     rru: State | None = None
     head: Any = None
@@ -81,7 +81,7 @@ class Network(nn.Module):
         return self.head(maps), strips
 
     def stream(self, maps: Tensor, lengths: Tensor, last: bool, carried: StreamState) -> tuple[Tensor, StreamState]:
-        """What a chunk adds to the sum over a clip's frames that the feature is the mean of; eval mode only.
+        """Return a chunk's part of the sum over a clip's frames, of which the feature is the mean; eval mode only.
 
         Args:
             maps: (B, T, C, H, W), the chunk's T frames of B clips.
@@ -100,7 +100,7 @@ class Network(nn.Module):
         return total, StreamState(state, of_head)
 
     def forward(self, frames: Tensor) -> Output:
-        """Clips of frames (B, T, 3, h, w), float, normalised.
+        """Clips of frames (B, T, 3, h, w), float, normalized.
 
         Raises:
             UserError: the shape is another.

@@ -1,4 +1,4 @@
-"""Which implementation of the paper's operators a network is built from."""
+"""Choice of the operators' implementation: the library's or its plain PyTorch twin."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ Ops = Literal["fast", "reference"]
 
 
 def operators(ops: Ops) -> ModuleType:
-    """The module that holds `RRU` and `BatchHardTripletLoss`: the library's kernels or their plain PyTorch twins."""
+    """Return the module with `RRU` and `BatchHardTripletLoss`: the library, or its plain PyTorch twins."""
     return {"fast": rru_fast, "reference": rru_fast.reference}[ops]

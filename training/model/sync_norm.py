@@ -26,7 +26,7 @@ class SyncNorm(nn.SyncBatchNorm):
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        # The very same objects: an optimiser or DistributedDataParallel may hold them already.
+        # The very same objects: an optimizer or DistributedDataParallel may hold them already.
         self._parameters, self._buffers = norm._parameters, norm._buffers
         self.train(norm.training)
 
@@ -38,8 +38,8 @@ class SyncNorm(nn.SyncBatchNorm):
         wide = input.double()
         axes, shape = [0, *range(2, input.dim())], (-1, *(1,) * (input.dim() - 2))
         mean = _total(wide.mean(axes)) / distributed.world()
-        centred = wide - mean.view(shape)
-        var = _total(centred.square().mean(axes)) / distributed.world()
+        centered = wide - mean.view(shape)
+        var = _total(centered.square().mean(axes)) / distributed.world()
         count = distributed.world() * input.numel() // input.shape[1]
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
@@ -47,13 +47,13 @@ class SyncNorm(nn.SyncBatchNorm):
                 assert running is not None
                 running.lerp_(now.to(running.dtype), self.momentum)
         scale = (var + self.eps).rsqrt() * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+        return (centered * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 
 def use_sync_norm(network: nn.Module) -> None:
-    """Put a synchronised batch norm in the place of every batch norm inside a network; its state_dict stays as it is.
+    """Put a synchronized batch norm in the place of every batch norm inside a network; its state_dict stays as it is.
 
-    The RRU, whose kernels normalise by themselves, goes by the one it finds.
+    The RRU, whose kernels normalize by themselves, goes by the one it finds.
     """
     for parent, name, norm in batch_norms(network, "sync_bn: got True"):
         setattr(parent, name, SyncNorm(norm))

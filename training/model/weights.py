@@ -78,7 +78,7 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def load_pickle(path: Path, otherwise: str) -> Any:
-    """What `torch.save` wrote to a file, on the CPU.
+    """Read what `torch.save` wrote to a file, to the CPU.
 
     Args:
         path: the file.
@@ -94,7 +94,7 @@ def load_pickle(path: Path, otherwise: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The reason in an error's message: its first sentence, without colours or PyTorch's advice to trust the file."""
+    """The reason in an error's message: its first sentence, without colors or PyTorch's advice to trust the file."""
     reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     return re.split(r"(?<=\.)\s|\n", reason.strip())[0] or type(error).__name__
 
@@ -135,11 +135,11 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
         "missing": sorted(own.keys() - state.keys()),
         "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
     }
-    told = [
+    problems_found = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
         for what, keys in problems.items()
         if keys
     ]
-    if told:
-        raise UserError(f"weights: {source} does not fit this network: {'; '.join(told)}")
+    if problems_found:
+        raise UserError(f"weights: {source} does not fit this network: {'; '.join(problems_found)}")
     module.load_state_dict(state)
