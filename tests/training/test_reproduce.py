@@ -13,8 +13,10 @@ import pytest
 from tests.helpers import forked
 from tests.helpers.small_people import render
 from tests.helpers.small_sets import write_mars
-from training.reproduce import Options, make_options, reproduce
+from training.config.presets import RECIPES, with_tiny_backbone
+from training.reproduce import Options, make_options, parse_options, reproduce
 from training.runtime.errors import UserError
+from training.runtime.fields import update
 
 ROWS = ("Baseline+RRU+STIM+Lv+Lp", "Baseline")
 
@@ -161,3 +163,26 @@ def test_mars_has_a_table_of_four_rows_led_by_map(tmp_path: Path) -> None:
     assert table["dataset"] == "mars" and table["protocol"] == "mars-official" and table["preset"] == "official"
     assert [row["paper"]["mAP"] for row in table["rows"]] == [64.7, 71.1]
     assert all(row["last"]["mAP"]["mean"] > 0 for row in table["rows"])
+
+
+def test_every_option_of_a_run_is_one_of_the_table_s(tmp_path: Path) -> None:
+    def parse(*words: str) -> Options:
+        return parse_options("reproduce", words)
+
+    paper = parse("--table", "1")
+    assert paper == make_options(1) and paper.recipe == RECIPES["paper"]
+    assert parse("--table", "3", "--preset", "official").recipe == update(RECIPES["official"], dataset="mars")
+    words = ["--learning-rate", "0.02", "--frames", "4", "--amp", "bfloat16", "--workers", "2"]
+    given = parse("--table", "1", "--dataset", "synthetic", "--backbone", "tiny", *words)
+    recipe = update(with_tiny_backbone(RECIPES["paper"]), dataset="synthetic", learning_rate=0.02, frames=4)
+    assert (given.recipe, given.step.amp, given.machine.workers) == (recipe, "bfloat16", 2)
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"recipe": "official", "frames": 4, "resize": "pillow"}))
+    read = parse("--table", "3", "--config", str(file), "--margin", "0.3")
+    assert read.recipe == update(RECIPES["official"], dataset="mars", frames=4, margin=0.3)
+    assert (read.preset, read.source.resize) == ("official", "pillow")
+    file.write_text(json.dumps({"recipe": "quick"}))
+    with pytest.raises(UserError, match=r"config: got recipe 'quick' in .*, wanted paper or official"):
+        parse("--table", "1", "--config", str(file))
+    with pytest.raises(UserError, match="head: got 'lstm', wanted 'stim': the rows of the table set it"):
+        reproduce(parse("--table", "1", "--head", "lstm", "--output", str(tmp_path / "none")))
