@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from rich.console import Console
+from rich.progress import TaskID
 
 from tests.helpers.small_people import render
 from training.config.presets import RECIPES, Recipe
 from training.data.tracklets import Split, Tracklet
 from training.engine.options import make_options
 from training.runtime.fields import update
+from training.runtime.terminal import Bars, draw_bars_in
 from training.train import train
 
 # A busy machine takes as long as it takes over an example.
@@ -48,6 +52,28 @@ def split() -> Split:
 
     train = tuple(tracklet(person, camera) for person in (3, 5, 8, 9) for camera in (1, 2))
     return Split(train, train[::2], train[1::2], "single-shot", "noise")
+
+
+class _CountedBars(Bars):
+    """Bars that are not drawn, and leave what they counted."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()))
+        self.counted: list[tuple[str, float, float | None, str]] = []
+
+    def remove_task(self, task_id: TaskID) -> None:
+        (task,) = (task for task in self.tasks if task.id == task_id)
+        self.counted.append((task.description, task.completed, task.total, task.fields["unit"]))
+        super().remove_task(task_id)
+
+
+@pytest.fixture
+def counted() -> Iterator[list[tuple[str, float, float | None, str]]]:
+    """Progress bars that have ended: description, units done, all units, their name."""
+    bars = _CountedBars()
+    draw_bars_in(bars)
+    yield bars.counted
+    draw_bars_in(None)
 
 
 @pytest.fixture(scope="session")

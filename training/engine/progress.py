@@ -1,4 +1,4 @@
-"""What a terminal shows while a network trains: how far it is, what it loses, how fast it goes, what it waits for."""
+"""Live view of a training run on a terminal: progress, losses, speed and the share of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from training.runtime.terminal import Bars, draw_bars_in
+
 
 class Measured:
-    """Sums over training steps, and what they come to."""
+    """Sums over training steps, with their means and rates."""
 
     def __init__(self) -> None:
         self.steps = self.frames = 0
@@ -19,7 +21,7 @@ class Measured:
         self.sums: defaultdict[str, float] = defaultdict(float)
 
     def add(self, losses: Mapping[str, float], frames: int, seconds: float, waited: float) -> None:
-        """Count one more step, with its losses by name, and `waited` of its seconds spent until it had its batch."""
+        """Add a step: its losses by name, its frames, its seconds, and how many of these it waited for its batch."""
         self.steps += 1
         self.frames += frames
         self.seconds += seconds
@@ -29,17 +31,17 @@ class Measured:
 
     @property
     def means(self) -> dict[str, float]:
-        """Each loss, as the mean over the steps."""
+        """Mean of each loss over the steps."""
         return {name: total / self.steps for name, total in self.sums.items()}
 
     @property
     def rate(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         return self.frames / self.seconds
 
     @property
     def wait(self) -> float:
-        """The share of the time that was waited for data, from 0 to 1."""
+        """Share of the time spent waiting for data, from 0 to 1."""
         return self.waited / self.seconds
 
     def told(self) -> str:
@@ -49,19 +51,23 @@ class Measured:
 
 
 class LiveView(Progress):
-    """A bar for the run and below it a table of the last step and of the epoch so far; nothing where it is no terminal.
+    """A bar for the run, a table of the last step and of the epoch so far, and the bars of an evaluation under way.
+
+    Nothing is drawn where the console is not a terminal.
 
     Args:
-        console: where it is shown, in 80 columns or more.
-        epochs: of the whole run.
-        step: how many steps were made by earlier runs.
+        console: where it is drawn, in 80 columns or more.
+        epochs: number of epochs of the whole run.
+        step: number of steps made by earlier runs.
     """
 
     def __init__(self, console: Console, epochs: int, step: int) -> None:
-        self._rows: dict[str, Measured] = {}  # Progress asks for what is shown before it is made
+        # Before Progress is set up, as it already draws.
+        self._rows: dict[str, Measured] = {}
+        self._bars = Bars(console)
         super().__init__(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=None),  # what the others leave
+            BarColumn(bar_width=None),  # as wide as the other columns allow
             TextColumn("step"),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -75,8 +81,20 @@ class LiveView(Progress):
         )
         self._task = self.add_task("", total=None, completed=step, epoch=0, epochs=epochs)
 
+    def start(self) -> None:
+        """Take the terminal: until `stop` the bars of all other work are drawn in this view."""
+        super().start()
+        if not self.disable:
+            draw_bars_in(self._bars)
+
+    def stop(self) -> None:
+        """Clear the view."""
+        if not self.disable:
+            draw_bars_in(None)
+        super().stop()
+
     def begin_epoch(self, epoch: int, total: int) -> None:
-        """An epoch begins, of a run that is taken to have so many steps."""
+        """Show the number of an epoch that begins, and the expected number of steps of the whole run."""
         self.update(self._task, epoch=epoch, total=total)
 
     def show(self, step: int, now: Measured, epoch: Measured) -> None:
@@ -85,10 +103,12 @@ class LiveView(Progress):
         self.update(self._task, completed=step)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The bar, and from the first step on the table."""
+        """The run's bar, from the first step on the table, and the bars of other work."""
         yield self.make_tasks_table(self.tasks)
         if self._rows:
             yield self._table()
+        if self._bars.tasks:
+            yield self._bars.get_renderable()
 
     def _table(self) -> Table:
         table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
