@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -17,6 +17,7 @@ from training.evaluation.ranking import Floats
 from training.model.network import Network, StreamState
 from training.runtime import distributed
 from training.runtime.errors import UserError
+from training.runtime.terminal import progress
 
 CHUNK = 64  # frames through the network at once: bounds the memory of a long tracklet
 
@@ -47,13 +48,17 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK,
     network.eval()
     try:
         groups = _alike([len(tracklet.frames) for tracklet in tracklets], chunk)
-        for group in groups[distributed.rank() :: distributed.world()]:
-            members = [tracklets[index] for index in group]
-            rows = _features(network, members, chunk, resize).cpu().numpy()
-            for tracklet, row in zip(members, rows, strict=True):
-                if not np.isfinite(row).all():
-                    raise UserError(f"{tracklet.name}: its feature is not finite; the network's weights have diverged")
-            features[group] = rows
+        own = groups[distributed.rank() :: distributed.world()]
+        frames = sum(len(tracklets[index].frames) for group in own for index in group)
+        with progress("Extracting features", frames, "frames") as advance:
+            for group in own:
+                members = [tracklets[index] for index in group]
+                rows = _features(network, members, chunk, resize, advance).cpu().numpy()
+                for tracklet, row in zip(members, rows, strict=True):
+                    if not np.isfinite(row).all():
+                        line = f"{tracklet.name}: its feature is not finite; the network's weights have diverged"
+                        raise UserError(line)
+                features[group] = rows
         return distributed.total(torch.from_numpy(features)).numpy()  # a sum with zeros: to the bit
     finally:
         network.train(was_training)
@@ -87,7 +92,9 @@ def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
     return groups
 
 
-def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int, resize: Resize) -> Tensor:
+def _features(
+    network: Network, tracklets: Sequence[Tracklet], chunk: int, resize: Resize, advance: Callable[[float], None]
+) -> Tensor:
     """The features (B, D), float64, of tracklets of at most `chunk` frames, or of one that is longer."""
     weight = next(network.parameters())
     frames_of = torch.tensor([len(tracklet.frames) for tracklet in tracklets], device=weight.device)
@@ -101,4 +108,5 @@ def _features(network: Network, tracklets: Sequence[Tracklet], chunk: int, resiz
         lengths = (frames_of - start).clamp(max=chunk)
         part, carried = network.stream(padded, lengths, start + chunk >= longest, carried)
         total += part
+        advance(len(maps))
     return total / frames_of[:, None]

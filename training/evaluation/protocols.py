@@ -121,7 +121,12 @@ def prepare(name: str, search: Search) -> Trial:
 
 
 def rank(
-    trial: Trial, distances: Iterable[Tensor], ties: Ties = "stable", *, reranked: Rerank | None = None
+    trial: Trial,
+    distances: Iterable[Tensor],
+    ties: Ties = "stable",
+    *,
+    reranked: Rerank | None = None,
+    advance: Callable[[float], None] = lambda done: None,
 ) -> Ranking:
     """CMC and mAP of a trial.
 
@@ -130,6 +135,7 @@ def rank(
         distances: (q, G') float64 each, on one device, together the Q probes' in order.
         ties: how equal distances are counted.
         reranked: by which version the distances are re-ranked, None if they are not; noted in the result.
+        advance: called with the number of probes just ranked.
     """
     first, precision = [], []
     start = 0
@@ -140,6 +146,7 @@ def rank(
         for ranks in positive_ranks(block, positive, counts, ties):
             first.append(ranks[0] if len(ranks) else np.inf)
             precision.append(trial.protocol.average_precision(ranks) if len(ranks) else 0.0)
+        advance(len(block))
     matched = np.isfinite(first)
     taken = np.full_like(matched, True) if trial.protocol.unmatched == "zero" else matched
     share = trial.positive.count_nonzero(1).double() / trial.counts.count_nonzero(1).clamp(min=1)

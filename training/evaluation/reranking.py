@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ def reranked_distances(
     k1: int = 20,
     k2: int = 6,
     weight: float = 0.3,
+    advance: Callable[[float], None] = lambda done: None,
 ) -> Iterator[Tensor]:
     """Mix each probe's cosine distances with Jaccard distances between sets of k-reciprocal neighbors.
 
@@ -56,6 +57,7 @@ def reranked_distances(
         by: the version.
         k1, k2: sizes of neighborhoods.
         weight: of the original distance, lambda in the paper.
+        advance: called with the number of rows just done, of `rows_to_rerank` in all.
 
     Yields:
         (q, G) float64 on the device: the next q <= BLOCK probes' distances.
@@ -63,7 +65,7 @@ def reranked_distances(
     if by == "published":
         features = features[np.concatenate((probes, gallery))]
         probes, gallery = np.arange(len(probes)), len(probes) + np.arange(len(gallery))
-    nearest, largest = _nearest(features, min(k1 + 1, len(features)), device)
+    nearest, largest = _nearest(features, min(k1 + 1, len(features)), device, advance)
     mutual, close = _reciprocal(nearest), _reciprocal(nearest[:, : round(k1 / 2) + 1])
     inside = (mutual @ close.T).multiply(mutual).tocoo()  # |R(i, k1) & R(q, k1/2)| for q in R(i, k1)
     above = 3 * inside.data - 2 * close.sum(1)[inside.col]  # in integers: 2/3 exactly is a common case
@@ -71,8 +73,11 @@ def reranked_distances(
     joining = sparse.csr_array((enough[enough], (inside.row[enough], inside.col[enough])), shape=mutual.shape)
     expanded = (mutual + joining.astype(np.int64) @ close).tocsr()
 
-    blocks = zip(_blocks(len(features)), cosine_distances(features, features, device), strict=True)
-    encoded = sparse.vstack([_encode(block, expanded[rows], largest[rows]) for rows, block in blocks]).tocsr()
+    parts = []
+    for part, block in zip(_blocks(len(features)), cosine_distances(features, features, device), strict=True):
+        parts.append(_encode(block, expanded[part], largest[part]))
+        advance(len(block))
+    encoded = sparse.vstack(parts).tocsr()
     if by == "published":
         encoded = encoded.multiply(1 / encoded.sum(1)[:, None]).tocsr()
     neighbors = nearest[:, :k2]
@@ -86,13 +91,22 @@ def reranked_distances(
         jaccard = 1 - shared / (total[rows][:, None] + total[gallery] - shared)
         scaled = block / torch.from_numpy(largest[rows]).to(device)[:, None]
         yield (1 - weight) * torch.from_numpy(jaccard).to(device) + weight * scaled
+        advance(len(block))
+
+
+def rows_to_rerank(features: Floats, probes: Ints, gallery: Ints, by: Rerank) -> int:
+    """Number of rows that `reranked_distances` reports for these arguments: to find neighbors, to encode and to mix."""
+    nodes = len(probes) + len(gallery) if by == "published" else len(features)
+    return 2 * nodes + len(probes)
 
 
 def _blocks(count: int) -> list[slice]:
     return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
 
 
-def _nearest(features: Floats, count: int, device: torch.device | str) -> tuple[Ints, Floats]:
+def _nearest(
+    features: Floats, count: int, device: torch.device | str, advance: Callable[[float], None]
+) -> tuple[Ints, Floats]:
     """(N, count) rows of each one's nearest, itself the first, of equals the earlier; and (N,) largest distances."""
     nearest, largest = [], []
     start = 0
@@ -107,6 +121,7 @@ def _nearest(features: Floats, count: int, device: torch.device | str) -> tuple[
         order = block.gather(1, rows).argsort(dim=1, stable=True)
         nearest.append(rows.gather(1, order).cpu().numpy())
         largest.append(block.amax(1).clamp(min=1e-12).cpu().numpy())  # all may be in one place
+        advance(len(block))
     return np.concatenate(nearest), np.concatenate(largest)
 
 

@@ -14,9 +14,10 @@ from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
 from training.evaluation.protocols import Search, Trial, prepare, rank
 from training.evaluation.ranking import Floats, Ints, Ranking, Rerank, Ties, cosine_distances
-from training.evaluation.reranking import reranked_distances
+from training.evaluation.reranking import reranked_distances, rows_to_rerank
 from training.model.network import Network
 from training.runtime import distributed
+from training.runtime.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ class Compared:
     def ranking(self, ties: Ties = "stable", *, rerank: Rerank | None = None) -> Ranking:
         """How well the features find people; arguments as `score` takes them."""
         if rerank is None:
-            return rank(self.trial, self.distances(), ties)
-        distances = reranked_distances(self.features, self.probes, self.trial.kept, self.device, by=rerank)
-        return rank(self.trial, distances, ties, reranked=rerank)
+            with progress("Ranking", len(self.probes), "queries") as advance:
+                return rank(self.trial, self.distances(), ties, advance=advance)
+        rows = rows_to_rerank(self.features, self.probes, self.trial.kept, rerank)
+        with progress("Re-ranking", rows, "rows") as advance:
+            distances = reranked_distances(
+                self.features, self.probes, self.trial.kept, self.device, by=rerank, advance=advance
+            )
+            return rank(self.trial, distances, ties, reranked=rerank)
 
 
 def score(

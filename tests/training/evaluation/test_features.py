@@ -106,6 +106,12 @@ def test_a_tracklet_ten_times_as_long_needs_no_more_memory(recipe: Recipe, head:
     assert 0 < peak <= 1.02 * allowed
 
 
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_progress_counts_every_frame(network: Network, chunk: int, counted: list[tuple[object, ...]]) -> None:
+    extract(network, [tracklet_of(frames) for frames in LENGTHS], chunk)
+    assert counted == [("Extracting features", sum(LENGTHS), sum(LENGTHS), "frames")]
+
+
 def test_a_chunk_without_frames_is_refused(network: Network, split: Split) -> None:
     with pytest.raises(UserError, match="chunk: got 0, wanted at least 1 frame"):
         extract(network, split.query, chunk=0)

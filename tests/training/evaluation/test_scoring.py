@@ -69,6 +69,18 @@ def test_a_probe_in_the_gallery_goes_through_the_network_once(
         assert sum(frames) > 2 * sum(len(tracklet.frames) for tracklet in within.gallery)
 
 
+@pytest.mark.parametrize("rerank", VERSIONS)
+def test_progress_counts_to_the_end(
+    network: Network, within: Split, rerank: Rerank | None, counted: list[tuple[object, ...]]
+) -> None:
+    score(network, within, rerank=rerank)
+    (_, frames, of_frames, _), (work, rows, of_rows, _) = counted
+    assert frames == of_frames == sum(len(tracklet.frames) for tracklet in within.gallery)
+    assert work == ("Re-ranking" if rerank else "Ranking")
+    # To rerank, each node is compared and encoded; a query in the gallery is two nodes of the published version's.
+    assert rows == of_rows == {None: 2, "equations": 2 * 8 + 2, "published": 2 * (8 + 2) + 2}[rerank]
+
+
 def test_probes_inside_and_outside_the_gallery_keep_their_own_features(network: Network, split: Split) -> None:
     probe = (split.train[4], split.train[0], split.train[7], split.train[2])  # the second and the last are outside
     mixed = replace(split, query=probe, gallery=(*split.train[3:], split.train[1]))
