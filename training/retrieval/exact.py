@@ -8,6 +8,7 @@ from torch import Tensor
 
 from training.evaluation.ranking import BLOCK, Floats, Ints
 from training.retrieval.feature_file import FeatureFile
+from training.runtime.terminal import track
 
 _NUMBERS = 2**21  # of features held at once: more is slower, for want of cache
 
@@ -35,7 +36,8 @@ def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.dev
     units = unit(queries.to(device))
     # How far the products of unit vectors may be off, on either side, with each factor's own rounding.
     rounding = 2 * (gallery.width + 8) * 2.0**-24
-    for start, part in gallery.chunks(max(1, _NUMBERS // gallery.width)):
+    chunks = gallery.chunks(max(1, _NUMBERS // gallery.width))
+    for start, part in track(chunks, "Searching the gallery", gallery.rows, "features", size=lambda c: len(c[1])):
         columns = unit(part.to(device)).T
         for block in range(0, len(queries), BLOCK):
             similarity = units[block : block + BLOCK] @ columns  # (q, n)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from training.evaluation.ranking import Floats, Ints
@@ -19,8 +20,10 @@ from training.retrieval.feature_file import FeatureFile
 from training.runtime.atomic_files import write_output
 from training.runtime.command import need
 from training.runtime.errors import UserError
+from training.runtime.terminal import progress, track
 
 _ROWS = 2**16  # added at once
+_QUERIES = 2**10  # searched for at once
 _POINTS = 64  # a list is trained on, on average
 
 
@@ -32,7 +35,11 @@ class Index:
 
     Args:
         gallery: of N features; all of them are held in memory.
-        say: told when one is built.
+        say: called with a line before an index is built.
+
+    Attributes:
+        path: its file.
+        is_new: whether it was built now.
 
     Raises:
         UserError: faiss is missing, the index cannot be read or written, or a feature is zero or not finite.
@@ -41,8 +48,9 @@ class Index:
     def __init__(self, gallery: FeatureFile, say: Callable[[str], None]) -> None:
         self._faiss = need("faiss", "search")
         folder, name = gallery.path.parent, gallery.path.name
-        path = folder / f"{name}.{_checksum(gallery.path)}.ivf"
-        if not path.exists():
+        self.path = path = folder / f"{name}.{_checksum(gallery.path)}.ivf"
+        self.is_new = not path.exists()
+        if self.is_new:
             say(f"building an index of {gallery.rows} features: {path}")
             # Through memory: faiss does not tell of a disk that fills up at the end of a file.
             write_output(path, self._faiss.serialize_index(self._build(gallery)).tobytes())
@@ -60,7 +68,12 @@ class Index:
 
     def nearest(self, queries: Tensor, count: int) -> tuple[Floats, Ints]:
         """Cosine similarities, descending, and rows, both (Q, k); -1 in the place of a row that was not found."""
-        similarity, rows = self._index.search(unit(queries).numpy(), count)
+        found = []
+        with progress("Searching the index", len(queries), "queries") as advance:
+            for part in torch.split(unit(queries), _QUERIES):
+                found.append(self._index.search(part.numpy(), count))
+                advance(len(part))
+        similarity, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.lexsort((rows, -similarity))
         return np.take_along_axis(similarity, order, 1).astype(np.float64), np.take_along_axis(rows, order, 1)
 
@@ -69,17 +82,22 @@ class Index:
         index = self._faiss.index_factory(gallery.width, f"IVF{lists},Flat", self._faiss.METRIC_INNER_PRODUCT)
         index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = _POINTS, 1
         step = max(1, gallery.rows // (_POINTS * lists))
-        index.train(
-            np.concatenate([unit(part[-start % step :: step]).numpy() for start, part in gallery.chunks(_ROWS)])
-        )
-        for _, part in gallery.chunks(_ROWS):
+        sample = [unit(part[-start % step :: step]).numpy() for start, part in _chunks(gallery, "Reading the gallery")]
+        with progress("Clustering the features", None):
+            index.train(np.concatenate(sample))
+        for _, part in _chunks(gallery, "Filling the index"):
             index.add(unit(part).numpy())
         return index
 
 
+def _chunks(gallery: FeatureFile, description: str) -> Iterator[tuple[int, Tensor]]:
+    return track(gallery.chunks(_ROWS), description, gallery.rows, "features", size=lambda chunk: len(chunk[1]))
+
+
 def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") as file, progress("Hashing the gallery", path.stat().st_size / 2**20, "MiB") as advance:
         while block := file.read(2**20):
             digest.update(block)
+            advance(len(block) / 2**20)
     return digest.hexdigest()[:16]

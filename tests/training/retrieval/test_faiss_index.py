@@ -55,6 +55,21 @@ def test_an_index_is_kept_and_built_again_for_another_gallery_only(tmp_path: Pat
     assert len(list(tmp_path.glob("*.ivf"))) == 2  # another gallery's stays
 
 
+def test_progress_counts_to_the_end(tmp_path: Path, counted: list[tuple[str, float, float | None, str]]) -> None:
+    gallery = file_of(clusters(2000), tmp_path / "gallery.safetensors")
+    Index(gallery, print).nearest(torch.randn(7, 32), 3)
+    nearest(torch.randn(7, 32), gallery, 3, torch.device("cpu"))
+    assert [(work, unit) for work, _, _, unit in counted] == [
+        ("Hashing the gallery", "MiB"),
+        ("Reading the gallery", "features"),
+        ("Clustering the features", ""),
+        ("Filling the index", "features"),
+        ("Searching the index", "queries"),
+        ("Searching the gallery", "features"),
+    ]
+    assert all(done == total for _, done, total, _ in counted if total is not None)
+
+
 def test_an_index_that_was_cut_short_or_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     gallery = file_of(clusters(200), tmp_path / "gallery.safetensors")
     Index(gallery, print)
