@@ -67,6 +67,7 @@ def evaluate(options: Options) -> Result:
         about = provenance(trained.saved, next(trained.network.parameters()).device)
         content = {**about, "data": trained.split.description, "result": result.record()}
         write_output(options.output, json.dumps(content, indent=2) + "\n")
+        say(f"result: {options.output}")
     return result
 
 

@@ -95,10 +95,11 @@ def search(options: Options) -> list[Hit]:
     names, queries, network = _from_frames(options, device) if options.frames else _from_file(options)
     _check_comparable(gallery, queries, network)
     count = min(options.top, gallery.rows)
-    if options.index == "exact":
+    index = None if options.index == "exact" else Index(gallery, say)
+    if index is None:
         similarity, rows = nearest(queries, gallery, count, device)
     else:
-        similarity, rows = _approximate(queries, gallery, count, device)
+        similarity, rows = _approximate(index, queries, gallery, count, device)
     hits = [
         Hit(name, rank, float(value), gallery.people[row], gallery.cameras[row], gallery.names[row])
         for name, values, found in zip(names, similarity, rows, strict=True)
@@ -106,6 +107,8 @@ def search(options: Options) -> list[Hit]:
         if row >= 0
     ]
     say(_table(hits, f"{options.index}, of {gallery.rows} in {options.gallery}"))
+    if index and index.is_new:
+        say(f"index: {index.path}")
     return hits
 
 
@@ -156,9 +159,10 @@ def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None
         raise UserError(f"query: got features of network {network[:12]}, wanted those of the gallery's, {where}")
 
 
-def _approximate(queries: Tensor, gallery: FeatureFile, count: int, device: torch.device) -> tuple[Floats, Ints]:
-    """What the index finds; how much of the truth that is, for the first queries, is shown."""
-    index = Index(gallery, say)
+def _approximate(
+    index: Index, queries: Tensor, gallery: FeatureFile, count: int, device: torch.device
+) -> tuple[Floats, Ints]:
+    """Search the index, and show its recall against exact search for the first queries."""
     started = time.perf_counter()
     similarity, rows = index.nearest(queries, count)
     between = time.perf_counter()

@@ -94,6 +94,9 @@ def test_an_index_finds_the_same_and_tells_its_recall(files: Path, capsys: pytes
     assert told.startswith("building an index of 4 features: ")
     assert "\nrecall@3 1.000 against exact search, over 4 of 4 queries; index " in told
     assert "faiss, of 4 in " in told
+    assert told.splitlines()[-1] == f"index: {next(files.glob('gallery.safetensors.*.ivf'))}"
+    found(*asked, "--index", "faiss")
+    assert "index: " not in capsys.readouterr().out
 
 
 def test_what_an_index_misses_counts_against_its_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,9 +176,12 @@ def test_a_checkpoint_is_evaluated_by_the_protocol_and_reranking_asked_for(
     assert f"re-ranked ({rerank})" in shown
 
 
-def test_an_evaluation_is_written_with_all_that_it_came_from(trained: Path, tmp_path: Path) -> None:
+def test_an_evaluation_is_written_with_all_that_it_came_from(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new" / "result.json"
     result = evaluate(EvaluateOptions(trained, output=output, device="cpu"))
+    assert capsys.readouterr().out.endswith(f"\nresult: {output}\n")
     written = json.loads(output.read_text())
     assert written["result"] == json.loads(json.dumps(result.record()))
     assert written["checkpoint"] == str(last(trained).resolve())
