@@ -24,7 +24,7 @@ from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import need
 from training.runtime.device import choose_device
 from training.runtime.errors import UserError
-from training.runtime.terminal import say
+from training.runtime.terminal import progress, say
 
 TOLERANCE = 1e-4  # between the exported network and the eager one, relative to an output's largest element
 _LEAST = 3  # frames, where their number is free: torch.export takes 0, 1 and 2 apart
@@ -110,12 +110,13 @@ def export_model(options: Options) -> float:
     except RuntimeError as error:
         raise UserError(f"frames: got {frames}, wanted as many as memory holds ({first_line(error)})") from error
     free = {0: torch.export.Dim("clips", min=1)} | ({} if fixed else {1: torch.export.Dim("frames", min=_LEAST)})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), progress("Exporting the network", None):
         warnings.simplefilter("ignore")  # PyTorch's, of its own code
         written, program = (_onnx if onnx else _export)(Evaluated(network), sample, free, flat(about))
     more = 0 if fixed else 2
     shapes = ((1, frames, *sample.shape[2:]), (3, frames + more, *sample.shape[2:]))
-    apart = max(difference(program, eager, sample.new_empty(shape)) for shape in shapes)
+    with progress("Comparing it with the original", None):
+        apart = max(difference(program, eager, sample.new_empty(shape)) for shape in shapes)
     if apart > TOLERANCE:
         raise UserError(f"{suffix}: off by {apart:.1e} of an output's largest element, wanted {TOLERANCE:.0e} at most")
     write_output(options.output, written)

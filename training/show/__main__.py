@@ -14,7 +14,7 @@ from tyro.conf import subcommand
 
 from training.runtime.atomic_files import check_output, write_output
 from training.runtime.command import run_command
-from training.runtime.terminal import say
+from training.runtime.terminal import progress, say
 from training.show import ablation, cmc, features, ranking
 from training.show.picture import png
 
@@ -42,7 +42,9 @@ def main(options: features.Options | ranking.Options | cmc.Options | ablation.Op
             figure = cmc.show(options)
         case ablation.Options():
             figure = ablation.show(options)
-    write_output(options.output, png(figure))
+    with progress("Drawing", None):
+        content = png(figure)
+    write_output(options.output, content)
     say(f"picture: {options.output}")
 
 

@@ -17,6 +17,7 @@ from training.evaluation.ranking import DEEPEST, Floats, Ranking
 from training.evaluation.scoring import compare
 from training.runtime.atomic_files import realpath
 from training.runtime.errors import UserError
+from training.runtime.terminal import track
 from training.show.picture import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT, label_ends
 
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, TEXT)
@@ -58,7 +59,8 @@ def show(options: Options) -> Figure:
     if not 1 <= len(options.runs) <= len(COLOURS):
         raise UserError(f"runs: got {len(options.runs)}, wanted 1 to {len(COLOURS)}, as more are not told apart")
     curves = []
-    for name, run in zip(names(options.runs), options.runs, strict=True):
+    runs = list(zip(names(options.runs), options.runs, strict=True))
+    for name, run in track(runs, "Evaluating", len(runs), "runs"):
         trained = load_trained(run, options)
         resize = trained.settings.source.resize
         compared = compare(trained.network, trained.split, protocol=options.protocol, resize=resize)

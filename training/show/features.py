@@ -23,6 +23,7 @@ from training.evaluation.features import CHUNK, read_maps
 from training.evaluation.ranking import Floats, Ints
 from training.model.network import Network
 from training.runtime.errors import UserError
+from training.runtime.terminal import progress
 from training.show.gate import gate
 from training.show.picture import TEXT, fitted, index_of, pixels
 
@@ -103,13 +104,15 @@ def maps_of(network: Network, tracklet: Tracklet, chunk: int = CHUNK, resize: Re
     try:
         parts: list[tuple[Floats, ...]] = []
         state: State | None = None
-        for start in range(0, len(tracklet.frames), chunk):
-            x = read_maps(network, tracklet.frames[start : start + chunk], resize)
-            before = state or State(x[:1], x[:1])
-            refined = rru(x[None], state=state)
-            state, s = refined.state, refined.features[0]
-            z = gate(rru, x, torch.cat((before.s, s[:-1])), torch.cat((before.x, x[:-1])))
-            parts.append(tuple(maps.mean(1).double().cpu().numpy() for maps in (x, z, s)))  # (T, H, W) each
+        with progress("Reading maps", len(tracklet.frames), "frames") as advance:
+            for start in range(0, len(tracklet.frames), chunk):
+                x = read_maps(network, tracklet.frames[start : start + chunk], resize)
+                before = state or State(x[:1], x[:1])
+                refined = rru(x[None], state=state)
+                state, s = refined.state, refined.features[0]
+                z = gate(rru, x, torch.cat((before.s, s[:-1])), torch.cat((before.x, x[:-1])))
+                parts.append(tuple(maps.mean(1).double().cpu().numpy() for maps in (x, z, s)))  # (T, H, W) each
+                advance(len(x))
     finally:
         network.train(was_training)
     x, z, s = (np.concatenate(part) for part in zip(*parts, strict=True))

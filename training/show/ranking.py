@@ -19,6 +19,7 @@ from training.evaluation.protocols import ProtocolName
 from training.evaluation.ranking import Ints
 from training.evaluation.scoring import Compared, compare
 from training.runtime.errors import UserError
+from training.runtime.terminal import track
 from training.show.picture import GREEN, RED, TEXT, fitted, index_of, pixels
 
 WIDE, TALL = 1.0, 2.0  # of a frame's box
@@ -86,7 +87,8 @@ def found(compared: Compared, split: Split, top: int, probes: Ints | slice = sli
     """The nearest `top` of the gallery for all probes or for some, what is junk to a probe left out."""
     trial, result = compared.trial, []
     asked = np.arange(len(split.query))[probes]
-    for probe, distance in zip(asked, chain.from_iterable(compared.distances(probes)), strict=True):
+    distances = chain.from_iterable(compared.distances(probes))
+    for probe, distance in track(zip(asked, distances, strict=True), "Ranking", len(asked), "queries"):
         counts, positive = trial.counts[probe], trial.positive[probe]
         order = torch.where(counts, distance.cpu(), torch.inf).argsort(stable=True)[: counts.count_nonzero()]
         right = positive[order].nonzero().ravel()
