@@ -13,7 +13,7 @@ import shlex
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from training.reports.ablation_table import check_page, fill_page, markdown
 from training.runtime.atomic_files import write_atomic
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
-from training.runtime.terminal import say
+from training.runtime.terminal import progress, say
 from training.show.board import pictures
 from training.show.picture import png
 
@@ -177,6 +177,9 @@ def ablate(options: Options) -> None:
         raise UserError(f"output: {error}") from error
     say(table)
     say(f"plot: {options.output / PLOT}")
+    say(f"results: {options.output / RESULTS}")
+    if options.readme:
+        say(f"page: {options.readme}, with {RESULTS} and {PLOT} in its folder")
 
 
 def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
@@ -184,12 +187,17 @@ def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
     line = f"{len(planned)} runs in {options.output}, {options.jobs} side by side"
     say(line)
     records = {}
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _begin_worker) as pool:
+    missing = {cell for cell in planned if not (cell.folder(options.output) / resumable_run.RESULT).exists()}
+    with (
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _begin_worker) as pool,
+        progress("Training", len(missing), "runs") as advance,
+    ):
         try:
             running = {pool.submit(_train_one, cell, options): cell for cell in planned}
             for future in as_completed(running):
                 cell, record = running[future], future.result()
                 records[cell] = record
+                advance(cell in missing)  # finished ones take no time, and would spoil the ETA
                 where = f"{len(records)}/{len(planned)}  occlusion {cell.occlusion:g}  seed {cell.seed}  {cell.row}"
                 scores = f"rank-1 {100 * record['rank-1']:.1f}  mAP {100 * record['mAP']:.1f}"
                 say(f"{where}  {scores}")
@@ -211,7 +219,7 @@ def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
         log = folder.with_suffix(".log").open("a")
     except OSError as error:
         raise UserError(f"output: {error}") from error
-    with log, redirect_stdout(log):
+    with log, redirect_stdout(log), redirect_stderr(log):
         return resumable_run.run(cell.run_options(options), pictures)[-1]
 
 

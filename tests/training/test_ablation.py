@@ -69,7 +69,13 @@ def test_an_ablation_ends_with_a_table_results_and_a_plot(done: tuple[Path, Any]
 def test_the_page_gets_the_table_and_what_it_is_made_of(done: tuple[Path, Any]) -> None:
     output, ended = done
     page = output.parent / "page"
-    table = ended.out[ended.out.index("*`python") : ended.out.index("plot: ")].strip()
+    table, said = ended.out[ended.out.index("*`python") :].split("\nplot: ")
+    assert said.splitlines() == [
+        str(output / PLOT),
+        f"results: {output / RESULTS}",
+        f"page: {page / 'README.md'}, with {RESULTS} and {PLOT} in its folder",
+    ]
+    table = table.strip()
     picture = f"![rank-1 and mAP by the rate of occlusion]({PLOT})"
     assert (page / "README.md").read_text() == f"# Page\n\n{BEGIN}\n{picture}\n\n{table}\n{END}\n"
     for name in (RESULTS, PLOT):
