@@ -1,4 +1,4 @@
-"""The paper's ablation on rendered people, by how often they are hidden: `python -m training.ablation`."""
+"""Run the paper's ablation on rendered people, by their rate of occlusion: `python -m training.ablation`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ import torch
 import tyro
 
 from training.data.datasets import synthetic
-from training.engine import checkpoint, resumable_run
+from training.engine import resumable_run
 from training.engine.options import Options as RunOptions
 from training.engine.options import make_options
 from training.reports.ablation_plot import draw
-from training.reports.ablation_table import check_page, fill_page, markdown
+from training.reports.ablation_table import markdown
+from training.reports.environments import environments_of
+from training.reports.page import check_page, fill_page
 from training.runtime.atomic_files import write_atomic
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
@@ -34,7 +36,7 @@ from training.runtime.terminal import progress, say
 from training.show.board import pictures
 from training.show.picture import png
 
-# As Table 1 names them, in its order.
+# Rows of Table 1, in its order.
 ROWS = (
     "Baseline",
     "Baseline+Lv",
@@ -45,39 +47,40 @@ ROWS = (
     "Baseline+RRU+STIM+Lv+Lp",
 )
 RESULTS, PLOT = "ablation.json", "ablation.png"
+PLACE = "ablation"  # on a page
 
 
 @dataclass
 class Options:
-    """Train rows of the paper's Table 1 on rendered people, hidden ever more often, and tell what came out.
+    """Train rows of the paper's Table 1 on rendered people at several rates of occlusion, and report the figures.
 
-    What is in the output already is not trained again.
+    Runs that the output already holds are not trained again.
     """
 
     occlusion: tuple[float, ...] = (0.0, 0.4, 0.8)
-    """Expected shares of a tracklet's frames in which an occluder covers the middle; each is a set of its own."""
+    """Expected shares of a tracklet's frames in which an occluder covers the middle; each makes one dataset."""
     rows: tuple[Literal[ROWS], ...] = ROWS  # type: ignore[valid-type]
     """Rows of Table 1."""
     seeds: int = 3
-    """How many, from 0: one decides initial weights, order and dropout, and which half of the people is held out."""
+    """Number of seeds, from 0; a seed decides weights, order and dropout, and which half of the people is held out."""
     epochs: int = 7
     """Passes over the sampler."""
     batches: int = 20
-    """Batches an epoch."""
+    """Batches per epoch."""
     people: int = synthetic.PEOPLE
-    """People in each set; the same ones, on the same walks, at each rate."""
+    """People in each dataset; the same ones, on the same walks, at each rate."""
     blur: float = 0.2
-    """Expected share of a tracklet's frames that are smeared."""
+    """Expected share of a tracklet's frames with motion blur."""
     jobs: int = 2
-    """Runs side by side, each on one thread, so that the figures do not depend on it."""
+    """Runs trained in parallel, each on one thread, so that the figures do not depend on it."""
     output: Path = Path("runs/ablation")
-    """Folder of the sets, the runs, ablation.json and ablation.png."""
+    """Folder for the datasets, the runs, ablation.json and ablation.png."""
     readme: Path | None = None
-    """Page to write the table to, between its markers; ablation.json and ablation.png are laid beside it."""
+    """Page to write the table to, between its markers; its folder gets copies of ablation.json and ablation.png."""
 
     @property
     def command(self) -> str:
-        """What makes the same figures."""
+        """Command line that reproduces the figures."""
         words = ["python", "-m", "training.ablation"]
         for field in fields(self):
             value = getattr(self, field.name)
@@ -88,26 +91,26 @@ class Options:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the ablation: a row at a rate, from a seed."""
+    """One run of the ablation: a row, a rate and a seed."""
 
     occlusion: float
     row: str
     seed: int
 
     def data(self, output: Path) -> Path:
-        """The folder of the set it is trained on."""
+        """Folder of its dataset."""
         return output / f"occlusion-{self.occlusion:g}" / "data"
 
     def folder(self, output: Path) -> Path:
-        """The folder it is trained in."""
+        """Folder of the run."""
         return output / f"occlusion-{self.occlusion:g}" / self.row / f"seed-{self.seed}"
 
     def run_options(self, options: Options) -> RunOptions:
-        """How it is trained."""
+        """Options of the run."""
         return make_options(
             recipe="quick",
             row=self.row,
-            dataset="ilids-vid",  # its layout: the dataset "synthetic" is the set without rates
+            dataset="ilids-vid",  # the layout of the data; "synthetic" is a dataset with rates of its own
             data_root=self.data(options.output),
             check_counts=False,
             split=self.seed,
@@ -120,7 +123,7 @@ class Cell:
 
 
 def cells(options: Options) -> list[Cell]:
-    """All runs, a rate after the other, of each all rows from the first seed, then from the next.
+    """Return all runs, ordered by rate, seed and row.
 
     Raises:
         UserError: an option is out of range.
@@ -131,7 +134,7 @@ def cells(options: Options) -> list[Cell]:
     for name, rate in [("blur", options.blur), *(("occlusion", rate) for rate in options.occlusion)]:
         synthetic.check_rate(name, rate)
     if not 1 <= options.seeds <= synthetic.SPLITS:
-        raise UserError(f"seeds: got {options.seeds}, wanted 1 to {synthetic.SPLITS}, as each has a split of its own")
+        raise UserError(f"seeds: got {options.seeds}, wanted 1 to {synthetic.SPLITS}, one per split")
     if options.jobs < 1:
         raise UserError(f"jobs: got {options.jobs}, wanted at least 1")
     if options.people < 4:
@@ -143,14 +146,14 @@ def cells(options: Options) -> list[Cell]:
 
 
 def ablate(options: Options) -> None:
-    """Render, train, and leave a table, a plot and the results.
+    """Render the data, train the runs, and write the results, a plot and the table.
 
     Raises:
         UserError: an option is out of range, the page has no place for the table, or the output holds something else.
     """
     planned = cells(options)
     if options.readme:
-        check_page(options.readme)
+        check_page(options.readme, PLACE)
     for cell in planned:
         synthetic.generate(cell.data(options.output), options.people, occlusion=cell.occlusion, blur=options.blur)
     try:
@@ -163,7 +166,7 @@ def ablate(options: Options) -> None:
         "blur": options.blur,
         "epochs": options.epochs,
         "batches": options.batches,
-        "environments": _environments(planned, options),
+        "environments": environments_of(cell.folder(options.output) for cell in planned),
         "runs": [{**asdict(cell), **records[cell]} for cell in planned],
     }
     table = markdown(ablation)
@@ -172,7 +175,7 @@ def ablate(options: Options) -> None:
             (folder / RESULTS).write_text(json.dumps(ablation, indent=2) + "\n")
             write_atomic(folder / PLOT, png(draw(ablation)))
         if options.readme:
-            fill_page(options.readme, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
+            fill_page(options.readme, PLACE, f"![rank-1 and mAP by the rate of occlusion]({PLOT})\n\n{table}")
     except OSError as error:
         raise UserError(f"output: {error}") from error
     say(table)
@@ -183,7 +186,7 @@ def ablate(options: Options) -> None:
 
 
 def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
-    """Have each run trained that is not yet, and return the results of its last epoch."""
+    """Train the runs that are missing; returns the result of each run's last epoch."""
     line = f"{len(planned)} runs in {options.output}, {options.jobs} side by side"
     say(line)
     records = {}
@@ -197,14 +200,14 @@ def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
             for future in as_completed(running):
                 cell, record = running[future], future.result()
                 records[cell] = record
-                advance(cell in missing)  # finished ones take no time, and would spoil the ETA
+                advance(cell in missing)  # finished runs take no time and would distort the ETA
                 where = f"{len(records)}/{len(planned)}  occlusion {cell.occlusion:g}  seed {cell.seed}  {cell.row}"
                 scores = f"rank-1 {100 * record['rank-1']:.1f}  mAP {100 * record['mAP']:.1f}"
                 say(f"{where}  {scores}")
         except BrokenProcessPool as error:
             line = "a run's process was killed, perhaps for want of memory"
             raise UserError(f"{line}; the same command continues, --jobs 1 needs less") from error
-        except BaseException:  # an interrupt too; what runs is continued the next time
+        except BaseException:  # also an interrupt: the next start continues the runs
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -212,7 +215,7 @@ def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
 
 
 def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
-    """Train a run, and return the result of its last epoch; what it has to say goes to a file beside its folder."""
+    """Train a run and return the result of its last epoch; its output goes to a log file next to its folder."""
     folder = cell.folder(options.output)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +227,10 @@ def _train_one(cell: Cell, options: Options) -> dict[str, Any]:
 
 
 def _begin_worker() -> None:
-    """Make a process of the pool one thread wide, and have it end with the process that started it."""
+    """Limit a process of the pool to one thread, and end it with its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears of it too
-    end_with_parent()  # left alone, it would train on beside the next start of the same runs
-
-
-def _environments(planned: list[Cell], options: Options) -> list[dict[str, Any]]:
-    """What the runs ran on: one, unless they were trained in several goes."""
-    found: list[dict[str, Any]] = []
-    for cell in planned:
-        environment = checkpoint.load(cell.folder(options.output)).config["environment"]
-        if environment not in found:
-            found.append(environment)
-    return found
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    end_with_parent()  # an orphan would compete with the next start of the same runs
 
 
 if __name__ == "__main__":

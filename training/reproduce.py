@@ -30,6 +30,7 @@ from training.engine.options import Options as RunOptions
 from training.engine.resumable_run import RESULT, run
 from training.engine.run import read_split
 from training.model.backbone import make_backbone
+from training.reports.environments import environments_of
 from training.reports.paper_table import NOTE, Results, compare, markdown, terminal
 from training.runtime.atomic_files import write_atomic
 from training.runtime.command import run_command
@@ -274,7 +275,7 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
         f"Ended: {sum(map(len, results.values()))} of {len(plan.rows) * plan.splits} runs.",
         f"Data: {data}",
     ]
-    environments = _environments(plan, results)
+    environments = environments_of(plan.folder(row, split) for row, runs in results.items() for split in runs)
     notes += [f"Computed with {', '.join(f'{name} {value}' for name, value in e.items())}." for e in environments]
     if plan.dataset in OTHERS:
         notes.append(f"{plan.dataset} is not one of the paper's datasets: these figures compare with none of its.")
@@ -293,17 +294,6 @@ def _content(plan: _Plan, data: str, results: Mapping[str, Mapping[int, Results]
         "environments": environments,
         "notes": notes,
     }
-
-
-def _environments(plan: _Plan, results: Mapping[str, Mapping[int, Results]]) -> list[dict[str, Any]]:
-    """What the runs were computed with: one, unless a part was run elsewhere."""
-    found: list[dict[str, Any]] = []
-    for row, runs in results.items():
-        for split in runs:
-            environment = json.loads((plan.folder(row, split) / RESULT).read_text())["environment"]
-            if environment not in found:
-                found.append(environment)
-    return found
 
 
 def _write(plan: _Plan, content: Mapping[str, Any]) -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from tests.helpers import forked
 from tests.helpers.small_people import short_walks
-from training.ablation import PLOT, RESULTS, ROWS, Options, ablate, cells
-from training.reports.ablation_table import BEGIN, END
+from training.ablation import PLACE, PLOT, RESULTS, ROWS, Options, ablate, cells
+from training.reports.page import markers
 from training.runtime.errors import UserError
 
+BEGIN, END = markers(PLACE)
 TWO = ("Baseline", "Baseline+RRU+STIM+Lv+Lp")
 
 

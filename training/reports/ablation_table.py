@@ -1,60 +1,35 @@
-"""An ablation as a table in Markdown, and its place on a page."""
+"""Ablation table in Markdown."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from training.runtime.errors import UserError
-
-BEGIN, END = "<!-- ablation -->", "<!-- /ablation -->"
 SCORES = ("rank-1", "mAP")
 
 
 def markdown(ablation: dict[str, Any]) -> str:
-    """How an ablation was made, and for each row and rate the mean of each score and its deviation over the seeds.
+    """Return the table: mean and standard deviation over the seeds of each score, per row and rate, with a caption.
 
     Args:
-        ablation: what `ablation.json` holds.
+        ablation: the content of `ablation.json`.
     """
     rates, rows = (list(dict.fromkeys(run[name] for run in ablation["runs"])) for name in ("occlusion", "row"))
     header = ["row", *(f"{score}, occlusion {rate:g}" for rate in rates for score in SCORES)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
-        lines.append([row, *(_told(spread(ablation, row, rate, score)) for rate in rates for score in SCORES)])
+        lines.append([row, *(_cell(spread(ablation, row, rate, score)) for rate in rates for score in SCORES)])
     return f"*{_caption(ablation)}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(ablation: dict[str, Any], row: str, rate: float, score: str) -> tuple[float, float | None]:
-    """Mean and standard deviation over the seeds, in percent; a single seed has no deviation."""
+    """Return mean and standard deviation over the seeds, in percent; a single seed has no deviation."""
     values = [100 * run[score] for run in ablation["runs"] if (run["row"], run["occlusion"]) == (row, rate)]
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
-def check_page(page: Path) -> str:
-    """The text of a page that has one place for the table.
-
-    Raises:
-        UserError: it cannot be read, or has none or several.
-    """
-    try:
-        text = page.read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"readme: {page} cannot be read ({error})") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"readme: {page} has no place for the table, wanted {BEGIN} ... {END} once")
-    return text
-
-
-def fill_page(page: Path, content: str) -> None:
-    """Put `content` between the markers of a page."""
-    filled = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{content}\n{END}", check_page(page), flags=re.DOTALL)
-    page.write_text(filled)
-
-
-def _told(value: tuple[float, float | None]) -> str:
+def _cell(value: tuple[float, float | None]) -> str:
     mean, deviation = value
     return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
 
@@ -66,7 +41,7 @@ def _caption(ablation: dict[str, Any]) -> str:
     over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
 
     def of(name: str) -> str:
-        # A commit by its first 12 digits, and whether there were changes beside it.
+        # Commits are cut to 12 digits, with "-dirty" left in place.
         values = [re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(environment[name])) for environment in environments]
         return " and ".join(dict.fromkeys(values))
 
