@@ -1,4 +1,4 @@
-"""Find who a tracklet shows in a gallery of features: `python -m training.search --gallery FILE --query FILE`."""
+"""Search a gallery of features: `python -m training.search --gallery FILE --query FILE`."""
 
 from __future__ import annotations
 
@@ -36,43 +36,43 @@ from training.runtime.device import Device, choose_device
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
 
-CHECKED = 100  # queries that an approximate search is held to the exact one by
+CHECKED = 100  # queries of an approximate search that are also searched exactly
 
 
 @dataclass
 class Options:
-    """Find the tracklets of a gallery that are most like others, by the cosine of their features.
+    """Find the gallery tracklets nearest to each query, by the cosine of their features.
 
-    The gallery is a file of `python -m training.export features`. The others are those of such a file, or the frames of
-    one tracklet in a folder, which the network of the checkpoint turns into a feature first.
+    The gallery is a file by `python -m training.export features`. The queries come from another such file, or from a
+    folder with the frames of one tracklet, of which the checkpoint's network extracts the feature.
     """
 
     gallery: Path
-    """Features to search among."""
+    """File of the gallery's features."""
     query: Path | None = None
-    """Features to search for."""
+    """File of the queries' features."""
     names: tuple[str, ...] = ()
-    """Which of the query's tracklets, by name; all, if not given."""
+    """Names of queries in that file; all if not given."""
     frames: Path | None = None
-    """Or a folder of images: the frames of one tracklet in the order of their names, numbers by value."""
+    """Instead of --query, a folder of images: the frames of one tracklet, in natural order of their names."""
     checkpoint: Path | None = None
-    """With --frames: folder of the run, or of the checkpoint, that the gallery's features came from."""
+    """With --frames, the folder of the run, or of the checkpoint, that extracted the gallery's features."""
     top: int = 10
-    """How many to find."""
+    """How many tracklets to find per query."""
     index: Literal["exact", "faiss"] = "exact"
-    """All of the gallery, by a matrix product; or an index that is kept beside it, for millions: nearly as good."""
+    """Search the whole gallery exactly, or approximately by an index stored next to it, for millions of tracklets."""
     device: Device = "auto"
     """Where to compute; the index is on the CPU."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A tracklet of the gallery that was found.
+    """A gallery tracklet found for a query.
 
-    query: name of the tracklet it is like.
-    rank: 1 for the most like.
+    query: name of the query.
+    rank: from 1, the nearest.
     similarity: cosine of the features.
-    person, camera, name: of the one found.
+    person, camera, name: of the gallery tracklet.
     """
 
     query: str
@@ -113,7 +113,7 @@ def search(options: Options) -> list[Hit]:
 
 
 def _from_file(options: Options) -> tuple[list[str], Tensor, str | None]:
-    """Names and features (Q, D) of a file's tracklets, and the network they are of."""
+    """Read the queries of a file: names, features (Q, D), and the hash of their network."""
     if options.query is None or options.checkpoint is not None:
         got = "--checkpoint without --frames" if options.checkpoint else "neither --query nor --frames"
         raise UserError(f"query: got {got}, wanted --query, or --frames and --checkpoint")
@@ -129,7 +129,7 @@ def _from_file(options: Options) -> tuple[list[str], Tensor, str | None]:
 
 
 def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Tensor, str | None]:
-    """Name and feature (1, D) of a folder's tracklet, and the network it is of."""
+    """Extract the feature of a folder's frames: name, feature (1, D), and the hash of the network."""
     folder = options.frames
     assert folder is not None
     if options.checkpoint is None or options.query is not None or options.names:
@@ -143,17 +143,18 @@ def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Ten
     network, name = load_network(saved, None, device), folder.resolve().name
     feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=settings_of(saved).source.resize)
     if not feature.any():
-        raise UserError(f"frames: the feature of {folder} is zero: it is like nothing")
+        raise UserError(f"frames: the feature of {folder} is zero and has no direction")
     return [name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]
 
 
 def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None) -> None:
-    """Raise a UserError where features are of different networks; warn where it cannot be known."""
+    """Raise a UserError if the features are of different networks; warn if that cannot be determined."""
     if queries.shape[1] != gallery.width:
         raise UserError(f"query: got features of {queries.shape[1]} numbers, wanted {gallery.width}, as the gallery's")
     of_gallery = gallery.about.get("network")
     if network is None or of_gallery is None:
-        warnings.warn("a file does not say which network its features are of: are they of one?", stacklevel=2)
+        line = "a file does not say which network its features are of; those of different networks do not compare"
+        warnings.warn(line, stacklevel=2)
     elif network != of_gallery:
         where = f"{gallery.about.get('checkpoint')} ({of_gallery[:12]})"
         raise UserError(f"query: got features of network {network[:12]}, wanted those of the gallery's, {where}")

@@ -20,9 +20,9 @@ from training.search import Hit, Options, search
 
 @pytest.fixture(scope="module")
 def files(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the features of the run's gallery and of its probes."""
+    """A folder with the features of the run's gallery and of its queries."""
     folder = tmp_path_factory.mktemp("features")
-    for part in ("gallery", "probe"):
+    for part in ("gallery", "query"):
         export_features(ExportOptions(checkpoint=run, output=folder / f"{part}.safetensors", part=part))
     return folder
 
@@ -32,15 +32,15 @@ def found(*arguments: str | Path) -> list[Hit]:
 
 
 def test_each_query_has_the_galleries_best_by_cosine(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gallery, query = files / "gallery.safetensors", files / "probe.safetensors"
+    gallery, query = files / "gallery.safetensors", files / "query.safetensors"
     one, other = (safetensors.torch.load_file(path)["features"].double() for path in (query, gallery))
     cosines = torch.nn.functional.normalize(one) @ torch.nn.functional.normalize(other).T
     best = cosines.topk(3)
     of, among = open_features(query), open_features(gallery)
     wanted = [
-        (of.names[probe], rank + 1, among.people[row], among.cameras[row], among.names[row])
-        for probe in range(of.rows)
-        for rank, row in enumerate(best.indices[probe].tolist())
+        (of.names[query], rank + 1, among.people[row], among.cameras[row], among.names[row])
+        for query in range(of.rows)
+        for rank, row in enumerate(best.indices[query].tolist())
     ]
     hits = found("--gallery", gallery, "--query", query, "--top", 3)
     assert [(hit.query, hit.rank, hit.person, hit.camera, hit.name) for hit in hits] == wanted
@@ -58,34 +58,34 @@ def test_each_query_has_the_galleries_best_by_cosine(files: Path, capsys: pytest
 
 
 def test_frames_find_the_tracklet_they_are_of(run: Path, files: Path, small_data: Path, tmp_path: Path) -> None:
-    probe = open_features(files / "probe.safetensors").names[1]
-    frames = sorted((small_data / "i-LIDS-VID" / "sequences" / probe).glob("*.png"))
+    query = open_features(files / "query.safetensors").names[1]
+    frames = sorted((small_data / "i-LIDS-VID" / "sequences" / query).glob("*.png"))
     folder = tmp_path / "someone"
     folder.mkdir()
     for number, frame in enumerate(frames):  # 2 comes before 10, which it does not as text
         shutil.copy(frame, folder / f"frame{number}.PNG")
     (folder / "notes.txt").write_text("not a frame")
     (folder / "._frame0.png").write_text("neither is what a file system leaves")
-    hits = found("--gallery", files / "probe.safetensors", "--frames", folder, "--checkpoint", run, "--top", 2)
-    assert (hits[0].query, hits[0].name) == ("someone", probe)
+    hits = found("--gallery", files / "query.safetensors", "--frames", folder, "--checkpoint", run, "--top", 2)
+    assert (hits[0].query, hits[0].name) == ("someone", query)
     assert len(frames) > 10 and hits[0].similarity == pytest.approx(1, abs=1e-9)
     assert hits[1].similarity < 1 - 1e-9
 
 
 def test_frames_stored_sideways_are_searched_upright(run: Path, files: Path, small_data: Path, tmp_path: Path) -> None:
-    probe = open_features(files / "probe.safetensors").names[1]
+    query = open_features(files / "query.safetensors").names[1]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
-    for path in (small_data / "i-LIDS-VID" / "sequences" / probe).glob("*.png"):
+    for path in (small_data / "i-LIDS-VID" / "sequences" / query).glob("*.png"):
         with Image.open(path) as upright:
             upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / path.name, exif=exif)
-    hits = found("--gallery", files / "probe.safetensors", "--frames", tmp_path, "--checkpoint", run, "--top", 1)
-    assert hits[0].name == probe
+    hits = found("--gallery", files / "query.safetensors", "--frames", tmp_path, "--checkpoint", run, "--top", 1)
+    assert hits[0].name == query
     assert hits[0].similarity == pytest.approx(1, abs=1e-9)
 
 
 def test_an_index_finds_the_same_and_tells_its_recall(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--gallery", files / "gallery.safetensors", "--query", files / "probe.safetensors", "--top", 3)
+    asked = ("--gallery", files / "gallery.safetensors", "--query", files / "query.safetensors", "--top", 3)
     exact = found(*asked)
     capsys.readouterr()
     hits = found(*asked, "--index", "faiss")
@@ -147,7 +147,7 @@ def test_bad_input_is_one_line(
     run: Path, files: Path, capsys: pytest.CaptureFixture[str], arguments: str, told: str
 ) -> None:
     def filled(text: str) -> str:
-        return text.replace("RUN", str(run)).replace("FILE", str(files / "probe.safetensors"))
+        return text.replace("RUN", str(run)).replace("FILE", str(files / "query.safetensors"))
 
     gallery = [] if "--gallery" in arguments else ["--gallery", str(files / "gallery.safetensors")]
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""The exact k nearest by cosine in a gallery of any size, in constant memory."""
+"""Exact k-nearest-neighbor search by cosine, in memory that does not grow with the gallery."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from training.evaluation.ranking import BLOCK, Floats, Ints
 from training.retrieval.feature_file import FeatureFile
 from training.runtime.terminal import track
 
-_NUMBERS = 2**21  # of features held at once: more is slower, for want of cache
+_NUMBERS = 2**21  # elements of features per chunk: more is slower, as they leave the cache
 
 
 def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.device) -> tuple[Floats, Ints]:
-    """The rows of a gallery that are nearest to each query, of equally near ones the first.
+    """Find the rows of a gallery that are nearest to each query; of equally near ones the first.
 
-    A matrix product in float32 tells who may be among the nearest, within its rounding; their similarities are then
-    computed in float64, the same way wherever a row stands, so that equal rows are equally near.
+    A matrix product in float32 selects all candidates within its rounding error. Their similarities are then computed
+    in float64, in the same way for every row, so that equal rows are equally near.
 
     Args:
         queries: (Q, D) float32, none of them zero.
-        gallery: of N features of D numbers.
+        gallery: N features of D elements.
         count: k, at most N.
-        device: where to multiply.
+        device: where the matrix product is computed.
 
     Returns:
         Cosine similarities, descending, and rows, both (Q, k).
@@ -34,7 +34,7 @@ def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.dev
     numbers = queries.double().numpy()
     best, rows = np.full((len(queries), count), -np.inf), np.zeros((len(queries), count), dtype=np.int64)
     units = unit(queries.to(device))
-    # How far the products of unit vectors may be off, on either side, with each factor's own rounding.
+    # Bound on the error of a product of unit vectors, the rounding of its factors included.
     rounding = 2 * (gallery.width + 8) * 2.0**-24
     chunks = gallery.chunks(max(1, _NUMBERS // gallery.width))
     for start, part in track(chunks, "Searching the gallery", gallery.rows, "features", size=lambda c: len(c[1])):
@@ -54,13 +54,13 @@ def nearest(queries: Tensor, gallery: FeatureFile, count: int, device: torch.dev
 
 
 def unit(features: Tensor) -> Tensor:
-    """Features (N, D) float32, each divided by its length."""
+    """Divide each of N features (N, D) float32 by its length."""
     length: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)
     return (features / length).float()
 
 
 def _cosines(features: Tensor, query: Floats) -> Floats:
-    """(n,) cosines of features (n, D) float32 and a query (D,): NumPy sums each row by itself, whatever the others."""
+    """Return the cosines (n,) of features (n, D) float32 and a query (D,); NumPy sums each row on its own."""
     numbers = features.double().numpy()
     lengths = np.sqrt((numbers * numbers).sum(1) * (query * query).sum())
     cosines: Floats = (numbers * query).sum(1) / lengths

@@ -1,4 +1,4 @@
-"""An approximate index of a gallery of millions, by faiss, built once and kept beside it."""
+"""Approximate search in a gallery of millions: a faiss index, built once and stored next to the gallery."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from training.runtime.command import need
 from training.runtime.errors import UserError
 from training.runtime.terminal import progress, track
 
-_ROWS = 2**16  # added at once
-_QUERIES = 2**10  # searched for at once
-_POINTS = 64  # a list is trained on, on average
+_ROWS = 2**16  # features per chunk
+_QUERIES = 2**10  # per search
+_POINTS = 64  # training features per list, on average
 
 
 class Index:
-    """The gallery in about sqrt(N) lists by k-means; a search looks into the nearest sixteenth of them, 8 at least.
+    """Inverted file of a gallery in about sqrt(N) lists by k-means; a search probes 1/16 of them, at least 8.
 
-    It is read from `<gallery>.<checksum>.ivf`. Where there is none for what the gallery holds now, it is built first,
-    and takes the place of an older one.
+    It is read from `<gallery>.<checksum>.ivf`. If there is none for the gallery's present content, it is built first
+    and replaces older ones.
 
     Args:
-        gallery: of N features; all of them are held in memory.
+        gallery: N features; the index holds all of them in memory.
         say: called with a line before an index is built.
 
     Attributes:
@@ -52,7 +52,7 @@ class Index:
         self.is_new = not path.exists()
         if self.is_new:
             say(f"building an index of {gallery.rows} features: {path}")
-            # Through memory: faiss does not tell of a disk that fills up at the end of a file.
+            # Through memory: faiss does not report a disk that fills up at the end of a file.
             write_output(path, self._faiss.serialize_index(self._build(gallery)).tobytes())
             for old in folder.glob(f"{glob.escape(name)}.*.ivf"):
                 if old != path:
@@ -67,7 +67,7 @@ class Index:
         self._index.nprobe = max(8, self._index.nlist // 16)
 
     def nearest(self, queries: Tensor, count: int) -> tuple[Floats, Ints]:
-        """Cosine similarities, descending, and rows, both (Q, k); -1 in the place of a row that was not found."""
+        """Return cosine similarities, descending, and rows, both (Q, k); the row is -1 where none was found."""
         found = []
         with progress("Searching the index", len(queries), "queries") as advance:
             for part in torch.split(unit(queries), _QUERIES):

@@ -1,4 +1,4 @@
-"""Features of tracklets in a safetensors file, with who they are of; read in parts, so that it may be of any size."""
+"""Features of tracklets with their labels in a safetensors file, which may be larger than memory."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def write_features(
 ) -> None:
     """Write the features of N tracklets.
 
-    In the file: "features" (N, D) float32, "people" and "cameras" (N,) int64, and "names", the bytes of a JSON list of
-    N strings, which a file's header might be too short for.
+    The file holds "features" (N, D) float32, "people" and "cameras" (N,) int64, and "names", the UTF-8 bytes of a JSON
+    list of N strings, for which the header may be too small.
 
     Args:
-        path: the file, not there yet.
+        path: a new file.
         features: (N, D).
-        people, cameras, names: of each tracklet.
-        about: what the features came from; the file's metadata.
+        people, cameras, names: N of each, one per tracklet.
+        about: the provenance of the features, stored as the file's metadata.
 
     Raises:
         UserError: the file cannot be written.
@@ -56,9 +56,9 @@ def write_features(
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """A file of features, open.
+    """An open file of N features.
 
-    path: where it lies.
+    path: its path.
     rows, width: N and D.
     about: its metadata.
     """
@@ -71,27 +71,27 @@ class FeatureFile:
 
     @cached_property
     def people(self) -> list[int]:
-        """N of them."""
+        """Person of each of the N tracklets."""
         people: list[int] = self._opened.get_tensor("people").tolist()
         return people
 
     @cached_property
     def cameras(self) -> list[int]:
-        """N of them."""
+        """Camera of each of the N tracklets."""
         cameras: list[int] = self._opened.get_tensor("cameras").tolist()
         return cameras
 
     @cached_property
     def names(self) -> list[str]:
-        """N of them.
+        """Name of each of the N tracklets.
 
         Raises:
-            UserError: there are fewer, or more, or one is no string.
+            UserError: the file holds another number of names, or one that is not a string.
         """
         try:
             names: list[str] = json.loads(self._opened.get_tensor("names").numpy().tobytes())
         except ValueError as error:
-            raise UserError(f"{self.path}: names: got what is no JSON ({error}), wanted a list") from error
+            raise UserError(f"{self.path}: names: got invalid JSON ({error}), wanted a list") from error
         if not isinstance(names, list) or len(names) != self.rows:
             got = f"{len(names)} of them" if isinstance(names, list) else "something else"
             raise UserError(f"{self.path}: names: got {got}, wanted a list of {self.rows}, one a tracklet")
@@ -100,10 +100,10 @@ class FeatureFile:
         return names
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
-        """The features, so many rows at a time, each part (n, D) with the number of its first row.
+        """Yield the features in parts (n, D) of at most `rows` rows, each after the number of its first row.
 
         Raises:
-            UserError: a feature is not finite, or is zero: it has no direction.
+            UserError: a feature is not finite, or is zero and has no direction.
         """
         features = self._opened.get_slice("features")
         for start in range(0, self.rows, rows):
@@ -117,10 +117,10 @@ class FeatureFile:
 
 
 def open_features(path: Path) -> FeatureFile:
-    """Open what `write_features` wrote, or another file with the same tensors.
+    """Open a file by `write_features`, or another with the same tensors.
 
     Raises:
-        UserError: there is none, or it holds something else.
+        UserError: it does not exist, or holds something else.
     """
     try:
         opened: Any = safe_open(path, framework="pt")

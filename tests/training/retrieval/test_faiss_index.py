@@ -75,9 +75,9 @@ def test_an_index_that_was_cut_short_or_cannot_be_written_is_one_line(tmp_path: 
     Index(gallery, print)
     (path,) = tmp_path.glob("*.ivf")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"^{path}: not a readable index \(.+\), remove it$") as told:
+    with pytest.raises(UserError, match=rf"^{path}: not a readable index \(.+\), remove it$") as raised:
         Index(gallery, print)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     path.unlink()
     (tmp_path / f"{path.name}.new").mkdir()
     with pytest.raises(UserError, match=rf"^output: {path}: Is a directory$"):

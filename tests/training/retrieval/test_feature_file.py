@@ -56,25 +56,23 @@ def test_a_feature_without_a_direction_is_named(tmp_path: Path, value: float) ->
             {"names": torch.tensor(list(b'["a", 1, "", "", "", "", ""]'), dtype=torch.uint8)},
             "names: got 1, wanted strings",
         ),
-        ({"names": torch.tensor(list(b"cam1"), dtype=torch.uint8)}, "names: got what is no JSON"),
+        ({"names": torch.tensor(list(b"cam1"), dtype=torch.uint8)}, "names: got invalid JSON"),
     ],
 )
-def test_a_file_of_something_else_is_told_in_one_line(
-    tmp_path: Path, changes: dict[str, Tensor | None], message: str
-) -> None:
+def test_a_file_of_something_else_is_one_line(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
     path = tmp_path / "file.safetensors"
     tensors = {**safetensors.torch.load_file(write(tmp_path / "whole.safetensors")), **changes}
     safetensors.torch.save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    with pytest.raises(UserError, match=f"^{path}: {message}") as told:
+    with pytest.raises(UserError, match=f"^{path}: {message}") as raised:
         assert open_features(path).names
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_absent_cut_short_or_no_safetensors_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_absent_cut_short_or_no_safetensors_is_one_line(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-9])
     (tmp_path / "other").write_text("not one")
     for path in (tmp_path / "cut", tmp_path / "other", tmp_path / "absent", tmp_path):
-        with pytest.raises(UserError, match=rf"^{path}: not a readable file of features \(.+\)$") as told:
+        with pytest.raises(UserError, match=rf"^{path}: not a readable file of features \(.+\)$") as raised:
             open_features(path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
