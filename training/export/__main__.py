@@ -1,4 +1,4 @@
-"""Take a trained network elsewhere: `python -m training.export features|model`."""
+"""Export a trained network or its features: `python -m training.export features|model`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Options: TypeAlias = Annotated[features.Options, subcommand("features")] | Annot
 
 
 def main(options: features.Options | model.Options) -> None:
-    """Write the file that the options ask for; errors are those of the two."""
+    """Export features or the model; errors are those of the two."""
     match options:
         case features.Options():
             features.export_features(options)

@@ -1,4 +1,4 @@
-"""The features of a split's tracklets as a file."""
+"""Export the features of a split's tracklets to a file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from training.runtime.terminal import say
 class Options(UseOptions):
     """Write the features of a split's tracklets, with their people, cameras and names, as safetensors.
 
-    What is not given is as it was in training.
+    Options that are not given are as in training.
     """
 
     checkpoint: Path
     """Folder of a run, or of one checkpoint."""
     output: Path
     """The file to write (.safetensors)."""
-    part: Literal["gallery", "probe", "train"] = "gallery"
-    """Whose: those searched among, those searched for, or those trained on."""
+    part: Literal["gallery", "query", "train", "probe"] = "gallery"
+    """Which tracklets: the gallery, the queries, or those trained on; probe is an older name of query."""
+
+    def __post_init__(self) -> None:
+        if self.part == "probe":
+            self.part = "query"
 
 
 def export_features(options: Options) -> None:
-    """Extract and write features, each over all frames of its tracklet.
+    """Extract features, each over all frames of its tracklet, and write them.
 
     Raises:
         UserError: the checkpoint or the data cannot be used, a feature is not finite, or the file cannot be written.
@@ -37,8 +41,7 @@ def export_features(options: Options) -> None:
     check_output(options.output, SUFFIX)
     trained = load_trained(options.checkpoint, options)
     say(trained.split.description)
-    split = trained.split
-    tracklets = {"gallery": split.gallery, "probe": split.query, "train": split.train}[options.part]
+    tracklets = getattr(trained.split, options.part)
     device = next(trained.network.parameters()).device
     about = {
         "dataset": trained.dataset,

@@ -1,4 +1,4 @@
-"""The evaluated network as a program that needs none of this code: torch.export's, or ONNX."""
+"""Export the network in eval mode as a program that runs without this code, by torch.export or as ONNX."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from training.runtime.errors import UserError
 from training.runtime.terminal import progress, say
 
 TOLERANCE = 1e-4  # between the exported network and the eager one, relative to an output's largest element
-_LEAST = 3  # frames, where their number is free: torch.export takes 0, 1 and 2 apart
+_LEAST = 3  # fewest frames if their number is free: torch.export may specialize for 0, 1 and 2
 Program: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 @dataclass
 class Options:
-    """Write the network as it is evaluated, clips of frames to features, strips and identity logits.
+    """Export the network in eval mode, from clips of frames to features, strips and identity logits.
 
-    It takes float32 clips (B, T, 3, h, w), B free, of frames resized and normalised as in training; the file says how.
-    The reference RRU is a loop over the frames, which is written out: T is fixed. It is free without an RRU, and with
-    --ops fast, unless the head is an LSTM. What is written is compared with the network itself first.
+    It takes float32 clips (B, T, 3, h, w) with any B, of frames resized and normalized as in training; the file says
+    how. The reference RRU is a loop over the frames, which is unrolled, so T is fixed. T is free without an RRU, and
+    with --ops fast, unless the head is an LSTM. The program is compared with the network before it is written.
     """
 
     checkpoint: Path
     """Folder of a run, or of one checkpoint."""
     output: Path
-    """The file to write: .pt2 for torch.export's, .onnx for ONNX."""
+    """The file to write: .pt2 for torch.export, .onnx for ONNX."""
     frames: int | None = None
-    """T, frames a clip; those it was trained with, if not given."""
+    """T, frames per clip; as in training if not given."""
     ops: Ops = "reference"
-    """Plain PyTorch operators, or (fast, for .pt2 only) the library's: whoever loads that imports rru_fast first."""
+    """Plain PyTorch operators, or (fast, for .pt2 only) the library's, which need rru_fast imported before loading."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Which device a .pt2 is for; ONNX is for any."""
+    """Device that a .pt2 file is for; ONNX runs on any."""
 
 
 class Evaluated(nn.Module):
-    """A network's outputs in eval mode by their names.
+    """A network in eval mode that returns its outputs by name.
 
     Args:
-        network: put into eval mode.
+        network: set to eval mode.
     """
 
     def __init__(self, network: Network) -> None:
@@ -64,7 +64,7 @@ class Evaluated(nn.Module):
         self.network = network.eval()
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        """Clips (B, T, 3, h, w) to "feature" (B, D), "logits" (B, identities) and, with an RRU, "strips" (B, C, H)."""
+        """Map clips (B, T, 3, h, w) to "feature" (B, D), "logits" (B, identities) and, if any, "strips" (B, C, H)."""
         output = self.network(clips)
         strips = {} if output.strips is None else {"strips": output.strips}
         return {"feature": output.feature, "logits": output.logits, **strips}
@@ -74,11 +74,11 @@ def export_model(options: Options) -> float:
     """Export the network, compare it with the eager one on random frames, and write it.
 
     Returns:
-        The largest difference found, relative to an output's largest element.
+        The largest difference, relative to an output's largest element.
 
     Raises:
-        UserError: an option does not fit, the checkpoint cannot be used, a library is missing, the exported network
-            computes something else, or the file cannot be written.
+        UserError: an option does not fit, the checkpoint cannot be used, a library is missing, the exported network's
+            outputs differ, or the file cannot be written.
     """
     suffix = options.output.suffix
     if suffix not in (".pt2", ".onnx"):
@@ -111,42 +111,44 @@ def export_model(options: Options) -> float:
         raise UserError(f"frames: got {frames}, wanted as many as memory holds ({first_line(error)})") from error
     free = {0: torch.export.Dim("clips", min=1)} | ({} if fixed else {1: torch.export.Dim("frames", min=_LEAST)})
     with warnings.catch_warnings(), progress("Exporting the network", None):
-        warnings.simplefilter("ignore")  # PyTorch's, of its own code
+        warnings.simplefilter("ignore")  # about PyTorch's own code
         written, program = (_onnx if onnx else _export)(Evaluated(network), sample, free, flat(about))
     more = 0 if fixed else 2
     shapes = ((1, frames, *sample.shape[2:]), (3, frames + more, *sample.shape[2:]))
     with progress("Comparing it with the original", None):
-        apart = max(difference(program, eager, sample.new_empty(shape)) for shape in shapes)
-    if apart > TOLERANCE:
-        raise UserError(f"{suffix}: off by {apart:.1e} of an output's largest element, wanted {TOLERANCE:.0e} at most")
+        largest = max(difference(program, eager, sample.new_empty(shape)) for shape in shapes)
+    if largest > TOLERANCE:
+        raise UserError(
+            f"{suffix}: off by {largest:.1e} of an output's largest element, wanted {TOLERANCE:.0e} at most"
+        )
     write_output(options.output, written)
     size = f"{len(written) / 2**20:.1f} MiB"
-    line = f"{options.output}: {about['input']}, ops {options.ops}, {size}; off by {apart:.1e} of the largest element"
+    line = f"{options.output}: {about['input']}, ops {options.ops}, {size}; off by {largest:.1e} of the largest element"
     say(line)
-    return apart
+    return largest
 
 
 @torch.no_grad()
 def difference(program: Program, eager: Program, clips: Tensor) -> float:
-    """The largest difference between two networks' outputs on random clips, relative to an output's largest element.
+    """Compare two networks on random clips: the largest difference, relative to an output's largest element.
 
     Args:
         program: the exported network.
-        eager: what it was exported from.
-        clips: of the shape to compare them on; overwritten.
+        eager: the original.
+        clips: a tensor of the clips' shape; overwritten.
 
     Returns:
-        The difference; infinite where an output of either is not finite.
+        The difference; infinite if an output of either is not finite.
     """
     clips.uniform_(-1, 1)
     found, wanted = program(clips), eager(clips)
     tiny = torch.finfo(clips.dtype).tiny  # an output may be all zeros
-    apart = [(found[name] - of).abs().max() / of.abs().max().clamp(min=tiny) for name, of in wanted.items()]
-    return float(torch.stack(apart).nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+    errors = [(found[name] - of).abs().max() / of.abs().max().clamp(min=tiny) for name, of in wanted.items()]
+    return float(torch.stack(errors).nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _export(network: Evaluated, sample: Tensor, free: dict[int, Any], about: dict[str, str]) -> tuple[bytes, Program]:
-    """What torch.export writes, and the program that it reads of that."""
+    """Export by torch.export; returns the file's content and the program loaded from it."""
     exported = torch.export.export(network, (sample,), dynamic_shapes={"clips": free}, strict=False)
     file = BytesIO()
     torch.export.save(exported, file, extra_files={"about.json": json.dumps(about)})
@@ -154,7 +156,7 @@ def _export(network: Evaluated, sample: Tensor, free: dict[int, Any], about: dic
 
 
 def _onnx(network: Evaluated, sample: Tensor, free: dict[int, Any], about: dict[str, str]) -> tuple[bytes, Program]:
-    """An ONNX graph with its weights in it, and its run by onnxruntime."""
+    """Export to ONNX, weights included; returns the file's content and a function that runs it by onnxruntime."""
     names = list(network(sample))
     exported = torch.onnx.export(
         network,

@@ -19,14 +19,13 @@ from training.runtime.command import run_command
 from training.runtime.errors import UserError
 
 
-@pytest.mark.parametrize("part", ["gallery", "probe", "train"])
+@pytest.mark.parametrize("part", ["gallery", "query", "train"])
 def test_a_file_holds_the_features_of_a_part_with_who_they_are_of(run: Path, tmp_path: Path, part: str) -> None:
     output = tmp_path / "new" / "file.safetensors"
     options = tyro.cli(AnyOptions, args=["features", *f"--checkpoint {run} --output {output} --part {part}".split()])
     main(options)
     trained = load_trained(run, UseOptions())
-    split = trained.split
-    tracklets = {"gallery": split.gallery, "probe": split.query, "train": split.train}[part]
+    tracklets = getattr(trained.split, part)
     file = open_features(output)
     assert (file.rows, file.names) == (len(tracklets), [tracklet.name for tracklet in tracklets])
     assert file.people == [tracklet.person for tracklet in tracklets]
@@ -36,6 +35,11 @@ def test_a_file_holds_the_features_of_a_part_with_who_they_are_of(run: Path, tmp
     assert file.about["checkpoint"] == str(last(run).resolve())
     assert json.loads(file.about["config"]) == json.loads((last(run) / "config.json").read_text())
     assert (file.about["dataset"], file.about["split"], file.about["part"]) == ("ilids-vid", "0", part)
+
+
+def test_the_older_name_of_the_queries_means_them() -> None:
+    args = ["features", "--checkpoint", "run", "--output", "file", "--part", "probe"]
+    assert tyro.cli(AnyOptions, args=args).part == "query"  # type: ignore[union-attr]
 
 
 def test_frames_are_resized_as_they_were_in_training(run: Path, tmp_path: Path) -> None:
