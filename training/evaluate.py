@@ -27,22 +27,22 @@ from training.runtime.terminal import say
 
 @dataclass
 class Options(UseOptions):
-    """Evaluate a checkpoint. What is not given is as it was in training."""
+    """Evaluate a checkpoint. Options that are not given are as in training."""
 
     checkpoint: Path
     """Folder of a run, or of one checkpoint."""
     protocol: ProtocolName | None = None
-    """The rules to rank by; those the dataset is made for unless given."""
+    """Protocol to rank by; the dataset's own if not given."""
     ties: Ties = "stable"
-    """Of two equally far, the first is: the earlier in the gallery, the right one, or the wrong one."""
+    """Order of equal distances: by place in the gallery, positives first, or positives last."""
     rerank: Rerank | None = None
-    """Re-rank by k-reciprocal neighbors, by the paper's equations or as the authors' published code computes it."""
+    """Re-rank by k-reciprocal neighbors, by the paper's equations or as in its authors' published code."""
     output: Path | None = None
     """File to write the result to (.json), with the checkpoint's config and the environment."""
 
 
 def evaluate(options: Options) -> Result:
-    """Rank the people of a split with a trained network, and show the table.
+    """Evaluate a trained network on a split, and show the table.
 
     Raises:
         UserError: the checkpoint or the data cannot be used, or the protocol does not fit the data.

@@ -393,7 +393,7 @@ def test_mars_is_trained_on_and_evaluated_by_each_of_its_protocols(protocol: str
     assert metrics(run)[-1]["protocol"] == "mars-official"
     ranking = evaluate(EvaluateOptions(run, protocol=protocol, device="cpu")).ranking
     # Of 8 test tracklets 2 are junk of nobody; the 4 queries are of 2 people under 2 cameras each.
-    assert (ranking.protocol, ranking.probes, ranking.gallery) == (protocol, 4, 2 if protocol == "torchreid" else 6)
+    assert (ranking.protocol, ranking.queries, ranking.gallery) == (protocol, 4, 2 if protocol == "torchreid" else 6)
 
 
 def test_evaluating_on_people_trained_on_is_refused(trained: Path, small_data: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from training.engine.run_record import describe, run_record, settings_of, train_
 from training.engine.step_timing import compare_ops, timing_table
 from training.engine.trainer import Trainer, to_input
 from training.evaluation.result import Result
-from training.evaluation.scoring import Compared, compare
+from training.evaluation.scoring import EmbeddedSplit, embed_split
 from training.model.network import Network
 from training.runtime import distributed
 from training.runtime.atomic_files import LOCK, folder_lock, temp_path, write_atomic
@@ -37,7 +37,7 @@ from training.runtime.errors import UserError
 from training.runtime.fields import flatten
 from training.runtime.terminal import say
 
-Draw: TypeAlias = Callable[[Network, Split, Compared, Resize], Mapping[str, Figure]]
+Draw: TypeAlias = Callable[[Network, Split, EmbeddedSplit, Resize], Mapping[str, Figure]]
 """Pictures of a network after an evaluation, by name."""
 
 
@@ -144,13 +144,13 @@ def _seed_process(seed: int, epoch: int) -> None:
 def _evaluate(trainer: Trainer, settings: Settings, split: Split, log: RunLog | None, draw: Draw | None) -> None:
     resize = settings.source.resize
     with eager_mode(trainer.network):
-        compared = compare(trainer.network, split, resize=resize)
+        embedded = embed_split(trainer.network, split, resize=resize)
         if log is None:
             return
-        result = Result(describe(settings, distributed.world()), trainer.epoch, compared.ranking())
+        result = Result(describe(settings, distributed.world()), trainer.epoch, embedded.ranking())
         log.result(result, trainer.step)
         if draw:
-            for name, figure in draw(trainer.network, split, compared, resize).items():
+            for name, figure in draw(trainer.network, split, embedded, resize).items():
                 log.picture(name, figure, trainer.step)
 
 

@@ -1,1 +1,1 @@
-"""From tracklets to features, from features to rank-1 and mAP."""
+"""Features of tracklets, rankings by protocol, and re-ranking."""

@@ -1,4 +1,4 @@
-"""A tracklet to the feature it is compared by, over all its frames."""
+"""Extract the features that tracklets are compared by, over all their frames."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from training.runtime import distributed
 from training.runtime.errors import UserError
 from training.runtime.terminal import progress
 
-CHUNK = 64  # frames through the network at once: bounds the memory of a long tracklet
+CHUNK = 64  # frames per forward pass: bounds the memory of a long tracklet
 
 
 @torch.no_grad()
 def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK, resize: Resize = "device") -> Floats:
-    """The features of tracklets, each over all its frames in order, in eval mode; the network's mode is restored.
+    """Extract the features of tracklets, each over all its frames in order, in eval mode; the mode is restored.
 
-    A long tracklet goes through chunk by chunk, in the memory of one chunk; short ones go through together. Several
-    processes share the tracklets, and each gets all features.
+    A long tracklet is processed chunk by chunk, in the memory of one chunk; short ones are batched. Several processes
+    share the tracklets, and each gets all features.
 
     Args:
-        network: on the device and of the dtype that do the work.
+        network: computes on its own device and in its own dtype.
         tracklets: N of them.
-        chunk: frames that go through at once, padding included.
-        resize: who resizes frames.
+        chunk: frames per forward pass, padding included.
+        resize: where frames are resized.
 
     Returns:
         (N, D) float64, in the order of `tracklets`.
 
     Raises:
-        UserError: a frame cannot be read, a feature is not finite, or the chunk has no frame.
+        UserError: a frame cannot be read, a feature is not finite, or the chunk is smaller than one frame.
     """
     if chunk < 1:
         raise UserError(f"chunk: got {chunk}, wanted at least 1 frame")
@@ -47,7 +47,7 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK,
     was_training = network.training
     network.eval()
     try:
-        groups = _alike([len(tracklet.frames) for tracklet in tracklets], chunk)
+        groups = _group_by_length([len(tracklet.frames) for tracklet in tracklets], chunk)
         own = groups[distributed.rank() :: distributed.world()]
         frames = sum(len(tracklets[index].frames) for group in own for index in group)
         with progress("Extracting features", frames, "frames") as advance:
@@ -59,18 +59,18 @@ def extract(network: Network, tracklets: Sequence[Tracklet], chunk: int = CHUNK,
                         line = f"{tracklet.name}: its feature is not finite; the network's weights have diverged"
                         raise UserError(line)
                 features[group] = rows
-        return distributed.total(torch.from_numpy(features)).numpy()  # a sum with zeros: to the bit
+        return distributed.total(torch.from_numpy(features)).numpy()  # each row plus zeros, hence exact
     finally:
         network.train(was_training)
 
 
 def read_maps(network: Network, frames: Sequence[Frame], resize: Resize) -> Tensor:
-    """Read N frames and send them through the backbone: maps (N, C, H, W) before the RRU, on the network's device.
+    """Read N frames and return the backbone's maps (N, C, H, W), on the network's device.
 
     Args:
         network: in eval mode.
-        frames: what to read.
-        resize: who resizes them.
+        frames: N of them.
+        resize: where they are resized.
 
     Raises:
         UserError: a frame cannot be read.
@@ -81,10 +81,12 @@ def read_maps(network: Network, frames: Sequence[Frame], resize: Resize) -> Tens
     return maps
 
 
-def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
+def _group_by_length(lengths: Sequence[int], chunk: int) -> list[list[int]]:
     """Group tracklets, as indices, so that a group padded to its longest fits in a chunk; longer ones stay alone."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):  # stable, and neighbours need little padding
+    for index in sorted(
+        range(len(lengths)), key=lengths.__getitem__
+    ):  # stable, and similar lengths need little padding
         if groups and (len(groups[-1]) + 1) * lengths[index] <= chunk:
             groups[-1].append(index)
         else:
@@ -95,7 +97,7 @@ def _alike(lengths: Sequence[int], chunk: int) -> list[list[int]]:
 def _features(
     network: Network, tracklets: Sequence[Tracklet], chunk: int, resize: Resize, advance: Callable[[float], None]
 ) -> Tensor:
-    """The features (B, D), float64, of tracklets of at most `chunk` frames, or of one that is longer."""
+    """Return the features (B, D) float64 of several tracklets within one chunk, or of a single longer one."""
     weight = next(network.parameters())
     frames_of = torch.tensor([len(tracklet.frames) for tracklet in tracklets], device=weight.device)
     longest = max(len(tracklet.frames) for tracklet in tracklets)

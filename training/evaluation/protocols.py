@@ -1,4 +1,4 @@
-"""The protocols: which gallery items count for a probe, and how CMC and mAP come of their order."""
+"""Protocols: which gallery items count for a query, and how CMC and mAP follow from their order."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ JUNK = -1  # MARS's number for tracklets that show nobody in particular
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rules of an evaluation.
+    """Rules of an evaluation.
 
-    same_camera: whether a probe's person by the probe's own camera is junk, as person -1 is; else there may be none.
-    probes_in_gallery: whether a probe stays in the gallery for other probes; else all of them are taken out.
-    average_precision: of the ranks of one probe's positives.
-    unmatched: what becomes of a probe without a match: an error, 0 in every mean, or left out of the means.
+    same_camera: a query's person by the query's own camera is junk, as person -1 is, or must not be in the gallery.
+    queries_in_gallery: whether a query stays in the gallery for other queries; otherwise all queries are removed.
+    average_precision: from the ranks of one query's positives.
+    unmatched: a query without a match is an error, counts as 0 in every mean, or is left out of the means.
     """
 
     same_camera: Literal["junk", "refused"]
-    probes_in_gallery: bool
+    queries_in_gallery: bool
     average_precision: Callable[[Ints], float]
     unmatched: Literal["refused", "zero", "left out"]
 
@@ -51,114 +51,115 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 @dataclass(frozen=True)
-class Search:
-    """Who is looked for, and among whom.
+class QueryGallery:
+    """Query and gallery labels.
 
-    probe_people, probe_cameras: (Q,) int64.
+    query_people, query_cameras: (Q,) int64.
     gallery_people, gallery_cameras: (G,) int64.
-    places: (Q,) int64, where in the gallery each probe itself is, -1 if nowhere.
+    rows_in_gallery: (Q,) int64, the row of the gallery that is the query itself, -1 if none is.
     """
 
-    probe_people: Ints
-    probe_cameras: Ints
+    query_people: Ints
+    query_cameras: Ints
     gallery_people: Ints
     gallery_cameras: Ints
-    places: Ints
+    rows_in_gallery: Ints
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A search under a protocol.
+class ProtocolMasks:
+    """Which gallery items a protocol counts for each query.
 
     name, protocol: the rules.
-    kept: (G',) int64, which of the search's gallery are in the protocol's.
-    positive: (Q, G') bool, which of those count and show the probe's person.
-    counts: (Q, G') bool, which of those are not junk.
+    gallery_rows: (G',) int64, the rows of the whole gallery that make the protocol's.
+    positive: (Q, G') bool, items that show the query's person and are not junk.
+    not_junk: (Q, G') bool.
     """
 
     name: str
     protocol: Protocol
-    kept: Ints
+    gallery_rows: Ints
     positive: Tensor
-    counts: Tensor
+    not_junk: Tensor
 
 
-def prepare(name: str, search: Search) -> Trial:
-    """Lay a search out as a protocol has it; no feature is needed.
+def prepare(name: str, labels: QueryGallery) -> ProtocolMasks:
+    """Apply a protocol to the labels; no feature is needed.
 
     Raises:
-        UserError: there is no such protocol, or it does not fit: nobody has a match, or under single-shot a probe's
-            person is missing from the gallery, or in it by the probe's own camera.
+        UserError: there is no such protocol, or it does not fit: no query has a match, or under single-shot a query's
+            person is missing from the gallery, or in it by the query's own camera.
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol: got {name!r}, wanted one of {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
-    kept = np.arange(len(search.gallery_people))
-    if not protocol.probes_in_gallery:
-        kept = np.setdiff1d(kept, search.places)
-    people, cameras = (torch.from_numpy(of[kept]) for of in (search.gallery_people, search.gallery_cameras))
-    person, camera = (torch.from_numpy(of)[:, None] for of in (search.probe_people, search.probe_cameras))
+    gallery_rows = np.arange(len(labels.gallery_people))
+    if not protocol.queries_in_gallery:
+        gallery_rows = np.setdiff1d(gallery_rows, labels.rows_in_gallery)
+    people, cameras = (torch.from_numpy(of[gallery_rows]) for of in (labels.gallery_people, labels.gallery_cameras))
+    person, camera = (torch.from_numpy(of)[:, None] for of in (labels.query_people, labels.query_cameras))
     same_person = person == people
     same_view = same_person & (camera == cameras)
     if protocol.same_camera == "refused":
         if same_view.any():
-            probe = int(same_view.any(1).nonzero()[0])
-            seen = f"person {search.probe_people[probe]} by camera {search.probe_cameras[probe]}, as the probe"
+            query = int(same_view.any(1).nonzero()[0])
+            seen = f"person {labels.query_people[query]} by camera {labels.query_cameras[query]}, as the query"
             raise UserError(f"protocol {name}: got a gallery with {seen}, wanted other cameras; try mars-official")
-        counts = torch.ones_like(same_person)
+        not_junk = torch.ones_like(same_person)
     else:
-        counts = ~same_view & (people != JUNK)
-    positive = same_person & counts
-    lost = (~positive.any(1)).nonzero().ravel().tolist()
-    if lost and protocol.unmatched == "refused":
-        absent = search.probe_people[lost].min()
+        not_junk = ~same_view & (people != JUNK)
+    positive = same_person & not_junk
+    unmatched = (~positive.any(1)).nonzero().ravel().tolist()
+    if unmatched and protocol.unmatched == "refused":
+        absent = labels.query_people[unmatched].min()
         raise UserError(
-            f"protocol {name}: got no tracklet of person {absent} in the gallery, wanted one of each probe's person"
+            f"protocol {name}: got no tracklet of person {absent} in the gallery, wanted one of each query's person"
         )
-    if len(lost) == len(positive):
-        raise UserError(f"protocol {name}: got {len(lost)} probes, none with a match in the gallery by another camera")
-    return Trial(name, protocol, kept, positive, counts)
+    if len(unmatched) == len(positive):
+        none = "none with a match in the gallery by another camera"
+        raise UserError(f"protocol {name}: got {len(unmatched)} queries, {none}")
+    return ProtocolMasks(name, protocol, gallery_rows, positive, not_junk)
 
 
 def rank(
-    trial: Trial,
+    masks: ProtocolMasks,
     distances: Iterable[Tensor],
     ties: Ties = "stable",
     *,
     reranked: Rerank | None = None,
     advance: Callable[[float], None] = lambda done: None,
 ) -> Ranking:
-    """CMC and mAP of a trial.
+    """Compute CMC and mAP under a protocol.
 
     Args:
-        trial: of Q probes in a gallery of G'.
-        distances: (q, G') float64 each, on one device, together the Q probes' in order.
+        masks: of Q queries in a gallery of G'.
+        distances: (q, G') float64 blocks on one device, of all Q queries in order.
         ties: how equal distances are counted.
-        reranked: by which version the distances are re-ranked, None if they are not; noted in the result.
-        advance: called with the number of probes just ranked.
+        reranked: version by which the distances were re-ranked, None if they were not; noted in the result.
+        advance: called with the number of queries just ranked.
     """
     first, precision = [], []
     start = 0
     for block in distances:
         rows = slice(start, start + len(block))
         start = rows.stop
-        positive, counts = (mask[rows].to(block.device) for mask in (trial.positive, trial.counts))
-        for ranks in positive_ranks(block, positive, counts, ties):
+        positive, not_junk = (mask[rows].to(block.device) for mask in (masks.positive, masks.not_junk))
+        for ranks in positive_ranks(block, positive, not_junk, ties):
             first.append(ranks[0] if len(ranks) else np.inf)
-            precision.append(trial.protocol.average_precision(ranks) if len(ranks) else 0.0)
+            precision.append(masks.protocol.average_precision(ranks) if len(ranks) else 0.0)
         advance(len(block))
     matched = np.isfinite(first)
-    taken = np.full_like(matched, True) if trial.protocol.unmatched == "zero" else matched
-    share = trial.positive.count_nonzero(1).double() / trial.counts.count_nonzero(1).clamp(min=1)
+    taken = np.full_like(matched, True) if masks.protocol.unmatched == "zero" else matched
+    share = masks.positive.count_nonzero(1).double() / masks.not_junk.count_nonzero(1).clamp(min=1)
     return Ranking(
-        protocol=trial.name,
+        protocol=masks.name,
         cmc={k: float((np.array(first)[taken] <= k).mean()) for k in range(1, DEEPEST + 1)},
         mean_ap=float(np.array(precision)[taken].mean()),
         chance=float(share.numpy()[taken].mean()),
-        probes=len(first),
+        queries=len(first),
         valid=int(matched.sum()),
-        gallery=len(trial.kept),
-        junk=float((~trial.counts).count_nonzero(1).double().mean()),
+        gallery=len(masks.gallery_rows),
+        junk=float((~masks.not_junk).count_nonzero(1).double().mean()),
         ties=ties,
         reranked=reranked,
     )

@@ -14,7 +14,7 @@ from training.evaluation.ranking import BLOCK, Floats, Ints, Rerank, cosine_dist
 
 def reranked_distances(
     features: Floats,
-    probes: Ints,
+    queries: Ints,
     gallery: Ints,
     device: torch.device | str = "cpu",
     *,
@@ -24,7 +24,7 @@ def reranked_distances(
     weight: float = 0.3,
     advance: Callable[[float], None] = lambda done: None,
 ) -> Iterator[Tensor]:
-    """Mix each probe's cosine distances with Jaccard distances between sets of k-reciprocal neighbors.
+    """Yield each query's cosine distances mixed with Jaccard distances between sets of k-reciprocal neighbors.
 
     N(i, k) are i and its k nearest others; d(i, j) is the cosine distance divided by the largest in row i. Then, in the
     paper's terms:
@@ -37,13 +37,13 @@ def reranked_distances(
         result = (1 - weight) d_J + weight d
 
     These are the "equations". The "published" version is the authors' code (github.com/zhunzhong07/person-re-ranking),
-    the usual one in results of the field. It differs in three points: R(q, k1/2) joins only if more than 2/3 of it is
-    in R(i, k1); each V(i) is divided by its sum before means are taken; and the tracklets are all probes, then the
-    whole gallery, so that one that is both, as MARS has them, is two that are neighbors of each other. Points that the
-    equations leave open follow that code in both versions: i is in N(i, k), d is scaled by row, and k1/2 is rounded
-    half to even, as in its Python files (its MATLAB file rounds differently, to the same for even k1).
+    which most published results use. It differs in three points: R(q, k1/2) joins only if more than 2/3 of it is in
+    R(i, k1); each V(i) is divided by its sum before means are taken; and the nodes are all queries followed by the
+    whole gallery, so a tracklet in both, as in MARS, becomes two nodes that are neighbors of each other. Where the
+    equations are ambiguous, both versions follow that code: i is in N(i, k), d is scaled by row, and k1/2 is rounded
+    half to even, as in its Python files (its MATLAB file rounds differently, with the same result for even k1).
 
-    Published distances, of the squared Euclidean distance between unit features, are those of that code but for:
+    Published distances, based on the squared Euclidean distance between unit features, equal those of that code except:
         ties: here i itself is its nearest, and of equally near others the earlier row comes first; there the order is
             that of argsort, unspecified.
         rounding: float64 here, float32 there, which may order near ties differently.
@@ -51,20 +51,20 @@ def reranked_distances(
     V is sparse, and N x N distances are computed in blocks of rows: time grows with N^2, memory with N.
 
     Args:
-        features: (N, D) of probes and gallery together, a tracklet that is both only once.
-        probes, gallery: (Q,) and (G,), their rows.
+        features: (N, D) of queries and gallery together, with a tracklet that is in both only once.
+        queries, gallery: (Q,) and (G,), their rows.
         device: where distances are computed.
         by: the version.
         k1, k2: sizes of neighborhoods.
         weight: of the original distance, lambda in the paper.
-        advance: called with the number of rows just done, of `rows_to_rerank` in all.
+        advance: called with the number of rows just done; `rows_to_rerank` is their total.
 
     Yields:
-        (q, G) float64 on the device: the next q <= BLOCK probes' distances.
+        (q, G) float64 on the device: the next q <= BLOCK queries' distances.
     """
     if by == "published":
-        features = features[np.concatenate((probes, gallery))]
-        probes, gallery = np.arange(len(probes)), len(probes) + np.arange(len(gallery))
+        features = features[np.concatenate((queries, gallery))]
+        queries, gallery = np.arange(len(queries)), len(queries) + np.arange(len(gallery))
     nearest, largest = _nearest(features, min(k1 + 1, len(features)), device, advance)
     mutual, close = _reciprocal(nearest), _reciprocal(nearest[:, : round(k1 / 2) + 1])
     inside = (mutual @ close.T).multiply(mutual).tocoo()  # |R(i, k1) & R(q, k1/2)| for q in R(i, k1)
@@ -84,9 +84,9 @@ def reranked_distances(
     encoded = (_indicator(neighbors) @ encoded) / neighbors.shape[1]
 
     by_column, total = encoded[gallery].tocsc(), encoded.sum(1)
-    distances = cosine_distances(features[probes], features[gallery], device)
-    for part, block in zip(_blocks(len(probes)), distances, strict=True):
-        rows = probes[part]
+    distances = cosine_distances(features[queries], features[gallery], device)
+    for part, block in zip(_blocks(len(queries)), distances, strict=True):
+        rows = queries[part]
         shared = np.stack([_shared(encoded[[row]], by_column) for row in rows])
         jaccard = 1 - shared / (total[rows][:, None] + total[gallery] - shared)
         scaled = block / torch.from_numpy(largest[rows]).to(device)[:, None]
@@ -94,10 +94,10 @@ def reranked_distances(
         advance(len(block))
 
 
-def rows_to_rerank(features: Floats, probes: Ints, gallery: Ints, by: Rerank) -> int:
-    """Number of rows that `reranked_distances` reports for these arguments: to find neighbors, to encode and to mix."""
-    nodes = len(probes) + len(gallery) if by == "published" else len(features)
-    return 2 * nodes + len(probes)
+def rows_to_rerank(features: Floats, queries: Ints, gallery: Ints, by: Rerank) -> int:
+    """Number of rows `reranked_distances` processes: N to find neighbors, N to encode and Q to mix distances."""
+    nodes = len(queries) + len(gallery) if by == "published" else len(features)
+    return 2 * nodes + len(queries)
 
 
 def _blocks(count: int) -> list[slice]:
@@ -107,7 +107,7 @@ def _blocks(count: int) -> list[slice]:
 def _nearest(
     features: Floats, count: int, device: torch.device | str, advance: Callable[[float], None]
 ) -> tuple[Ints, Floats]:
-    """(N, count) rows of each one's nearest, itself the first, of equals the earlier; and (N,) largest distances."""
+    """Return the rows (N, count) of each node's nearest, itself first, ties by row, and the largest distances (N,)."""
     nearest, largest = [], []
     start = 0
     for block in cosine_distances(features, features, device):
@@ -120,13 +120,13 @@ def _nearest(
         rows = taken.nonzero()[:, 1].view(-1, count)
         order = block.gather(1, rows).argsort(dim=1, stable=True)
         nearest.append(rows.gather(1, order).cpu().numpy())
-        largest.append(block.amax(1).clamp(min=1e-12).cpu().numpy())  # all may be in one place
+        largest.append(block.amax(1).clamp(min=1e-12).cpu().numpy())  # all features may be equal
         advance(len(block))
     return np.concatenate(nearest), np.concatenate(largest)
 
 
 def _indicator(rows: Ints) -> sparse.csr_array:
-    """(N, N) with 1 where the second is among the first's (N, k) rows."""
+    """Return (N, N), with 1 at (i, j) where j is in row i of `rows` (N, k)."""
     size, count = rows.shape
     ones = np.ones(rows.size, dtype=np.int64)
     return sparse.csr_array((ones, rows.ravel(), np.arange(0, rows.size + 1, count)), shape=(size, size))
@@ -139,14 +139,14 @@ def _reciprocal(nearest: Ints) -> sparse.csr_array:
 
 
 def _encode(distance: Tensor, members: sparse.csr_array, largest: Floats) -> sparse.csr_array:
-    """V of a block of tracklets: exp(-d) at the members of each one's R*, whose pattern is `members` (q, N)."""
+    """Return V of a block of nodes: exp(-d) at the members of each node's R*, the pattern of `members` (q, N)."""
     row = np.repeat(np.arange(len(largest)), np.diff(members.indptr))
     near = distance[torch.from_numpy(row), torch.from_numpy(members.indices).long()].cpu().numpy()
     return sparse.csr_array((np.exp(-near / largest[row]), members.indices, members.indptr), shape=members.shape)
 
 
 def _shared(encoded: sparse.csr_array, by_column: sparse.csc_array) -> Floats:
-    """Sum of the minima of one V (1, N) and each of the gallery's (G, N)."""
+    """Return (G,), the sums of the elementwise minima of one V (1, N) and each of the gallery's (G, N)."""
     columns = by_column[:, encoded.indices]
     columns.data = np.minimum(columns.data, np.repeat(encoded.data, np.diff(columns.indptr)))
     total: Floats = columns.sum(1)

@@ -36,7 +36,7 @@ class Result:
             **{f"rank-{k}": r.cmc[k] for k in TOP},
             "mAP": r.mean_ap,
             "chance": r.chance,
-            "probes": r.probes,
+            "probes": r.queries,
             "valid": r.valid,
             "gallery": r.gallery,
             "junk": r.junk,

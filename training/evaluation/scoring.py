@@ -1,4 +1,4 @@
-"""A network and a split to a ranking, by a named protocol."""
+"""Rank a split by a network's features, under a named protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from training.data.resizing import Resize
 from training.data.tracklets import Split
 from training.evaluation.features import CHUNK, extract
-from training.evaluation.protocols import Search, Trial, prepare, rank
+from training.evaluation.protocols import ProtocolMasks, QueryGallery, prepare, rank
 from training.evaluation.ranking import Floats, Ints, Ranking, Rerank, Ties, cosine_distances
 from training.evaluation.reranking import reranked_distances, rows_to_rerank
 from training.model.network import Network
@@ -21,35 +21,35 @@ from training.runtime.terminal import progress
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Tracklets, laid out for a search, and what they are compared by.
+class EmbeddedSplit:
+    """A split's features and the protocol to rank them by.
 
-    trial: who is looked for among whom.
-    features: (N, D) float64, each tracklet's once; the rows `trial.kept` are the gallery's.
-    probes: (Q,) int64, the probes' rows.
+    masks: which gallery items count for each query.
+    features: (N, D) float64, each tracklet once; the rows `masks.gallery_rows` are the gallery's.
+    query_rows: (Q,) int64, the queries' rows.
     device: where distances are computed.
     """
 
-    trial: Trial
+    masks: ProtocolMasks
     features: Floats
-    probes: Ints
+    query_rows: Ints
     device: torch.device
 
-    def distances(self, probes: Ints | slice = slice(None)) -> Iterator[Tensor]:
-        """Cosine distances (q, G') of all probes or of some, block by block."""
-        return cosine_distances(self.features[self.probes[probes]], self.features[self.trial.kept], self.device)
+    def distances(self, queries: Ints | slice = slice(None)) -> Iterator[Tensor]:
+        """Yield the cosine distances (q, G') of all queries or of some, block by block."""
+        query, gallery = self.features[self.query_rows[queries]], self.features[self.masks.gallery_rows]
+        return cosine_distances(query, gallery, self.device)
 
     def ranking(self, ties: Ties = "stable", *, rerank: Rerank | None = None) -> Ranking:
-        """How well the features find people; arguments as `score` takes them."""
+        """Rank the gallery for each query; arguments as of `score`."""
         if rerank is None:
-            with progress("Ranking", len(self.probes), "queries") as advance:
-                return rank(self.trial, self.distances(), ties, advance=advance)
-        rows = rows_to_rerank(self.features, self.probes, self.trial.kept, rerank)
+            with progress("Ranking", len(self.query_rows), "queries") as advance:
+                return rank(self.masks, self.distances(), ties, advance=advance)
+        features, gallery = self.features, self.masks.gallery_rows
+        rows = rows_to_rerank(features, self.query_rows, gallery, rerank)
         with progress("Re-ranking", rows, "rows") as advance:
-            distances = reranked_distances(
-                self.features, self.probes, self.trial.kept, self.device, by=rerank, advance=advance
-            )
-            return rank(self.trial, distances, ties, reranked=rerank)
+            distances = reranked_distances(features, self.query_rows, gallery, self.device, by=rerank, advance=advance)
+            return rank(self.masks, distances, ties, reranked=rerank)
 
 
 def score(
@@ -62,13 +62,13 @@ def score(
     chunk: int = CHUNK,
     resize: Resize = "device",
 ) -> Ranking:
-    """Rank the split's gallery for each of its probes, by cosine distance, on the network's device.
+    """Rank the split's gallery for each of its queries, by cosine distance, on the network's device.
 
-    Of several processes each extracts its share of the features, one ranks, and all get the ranking.
+    Of several processes each extracts its share of the features, the main one ranks, and all get the ranking.
 
     Args:
-        network: whose features are compared.
-        split: probes and gallery.
+        network: extracts the features.
+        split: queries and gallery.
         protocol: one of `PROTOCOLS`; None for the split's own.
         ties: how equal distances are counted.
         rerank: the version of k-reciprocal re-ranking to apply before ranking; None for no re-ranking.
@@ -78,33 +78,33 @@ def score(
     Raises:
         UserError: the protocol does not fit the split, a frame cannot be read, or a feature is not finite.
     """
-    compared = compare(network, split, protocol=protocol, chunk=chunk, resize=resize)
-    return distributed.from_main(lambda: compared.ranking(ties, rerank=rerank))
+    embedded = embed_split(network, split, protocol=protocol, chunk=chunk, resize=resize)
+    return distributed.from_main(lambda: embedded.ranking(ties, rerank=rerank))
 
 
-def compare(
+def embed_split(
     network: Network, split: Split, *, protocol: str | None = None, chunk: int = CHUNK, resize: Resize = "device"
-) -> Compared:
-    """Extract what `score` ranks by; arguments and errors are its own.
+) -> EmbeddedSplit:
+    """Extract the features of a split; arguments and errors are those of `score`.
 
-    A probe that is itself in the gallery, the very same tracklet, goes through the network once. Of several processes
+    A query that is itself in the gallery, the very same tracklet, goes through the network once. Of several processes
     each extracts its share, and all get all features.
     """
-    search = _search(split)
-    trial = prepare(protocol or split.protocol, search)  # first: extraction may take hours
-    inside = search.places >= 0
-    outside = [probe for probe, known in zip(split.query, inside, strict=True) if not known]
+    labels = _labels_of(split)
+    masks = prepare(protocol or split.protocol, labels)  # first: extraction may take hours
+    inside = labels.rows_in_gallery >= 0
+    outside = [query for query, known in zip(split.query, inside, strict=True) if not known]
     features = extract(network, [*split.gallery, *outside], chunk, resize)
-    probes = np.where(inside, search.places, len(split.gallery) - 1 + np.cumsum(~inside))
-    return Compared(trial, features, probes, next(network.parameters()).device)
+    query_rows = np.where(inside, labels.rows_in_gallery, len(split.gallery) - 1 + np.cumsum(~inside))
+    return EmbeddedSplit(masks, features, query_rows, next(network.parameters()).device)
 
 
-def _search(split: Split) -> Search:
-    place = {id(tracklet): at for at, tracklet in enumerate(split.gallery)}
-    return Search(
-        probe_people=np.array([tracklet.person for tracklet in split.query], dtype=np.int64),
-        probe_cameras=np.array([tracklet.camera for tracklet in split.query], dtype=np.int64),
+def _labels_of(split: Split) -> QueryGallery:
+    row_of = {id(tracklet): row for row, tracklet in enumerate(split.gallery)}
+    return QueryGallery(
+        query_people=np.array([tracklet.person for tracklet in split.query], dtype=np.int64),
+        query_cameras=np.array([tracklet.camera for tracklet in split.query], dtype=np.int64),
         gallery_people=np.array([tracklet.person for tracklet in split.gallery], dtype=np.int64),
         gallery_cameras=np.array([tracklet.camera for tracklet in split.gallery], dtype=np.int64),
-        places=np.array([place.get(id(tracklet), -1) for tracklet in split.query], dtype=np.int64),
+        rows_in_gallery=np.array([row_of.get(id(tracklet), -1) for tracklet in split.query], dtype=np.int64),
     )

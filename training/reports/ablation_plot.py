@@ -1,4 +1,4 @@
-"""An ablation as a picture: rank-1 and mAP by the rate of occlusion, a line a row."""
+"""Ablation plot: rank-1 and mAP over the rate of occlusion, one line per row."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from training.reports.ablation_table import SCORES, spread
-from training.show.picture import GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT, label_ends
+from training.show.colors import GRAY, GREEN, ORANGE, PURPLE, RED, SKY, TEXT
+from training.show.picture import label_ends
 
-# Okabe and Ito's colours, told apart by all eyes, and a marker each; what has neither RRU nor STIM stays grey.
+# A color and a marker per row; gray for rows without RRU, STIM and LSTM.
 STYLES = {
-    "Baseline": (QUIET, "o"),
+    "Baseline": (GRAY, "o"),
     "Baseline+Lv": ("#404040", "s"),
     "Baseline+LSTM+Lv": (ORANGE, "^"),
     "Baseline+STIM+Lv": (SKY, "v"),
@@ -22,31 +23,31 @@ STYLES = {
 
 
 def draw(ablation: dict[str, Any]) -> Figure:
-    """Draw a panel a score: means over the seeds, with bars of one standard deviation.
+    """Draw one panel per score: means over the seeds, with error bars of one standard deviation.
 
     Args:
-        ablation: what `ablation.json` holds.
+        ablation: the content of `ablation.json`.
     """
     runs = ablation["runs"]
     rates, rows = (list(dict.fromkeys(run[name] for run in runs)) for name in ("occlusion", "row"))
-    step = 0.016 * ((rates[-1] - rates[0]) or 1)  # beside each other, so that no bar hides another
+    step = 0.016 * ((rates[-1] - rates[0]) or 1)  # rows are shifted sideways, so that no error bar hides another
     figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(SCORES))
     for axes, score in zip(grid, SCORES, strict=True):
         ends = {}
         for number, row in enumerate(rows):
-            colour, marker = STYLES[row]
+            color, marker = STYLES[row]
             spreads = [spread(ablation, row, rate, score) for rate in rates]
             means, deviations = [mean for mean, _ in spreads], [deviation or 0 for _, deviation in spreads]
-            beside = [rate + (number - (len(rows) - 1) / 2) * step for rate in rates]
-            look = {"color": colour, "marker": marker, "markersize": 6, "elinewidth": 1.2, "linewidth": 1.6}
-            axes.errorbar(beside, means, deviations, capsize=2, **look)
-            ends[row.replace("Baseline+", "+")] = beside[-1], means[-1]
+            shifted = [rate + (number - (len(rows) - 1) / 2) * step for rate in rates]
+            look = {"color": color, "marker": marker, "markersize": 6, "elinewidth": 1.2, "linewidth": 1.6}
+            axes.errorbar(shifted, means, deviations, capsize=2, **look)
+            ends[row.replace("Baseline+", "+")] = shifted[-1], means[-1]
         axes.set(xticks=rates, xticklabels=[f"{rate:g}" for rate in rates], ylim=(0, 100))
         axes.set(xlabel="occlusion: expected share of frames", ylabel=f"{score}, percent")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=TEXT, labelsize=9)
-        label_ends(axes, ends, {row.replace("Baseline+", "+"): colour for row, (colour, _) in STYLES.items()})
+        label_ends(axes, ends, {row.replace("Baseline+", "+"): color for row, (color, _) in STYLES.items()})
     chance, first = 100 * runs[0]["chance"], grid[0]
     first.axhline(chance, color=TEXT, linestyle="--", linewidth=1)  # of rank-1 alone
     first.text(0.01, chance + 1, "chance", color=TEXT, fontsize=9, transform=first.get_yaxis_transform(), va="bottom")

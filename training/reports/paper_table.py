@@ -1,4 +1,4 @@
-"""A table of the paper's beside what came out here: means over splits, after the last epoch and after the best one."""
+"""Comparison with a table of the paper: means over splits, after the last epoch and after the best one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 Results: TypeAlias = Sequence[Mapping[str, Any]]
-"""The result records of one run, in order of epochs."""
+"""Result records of one run, in order of epochs."""
 
 NOTE = (
     "In percent, the mean ± standard deviation (of a sample) over splits. Last: after the last epoch. Best: after the "
@@ -23,17 +23,17 @@ NOTE = (
 def compare(
     row: str, runs: Mapping[int, Results], paper: Mapping[str, float] | None, scores: Sequence[str]
 ) -> dict[str, Any]:
-    """What came out of one row, as JSON values in percent.
+    """Compare one row with the paper's figures; returns JSON values, in percent.
 
     Args:
         row: its name.
-        runs: by split, those that ended; all evaluated after the same epochs.
-        paper: the paper's figures by score, in percent; `None` where it has none.
+        runs: finished runs by split, all evaluated after the same epochs.
+        paper: the paper's figures by score, in percent; `None` if it has none.
         scores: names of the figures to show; the best epoch is the one with the best mean of the first.
 
     Returns:
-        "row", "splits", "paper" and, once a run has ended, "last" and "best": after which epoch, and by score the mean,
-        the standard deviation over the splits (`None` for one split) and the difference of the mean to the paper's.
+        "row", "splits", "paper" and, once a run has finished, "last" and "best". Both hold the epoch and, by score, the
+        mean, the standard deviation over the splits (`None` for one split) and the mean less the paper's figure.
     """
     entry: dict[str, Any] = {"row": row, "splits": sorted(runs), "paper": paper}
     if not runs:
@@ -41,9 +41,9 @@ def compare(
     by_epoch: dict[int, list[Mapping[str, Any]]] = {}
     for split in sorted(runs):
         for record in runs[split]:
-            if record["epoch"] > 0:  # an untrained network is no epoch of training
+            if record["epoch"] > 0:  # 0 is the untrained network
                 by_epoch.setdefault(record["epoch"], []).append(record)
-    # One that a split was not tested after, its log being lost, is no epoch of the row's.
+    # Leave out epochs that a split has no result of, as its log was lost.
     by_epoch = {epoch: records for epoch, records in by_epoch.items() if len(records) == len(runs)}
     last = max(by_epoch)
     best = max(sorted(by_epoch), key=lambda epoch: mean(record[scores[0]] for record in by_epoch[epoch]))
@@ -60,13 +60,13 @@ def compare(
 
 
 def markdown(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str], notes: Sequence[str]) -> str:
-    """The table as Markdown, a line a row and figure.
+    """Return the table as Markdown, with one line per row and score.
 
     Args:
-        title: what all figures have in common.
-        rows: of `compare`.
-        scores: as given to it.
-        notes: paragraphs to stand below.
+        title: text above the table.
+        rows: results of `compare`.
+        scores: the scores given to it.
+        notes: paragraphs below the table.
     """
     head = ("row", "figure", "splits", "last", "diff", "best", "diff", "best epoch", "paper")
     lines = [f"{title}\n", _line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
@@ -79,7 +79,7 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str
 
 
 def terminal(title: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Table:
-    """The same for a terminal, in 80 columns."""
+    """Return the table for a terminal of 80 columns; arguments as of `markdown`."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True
     )
@@ -103,8 +103,8 @@ def _cells(row: Mapping[str, Any], when: str, score: str) -> tuple[str, str]:
         return "-", "-"
     figure = row[when][score]
     spread = "" if figure["deviation"] is None else f" ±{figure['deviation']:.1f}"
-    apart = "-" if figure["minus_paper"] is None else f"{figure['minus_paper']:+.1f}"
-    return f"{figure['mean']:.1f}{spread}", apart
+    difference = "-" if figure["minus_paper"] is None else f"{figure['minus_paper']:+.1f}"
+    return f"{figure['mean']:.1f}{spread}", difference
 
 
 def _paper(row: Mapping[str, Any], score: str) -> str:

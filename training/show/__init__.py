@@ -1,1 +1,1 @@
-"""Pictures of what a trained network does: one file a picture, `python -m training.show PICTURE` to draw it."""
+"""Pictures of a trained network, one per file; `python -m training.show PICTURE` draws them."""

@@ -27,7 +27,7 @@ Options: TypeAlias = (
 
 
 def main(options: features.Options | ranking.Options | cmc.Options | ablation.Options) -> None:
-    """Draw a picture into the file that its options name.
+    """Draw a picture and write it to `options.output`.
 
     Raises:
         UserError: the options, the checkpoint or the data cannot be used, or the file cannot be written.

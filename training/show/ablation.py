@@ -1,4 +1,4 @@
-"""The table of an ablation as a plot."""
+"""Draw the table of an ablation as a plot."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.runtime.errors import UserError
 
 @dataclass
 class Options:
-    """Draw rank-1 and mAP of an ablation's rows by the rate of occlusion."""
+    """Draw rank-1 and mAP of an ablation's rows over the rate of occlusion."""
 
     output: Path
     """The PNG."""
     ablation: tyro.conf.Positional[Path] = Path(__file__).parents[1] / "ablation.json"
-    """What `python -m training.ablation` wrote."""
+    """The ablation.json of `python -m training.ablation`."""
 
 
 def show(options: Options) -> Figure:

@@ -1,4 +1,4 @@
-"""What pictures share: colours that all eyes tell apart, names beside lines, frames, and the PNG."""
+"""Parts of pictures: labels at the ends of lines, frames, and the PNG file."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from matplotlib.figure import Figure
 from training.data.tracklets import Tracklet, read_frame
 from training.runtime.errors import UserError
 
-# Okabe and Ito's.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-TEXT, QUIET = "#333333", "#8A8A8A"
 Extent: TypeAlias = tuple[float, float, float, float]
-APART = 0.055  # of two names beside the lines' ends, at least, in heights of a panel
+SPACING = 0.055  # smallest distance between two labels, as a share of the panel's height
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's content; the same figure gives the same bytes."""
+    """Return the content of a figure's PNG file; the same figure gives the same bytes."""
     page = BytesIO()
-    figure.savefig(page, format="png", metadata={"Software": None})  # its version would differ
+    figure.savefig(page, format="png", metadata={"Software": None})  # Matplotlib's version, which may differ
     return page.getvalue()
 
 
 def pixels(tracklet: Tracklet, frame: int) -> np.ndarray:
-    """A frame of a tracklet as RGB, (h, w, 3) uint8.
+    """Read a frame of a tracklet as RGB, (h, w, 3) uint8.
 
     Raises:
         UserError: it cannot be read.
@@ -37,7 +34,7 @@ def pixels(tracklet: Tracklet, frame: int) -> np.ndarray:
 
 
 def fitted(frame: np.ndarray, left: float, top: float, width: float, height: float) -> Extent:
-    """The extent (left, right, bottom, top) of a frame, as large as fits in the middle of a box; y points down."""
+    """Return the extent (left, right, bottom, top) of a frame centered in a box, at its aspect ratio; y points down."""
     h, w = frame.shape[:2]
     scale = min(width / w, height / h)
     left, top = left + (width - w * scale) / 2, top + (height - h * scale) / 2
@@ -45,10 +42,10 @@ def fitted(frame: np.ndarray, left: float, top: float, width: float, height: flo
 
 
 def index_of(name: str, tracklets: Sequence[Tracklet], option: str) -> int:
-    """Which of the tracklets has a name.
+    """Return the index of the tracklet with a name.
 
     Raises:
-        UserError: none has; the option is named.
+        UserError: no tracklet has it; the message names the option.
     """
     names = [tracklet.name for tracklet in tracklets]
     if name not in names:
@@ -56,30 +53,36 @@ def index_of(name: str, tracklets: Sequence[Tracklet], option: str) -> int:
     return names.index(name)
 
 
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Name lines beside their right ends (x, percent), as near as names can stand to each other."""
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
+    """Label lines at their right ends (x, percent), without overlap.
+
+    Args:
+        axes: of a panel from 0 to 100 percent.
+        ends: the right end of each line, by its label.
+        colors: of each label.
+    """
     names = sorted(ends, key=lambda name: ends[name][1])
-    for name, height in zip(names, heights_of_names([ends[name][1] / 100 for name in names]), strict=True):
+    for name, height in zip(names, label_heights([ends[name][1] / 100 for name in names]), strict=True):
         axes.annotate(
             name,
             xy=ends[name],
             xytext=(1.08, height),
             textcoords="axes fraction",
-            color=colours[name],
+            color=colors[name],
             fontsize=10,
             verticalalignment="center",
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "shrinkB": 4, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.8, "shrinkB": 4, "relpos": (0, 0.5)},
         )
 
 
-def heights_of_names(ends: Sequence[float]) -> np.ndarray:
-    """Heights from 0 to 1, at least APART from each other, that are nearest to the ends in the sum of squares.
+def label_heights(ends: Sequence[float]) -> np.ndarray:
+    """Return heights from 0 to 1, at least SPACING from each other, with the least sum of squares to the ends.
 
     Args:
-        ends: heights of lines' right ends, from the lowest.
+        ends: heights of the lines' right ends, from the lowest.
     """
-    from scipy.optimize import isotonic_regression  # a quarter of a second, which only the curves are worth
+    from scipy.optimize import isotonic_regression  # takes 0.25 s to import, which other pictures need not wait for
 
-    apart = APART * np.arange(len(ends))
-    heights: np.ndarray = isotonic_regression(ends - apart).x.clip(0, 1 - apart[-1]) + apart
+    offsets = SPACING * np.arange(len(ends))
+    heights: np.ndarray = isotonic_regression(ends - offsets).x.clip(0, 1 - offsets[-1]) + offsets
     return heights

@@ -1,4 +1,4 @@
-"""The protocols as their authors state them: one probe after another, down the sorted gallery."""
+"""The protocols as their authors state them: one query after another, down the sorted gallery."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from training.evaluation.protocols import Search
+from training.evaluation.protocols import QueryGallery
 
 
 def order_of(distance: Sequence[float], good: set[int], ties: str) -> list[int]:
@@ -19,12 +19,12 @@ def order_of(distance: Sequence[float], good: set[int], ties: str) -> list[int]:
     return sorted(range(len(distance)), key=key[ties])
 
 
-def good_and_junk(search: Search, probe: int) -> tuple[set[int], set[int]]:
-    """Which places of the gallery count as hits for a probe, and which do not count, by MARS's rules."""
+def good_and_junk(labels: QueryGallery, query: int) -> tuple[set[int], set[int]]:
+    """Which places of the gallery count as hits for a query, and which do not count, by MARS's rules."""
     good, junk = set(), set()
-    for place, (person, camera) in enumerate(zip(search.gallery_people, search.gallery_cameras, strict=True)):
-        if person == search.probe_people[probe]:
-            (junk if camera == search.probe_cameras[probe] else good).add(place)
+    for place, (person, camera) in enumerate(zip(labels.gallery_people, labels.gallery_cameras, strict=True)):
+        if person == labels.query_people[query]:
+            (junk if camera == labels.query_cameras[query] else good).add(place)
         if person == -1:
             junk.add(place)
     return good - junk, junk

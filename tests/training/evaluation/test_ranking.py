@@ -14,12 +14,12 @@ from training.evaluation.ranking import (
 )
 
 
-def distance_of(probe: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    return torch.cat(list(cosine_distances(probe, gallery))).numpy()
+def distance_of(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    return torch.cat(list(cosine_distances(query, gallery))).numpy()
 
 
 def ranks(distance: list[float], positive: list[int], ties: str, junk: tuple[int, ...] = ()) -> list[int]:
-    """The ranks of one probe's positives, given by their places, in a gallery that holds junk."""
+    """The ranks of one query's positives, given by their places, in a gallery that holds junk."""
     places = torch.arange(len(distance))
     masks = (torch.isin(places, torch.tensor(of, dtype=torch.int64))[None] for of in (positive, junk))
     positive_mask, junk_mask = masks
@@ -44,7 +44,7 @@ def test_junk_moves_nobody_down() -> None:
     assert ranks([0.1, 0.2, 0.3, 0.3, 0.4], [1, 3], "pessimistic", junk=(2,)) == [2, 3]
 
 
-def test_probes_without_and_with_many_positives_go_together() -> None:
+def test_queries_without_and_with_many_positives_go_together() -> None:
     distance = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], dtype=torch.float64)
     positive = torch.tensor([[False, False, False], [True, True, True], [True, False, False]])
     for ties in ("stable", "optimistic", "pessimistic"):
@@ -70,16 +70,16 @@ def test_cosine_distance_ignores_length_and_keeps_float64() -> None:
     assert distance[0].tolist() == pytest.approx([0.0, 1.0, 2.0], abs=1e-15)
 
 
-@pytest.mark.parametrize("probes", [1, 2, 19])
-def test_equal_rows_of_the_gallery_are_equally_far(probes: int) -> None:
+@pytest.mark.parametrize("queries", [1, 2, 19])
+def test_equal_rows_of_the_gallery_are_equally_far(queries: int) -> None:
     for people, features in itertools.product((5, 7, 37, 101), (13, 64, 100, 256)):
         rng = np.random.default_rng(people)
         gallery = np.repeat(rng.normal(size=(people, features)), 5, axis=0)
-        distance = distance_of(rng.normal(size=(probes, features)), gallery).reshape(probes, people, 5)
+        distance = distance_of(rng.normal(size=(queries, features)), gallery).reshape(queries, people, 5)
         assert (distance == distance[:, :, :1]).all()
 
 
 def test_the_order_of_the_gallery_does_not_round_a_distance() -> None:
     rng = np.random.default_rng(0)
-    probe, gallery, order = rng.normal(size=(300, 100)), rng.normal(size=(37, 100)), rng.permutation(37)
-    assert np.array_equal(distance_of(probe, gallery)[:, order], distance_of(probe, gallery[order]))
+    query, gallery, order = rng.normal(size=(300, 100)), rng.normal(size=(37, 100)), rng.permutation(37)
+    assert np.array_equal(distance_of(query, gallery)[:, order], distance_of(query, gallery[order]))

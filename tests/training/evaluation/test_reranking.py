@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from training.evaluation import ranking, reranking
-from training.evaluation.protocols import Search, prepare, rank
+from training.evaluation.protocols import QueryGallery, prepare, rank
 from training.evaluation.ranking import Ranking, Rerank, cosine_distances
 from training.evaluation.reranking import reranked_distances
 
 both_versions = pytest.mark.parametrize("by", ["equations", "published"])
 
 
-def reranked(features: np.ndarray, probes: np.ndarray, gallery: np.ndarray, **options: Any) -> np.ndarray:
-    return torch.cat(list(reranked_distances(features, probes, gallery, **options))).numpy()
+def reranked(features: np.ndarray, queries: np.ndarray, gallery: np.ndarray, **options: Any) -> np.ndarray:
+    return torch.cat(list(reranked_distances(features, queries, gallery, **options))).numpy()
 
 
-def literal(features: np.ndarray, probe: int, item: int, k1: int, k2: int, weight: float) -> float:
+def literal(features: np.ndarray, query: int, item: int, k1: int, k2: int, weight: float) -> float:
     """The distance of two tracklets as the paper writes it, with sets."""
     everyone = range(len(features))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -48,15 +48,15 @@ def literal(features: np.ndarray, probe: int, item: int, k1: int, k2: int, weigh
         rows = [v(j) for j in n(i, k2 - 1)]
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    one, two = v_expanded(probe), v_expanded(item)
+    one, two = v_expanded(query), v_expanded(item)
     shared = sum(min(x, y) for x, y in zip(one, two, strict=True))
     total = sum(max(x, y) for x, y in zip(one, two, strict=True))
-    return (1 - weight) * (1 - shared / total) + weight * d[probe][item]
+    return (1 - weight) * (1 - shared / total) + weight * d[query][item]
 
 
-def literal_published(probes: np.ndarray, gallery: np.ndarray, k1: int, k2: int, weight: float) -> np.ndarray:
+def literal_published(queries: np.ndarray, gallery: np.ndarray, k1: int, k2: int, weight: float) -> np.ndarray:
     """Distances (Q, G) of features (Q, D) and (G, D) as the authors' code computes them, one tracklet after another."""
-    features = np.concatenate([probes, gallery])
+    features = np.concatenate([queries, gallery])
     everyone = range(len(features))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     d = np.array([[((unit[i] - unit[j]) ** 2).sum() for j in everyone] for i in everyone])
@@ -80,10 +80,10 @@ def literal_published(probes: np.ndarray, gallery: np.ndarray, k1: int, k2: int,
     if k2 != 1:
         encoded = np.array([encoded[initial[i, :k2]].mean(axis=0) for i in everyone])
 
-    final = np.empty((len(probes), len(gallery)))
-    for i in range(len(probes)):
+    final = np.empty((len(queries), len(gallery)))
+    for i in range(len(queries)):
         for item in range(len(gallery)):
-            j = len(probes) + item
+            j = len(queries) + item
             shared = np.minimum(encoded[i], encoded[j]).sum()
             final[i, item] = (1 - weight) * (1 - shared / (2 - shared)) + weight * d[i, j]
     return final
@@ -99,31 +99,31 @@ def loose_clusters(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(("k1", "k2"), [(6, 3), (5, 1), (4, 4), (20, 6)])
 def test_reranked_distances_are_those_of_the_paper_s_sets(k1: int, k2: int) -> None:
     features = loose_clusters(seed=k1)
-    probes, gallery = np.array([3, 17, 4]), np.array([0, 17, 5, 9, 2])
-    found = reranked(features, probes, gallery, k1=k1, k2=k2, weight=0.3)
-    wanted = [[literal(features, p, g, k1, k2, 0.3) for g in gallery] for p in probes]
+    queries, gallery = np.array([3, 17, 4]), np.array([0, 17, 5, 9, 2])
+    found = reranked(features, queries, gallery, k1=k1, k2=k2, weight=0.3)
+    wanted = [[literal(features, p, g, k1, k2, 0.3) for g in gallery] for p in queries]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(6, 3), (5, 1), (4, 4), (7, 2), (20, 6), (30, 1)])
-@pytest.mark.parametrize("shared", [True, False], ids=["probes in the gallery", "probes apart"])
+@pytest.mark.parametrize("shared", [True, False], ids=["queries in the gallery", "queries apart"])
 def test_published_distances_are_those_of_the_authors_loops(k1: int, k2: int, shared: bool) -> None:
-    probes = np.array([3, 17, 4, 0])
-    gallery = np.arange(18) if shared else np.setdiff1d(np.arange(18), probes)
+    queries = np.array([3, 17, 4, 0])
+    gallery = np.arange(18) if shared else np.setdiff1d(np.arange(18), queries)
     for seed in range(5):
         features = loose_clusters(seed)
-        found = reranked(features, probes, gallery, by="published", k1=k1, k2=k2, weight=0.3)
-        wanted = literal_published(features[probes], features[gallery], k1, k2, 0.3)
+        found = reranked(features, queries, gallery, by="published", k1=k1, k2=k2, weight=0.3)
+        wanted = literal_published(features[queries], features[gallery], k1, k2, 0.3)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_a_probe_in_the_gallery_is_two_neighbors_for_the_published_code() -> None:
-    features, probes = loose_clusters(0), np.array([3, 17, 4, 0])
-    doubled, first = np.concatenate([features[probes], features]), np.arange(4)
-    found = reranked(features, probes, np.arange(18), by="published", k1=6, k2=3)
+def test_a_query_in_the_gallery_is_two_neighbors_for_the_published_code() -> None:
+    features, queries = loose_clusters(0), np.array([3, 17, 4, 0])
+    doubled, first = np.concatenate([features[queries], features]), np.arange(4)
+    found = reranked(features, queries, np.arange(18), by="published", k1=6, k2=3)
     as_two = reranked(doubled, first, 4 + np.arange(18), by="published", k1=6, k2=3)
     np.testing.assert_allclose(found, as_two, rtol=0, atol=1e-12)
-    assert np.abs(found - reranked(features, probes, np.arange(18), by="equations", k1=6, k2=3)).max() > 0.01
+    assert np.abs(found - reranked(features, queries, np.arange(18), by="equations", k1=6, k2=3)).max() > 0.01
 
 
 def test_a_neighborhood_shared_by_exactly_two_thirds_joins_by_the_equations_only() -> None:
@@ -149,14 +149,14 @@ def test_encodings_are_scaled_to_sum_one_by_the_published_code_only() -> None:
 
 
 @both_versions
-def test_blocks_of_probes_are_as_one(by: Rerank, monkeypatch: pytest.MonkeyPatch) -> None:
-    features, probes, gallery = np.random.default_rng(0).normal(size=(300, 8)), np.arange(140), np.arange(140, 300)
-    in_blocks = reranked(features, probes, gallery, by=by)
+def test_blocks_of_queries_are_as_one(by: Rerank, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, queries, gallery = np.random.default_rng(0).normal(size=(300, 8)), np.arange(140), np.arange(140, 300)
+    in_blocks = reranked(features, queries, gallery, by=by)
     assert in_blocks.shape == (140, 160)
     for module in (ranking, reranking):
         assert module.BLOCK < 140
         monkeypatch.setattr(module, "BLOCK", 300)
-    np.testing.assert_allclose(in_blocks, reranked(features, probes, gallery, by=by), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(in_blocks, reranked(features, queries, gallery, by=by), rtol=0, atol=1e-12)
 
 
 @both_versions
@@ -164,12 +164,12 @@ def test_reranking_finds_people_that_features_alone_do_not(by: Rerank) -> None:
     rng = np.random.default_rng(0)
     people = np.repeat(np.arange(12), 10)
     features = rng.normal(size=(12, 32))[people] + 1.7 * rng.normal(size=(120, 32))
-    probes = np.arange(0, 120, 10)
-    cameras = np.where(np.isin(np.arange(120), probes), 1, 2)
-    search = Search(people[probes], cameras[probes], people, cameras, probes)
-    trial = prepare("mars-standard-ap", search)
-    plain: Ranking = rank(trial, cosine_distances(features[probes], features))
-    better = rank(trial, reranked_distances(features, probes, trial.kept, by=by), reranked=by)
+    queries = np.arange(0, 120, 10)
+    cameras = np.where(np.isin(np.arange(120), queries), 1, 2)
+    labels = QueryGallery(people[queries], cameras[queries], people, cameras, queries)
+    masks = prepare("mars-standard-ap", labels)
+    plain: Ranking = rank(masks, cosine_distances(features[queries], features))
+    better = rank(masks, reranked_distances(features, queries, masks.gallery_rows, by=by), reranked=by)
     assert 0.3 < plain.mean_ap < better.mean_ap - 0.05
     assert (plain.reranked, better.reranked) == (None, by)
 

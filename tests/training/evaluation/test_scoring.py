@@ -24,7 +24,7 @@ def network(recipe: Recipe) -> Network:
 
 @pytest.fixture
 def clones(split: Split) -> Split:
-    """The probes, seen by another camera exactly as by the first."""
+    """The queries, seen by another camera exactly as by the first."""
     return replace(split, gallery=tuple(replace(tracklet, camera=2) for tracklet in split.query))
 
 
@@ -41,7 +41,7 @@ def count_frames(network: Network) -> list[int]:
     return frames
 
 
-def test_a_gallery_of_the_probes_look_alikes_is_found_without_fail(network: Network, clones: Split) -> None:
+def test_a_gallery_of_the_queries_look_alikes_is_found_without_fail(network: Network, clones: Split) -> None:
     for rerank in VERSIONS:
         ranking = score(network, clones, rerank=rerank)
         assert (ranking.cmc[1], ranking.mean_ap, ranking.chance) == (1.0, 1.0, 0.25)
@@ -52,11 +52,11 @@ def test_the_split_s_protocol_gives_way_to_a_named_one(network: Network, within:
     assert score(network, within).protocol == "mars-official"
     ranking = score(network, within, protocol="torchreid", ties="pessimistic")
     assert (ranking.protocol, ranking.ties) == ("torchreid", "pessimistic")
-    assert (ranking.probes, ranking.valid, ranking.gallery, ranking.junk) == (2, 2, len(within.gallery) - 2, 0.0)
+    assert (ranking.queries, ranking.valid, ranking.gallery, ranking.junk) == (2, 2, len(within.gallery) - 2, 0.0)
 
 
 @pytest.mark.parametrize("rerank", VERSIONS)
-def test_a_probe_in_the_gallery_goes_through_the_network_once(
+def test_a_query_in_the_gallery_goes_through_the_network_once(
     network: Network, within: Split, rerank: Rerank | None
 ) -> None:
     frames = count_frames(network)
@@ -64,7 +64,7 @@ def test_a_probe_in_the_gallery_goes_through_the_network_once(
     assert sum(frames) == sum(len(tracklet.frames) for tracklet in within.gallery)
     assert inside.junk == 1.0  # itself
     if rerank is None:  # a second node beside its own would be one neighbor more
-        again = score(network, replace(within, query=tuple(replace(probe) for probe in within.query)))
+        again = score(network, replace(within, query=tuple(replace(query) for query in within.query)))
         assert again == inside
         assert sum(frames) > 2 * sum(len(tracklet.frames) for tracklet in within.gallery)
 
@@ -77,19 +77,19 @@ def test_progress_counts_to_the_end(
     (_, frames, of_frames, _), (work, rows, of_rows, _) = counted
     assert frames == of_frames == sum(len(tracklet.frames) for tracklet in within.gallery)
     assert work == ("Re-ranking" if rerank else "Ranking")
-    # To rerank, each node is compared and encoded; a query in the gallery is two nodes of the published version's.
+    # To rerank, each node is embedded and encoded; a query in the gallery is two nodes of the published version's.
     assert rows == of_rows == {None: 2, "equations": 2 * 8 + 2, "published": 2 * (8 + 2) + 2}[rerank]
 
 
-def test_probes_inside_and_outside_the_gallery_keep_their_own_features(network: Network, split: Split) -> None:
-    probe = (split.train[4], split.train[0], split.train[7], split.train[2])  # the second and the last are outside
-    mixed = replace(split, query=probe, gallery=(*split.train[3:], split.train[1]))
+def test_queries_inside_and_outside_the_gallery_keep_their_own_features(network: Network, split: Split) -> None:
+    query = (split.train[4], split.train[0], split.train[7], split.train[2])  # the second and the last are outside
+    mixed = replace(split, query=query, gallery=(*split.train[3:], split.train[1]))
     ranking = score(network, mixed, protocol="mars-standard-ap")
     features = {
         id(tracklet): feature for tracklet, feature in zip(split.train, extract(network, split.train), strict=True)
     }
     firsts = []
-    for tracklet in probe:
+    for tracklet in query:
         near = {}
         for other in mixed.gallery:
             if (other.person, other.camera) != (tracklet.person, tracklet.camera):

@@ -10,7 +10,7 @@ from training.reports.ablation_plot import STYLES, draw
 from training.show.picture import png
 
 
-def test_every_row_has_a_colour_and_a_marker_of_its_own() -> None:
+def test_every_row_has_a_color_and_a_marker_of_its_own() -> None:
     assert set(STYLES) == set(ROWS)
     for kind in zip(*STYLES.values(), strict=True):
         assert len(set(kind)) == len(ROWS)

@@ -36,7 +36,7 @@ def test_a_tracklet_has_the_same_maps_in_chunks_as_in_one_go(network: Network, s
     assert np.abs(whole.s[1:] - whole.x[1:]).max() > 0.01 * whole.x.max()
 
 
-def test_before_and_after_have_one_scale_of_colours_and_the_gate_its_own(network: Network, split: Split) -> None:
+def test_before_and_after_have_one_scale_of_colors_and_the_gate_its_own(network: Network, split: Split) -> None:
     maps = maps_of(network, split.train[4])
     (block,) = picture([maps], columns=3).subfigs
     frames, before, gate, after = (axes for axes in block.axes if axes.images)

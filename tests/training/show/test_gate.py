@@ -14,18 +14,18 @@ from training.show.gate import gate
 
 
 class Sigmoids(TorchFunctionMode):
-    """Keeps what every sigmoid inside the block returns."""
+    """Records the result of every sigmoid inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[Tensor] = []
+        self.opened: list[Tensor] = []
 
     def __torch_function__(
         self, called: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = called(*args, **(kwargs or {}))
         if called is torch.sigmoid:
-            self.kept.append(result)
+            self.opened.append(result)
         return result
 
 
@@ -44,4 +44,4 @@ def test_the_gate_is_the_one_that_the_reference_opens(attention: Attention, inpu
     opened = gate(rru, x[1:], s[:-1], x[:-1])
     assert opened.shape == x[1:].shape
     assert opened.std() > 0.01
-    torch.testing.assert_close(opened, torch.cat(sigmoids.kept[1:]).expand_as(opened), rtol=1e-12, atol=0)
+    torch.testing.assert_close(opened, torch.cat(sigmoids.opened[1:]).expand_as(opened), rtol=1e-12, atol=0)

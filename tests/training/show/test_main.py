@@ -32,9 +32,10 @@ def show(*arguments: str | Path) -> None:
 def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
     for number, arguments in enumerate(
         (
-            ("features", "--checkpoint", runs / "whole", "--probes", "2", "--frames", "3"),
+            ("features", "--checkpoint", runs / "whole", "--queries", "2", "--frames", "3"),
             ("features", "--checkpoint", runs / "whole", "--tracklet", "cam2/person001"),
-            ("ranking", "--checkpoint", runs / "whole", "--probes", "2", "--top", "2"),
+            ("ranking", "--checkpoint", runs / "whole", "--queries", "2", "--top", "2"),
+            ("ranking", "--checkpoint", runs / "whole", "--probes", "1", "--top", "2"),  # an older name
             ("cmc", runs / "whole", runs / "baseline", "--device", "cpu"),
             ("ablation",),
         )
@@ -51,8 +52,8 @@ def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ("features --checkpoint RUNS/whole --tracklet nobody", "tracklet: got 'nobody', wanted the name of a tracklet"),
-        ("features --checkpoint RUNS/whole --tracklet a --probes 1", "tracklet: got 'a' with probes 1, wanted one"),
-        ("features --checkpoint RUNS/whole --probes 5", "probes: got 5, wanted 1 to 4"),
+        ("features --checkpoint RUNS/whole --tracklet a --queries 1", "tracklet: got 'a' with queries 1, wanted one"),
+        ("features --checkpoint RUNS/whole --queries 5", "queries: got 5, wanted 1 to 4"),
         ("features --checkpoint RUNS/whole --frames 1", "frames: got 1, wanted at least 2"),
         ("features --checkpoint RUNS/baseline", "checkpoint: got a network without an RRU, wanted one"),
         ("features --checkpoint RUNS", "RUNS: no checkpoint here"),
@@ -60,8 +61,8 @@ def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
             "features --checkpoint RUNS --output RUNS/out.jpg",
             "output: got RUNS/out.jpg, wanted a name that ends in .png",
         ),
-        ("ranking --checkpoint RUNS/whole --probes nobody", "probes: got 'nobody', wanted the name of a tracklet"),
-        ("ranking --checkpoint RUNS/whole --probes 0", "probes: got 0, wanted at least 1"),
+        ("ranking --checkpoint RUNS/whole --queries nobody", "queries: got 'nobody', wanted the name of a tracklet"),
+        ("ranking --checkpoint RUNS/whole --queries 0", "queries: got 0, wanted at least 1"),
         ("ranking --checkpoint RUNS/whole --top 0", "top: got 0, wanted at least 1"),
         ("cmc", "runs: got 0, wanted 1 to 7"),
         ("cmc RUNS/whole RUNS/absent", "RUNS/absent: no checkpoint here"),

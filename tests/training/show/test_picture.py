@@ -7,18 +7,18 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.show.picture import APART, fitted, heights_of_names, png
+from training.show.picture import SPACING, fitted, label_heights, png
 
 
 @pytest.mark.parametrize("ends", [[0.5] * 7, [0.0] * 7, [1.0] * 7, [0.1, 0.11, 0.12, 0.5, 0.9, 0.9, 0.99]])
-def test_names_stand_apart_within_the_panel_in_the_order_of_their_lines(ends: list[float]) -> None:
-    heights = heights_of_names(ends)
-    assert np.diff(heights).min() >= APART - 1e-9
+def test_labels_keep_their_distance_within_the_panel_in_the_order_of_their_lines(ends: list[float]) -> None:
+    heights = label_heights(ends)
+    assert np.diff(heights).min() >= SPACING - 1e-9
     assert heights.min() >= 0 and heights.max() <= 1 + 1e-9
 
 
-def test_a_name_stands_beside_its_line_where_there_is_room() -> None:
-    assert heights_of_names([0.1, 0.3, 0.5]) == pytest.approx([0.1, 0.3, 0.5])
+def test_a_label_is_at_its_line_s_height_where_there_is_room() -> None:
+    assert label_heights([0.1, 0.3, 0.5]) == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_a_frame_keeps_its_shape_in_the_middle_of_its_box() -> None:

@@ -9,10 +9,10 @@ from matplotlib.colors import to_hex
 from training.config.presets import Recipe
 from training.data.tracklets import Split
 from training.evaluation.features import extract
-from training.evaluation.scoring import compare
+from training.evaluation.scoring import embed_split
 from training.model.network import Network
-from training.show.picture import GREEN, RED, TEXT
-from training.show.ranking import Found, choose, found, picture
+from training.show.colors import GREEN, RED, TEXT
+from training.show.ranking import SearchResult, choose, picture, search
 
 
 @pytest.fixture
@@ -29,34 +29,34 @@ def within(split: Split) -> Split:
 
 def test_the_nearest_come_first_without_what_is_junk(network: Network, within: Split) -> None:
     features = dict(zip((t.name for t in within.gallery), extract(network, within.gallery), strict=True))
-    for row in found(compare(network, within), within, top=4):
-        counts = [t for t in within.gallery if t.person not in (-1, row.probe.person) or t.person == row.probe.person]
-        counts = [t for t in counts if (t.person, t.camera) != (row.probe.person, row.probe.camera) and t.person != -1]
+    for row in search(embed_split(network, within), within, top=4):
+        counts = [t for t in within.gallery if t.person not in (-1, row.query.person) or t.person == row.query.person]
+        counts = [t for t in counts if (t.person, t.camera) != (row.query.person, row.query.camera) and t.person != -1]
 
-        def distance(tracklet: object, one: np.ndarray = features[row.probe.name]) -> float:
+        def distance(tracklet: object, one: np.ndarray = features[row.query.name]) -> float:
             other = features[tracklet.name]  # type: ignore[attr-defined]
             return float(1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
         order = sorted(counts, key=distance)
         assert row.gallery == tuple(order[:4])
         assert row.distances == pytest.approx([distance(tracklet) for tracklet in order[:4]], abs=1e-12)
-        assert row.hits == tuple(tracklet.person == row.probe.person for tracklet in order[:4])
-        assert row.first == 1 + next(at for at, t in enumerate(order) if t.person == row.probe.person)
+        assert row.hits == tuple(tracklet.person == row.query.person for tracklet in order[:4])
+        assert row.first == 1 + next(at for at, t in enumerate(order) if t.person == row.query.person)
 
 
 def test_the_rows_add_up_to_the_ranking(network: Network, split: Split) -> None:
-    compared = compare(network, split)
-    cmc = compared.ranking().cmc
-    rows = found(compared, split, top=2)
+    embedded = embed_split(network, split)
+    cmc = embedded.ranking().cmc
+    rows = search(embedded, split, top=2)
     assert [np.mean([row.first <= k for row in rows]) for k in range(1, 5)] == [cmc[k] for k in range(1, 5)]
-    some = found(compared, split, 2, np.array([3, 1]))
+    some = search(embedded, split, 2, np.array([3, 1]))
     # Distances of fewer queries come from a BLAS call of another size, which may round otherwise.
     near = [replace(row, distances=pytest.approx(row.distances, abs=1e-12)) for row in (rows[3], rows[1])]
     assert some == near
 
 
-def row_of(split: Split, first: int | None) -> Found:
-    return Found(split.query[0], split.gallery[:1], (0.1,), (first == 1,), first)
+def row_of(split: Split, first: int | None) -> SearchResult:
+    return SearchResult(split.query[0], split.gallery[:1], (0.1,), (first == 1,), first)
 
 
 def test_some_found_at_once_and_the_worst_are_chosen(split: Split) -> None:
@@ -70,16 +70,16 @@ def test_some_found_at_once_and_the_worst_are_chosen(split: Split) -> None:
     assert chosen([1, 3, None], 6) == [1, 3]
 
 
-def test_hits_and_misses_are_told_by_colour_line_and_mark(network: Network, split: Split) -> None:
-    rows = found(compare(network, split), split, top=4)[:2]
+def test_hits_and_misses_are_told_by_color_line_and_mark(network: Network, split: Split) -> None:
+    rows = search(embed_split(network, split), split, top=4)[:2]
     (axes,) = picture(rows).axes
     frames = [to_hex(patch.get_edgecolor()).upper() for patch in axes.patches]
-    told = [text.get_text() for text in axes.texts][2:]
+    texts = [text.get_text() for text in axes.texts][2:]
     wanted = [(TEXT, ""), *((GREEN, "✓") if hit else (RED, "✗") for hit in rows[0].hits)]
     assert [frame for frame, _ in wanted] == frames[:5]
-    assert [mark for _, mark in wanted[1:]] == [text[-1] for text in told[1:5]]
+    assert [mark for _, mark in wanted[1:]] == [text[-1] for text in texts[1:5]]
     assert [patch.get_linestyle() for patch in axes.patches[1:5]] == ["-" if hit else "--" for hit in rows[0].hits]
     nearest = rows[0].gallery[0]
-    assert told[1].startswith(f"{rows[0].distances[0]:.3f}\nperson {nearest.person} ")
-    assert told[0] == f"{rows[0].probe.name}\nperson {rows[0].probe.person}\nfirst hit: {rows[0].first}"
+    assert texts[1].startswith(f"{rows[0].distances[0]:.3f}\nperson {nearest.person} ")
+    assert texts[0] == f"{rows[0].query.name}\nperson {rows[0].query.person}\nfirst hit: {rows[0].first}"
     assert len(axes.images) == 10
