@@ -10,13 +10,36 @@ from multiprocessing import parent_process
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
 from training.runtime import distributed
 from training.runtime.command import uninterrupted
 
 T = TypeVar("T")
+
+
+class _Count(MofNCompleteColumn):
+    """Done and total units with their name; nothing if the total is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task).append(f" {task.fields['unit']}".rstrip())
+
+
+class _Eta(TimeRemainingColumn):
+    """Time left; nothing if the total is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else Text.assemble("ETA ", super().render(task))
 
 
 class Bars(Progress):
@@ -30,11 +53,9 @@ class Bars(Progress):
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),  # as wide as the other columns allow
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            _Count(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _Eta(table_column=Column(no_wrap=True)),
             console=console,
             refresh_per_second=4,
             speed_estimate_period=math.inf,  # a unit may take minutes
