@@ -58,7 +58,7 @@ class Options:
     checkpoint: Path | None = None
     """With --frames, the folder of the run, or of the checkpoint, that extracted the gallery's features."""
     top: int = 10
-    """How many tracklets to find per query."""
+    """Number of tracklets to find per query."""
     index: Literal["exact", "faiss"] = "exact"
     """Search the whole gallery exactly, or approximately by an index stored next to it, for millions of tracklets."""
     device: Device = "auto"

@@ -84,8 +84,8 @@ def test_the_page_gets_the_table_and_what_it_is_made_of(done: tuple[Path, Any]) 
 
 
 def test_the_command_in_the_table_makes_it(done: tuple[Path, Any]) -> None:
-    told = json.loads((done[0] / RESULTS).read_text())["command"]
-    assert sorted(told.split()[3:]) == sorted(options())
+    command = json.loads((done[0] / RESULTS).read_text())["command"]
+    assert sorted(command.split()[3:]) == sorted(options())
 
 
 @pytest.fixture

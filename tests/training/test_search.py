@@ -45,9 +45,9 @@ def test_each_query_has_the_galleries_best_by_cosine(files: Path, capsys: pytest
     hits = found("--gallery", gallery, "--query", query, "--top", 3)
     assert [(hit.query, hit.rank, hit.person, hit.camera, hit.name) for hit in hits] == wanted
     np.testing.assert_allclose([hit.similarity for hit in hits], best.values.ravel(), rtol=0, atol=1e-12)
-    told = capsys.readouterr().out
-    assert told.startswith("exact, of 4 in ")
-    assert sum(hits[0].name in line and f"{hits[0].similarity:.4f}" in line for line in told.splitlines()) >= 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("exact, of 4 in ")
+    assert sum(hits[0].name in line and f"{hits[0].similarity:.4f}" in line for line in shown.splitlines()) >= 1
     some = found("--gallery", gallery, "--query", query, "--top", 3, "--names", of.names[2], of.names[0])
     # Similarities of fewer queries come from a BLAS call of another size, which may round otherwise.
     assert some == [
@@ -90,11 +90,11 @@ def test_an_index_finds_the_same_and_tells_its_recall(files: Path, capsys: pytes
     capsys.readouterr()
     hits = found(*asked, "--index", "faiss")
     assert [(hit.query, hit.rank, hit.name) for hit in hits] == [(hit.query, hit.rank, hit.name) for hit in exact]
-    told = capsys.readouterr().out
-    assert told.startswith("building an index of 4 features: ")
-    assert "\nrecall@3 1.000 against exact search, over 4 of 4 queries; index " in told
-    assert "faiss, of 4 in " in told
-    assert told.splitlines()[-1] == f"index: {next(files.glob('gallery.safetensors.*.ivf'))}"
+    shown = capsys.readouterr().out
+    assert shown.startswith("building an index of 4 features: ")
+    assert "\nrecall@3 1.000 against exact search, over 4 of 4 queries; index " in shown
+    assert "faiss, of 4 in " in shown
+    assert shown.splitlines()[-1] == f"index: {next(files.glob('gallery.safetensors.*.ivf'))}"
     found(*asked, "--index", "faiss")
     assert "index: " not in capsys.readouterr().out
 
@@ -108,11 +108,11 @@ def test_what_an_index_misses_counts_against_its_recall(tmp_path: Path, capsys: 
         )
     asked = ("--gallery", tmp_path / "gallery", "--query", tmp_path / "query", "--top", 10)
     exact, hits = found(*asked), found(*asked, "--index", "faiss")
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     pairs = [{(hit.query, hit.name) for hit in of if int(hit.query) < 100} for of in (exact, hits)]
     recall = len(pairs[0] & pairs[1]) / 1000
     assert 0.1 < recall < 0.9
-    assert f"recall@10 {recall:.3f} against exact search, over 100 of 150 queries" in told
+    assert f"recall@10 {recall:.3f} against exact search, over 100 of 150 queries" in shown
 
 
 def test_features_of_another_network_are_refused_and_of_an_unknown_one_warned_of(files: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_features_of_another_network_are_refused_and_of_an_unknown_one_warned_of
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("", "query: got neither --query nor --frames, wanted --query, or --frames and --checkpoint"),
         ("--checkpoint RUN", "query: got --checkpoint without --frames, wanted --query, or --frames and --checkpoint"),
@@ -144,7 +144,7 @@ def test_features_of_another_network_are_refused_and_of_an_unknown_one_warned_of
     ],
 )
 def test_bad_input_is_one_line(
-    run: Path, files: Path, capsys: pytest.CaptureFixture[str], arguments: str, told: str
+    run: Path, files: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     def filled(text: str) -> str:
         return text.replace("RUN", str(run)).replace("FILE", str(files / "query.safetensors"))
@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: found(*gallery, *filled(arguments).split()))
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {filled(told)}")
+    assert error.startswith(f"error: {filled(message)}")
     assert error.count("\n") == 1
 
 
@@ -161,6 +161,6 @@ def test_names_and_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "a[bold].safetensors"
     write_features(path, torch.eye(2), [1, 2], [1, 1], ["[/red] a", "[b]"], {"network": "of one"})
     found("--gallery", path, "--query", path, "--top", 1)
-    told = capsys.readouterr().out
-    assert told.count("[/red] a") == 2 and told.count("[b]") == 2
-    assert "a[bold].safetensors" in told.replace("\n", "")
+    shown = capsys.readouterr().out
+    assert shown.count("[/red] a") == 2 and shown.count("[b]") == 2
+    assert "a[bold].safetensors" in shown.replace("\n", "")

@@ -94,7 +94,7 @@ class RunLog:
         self._view.show(step, now, self._epoch)
         if step == self._last:
             left = timedelta(seconds=round(self._epoch.seconds * (self._epochs - epoch)))
-            self.say(f"epoch {epoch}/{self._epochs}  {self._epoch.told()}  ETA {left}")
+            self.say(f"epoch {epoch}/{self._epochs}  {self._epoch.summary()}  ETA {left}")
             self._epoch = Measured()
 
     @uninterrupted()

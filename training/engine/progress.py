@@ -44,8 +44,8 @@ class Measured:
         """Share of the time spent waiting for data, from 0 to 1."""
         return self.waited / self.seconds
 
-    def told(self) -> str:
-        """All of it in a line."""
+    def summary(self) -> str:
+        """Return all of it in one line."""
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.means.items())
         return f"{losses}  {self.rate:.0f} frames/s  data wait {self.wait:.0%}"
 
@@ -103,7 +103,7 @@ class LiveView(Progress):
         self.update(self._task, completed=step)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The run's bar, from the first step on the table, and the bars of other work."""
+        """Yield the run's bar, from the first step on the table, and the bars of other work."""
         yield self.make_tasks_table(self.tasks)
         if self._rows:
             yield self._table()

@@ -68,7 +68,7 @@ class QueryGallery:
 
 @dataclass(frozen=True)
 class ProtocolMasks:
-    """Which gallery items a protocol counts for each query.
+    """Gallery items that a protocol counts for each query.
 
     name, protocol: the rules.
     gallery_rows: (G',) int64, the rows of the whole gallery that make the protocol's.

@@ -1,1 +1,1 @@
-"""What a trained network is taken elsewhere as: files of its features, and the network itself."""
+"""Exports of a trained network: files of features, and the network as a program."""

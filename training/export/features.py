@@ -25,7 +25,7 @@ class Options(UseOptions):
     output: Path
     """The file to write (.safetensors)."""
     part: Literal["gallery", "query", "train", "probe"] = "gallery"
-    """Which tracklets: the gallery, the queries, or those trained on; probe is an older name of query."""
+    """Tracklets to export: the gallery, the queries, or those trained on; probe is an older name of query."""
 
     def __post_init__(self) -> None:
         if self.part == "probe":

@@ -147,7 +147,7 @@ def _draw(block: SubFigure, maps: Maps, times: Ints) -> None:
     both, gates = np.concatenate((maps.x[times], maps.s[times])), maps.z[times[1:]]
     room = max(0.0, NARROW - float(np.ptp(gates))) / 2  # or rounding errors would fill an almost constant gate's scale
     scale, own = Normalize(both.min(), both.max()), Normalize(gates.min() - room, gates.max() + room)
-    # The gate's colors always use the whole color map: state the range they stand for.
+    # The gate's colors always use the whole color map: state the range they cover.
     span = f"gate 0: past, 1: frame; its colors span {gates.min():.4f} to {gates.max():.4f}"
     block.text(0.5, 1 - 0.27 / HEIGHT, span, color=TEXT, fontsize=9, ha="center", va="top")
     frames = [pixels(tracklet, int(time)) for time in times]

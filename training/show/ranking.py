@@ -41,9 +41,9 @@ class Options(UseOptions):
     output: Path
     """The PNG."""
     queries: Annotated[int | tuple[str, ...], tyro.conf.arg(aliases=["--probes"])] = 6
-    """Names of queries, or how many to choose: some with a hit at rank 1, and those with the worst first hit."""
+    """Names of queries, or a number to choose: some with a hit at rank 1, and those with the worst first hit."""
     top: int = 8
-    """How many gallery tracklets to draw for each."""
+    """Number of gallery tracklets to draw for each."""
     protocol: ProtocolName | None = None
     """Protocol to rank by; the dataset's own if not given."""
 

@@ -1,4 +1,4 @@
-"""The protocols as their authors state them: one query after another, down the sorted gallery."""
+"""Protocols as their authors state them: one query after another, down the sorted gallery."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.evaluation.protocols import QueryGallery
 
 
 def order_of(distance: Sequence[float], good: set[int], ties: str) -> list[int]:
-    """The gallery's places, the nearest first."""
+    """Return the gallery's places, the nearest first."""
     key = {
         "stable": lambda place: (distance[place], place),
         "optimistic": lambda place: (distance[place], place not in good),
@@ -20,7 +20,7 @@ def order_of(distance: Sequence[float], good: set[int], ties: str) -> list[int]:
 
 
 def good_and_junk(labels: QueryGallery, query: int) -> tuple[set[int], set[int]]:
-    """Which places of the gallery count as hits for a query, and which do not count, by MARS's rules."""
+    """Return the gallery's places that are hits for a query, and those that are junk, by MARS's rules."""
     good, junk = set(), set()
     for place, (person, camera) in enumerate(zip(labels.gallery_people, labels.gallery_cameras, strict=True)):
         if person == labels.query_people[query]:

@@ -106,7 +106,7 @@ def test_reranked_distances_are_those_of_the_paper_s_sets(k1: int, k2: int) -> N
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(6, 3), (5, 1), (4, 4), (7, 2), (20, 6), (30, 1)])
-@pytest.mark.parametrize("shared", [True, False], ids=["queries in the gallery", "queries apart"])
+@pytest.mark.parametrize("shared", [True, False], ids=["queries in the gallery", "queries outside"])
 def test_published_distances_are_those_of_the_authors_loops(k1: int, k2: int, shared: bool) -> None:
     queries = np.array([3, 17, 4, 0])
     gallery = np.arange(18) if shared else np.setdiff1d(np.arange(18), queries)

@@ -35,8 +35,8 @@ def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> No
     assert ["after", "epoch", "7", "50.0", "75.0", "80.0", "100.0", "61.0"] in lines
     assert ["chance", "3.3"] in lines
     assert " ".join(lines[0]) == "single-shot, 30 probes (30 valid) in a gallery of 30"
-    told = " ".join(word for line in lines[-2:] for word in line)
-    assert told == "percent; recipe quick, Baseline+RRU+STIM+Lv+Lp, preset paper; ops fast, ties stable"
+    caption = " ".join(word for line in lines[-2:] for word in line)
+    assert caption == "percent; recipe quick, Baseline+RRU+STIM+Lv+Lp, preset paper; ops fast, ties stable"
 
 
 def test_the_table_says_who_did_not_count_and_by_which_version_distances_were_reranked() -> None:

@@ -63,7 +63,7 @@ def test_a_query_in_the_gallery_goes_through_the_network_once(
     inside = score(network, within, rerank=rerank)
     assert sum(frames) == sum(len(tracklet.frames) for tracklet in within.gallery)
     assert inside.junk == 1.0  # itself
-    if rerank is None:  # a second node beside its own would be one neighbor more
+    if rerank is None:  # a second node of the same tracklet would be one neighbor more
         again = score(network, replace(within, query=tuple(replace(query) for query in within.query)))
         assert again == inside
         assert sum(frames) > 2 * sum(len(tracklet.frames) for tracklet in within.gallery)

@@ -73,9 +73,9 @@ def test_a_program_computes_what_the_network_does(
     for clips, frames in ((1, 3), (5, 3), *([(2, 7)] if free else [])):
         sample = torch.rand(clips, frames, 3, 64, 64) * 2 - 1
         torch.testing.assert_close(program(sample), outputs_of(network, sample), rtol=1e-4, atol=1e-5)
-    told = json.loads(about["about.json"])
-    assert told["input"] == f"clips: float32 (B, {'T' if free else 3}, 3, 64, 64)"
-    assert (told["ops"], told["epoch"], told["checkpoint"]) == (ops, "1", str(checkpoint.last(run)))
+    written = json.loads(about["about.json"])
+    assert written["input"] == f"clips: float32 (B, {'T' if free else 3}, 3, 64, 64)"
+    assert (written["ops"], written["epoch"], written["checkpoint"]) == (ops, "1", str(checkpoint.last(run)))
 
 
 @pytest.mark.exhaustive  # a large network, exported and run
@@ -121,9 +121,9 @@ def test_an_onnx_graph_takes_any_number_of_frames_where_there_is_no_rru(
     saved: Callable[..., tuple[Path, Network]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_model(Options(saved("Baseline+Lv")[0], tmp_path / "model.onnx")) <= TOLERANCE
-    told = capsys.readouterr().out
-    assert "model.onnx: clips: float32 (B, T, 3, 64, 64), ops reference, " in told
-    assert "of the largest element" in told
+    shown = capsys.readouterr().out
+    assert "model.onnx: clips: float32 (B, T, 3, 64, 64), ops reference, " in shown
+    assert "of the largest element" in shown
 
 
 def test_a_difference_is_seen_in_any_output_and_one_that_is_not_finite_is_infinite() -> None:
@@ -150,7 +150,7 @@ def test_a_network_that_has_diverged_is_not_written(saved: Callable[..., tuple[P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("--output OUT/model.pt", "output: got OUT/model.pt, wanted a name that ends in .pt2 or .onnx"),
         ("--output OUT/model.onnx --ops fast", "output: got .onnx with ops fast on cpu, wanted ops reference on cpu"),
@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_and_no_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: str,
-    told: str,
+    message: str,
 ) -> None:
     run, _ = saved("Baseline")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails, as where it is not installed
@@ -176,7 +176,7 @@ def test_bad_input_is_one_line_and_no_file(
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: main(tyro.cli(AnyOptions, args=options)))
     error = capsys.readouterr().err
-    start, _, end = told.replace("OUT", str(output)).partition("...")
+    start, _, end = message.replace("OUT", str(output)).partition("...")
     assert error.startswith(f"error: {start}") and error.endswith(f"{end}\n")
     assert error.count("\n") == 1
     assert list(output.iterdir()) == []

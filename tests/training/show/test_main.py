@@ -49,7 +49,7 @@ def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("features --checkpoint RUNS/whole --tracklet nobody", "tracklet: got 'nobody', wanted the name of a tracklet"),
         ("features --checkpoint RUNS/whole --tracklet a --queries 1", "tracklet: got 'a' with queries 1, wanted one"),
@@ -71,13 +71,13 @@ def test_every_picture_is_a_png_that_opens(runs: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_no_picture(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, told: str
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     output = [] if "--output" in arguments else ["--output", tmp_path / "picture.png"]
     with pytest.raises(SystemExit, match="2"):
         show(*arguments.replace("RUNS", str(runs)).split(), *output)
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {told.replace('RUNS', str(runs))}")
+    assert error.startswith(f"error: {message.replace('RUNS', str(runs))}")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
