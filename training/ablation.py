@@ -25,7 +25,6 @@ from training.data.datasets import synthetic
 from training.engine import resumable_run
 from training.engine.options import Options as RunOptions
 from training.engine.options import make_options
-from training.reports.ablation_plot import draw
 from training.reports.ablation_table import markdown
 from training.reports.environments import environments_of
 from training.reports.page import check_page, fill_page
@@ -33,6 +32,7 @@ from training.runtime.atomic_files import write_atomic
 from training.runtime.command import end_with_parent, run_command
 from training.runtime.errors import UserError
 from training.runtime.terminal import progress, say
+from training.show.ablation_plot import draw
 from training.show.board import pictures
 from training.show.picture import png
 

@@ -14,10 +14,9 @@ from PIL import Image
 from tests.helpers import forked
 from tests.helpers.small_people import short_walks
 from training.ablation import PLACE, PLOT, RESULTS, ROWS, Options, ablate, cells
-from training.reports.page import markers
 from training.runtime.errors import UserError
 
-BEGIN, END = markers(PLACE)
+BEGIN, END = f"<!-- {PLACE} -->", f"<!-- /{PLACE} -->"
 TWO = ("Baseline", "Baseline+RRU+STIM+Lv+Lp")
 
 

@@ -19,8 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"runtime", "data", "model", "evaluation"},
     "engine": {"runtime", "data", "model", "evaluation", "config"},
     "retrieval": {"runtime", "model", "evaluation"},
+    "reports": {"runtime"},
     "show": {"runtime", "data", "model", "evaluation", "engine", "reports"},
-    "reports": {"runtime", "show"},
     "export": {"runtime", "data", "model", "evaluation", "engine", "retrieval"},
 }
 

@@ -1,1 +1,1 @@
-"""Tables and plots of many runs."""
+"""Tables of many runs."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from training.reports.ablation_plot import draw
 from training.runtime.errors import UserError
+from training.show.ablation_plot import draw
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from build_tools.palette import BLUE, GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT
 from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.protocols import ProtocolMasks, ProtocolName
 from training.evaluation.ranking import DEEPEST, Floats, Ranking
@@ -18,7 +19,6 @@ from training.evaluation.scoring import embed_split
 from training.runtime.atomic_files import realpath
 from training.runtime.errors import UserError
 from training.runtime.terminal import track
-from training.show.colors import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, SKY, TEXT
 from training.show.picture import label_ends
 
 COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, TEXT)
@@ -111,7 +111,7 @@ def picture(curves: Sequence[Curve]) -> Figure:
         axes.plot(ranks, shares, color=colors[curve.name], marker=marker, markersize=6, linewidth=1.6, label=label)
     for level in {tuple(curve.chance) for curve in curves}:
         shares = [100 * share for share in level[: len(ranks)]]
-        axes.plot(ranks, shares, color=GRAY, linestyle="--", label=f"chance: rank-1 {shares[0]:.1f}")
+        axes.plot(ranks, shares, color=QUIET, linestyle="--", label=f"chance: rank-1 {shares[0]:.1f}")
     label_ends(axes, {curve.name: (ranks[-1], 100 * curve.ranking.cmc[ranks[-1]]) for curve in curves}, colors)
     axes.set(xlim=(0.5, ranks[-1] + 0.5), ylim=(0, 102), xticks=ranks if len(ranks) <= 10 else (1, *ranks[4::5]))
     axes.set_xlabel("rank k", color=TEXT)

@@ -16,6 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from build_tools.palette import TEXT
 from rru_fast import State
 from rru_fast.reference import RRU
 from training.data.resizing import Resize
@@ -26,7 +27,6 @@ from training.evaluation.ranking import Floats, Ints
 from training.model.network import Network
 from training.runtime.errors import UserError
 from training.runtime.terminal import progress
-from training.show.colors import TEXT
 from training.show.gate import gate
 from training.show.picture import fitted, index_of, pixels
 

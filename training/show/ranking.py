@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from build_tools.palette import GREEN, RED, TEXT
 from training.data.tracklets import Split, Tracklet
 from training.engine.load_trained import UseOptions, load_trained
 from training.evaluation.protocols import ProtocolName
@@ -22,7 +23,6 @@ from training.evaluation.ranking import Ints
 from training.evaluation.scoring import EmbeddedSplit, embed_split
 from training.runtime.errors import UserError
 from training.runtime.terminal import track
-from training.show.colors import GREEN, RED, TEXT
 from training.show.picture import fitted, index_of, pixels
 
 WIDE, TALL = 1.0, 2.0  # width and height of a frame's box

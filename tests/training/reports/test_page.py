@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from training.reports.page import check_page, fill_page, markers
+from training.reports.page import check_page, fill_page
 from training.runtime.errors import UserError
 
-BEGIN, END = markers("ablation")
+BEGIN, END = "<!-- ablation -->", "<!-- /ablation -->"
 
 
 def test_a_page_gets_the_table_between_its_markers_again_and_again(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_page_gets_the_table_between_its_markers_again_and_again(tmp_path: Pat
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_page_without_one_place_for_the_table_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
-    with pytest.raises(UserError, match=r"README\.md has no place for the table, wanted <!-- ablation --> \.\.\. "):
+    with pytest.raises(UserError, match=r"README\.md: got no place for the table, wanted <!-- ablation --> \.\.\. "):
         check_page(tmp_path / "README.md", "ablation")
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from build_tools.palette import GREEN, RED, TEXT
 from training.config.presets import Recipe
 from training.data.tracklets import Split
 from training.evaluation.features import extract
 from training.evaluation.scoring import embed_split
 from training.model.network import Network
-from training.show.colors import GREEN, RED, TEXT
 from training.show.ranking import SearchResult, choose, picture, search
 
 

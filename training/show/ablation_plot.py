@@ -6,13 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from build_tools.palette import GREEN, ORANGE, PURPLE, QUIET, RED, SKY, TEXT
 from training.reports.ablation_table import SCORES, spread
-from training.show.colors import GRAY, GREEN, ORANGE, PURPLE, RED, SKY, TEXT
 from training.show.picture import label_ends
 
 # A color and a marker per row; gray for rows without RRU, STIM and LSTM.
 STYLES = {
-    "Baseline": (GRAY, "o"),
+    "Baseline": (QUIET, "o"),
     "Baseline+Lv": ("#404040", "s"),
     "Baseline+LSTM+Lv": (ORANGE, "^"),
     "Baseline+STIM+Lv": (SKY, "v"),

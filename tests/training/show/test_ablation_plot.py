@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from training.ablation import ROWS
-from training.reports.ablation_plot import STYLES, draw
+from training.show.ablation_plot import STYLES, draw
 from training.show.picture import png
 
 
