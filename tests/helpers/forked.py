@@ -20,7 +20,14 @@ PROCESSES = multiprocessing.get_context("forkserver")
 # pytest too: a child imports what its function is a part of, and what the process that started it began with.
 # torch._dynamo: the first optimiser imports it, which takes a second.
 PROCESSES.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "scipy.io", "training.ablation", "training.reproduce", "tests.helpers.three_steps"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "scipy.io",
+        "training.ablation",
+        "training.reproduce.__main__",
+        "tests.helpers.three_steps",
+    ]
 )
 
 

@@ -19,9 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"runtime", "data", "model", "evaluation"},
     "engine": {"runtime", "data", "model", "evaluation", "config"},
     "retrieval": {"runtime", "model", "evaluation"},
-    "reports": {"runtime"},
+    "reports": {"runtime", "engine"},
     "show": {"runtime", "data", "model", "evaluation", "engine", "reports"},
     "export": {"runtime", "data", "model", "evaluation", "engine", "retrieval"},
+    "reproduce": {"runtime", "data", "model", "config", "engine", "reports", "show"},
 }
 
 

@@ -14,7 +14,8 @@ from tests.helpers import forked
 from tests.helpers.small_people import render
 from tests.helpers.small_sets import write_mars
 from training.config.presets import RECIPES, with_tiny_backbone
-from training.reproduce import Options, make_options, parse_options, reproduce
+from training.reproduce.__main__ import reproduce
+from training.reproduce.options import Options, make_options, parse_options
 from training.runtime.errors import UserError
 from training.runtime.fields import update
 
