@@ -172,7 +172,7 @@ def test_a_checkpoint_is_evaluated_by_the_protocol_and_reranking_asked_for(
         "junk": 0.0,
     }
     shown = " ".join(capsys.readouterr().out.split())
-    assert "torchreid, 4 probes (4 valid) in a gallery of 4" in shown
+    assert "torchreid, 4 queries (4 valid) in a gallery of 4" in shown
     assert f"re-ranked ({rerank})" in shown
 
 

@@ -48,13 +48,13 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
     records = list(records)
     of = records[-1]
     scores = [*(f"rank-{k}" for k in TOP), "mAP"]
-    junk = f" ({of['junk']:.1f} junk a probe)" if of["junk"] else ""
+    junk = f" ({of['junk']:.1f} junk per query)" if of["junk"] else ""
     reranked = f", re-ranked ({of['reranked']})" if of["reranked"] else ""
     resized = ", resized by Pillow" if of["resize"] == "pillow" else ""
     made_by = [f"recipe {of['recipe']}", *([of["row"]] if of["row"] else []), f"preset {of['preset']}", *of["changed"]]
     table = Table(
         "network",
-        title=f"{of['protocol']}, {of['probes']} probes ({of['valid']} valid) in a gallery of {of['gallery']}{junk}",
+        title=f"{of['protocol']}, {of['probes']} queries ({of['valid']} valid) in a gallery of {of['gallery']}{junk}",
         caption=f"percent; {', '.join(made_by)}; ops {of['ops']}, ties {of['ties']}{reranked}{resized}",
         title_justify="left",
         caption_justify="left",

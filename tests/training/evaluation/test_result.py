@@ -34,14 +34,14 @@ def test_the_table_shows_every_score_in_percent_with_chance_and_protocol() -> No
     assert ["untrained", "50.0", "75.0", "80.0", "100.0", "61.0"] in lines
     assert ["after", "epoch", "7", "50.0", "75.0", "80.0", "100.0", "61.0"] in lines
     assert ["chance", "3.3"] in lines
-    assert " ".join(lines[0]) == "single-shot, 30 probes (30 valid) in a gallery of 30"
+    assert " ".join(lines[0]) == "single-shot, 30 queries (30 valid) in a gallery of 30"
     caption = " ".join(word for line in lines[-2:] for word in line)
     assert caption == "percent; recipe quick, Baseline+RRU+STIM+Lv+Lp, preset paper; ops fast, ties stable"
 
 
 def test_the_table_says_who_did_not_count_and_by_which_version_distances_were_reranked() -> None:
     text = " ".join(word for line in shown(Result(made_by(resize="pillow"), 900, MARS)) for word in line)
-    assert "torchreid, 1980 probes (1840 valid) in a gallery of 9330 (3.1 junk a probe)" in text
+    assert "torchreid, 1980 queries (1840 valid) in a gallery of 9330 (3.1 junk per query)" in text
     assert "percent; recipe official, Baseline+RRU+STIM+Lv, preset official, bn_groups 2 (4); ops fast, ties" in text
     assert text.endswith("ties optimistic, re-ranked (published), resized by Pillow")
 
