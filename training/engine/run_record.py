@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from build_tools.provenance import commit_of, version_of
-from training.config.optim import OptimConfig
 from training.config.presets import RECIPES, diff_from_preset, row_of
 from training.config.settings import Settings
 from training.data.tracklets import Split
 from training.engine.checkpoint import CONFIG, Checkpoint
-from training.model.config import ModelConfig
 from training.runtime import distributed
 from training.runtime.errors import UserError
 from training.runtime.fields import flatten, update
 
 CODE = ("rru_fast", "csrc", "training/*.py")  # a change of these since the commit marks a run
+
+# Options that records of earlier versions lack, with the values that these had in effect.
+_ADDED = {"frame_size": None, "schedule": "none", "warmup_epochs": 0, "step_epochs": 300, "step_factor": 0.1}
 
 
 def run_record(settings: Settings, split: Split, device: torch.device) -> dict[str, Any]:
@@ -57,8 +58,7 @@ def options_of(content: Any) -> dict[str, Any]:
         recipe = dict(content["recipe"])
         name, _ = recipe.pop("name"), recipe.pop("preset", None)
         rest = {option: content[option] for option in flatten(Settings()) if option in content}
-        added = flatten(ModelConfig()) | flatten(OptimConfig())  # some of their options came later
-        return {**added, **rest, **recipe, **content["speed"], "recipe": name}
+        return {**rest, **recipe, **content["speed"], "recipe": name}
     return dict(content)
 
 
@@ -86,7 +86,7 @@ def settings_from_record(record: Any, path: Path) -> Settings:
         for name, kind in kinds.items():
             if not isinstance(record[name], kind):
                 raise UserError(f"{name}: got {record[name]!r}, wanted a {kind.__name__}")
-        options = options_of(record)
+        options = {**_ADDED, **options_of(record)}
         settings = Settings(RECIPES[options.pop("recipe")])
         if missing := [name for name in flatten(settings) if name not in ("name", *options)]:
             raise UserError(f"missing {len(missing)} options: {', '.join(missing)}")
