@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 
 from benchmarks.harness.results import ROOT
+from tests.helpers.imports import assert_commands_on_top, assert_imports_lower_folders_only
 
 FOLDER = ROOT / "benchmarks"
 # Folders of benchmarks/ that each folder may import, besides itself.
@@ -22,32 +20,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 PYTEST = {"conftest.py", "test_kernels.py"}  # of `pytest benchmarks`
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the modules and names of benchmarks that a file imports, dotted, without "benchmarks."."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("benchmarks.") for name in found if name.startswith("benchmarks.")}
-
-
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_a_folder_imports_lower_folders_only(folder: str) -> None:
-    files = list((FOLDER / folder).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imports_of(path):
-            assert name.split(".")[0] in MAY_IMPORT[folder] | {folder}, f"{path.name} imports {name}"
+    assert_imports_lower_folders_only(FOLDER, folder, MAY_IMPORT)
 
 
 def test_a_file_on_top_is_a_command_that_no_file_imports() -> None:
-    commands = {path for path in FOLDER.glob("*.py") if path.name not in PYTEST | {"__init__.py"}}
-    assert all('\nif __name__ == "__main__":\n' in path.read_text("utf-8") for path in commands)
-    names = {path.stem for path in commands}
-    imported = {name.split(".")[0] for path in FOLDER.rglob("*.py") for name in imports_of(path)}
-    assert imported & names == set()
+    assert_commands_on_top(FOLDER, but_for=PYTEST)
 
 
 def test_every_folder_has_its_place() -> None:
