@@ -36,15 +36,15 @@ class Options:
     """Put a dataset into one file, to be given as the data root in the place of its folder."""
 
     dataset: Dataset
-    """What to pack."""
+    """The dataset."""
     output: Path
     """The file. One that is there is checked and left, or made again if it is of other options, or damaged."""
     data_root: Path | None = None
     """The dataset's folder; only the synthetic one has a default."""
     splits: tuple[int, ...] | None = None
-    """Which of its splits, from 0; all, if not given. A frame of several is stored once."""
+    """Indices of its splits; all, if not given. A frame of several is stored once."""
     prid: PridPeople = "paper-21"
-    """Which of PRID-2011's people."""
+    """PRID-2011's people, as in training.train."""
     check_counts: bool = True
     """Require the published counts of iLIDS-VID, PRID-2011 and MARS."""
     pixels: bool = False

@@ -62,7 +62,7 @@ class Options:
     index: Literal["exact", "faiss"] = "exact"
     """Search the whole gallery exactly, or approximately by an index stored next to it, for millions of tracklets."""
     device: Device = "auto"
-    """Where to compute; the index is on the CPU."""
+    """The device to compute on; the index is on the CPU."""
 
 
 @dataclass(frozen=True)

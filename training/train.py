@@ -52,6 +52,7 @@ def train(options: Options) -> None:
         raise UserError(f"output: {error}; {_resume_hint(run)}") from error
     if distributed.is_main():
         say(result_table(records))
+        say(f"results, last checkpoint and TensorBoard's events: {run}")
 
 
 def _run_folder(options: Options, recipe: Recipe) -> Path:

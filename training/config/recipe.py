@@ -52,5 +52,5 @@ class Recipe(Config):
 
     @property
     def preset(self) -> Literal["paper", "official"]:
-        """Whose values the options start from, the paper's or its authors' code's: a result shows it."""
+        """The origin of the values that options start from, the paper or its authors' code, as a result shows it."""
         return "official" if self.name == "official" else "paper"

@@ -27,7 +27,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class SourceConfig(Config):
-    """Where the data is and how it is read.
+    """Place of the data, and the way it is read.
 
     Raises:
         UserError: an option has no such value.

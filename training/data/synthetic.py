@@ -11,6 +11,7 @@ import tyro
 
 from training.data.datasets.synthetic import generate
 from training.runtime.command import run_command
+from training.runtime.terminal import say
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(generate))
+    run_command(lambda: say(f"rendered people in the iLIDS-VID layout: {tyro.cli(generate)}"))

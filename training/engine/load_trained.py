@@ -33,29 +33,29 @@ class UseOptions:
     """Options of a trained network's use. Those not given are as in training."""
 
     dataset: Dataset | None = None
-    """What to use it on."""
+    """The dataset to use it on."""
     data_root: Path | None = None
     """The dataset's folder, or a file made of it by training.pack."""
     split: int | None = None
-    """Which of the dataset's splits, from 0."""
+    """Index of the dataset's split."""
     check_counts: bool = True
-    """Whether iLIDS-VID, PRID-2011 and MARS must hold as much as published; what was trained on is as it was."""
+    """Assert that iLIDS-VID, PRID-2011 and MARS hold as much as published; the data trained on is as in training."""
     ops: Ops | None = None
     """The library's operators or their plain PyTorch twins."""
     device: Device = "auto"
-    """Where to compute."""
+    """The device to compute on."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A trained network and the split to test it on.
 
     network: on its device.
     split: the split to test it on.
-    dataset, number: which split that is.
+    dataset, number: of that split.
     settings: of its training.
-    ops: which operators it runs, "fast" or "reference".
-    epoch: how many epochs it was trained for.
+    ops: the operators it runs, "fast" or "reference".
+    epoch: number of epochs it was trained for.
     saved: the checkpoint.
     """
 
@@ -69,7 +69,7 @@ class Trained:
     saved: Checkpoint
 
 
-def load_trained(path: Path, options: UseOptions) -> Trained:
+def load_trained(path: Path, options: UseOptions) -> LoadedRun:
     """Read a checkpoint and the split to test it on.
 
     Args:
@@ -97,7 +97,7 @@ def load_trained(path: Path, options: UseOptions) -> Trained:
             raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
         warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = load_network(saved, ops, choose_device(options.device))
-    return Trained(network, split, dataset, number, settings, ops, saved.training["epoch"], saved)
+    return LoadedRun(network, split, dataset, number, settings, ops, saved.training["epoch"], saved)
 
 
 def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Network:

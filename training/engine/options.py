@@ -31,7 +31,7 @@ class Machine(Config):
     """Options of the machine, on which no figure depends."""
 
     device: Device = "auto"
-    """Where to compute."""
+    """The device to compute on."""
     workers: int = 0
     """Processes that read frames ahead."""
     pictures: bool = True

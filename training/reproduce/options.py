@@ -31,7 +31,7 @@ class Options:
     """
 
     table: Literal[1, 3]
-    """Which of the paper's tables."""
+    """Number of the paper's table."""
     preset: Literal["paper", "official"] = "paper"
     """The recipe: as the paper says, or as its authors' code has it."""
     splits: int | None = None

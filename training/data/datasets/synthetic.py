@@ -47,7 +47,7 @@ def generate(
     seed: int = SEED,
     occlusion: float | None = None,
     blur: float | None = None,
-) -> None:
+) -> Path:
     """Render a dataset in the iLIDS-VID layout, atomically; one that is there already is not rendered again.
 
     Args:
@@ -59,6 +59,9 @@ def generate(
             crossed once, which makes it a fifth.
         blur: expected share of a tracklet's frames that are blurred by 5 pixels along the motion, 0 to 1; if not
             given, 0.05 in one half of the tracklets and 0.35 in the other.
+
+    Returns:
+        The folder, absolute.
 
     Raises:
         UserError: `root` holds something else, or an argument is out of range.
@@ -73,7 +76,7 @@ def generate(
     root = root.absolute()
     manifest = {"people": people, "seed": seed, "renderer": RENDERER, **rates}
     if _exists(root, manifest):
-        return
+        return root
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as temp:
@@ -84,6 +87,7 @@ def generate(
     except OSError as error:
         if not _exists(root, manifest):  # if it does, another process was quicker
             raise UserError(f"{root}: cannot be made ({error})") from None
+    return root
 
 
 def check_rate(name: str, rate: float) -> None:
