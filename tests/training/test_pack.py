@@ -124,8 +124,8 @@ def test_a_file_that_is_not_what_would_be_made_now_is_made_again_and_why_is_told
     spoil(asked)
     capsys.readouterr()
     pack(asked)
-    told, made = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(f"{asked.output}: {why}; made again", told)
+    printed, made = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"{asked.output}: {why}; made again", printed)
     assert made.startswith(f"{asked.output}: 2")
     pack(asked)
     assert "left as it is" in capsys.readouterr().out

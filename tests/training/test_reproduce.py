@@ -129,9 +129,9 @@ def test_more_rows_are_added_to_those_that_are_there(
 def test_bad_input_is_one_line_before_anything_is_trained(
     people: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         reproduce(options(people, tmp_path / "none", **change))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "none").exists()
 
 
@@ -148,11 +148,11 @@ def test_a_checkpoint_of_another_recipe_ends_the_command_in_one_line(
 ) -> None:
     output = Path(shutil.copytree(straight[0], tmp_path / "mixed"))
     (output / "Baseline" / "split-0" / "result.json").unlink()
-    status, _, told = forked.command("training.reproduce", *command(people, output, "--seed", "4")).end()
+    status, _, printed = forked.command("training.reproduce", *command(people, output, "--seed", "4")).end()
     assert status == 2
-    assert told.startswith("error: Baseline, split 1: output: ")
-    assert told.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
-    assert told.count("\n") == 1
+    assert printed.startswith("error: Baseline, split 1: output: ")
+    assert printed.endswith("of a run with seed=0, got 4; wanted the same settings, or another output\n")
+    assert printed.count("\n") == 1
 
 
 def test_mars_has_a_table_of_four_rows_led_by_map(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def options(data: Path, output: Path, **changes: Any) -> Options:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What the run measured, without how fast it was."""
+    """Return the measurements of a run, without those of speed."""
     speed = ("frames_per_second", "data_wait")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in speed} for record in records]
@@ -197,9 +197,9 @@ def test_too_few_people_lower_p_where_the_recipe_allows_it(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(options(small_data, tmp_path / "run", people=8, batches=1, epochs=1))
-    told = capsys.readouterr().out
-    assert "people in a batch (P): 4 instead of 8" in told
-    assert "\x1b" not in told, "control characters, though this is no terminal"
+    printed = capsys.readouterr().out
+    assert "people in a batch (P): 4 instead of 8" in printed
+    assert "\x1b" not in printed, "control characters, though this is no terminal"
     with pytest.raises(UserError, match="got 10, wanted at most 4,"):
         train(options(small_data, tmp_path / "strict", recipe="paper", weights="random", people=10))
 
@@ -215,11 +215,11 @@ def test_resuming_on_other_data_is_refused(small_data: Path, started: Path, tmp_
 def test_a_loss_that_is_not_finite_names_step_part_and_clips_and_keeps_the_checkpoint(started: Path) -> None:
     set_rate(started, 1e30)
     before = (last(started) / "model.safetensors").read_bytes()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         train(make_options(resume=started, epochs=2, device="cpu"))
-    assert str(told.value).startswith("epoch 2, step 4: the identity loss is nan on cam")
-    assert str(told.value).count("/person") == 8
-    assert str(told.value).endswith("last good epoch: 1")
+    assert str(raised.value).startswith("epoch 2, step 4: the identity loss is nan on cam")
+    assert str(raised.value).count("/person") == 8
+    assert str(raised.value).endswith("last good epoch: 1")
     assert (last(started) / "model.safetensors").read_bytes() == before
 
 
@@ -270,11 +270,11 @@ def test_bad_input_ends_the_command_in_one_line(small_data: Path, trained: Path,
         (trained, "or --resume to continue the run in it"),
     ):
         arguments = ("--dataset", "ilids-vid", "--no-check-counts", "--data-root", data, "--output", output)
-        status, _, told = command("training.train", *arguments).end()
+        status, _, printed = command("training.train", *arguments).end()
         assert status == 2
-        assert told.startswith("error: ")
-        assert message in told
-        assert told.count("\n") == 1
+        assert printed.startswith("error: ")
+        assert message in printed
+        assert printed.count("\n") == 1
 
 
 def test_an_interrupted_run_says_how_to_continue(small_data: Path, tmp_path: Path) -> None:
@@ -295,10 +295,10 @@ def test_an_interrupted_run_says_how_to_continue(small_data: Path, tmp_path: Pat
     running = command("training.train", *arguments)
     running.wait_for((run / "last").exists)
     os.kill(running.pid, signal.SIGINT)
-    status, _, told = running.end()
+    status, _, printed = running.end()
     assert status == 130
     epoch = checkpoint.load(run).training["epoch"]
-    assert told == f"interrupted; last good epoch: {epoch}; continue with --resume {run}\n"
+    assert printed == f"interrupted; last good epoch: {epoch}; continue with --resume {run}\n"
 
 
 def test_a_folder_that_holds_anything_is_no_output(small_data: Path, tmp_path: Path) -> None:
@@ -328,12 +328,12 @@ def test_a_disk_that_fills_up_tells_how_to_continue(started: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as raised:
             train(make_options(resume=started, epochs=2, device="cpu"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert str(told.value).startswith(f"output: {started}/checkpoint-0002")
-    assert str(told.value).endswith(f"; last good epoch: 1; continue with --resume {started}")
+    assert str(raised.value).startswith(f"output: {started}/checkpoint-0002")
+    assert str(raised.value).endswith(f"; last good epoch: 1; continue with --resume {started}")
     train(make_options(resume=started, output=started, epochs=2, device="cpu", pictures=False))
     assert checkpoint.load(started).training["epoch"] == 2
 

@@ -44,8 +44,8 @@ class RunLog:
         metrics = run / METRICS
         if epoch:
             # A result is made after its epoch's checkpoint, so the resumed run makes that of `epoch` again.
-            kept = _read_records(metrics) if metrics.exists() else []  # a run may go on in another folder
-            self.records = [r for r in kept if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
+            records = _read_records(metrics) if metrics.exists() else []  # a run may go on in another folder
+            self.records = [r for r in records if r["epoch"] < epoch or (r["epoch"] == epoch and r["kind"] == "step")]
         write_atomic(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
         self._metrics = metrics.open("a", buffering=1)  # a line at a time
         # Its queue and its writing thread share a lock: whatever uses it is uninterrupted.

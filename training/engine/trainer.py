@@ -82,8 +82,8 @@ class Trainer:
             with self.config.autocast(clips.device):
                 total, parts = self.losses(self.model(clips), labels)
             # Together, so that the device is waited for once.
-            told = distributed.total(torch.stack(list(parts.values())).detach()) / distributed.world()
-            values = dict(zip(parts, told.tolist(), strict=True))
+            means = distributed.total(torch.stack(list(parts.values())).detach()) / distributed.world()
+            values = dict(zip(parts, means.tolist(), strict=True))
             where = f"epoch {self.epoch + 1}, step {self.step + 1}"
             for part, value in values.items():
                 if not math.isfinite(value):
@@ -130,5 +130,5 @@ class Trainer:
         if state["scaler"]:  # there is none of a run without float16, which this one may yet turn to
             self.scaler.load_state_dict(state["scaler"])
         # The optimizer itself compares no shapes.
-        if any(p.shape != kept["momentum_buffer"].shape for p, kept in self.optimizer.state.items()):
+        if any(p.shape != moments["momentum_buffer"].shape for p, moments in self.optimizer.state.items()):
             raise ValueError("the optimizer's momenta are of another network")

@@ -36,9 +36,11 @@ class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
         if len(input) % self.groups:
             raise UserError(f"batch: got {len(input)} for batch norm, wanted a multiple of bn_groups={self.groups}")
         first, *others = input.chunk(self.groups)
-        kept = super().forward(first)
+        normalized = super().forward(first)
         weight, bias, eps = self.weight, self.bias, self.eps
-        return torch.cat([kept, *(F.batch_norm(x, None, None, weight, bias, training=True, eps=eps) for x in others)])
+        return torch.cat(
+            [normalized, *(F.batch_norm(x, None, None, weight, bias, training=True, eps=eps) for x in others)]
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: the layers around it decide between (N, C), (N, C, H, W) and (N, C, T, H, W)."""

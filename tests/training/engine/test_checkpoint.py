@@ -58,9 +58,9 @@ def test_a_save_that_ends_midway_leaves_the_one_before_and_can_be_repeated(tmp_p
 def test_a_damaged_or_missing_file_is_told_in_one_line(tmp_path: Path, name: str) -> None:
     checkpoint.save(tmp_path, network(1.0), {"epoch": 1}, {})
     (tmp_path / "checkpoint-0001" / name).write_bytes(b"\x00nonsense")
-    with pytest.raises(UserError, match="a damaged checkpoint") as told:
+    with pytest.raises(UserError, match="a damaged checkpoint") as raised:
         checkpoint.load(tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     (tmp_path / "checkpoint-0001" / name).unlink()
     with pytest.raises(UserError, match=f"no checkpoint here \\({name} is missing\\)"):
         checkpoint.load(tmp_path)

@@ -24,7 +24,7 @@ from training.runtime.errors import UserError
 def kill_at(step: int, folder: Path) -> None:
     """Have SIGKILL end this process right before so many-th time it opens, makes, renames, ... something in a folder.
 
-    What Python does not audit, writes and syncs, lies between two of these steps.
+    Writes and syncs, which Python does not audit, happen between two of these steps.
     """
     taken = 0
 
@@ -47,8 +47,8 @@ def save(folder: Path, epoch: int) -> None:
     checkpoint.save(folder, network, {"epoch": epoch, "step": 10 * epoch}, {"seed": epoch})
 
 
-def kept(folder: Path) -> int:
-    """Which checkpoint a folder holds, whole; 0 for none."""
+def epoch_of_last(folder: Path) -> int:
+    """Return the epoch of the whole checkpoint in a folder; 0 for none."""
     if checkpoint.last(folder) is None:
         return 0
     found = checkpoint.load(folder)
@@ -73,9 +73,9 @@ def test_a_kill_at_any_step_of_a_save_leaves_the_checkpoint_before_or_the_new_on
         if before:
             save(folder, before)
         ended = exit_code(save_killed_at, step, folder, before + 1)
-        found.append(kept(folder))
+        found.append(epoch_of_last(folder))
         save(folder, before + 2)  # the run goes on
-        assert kept(folder) == before + 2
+        assert epoch_of_last(folder) == before + 2
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
@@ -99,22 +99,22 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_checkpoint_before(tmp_path: P
     for size, name in [(0, "model.safetensors"), (700, "model.safetensors"), (1500, "training.pt")]:
         assert exit_code(save_killed_in_a_write, size, tmp_path, 2) == -signal.SIGXFSZ
         assert (tmp_path / cut / name).stat().st_size == size, "it was to end in this file"
-        assert kept(tmp_path) == 1
+        assert epoch_of_last(tmp_path) == 1
     save(tmp_path, 2)
-    assert kept(tmp_path) == 2
+    assert epoch_of_last(tmp_path) == 2
 
 
 def test_a_disk_that_is_full_at_any_byte_leaves_the_checkpoint_before_and_no_part_of_another(tmp_path: Path) -> None:
     save(tmp_path, 1)
     largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-0001").iterdir())
     for size in range(0, largest, 97):
-        with file_size_limit(size), pytest.raises(OSError, match="checkpoint-0002: File too large") as told:
+        with file_size_limit(size), pytest.raises(OSError, match="checkpoint-0002: File too large") as raised:
             save(tmp_path, 2)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001", "last"]
-        assert kept(tmp_path) == 1
+        assert epoch_of_last(tmp_path) == 1
     save(tmp_path, 2)
-    assert kept(tmp_path) == 2
+    assert epoch_of_last(tmp_path) == 2
 
 
 def train_killed_at(step: int, options: Options) -> None:
@@ -157,8 +157,8 @@ def test_a_checkpoint_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:
         whole = path.read_bytes()
         for size in range(0, len(whole) - 1, max(1, len(whole) // 16)):
             path.write_bytes(whole[:size])
-            with pytest.raises(UserError, match="a damaged checkpoint") as told:
+            with pytest.raises(UserError, match="a damaged checkpoint") as raised:
                 checkpoint.load(tmp_path)
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(raised.value)
         path.write_bytes(whole)
-    assert kept(tmp_path) == 1
+    assert epoch_of_last(tmp_path) == 1

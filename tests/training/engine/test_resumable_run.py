@@ -85,10 +85,10 @@ def test_a_folder_of_other_settings_is_refused_finished_or_not(
     begun = Path(shutil.copytree(unfinished, tmp_path / "begun"))
     (begun / checkpoint.LAST).unlink()
     for folder in (straight[0], unfinished, begun):
-        with pytest.raises(UserError, match=rf"output: {folder}/.*json is of a run with {message}") as told:
+        with pytest.raises(UserError, match=rf"output: {folder}/.*json is of a run with {message}") as raised:
             run(options(small_data, folder, **change))
-        assert str(told.value).endswith("wanted the same settings, or another output")
-        assert "\n" not in str(told.value)
+        assert str(raised.value).endswith("wanted the same settings, or another output")
+        assert "\n" not in str(raised.value)
 
 
 def test_a_folder_of_other_data_or_of_something_else_is_refused(

@@ -107,12 +107,12 @@ def test_training_ends_with_the_step_the_clips_and_the_module(recipe: Recipe, sp
     spoil(trainer.network, "head.net.3.weight")
     with (
         RunLog(tmp_path, Console(file=io.StringIO()), epochs=2) as log,
-        pytest.raises(UserError, match=r"^epoch 1, step 1: the identity loss is nan on cam") as told,
+        pytest.raises(UserError, match=r"^epoch 1, step 1: the identity loss is nan on cam") as raised,
     ):
         trainer.run_epoch(loader, log)
-    assert str(told.value).endswith("]; first not finite: head.net.3; last good epoch: 0")
-    assert str(told.value).count("/person") == recipe.batch.people * recipe.batch.clips
-    assert "\n" not in str(told.value)
+    assert str(raised.value).endswith("]; first not finite: head.net.3; last good epoch: 0")
+    assert str(raised.value).count("/person") == recipe.batch.people * recipe.batch.clips
+    assert "\n" not in str(raised.value)
 
 
 def test_a_loss_alone_that_is_not_finite_is_told_as_that(recipe: Recipe, split: Split, tmp_path: Path) -> None:
@@ -120,6 +120,6 @@ def test_a_loss_alone_that_is_not_finite_is_told_as_that(recipe: Recipe, split: 
     spoil(trainer.network, "classifier.4.bias", -1e38)  # finite logits, between which lies more than a float32 holds
     with torch.no_grad():
         trainer.network.classifier[4].bias[1:] = 3e38
-    with RunLog(tmp_path, Console(file=io.StringIO()), epochs=2) as log, pytest.raises(UserError) as told:
+    with RunLog(tmp_path, Console(file=io.StringIO()), epochs=2) as log, pytest.raises(UserError) as raised:
         trainer.run_epoch(loader, log)
-    assert "; first not finite: the loss itself; last good epoch: 0" in str(told.value)
+    assert "; first not finite: the loss itself; last good epoch: 0" in str(raised.value)

@@ -18,7 +18,7 @@ CLIPS = torch.rand(8, 2, 3, 64, 64, dtype=torch.float64, generator=torch.Generat
 
 
 def outputs_of(module: nn.Module, given: Tensor) -> list[Tensor]:
-    """What it returns, in training, and its backward from a weighing of every number in it."""
+    """Return its training outputs, and the gradients of a weighted sum of all their numbers."""
     out = module.train()(given)
     outputs = [tensor for tensor in (out if isinstance(out, tuple) else (out,)) if tensor is not None]
     weights = [torch.linspace(-1, 1, tensor[0].numel(), dtype=tensor.dtype).view_as(tensor[0]) for tensor in outputs]
@@ -75,8 +75,10 @@ def test_every_batch_norm_is_replaced_and_none_of_its_names(recipe: Recipe) -> N
     recipe = update(recipe, people=4)
     ghost, plain = (Network(update(recipe, bn_groups=g).model, 3, "fast") for g in (GROUPS, 1))
     assert list(ghost.state_dict()) == list(plain.state_dict())
-    kept = [name for name, module in ghost.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-    assert kept == ["rru.transition_norm"]
+    plain_norms = [
+        name for name, module in ghost.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    ]
+    assert plain_norms == ["rru.transition_norm"]
     assert ghost.rru.bn_groups == GROUPS
     assert sum(isinstance(module, GhostBatchNorm) for module in ghost.modules()) == 4 + 2 + 1
 

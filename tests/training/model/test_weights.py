@@ -43,9 +43,9 @@ def assert_filled(inception: Inception, published: dict[str, Tensor]) -> None:
     counters = [name for name in own if name.endswith("num_batches_tracked")]
     assert len(counters) == 96
     assert not any(own[name] for name in counters)
-    kept = own.keys() - {"AuxLogits.fc.weight", "AuxLogits.fc.bias", *counters}
-    assert kept == {name for name in published if not name.startswith(("fc.", "AuxLogits.fc."))}
-    assert all(torch.equal(own[name], published[name]) for name in kept)
+    loaded = own.keys() - {"AuxLogits.fc.weight", "AuxLogits.fc.bias", *counters}
+    assert loaded == {name for name in published if not name.startswith(("fc.", "AuxLogits.fc."))}
+    assert all(torch.equal(own[name], published[name]) for name in loaded)
 
 
 @pytest.mark.parametrize("aux_classes", [1000, 7])
@@ -111,9 +111,9 @@ def test_names_and_shapes_that_do_not_fit_are_told_on_one_line(weights: dict[str
     weights["head.weight"] = weights.pop("0.weight")
     weights["1.bias"] = torch.zeros(5)
     torch.save(weights, tmp_path / "other.pth")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         Tiny(str(tmp_path / "other.pth"))
-    assert str(told.value).endswith(
+    assert str(raised.value).endswith(
         "other.pth does not fit this network: "
         "1 unknown (head.weight); 1 missing (0.weight); 1 of another shape (1.bias)"
     )
@@ -125,9 +125,9 @@ def test_a_file_that_is_no_state_dict_is_named(name: str, tmp_path: Path) -> Non
     (tmp_path / "noise.safetensors").write_bytes(b"not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pth")
-    with pytest.raises(UserError, match=name) as told:
+    with pytest.raises(UserError, match=name) as raised:
         Tiny(str(tmp_path / name))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_without_a_network_inception_starts_at_random_and_says_so_once(
@@ -135,9 +135,9 @@ def test_without_a_network_inception_starts_at_random_and_says_so_once(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refused at once
-    with pytest.warns(UserWarning, match="no ImageNet weights") as told:
+    with pytest.warns(UserWarning, match="no ImageNet weights") as raised:
         inception = Inception(5, "imagenet")
-    assert len(told) == 1
+    assert len(raised) == 1
     assert not inception.pretrained
 
 
@@ -152,10 +152,10 @@ def test_any_bytes_end_in_one_line_without_colours_or_advice_to_trust_them(tmp_p
         path.write_bytes(content)
         with pytest.raises(
             UserError, match=r"\A.*damaged\.pth: not a readable state_dict \(.+\)\Z"
-        ) as told:  # . is no line end
+        ) as raised:  # . is no line end
             read_weights(path)
-        assert "\x1b" not in str(told.value)
-        assert "weights_only" not in str(told.value)
+        assert "\x1b" not in str(raised.value)
+        assert "weights_only" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"cut short"])

@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_a_library_that_is_not_there_is_one_line_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert need("json", "search").dumps([]) == "[]"
     monkeypatch.setitem(sys.modules, "faiss", None)  # an import of it fails, as where it is not installed
-    with pytest.raises(UserError, match=r"^faiss: not usable here \(.+\), wanted: pip install '\.\[search\]'$") as told:
+    with pytest.raises(
+        UserError, match=r"^faiss: not usable here \(.+\), wanted: pip install '\.\[search\]'$"
+    ) as raised:
         need("faiss", "search")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_every_command_requires_its_extra_before_its_own_imports(path: Path) -> 
 def test_a_command_without_its_extra_exits_with_one_line(module: str, extra: str, without: dict[str, str]) -> None:
     command = [sys.executable, "-m", module, "--help"]
     ended = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
-    told = f"error: not installed: rich, tyro; wanted: pip install -e '.[{extra}]'\n"
-    assert (ended.returncode, ended.stderr) == (2, told)
+    printed = f"error: not installed: rich, tyro; wanted: pip install -e '.[{extra}]'\n"
+    assert (ended.returncode, ended.stderr) == (2, printed)
 
 
 def test_the_gpus_commands_need_no_extra(without: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from training.runtime.errors import UserError
 
 
 def packed(dataset: Any, root: Path, **options: Any) -> Path:
-    """Pack a small set beside it."""
+    """Pack a small set next to it."""
     output = root / f"{dataset}.pack"
     pack(Options(dataset, output, root, check_counts=False, **options))
     return output
