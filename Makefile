@@ -16,7 +16,7 @@ help:
 	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
 	@echo "make test-gpu  run the parity suite at full size on a GPU; ARGS as above"
 	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
-	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behaviour sanitizers; ARGS as above"
+	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behavior sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
 	@echo "make bench     measure the operators against eager PyTorch and torch.compile, and a training step; tables and drawings in build/bench"

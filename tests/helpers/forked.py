@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # pytest too: a child imports what its function is a part of, and what the process that started it began with.
-# torch._dynamo: the first optimiser imports it, which takes a second.
+# torch._dynamo: the first optimizer imports it, which takes a second.
 PROCESSES.set_forkserver_preload(
     [
         "pytest",

@@ -28,8 +28,8 @@ from training.runtime.fields import update
 PEOPLE = 6
 # By name: changes of the recipe, whether batch statistics are those of all processes, and which operators.
 CASES: dict[str, tuple[dict[str, Any], bool, Any]] = {
-    "synchronised": ({}, True, "fast"),
-    "synchronised, reference": ({}, True, "reference"),
+    "synchronized": ({}, True, "fast"),
+    "synchronized, reference": ({}, True, "reference"),
     "in groups": ({"bn_groups": 4}, False, "fast"),
 }
 

@@ -182,8 +182,16 @@ def test_every_option_of_a_run_is_one_of_the_table_s(tmp_path: Path) -> None:
     read = parse("--table", "3", "--config", str(file), "--margin", "0.3")
     assert read.recipe == update(RECIPES["official"], dataset="mars", frames=4, margin=0.3)
     assert (read.preset, read.source.resize) == ("official", "pillow")
+    file.write_text(json.dumps({"recipe": "paper", "dataset": "prid-2011"}))
+    assert parse("--table", "1", "--config", str(file)).recipe.data.dataset == "prid-2011"
+    assert make_options(1, config=str(file)).recipe.data.dataset == "prid-2011"
+    assert parse("--table", "1", "--config", str(file), "--dataset", "mot").recipe.data.dataset == "mot"
+    file.write_text(json.dumps({"split": 3}))
+    with pytest.raises(UserError, match=r"config: got split 3 in .*, wanted none: --splits is a table's"):
+        parse("--table", "1", "--config", str(file))
     file.write_text(json.dumps({"recipe": "quick"}))
     with pytest.raises(UserError, match=r"config: got recipe 'quick' in .*, wanted paper or official"):
         parse("--table", "1", "--config", str(file))
-    with pytest.raises(UserError, match="head: got 'lstm', wanted 'stim': the rows of the table set it"):
-        reproduce(parse("--table", "1", "--head", "lstm", "--output", str(tmp_path / "none")))
+    for option, got, wanted in (("head", "lstm", "stim"), ("rru-inputs", "raw", r"appearance\+motion")):
+        with pytest.raises(UserError, match=f"got '{got}', wanted '{wanted}': the rows of the table set it"):
+            reproduce(parse("--table", "1", f"--{option}", got, "--output", str(tmp_path / "none")))

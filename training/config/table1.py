@@ -19,7 +19,7 @@ class Row:
     head: Literal["baseline", "lstm", "stim"]
     video_loss: bool = True
     part_loss: bool = False
-    rru_inputs: Literal["appearance", "raw"] | None = None
+    rru_inputs: Literal["appearance+motion", "appearance", "raw"] | None = None
 
     def apply(self, recipe: Recipe) -> Recipe:
         """Return a recipe that trains this row."""
@@ -45,7 +45,7 @@ ROWS: dict[str, Row] = {
     "Baseline+RRU+STIM+Lv": Row("both", "stim"),
     "Baseline+RRU+STIM+Lv+Lp": Row("both", "stim", part_loss=True),
 }
-FULL = ROWS["Baseline+RRU+STIM+Lv+Lp"]
+FULL = replace(ROWS["Baseline+RRU+STIM+Lv+Lp"], rru_inputs="appearance+motion")  # the options that rows set
 
 # Percent: rank-1, rank-5 and rank-20 on iLIDS-VID and on PRID-2011; mAP and these on MARS.
 _PAPER: dict[str, tuple[tuple[float, ...], ...]] = {

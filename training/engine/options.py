@@ -15,6 +15,7 @@ from training.config.presets import RECIPES, row_of, with_tiny_backbone
 from training.config.recipe import Recipe
 from training.config.settings import Settings
 from training.config.table1 import ROWS
+from training.data import Dataset
 from training.engine import checkpoint
 from training.engine.run_record import differences, options_of, settings_from_record
 from training.runtime import distributed
@@ -91,25 +92,28 @@ def make_options(**given: Any) -> Options:
     Raises:
         UserError: there is no such option, or options do not go together.
     """
-    base = Base(**{name: given.pop(name) for name in flatten(Base()) if name in given})
+    base = update(Base(), **{name: given.pop(name) for name in flatten(Base()) if name in given})
     options = Options(base, base_settings(base, given.get("backbone")))
     return finish(update(options, **given))
 
 
-def base_settings(base: Base, backbone: str | None, default: str = "quick") -> Settings:
+def base_settings(base: Base, backbone: str | None, default: str = "quick", dataset: Dataset | None = None) -> Settings:
     """Return the settings that options start from: of a resumed run or a recipe, with a file and a row over it.
 
     Args:
         base: the options that say so.
         backbone: the one asked for, if any: tiny brings quick's weights, widths and learning rates with it.
         default: the recipe where neither a file nor a run says.
+        dataset: in place of the recipe's.
 
     Raises:
         UserError: a file cannot be read, or the recipe is not the one the resumed run was trained with.
     """
     given = _read_config(base.config) if base.config else {}
-    if "name" in given:
-        raise UserError(f"config: {base.config}: got 'name', wanted 'recipe'")
+    known = [name for name in flatten(Settings()) if name != "name"]
+    for option in given:
+        if option not in ("recipe", "row", *known):
+            raise UserError(f"config: {base.config}: got {option!r}, wanted some of recipe, row, {', '.join(known)}")
     named = given.pop("recipe", None)
     if base.recipe and named and named != base.recipe:
         raise UserError(f"recipe: got {base.recipe!r}, but {base.config} starts from {named!r}")
@@ -122,10 +126,12 @@ def base_settings(base: Base, backbone: str | None, default: str = "quick") -> S
         raise UserError(f"config: got recipe {name!r} in {base.config}, wanted one of {', '.join(RECIPES)}")
     else:
         settings = Settings(RECIPES[name or default])
+        if dataset:
+            settings = update(settings, dataset=dataset)
     row = given.pop("row", None)
     if row not in (None, *ROWS):
         raise UserError(f"config: got row {row!r} in {base.config}, wanted one of {', '.join(ROWS)}")
-    recipe = apply_backbone(settings.recipe, backbone or given.get("backbone"))
+    recipe = apply_backbone(settings.recipe, given.get("backbone"))
     if row:
         recipe = ROWS[row].apply(recipe)
     try:
@@ -133,7 +139,8 @@ def base_settings(base: Base, backbone: str | None, default: str = "quick") -> S
         settings = update(replace(settings, recipe=recipe), **given)
     except UserError as error:
         raise UserError(f"config: {base.config}: {error}") from error
-    return replace(settings, recipe=ROWS[base.row].apply(settings.recipe)) if base.row else settings
+    recipe = apply_backbone(settings.recipe, backbone)
+    return replace(settings, recipe=ROWS[base.row].apply(recipe) if base.row else recipe)
 
 
 def apply_backbone(recipe: Recipe, backbone: str | None) -> Recipe:

@@ -55,6 +55,8 @@ def options_of(content: Any) -> dict[str, Any]:
     if isinstance(content.get("settings"), Mapping):
         return dict(content["settings"])
     if isinstance(content.get("recipe"), Mapping):  # as runs were recorded before options were flat
+        if "speed" not in content or "name" not in content["recipe"]:
+            raise TypeError("got a recipe of several options, wanted its name, and the options next to it")
         recipe = dict(content["recipe"])
         name, _ = recipe.pop("name"), recipe.pop("preset", None)
         rest = {option: content[option] for option in flatten(Settings()) if option in content}

@@ -38,7 +38,7 @@ class ModelConfig(Config):
     head_width: int = 256
     """Channels of an LSTM or STIM feature."""
     classifier: Literal["paper", "official"] = "paper"
-    """The block before the identities: FC, BN, ReLU, dropout, FC, or as the authors' code has it."""
+    """Layers before the identities: FC, BN, ReLU, dropout, FC, or as the authors' code has it."""
     classifier_width: int = 512
     """Channels of that block."""
 
@@ -74,5 +74,7 @@ class LossConfig(Config):
     """Weight of the auxiliary classifier's cross-entropy in L_c, where that of the identity is 1."""
 
     def validate(self) -> None:
+        if not math.isfinite(self.margin):
+            raise UserError(f"margin: got {self.margin}, wanted a finite number")
         if not 0 <= self.auxiliary_weight < math.inf:
             raise UserError(f"auxiliary_weight: got {self.auxiliary_weight}, wanted a number, at least 0")

@@ -81,7 +81,9 @@ class NamedBackbone(nn.Module):
             raise UserError(f"backbone: {name} takes no frames of {self.size} ({first_line(error)})") from error
         finally:
             self.net.train(training)
-        if not isinstance(maps, Tensor) or maps.dim() != 4:
+        # In timm some return (B, H, W, C); it says what C may be.
+        channels = [getattr(self.net, own) for own in ("num_features", "head_hidden_size") if hasattr(self.net, own)]
+        if not isinstance(maps, Tensor) or maps.dim() != 4 or (channels and maps.shape[1] not in channels):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise UserError(f"backbone: {name} returns {got} for a frame, wanted maps (1, C, H, W)")
         return maps.shape[1], (maps.shape[2], maps.shape[3])
@@ -90,13 +92,16 @@ class NamedBackbone(nn.Module):
 def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
     from torchvision import models  # takes as long to import as torch
 
-    if name not in models.list_models(module=models):
-        raise UserError(f"backbone: got {name!r} of torchvision, wanted one of torchvision.models.list_models()")
+    if name not in models.list_models(module=models) or name in ("googlenet", "inception_v3"):
+        wanted = "one of torchvision.models.list_models() without auxiliary classifiers"
+        raise UserError(f"backbone: got {name!r} of torchvision, wanted {wanted}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of how some are initialized
         net = models.get_model(name, weights="DEFAULT" if pretrained else None)
-    maps = takewhile(lambda child: child[0] not in _AFTER_THE_MAPS, net.named_children())
-    return nn.Sequential(OrderedDict(maps)), IMAGENET_MEAN, IMAGENET_STD
+    maps = OrderedDict(takewhile(lambda child: child[0] not in _AFTER_THE_MAPS, net.named_children()))
+    if isinstance(net, models.DenseNet):
+        maps["relu"] = nn.ReLU(inplace=True)  # its own forward calls the function
+    return nn.Sequential(maps), IMAGENET_MEAN, IMAGENET_STD
 
 
 def _timm(name: str, pretrained: bool) -> tuple[nn.Module, Sequence[float], Sequence[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,6 @@ class _First:
     table: Literal[1, 3] | None = None
     preset: Literal["paper", "official"] | None = None
     config: Path | None = None
-    dataset: Dataset | None = None
     backbone: str | None = None
 
 
@@ -80,17 +79,18 @@ def make_options(table: Literal[1, 3], **given: Any) -> Options:
     Raises:
         UserError: there is no such option, or options do not go together.
     """
-    first = {name: given.get(name) for name in flatten(_First()) if name != "table"}
-    return update(_base(_First(table, **first)), **given)
+    first = {name: given[name] for name in flatten(_First()) if name in given}
+    return update(_base(update(_First(table), **first)), **given)
 
 
 def _base(first: _First) -> Options:
     """Return the options that others are over: of the preset or a file, on the table's dataset."""
-    settings = base_settings(Base(recipe=first.preset, config=first.config), first.backbone, default="paper")
+    base, dataset = Base(recipe=first.preset, config=first.config), DATASETS[first.table or 1][0]
+    settings = base_settings(base, first.backbone, default="paper", dataset=dataset)
     recipe = settings.recipe
     if recipe.name not in ("paper", "official"):
         raise UserError(f"config: got recipe {recipe.name!r} in {first.config}, wanted paper or official")
-    dataset = first.dataset or DATASETS[first.table or 1][0]
-    recipe = replace(recipe, data=replace(recipe.data, dataset=dataset))
+    if settings.split:
+        raise UserError(f"config: got split {settings.split} in {first.config}, wanted none: --splits is a table's")
     table = tyro.MISSING if first.table is None else first.table
     return Options(table, recipe.preset, config=first.config, recipe=recipe, source=settings.source, step=settings.step)

@@ -50,10 +50,28 @@ def test_options_are_over_a_row_and_a_row_over_the_recipe() -> None:
     assert parse("--recipe", "paper", "--row", row, "--epochs", "3", "--split", "2").settings == settings
 
 
-@pytest.mark.parametrize("words", [(), ("--recipe", "paper"), ("--recipe", "paper", "--backbone", "tiny")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--recipe", "paper"),
+        ("--recipe", "paper", "--backbone", "tiny"),
+        ("--row", "Baseline+Lv"),
+        ("--config", "FILE"),
+        ("--config", "FILE", "--backbone", "tiny"),
+        ("--resume", "RUN"),
+    ],
+)
 def test_help_shows_the_defaults_that_are_used(
-    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...],
+    resume: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "options.json").write_text('{"recipe": "official", "frames": 4, "backbone": "timm/resnet18"}')
+    places = {"FILE": tmp_path / "options.json", "RUN": resume(people=4, amp="bfloat16") if "RUN" in words else None}
+    words = tuple(str(places.get(word, word)) for word in words)
     monkeypatch.setenv("COLUMNS", "100")  # one column
     with pytest.raises(SystemExit, match="0"):
         parse(*words, "--help")
@@ -101,6 +119,7 @@ def test_a_file_of_options_is_under_those_of_the_command_line(tmp_path: Path) ->
     expected = make_options(recipe="paper", row="Baseline+Lv", frames=5, margin=0.3, data_root=Path("d")).settings
     assert settings == expected and settings.source.data_root == Path.cwd() / "d"
     assert make_options(config=file, frames=5).settings == settings
+    assert parse("--config", file, "--backbone", "tiny").settings.recipe.model.weights == "random"
     file.write_text(json.dumps({"backbone": "tiny", "recipe": "paper", "head_width": 96}))
     recipe = parse("--config", file).settings.recipe
     assert recipe == make_options(recipe="paper", backbone="tiny", head_width=96).settings.recipe
@@ -117,8 +136,10 @@ def test_the_record_of_a_run_is_such_a_file(resume: Any) -> None:
     [
         ("{", (), r"config: .*options.json cannot be read \("),
         ("[1]", (), r"config: .* cannot be read \(got list, wanted an object of options\)"),
-        ('{"frame": 4}', (), "config: .*: options: got 'frame', wanted one of name, dataset, "),
-        ('{"name": "paper"}', (), "config: .*: got 'name', wanted 'recipe'"),
+        ('{"frame": 4}', (), "config: .*: got 'frame', wanted some of recipe, row, dataset, "),
+        ('{"name": "paper"}', (), "config: .*: got 'name', wanted some of recipe, row, "),
+        ('{"recipe": {"name": "quick"}}', (), r"config: .* cannot be read \(got a recipe of several options"),
+        ('{"margin": NaN}', (), "config: .*: margin: got nan, wanted a finite number"),
         ('{"frames": 0}', (), "config: .*: frames: got 0, wanted at least 1"),
         ('{"recipe": "slow"}', (), "config: got recipe 'slow' in .*, wanted one of quick, paper, official"),
         ('{"row": "Mine"}', (), r"config: got row 'Mine' in .*, wanted one of Baseline, "),
@@ -146,12 +167,11 @@ def test_an_option_that_is_not_known_or_not_possible_is_refused() -> None:
 
 
 def test_a_resumed_run_keeps_its_settings_and_may_be_longer(resume: Any) -> None:
-    given = {"people": 4, "seed": 5, "data_root": Path("here"), "amp": "bfloat16", "check_counts": False}
+    given: dict[str, Any] = {"people": 4, "seed": 5, "data_root": "here", "check_counts": False}
+    given |= {"amp": "bfloat16", "sync_bn": True}
     folder = resume(**given)
     settings = make_options(resume=folder).settings
-    assert (
-        settings == make_options(people=4, seed=5, data_root=Path("here"), amp="bfloat16", check_counts=False).settings
-    )
+    assert settings == make_options(**given).settings and settings.step.sync_bn
     longer = make_options(resume=folder, recipe="quick", epochs=99, amp="off", channels_last=True).settings
     step = replace(settings.step, amp="off", channels_last=True)
     assert longer == replace(settings, recipe=replace(settings.recipe, epochs=99), step=step)

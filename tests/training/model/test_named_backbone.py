@@ -66,7 +66,7 @@ def test_such_a_network_trains_and_its_run_is_read_again(split: Split, tmp_path:
         ("torchvision/resnet19", r"backbone: got 'resnet19' of torchvision, wanted one of torchvision.models.list_mod"),
         ("timm/resnet19", r"backbone: got 'resnet19' of timm, wanted one of timm.list_models\(\)"),
         ("timm/vit_tiny_patch16_224", r"backbone: timm/vit_tiny_patch16_224 takes no frames of \(256, 128\) \(Input"),
-        ("torchvision/inception_v3", r"backbone: torchvision/inception_v3 takes no frames of \(256, 128\)"),
+        ("torchvision/googlenet", "backbone: got 'googlenet' of torchvision, wanted .* without auxiliary classifiers"),
         ("timm/mixer_s32_224", r"backbone: timm/mixer_s32_224 takes no frames of \(256, 128\)"),
     ],
 )
@@ -75,7 +75,19 @@ def test_a_network_that_does_not_serve_is_refused(backbone: str, message: str) -
         NamedBackbone(backbone, "random")
 
 
+@torch.no_grad()
+def test_maps_of_a_densenet_are_those_after_its_last_relu() -> None:
+    whole = models.densenet121(weights=None).eval()
+    backbone = NamedBackbone("torchvision/densenet121", "random", (64, 32)).eval()
+    backbone.net.load_state_dict(whole.state_dict(), strict=False)
+    frames = torch.rand(1, 3, 64, 32) * 2 - 1
+    maps, _ = backbone(frames)
+    torch.testing.assert_close(whole.classifier(maps.mean((2, 3))), whole(normalized(frames)))
+
+
 def test_an_output_that_is_not_maps_is_refused() -> None:
+    with pytest.raises(UserError, match=r"timm/mambaout_femto returns \(1, 2, 1, 1152\) for a frame, wanted maps"):
+        NamedBackbone("timm/mambaout_femto", "random", (64, 32))
     with pytest.raises(UserError, match=r"timm/vit_tiny_patch16_224 returns \(1, 197, 192\) for a frame, wanted maps"):
         NamedBackbone("timm/vit_tiny_patch16_224", "random", (224, 224))
 

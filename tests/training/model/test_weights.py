@@ -141,7 +141,7 @@ def test_without_a_network_inception_starts_at_random_and_says_so_once(
     assert not inception.pretrained
 
 
-def test_any_bytes_end_in_one_line_without_colours_or_advice_to_trust_them(tmp_path: Path) -> None:
+def test_any_bytes_end_in_one_line_without_colors_or_advice_to_trust_them(tmp_path: Path) -> None:
     path, rng = tmp_path / "damaged.pth", random.Random(0)
     torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()

@@ -162,14 +162,14 @@ def test_gradients_and_weights_of_several_processes_are_those_of_one(
 
 
 def test_statistics_of_all_processes_are_not_those_of_groups(alone: dict[str, Steps]) -> None:
-    one, other = (alone[case].state["backbone.net.1.running_var"] for case in ("synchronised", "in groups"))
+    one, other = (alone[case].state["backbone.net.1.running_var"] for case in ("synchronized", "in groups"))
     assert not torch.allclose(one, other, rtol=1e-3)
 
 
 def test_the_batches_are_those_of_one_process_and_nobody_is_in_two_shares(
     alone: dict[str, Steps], together: dict[str, Steps]
 ) -> None:
-    for (whole,), shares in zip(alone["synchronised"].clips, together["synchronised"].clips, strict=True):
+    for (whole,), shares in zip(alone["synchronized"].clips, together["synchronized"].clips, strict=True):
         assert [clip for share in shares for clip in share] == whole
         people = [{clip[5:14] for clip in share} for share in shares]
         assert sum(map(len, people)) == len(set.union(*people)) == 4
