@@ -110,37 +110,32 @@ def base_settings(base: Base, backbone: str | None, default: str = "quick", data
         UserError: a file cannot be read, or the recipe is not the one the resumed run was trained with.
     """
     given = _read_config(base.config) if base.config else {}
-    known = [name for name in flatten(Settings()) if name != "name"]
-    for option in given:
-        if option not in ("recipe", "row", *known):
-            raise UserError(f"config: {base.config}: got {option!r}, wanted some of recipe, row, {', '.join(known)}")
-    named = given.pop("recipe", None)
-    if base.recipe and named and named != base.recipe:
-        raise UserError(f"recipe: got {base.recipe!r}, but {base.config} starts from {named!r}")
-    name = base.recipe or named
-    if base.resume:
-        settings = read_settings(base.resume)
-        if name not in (None, settings.recipe.name):
-            raise UserError(f"resume: the run was trained with recipe {settings.recipe.name!r}, got {name!r}")
-    elif name not in (None, *RECIPES):
-        raise UserError(f"config: got recipe {name!r} in {base.config}, wanted one of {', '.join(RECIPES)}")
-    else:
-        settings = Settings(RECIPES[name or default])
-        if dataset:
-            settings = update(settings, dataset=dataset)
     row = given.pop("row", None)
-    if row not in (None, *ROWS):
-        raise UserError(f"config: got row {row!r} in {base.config}, wanted one of {', '.join(ROWS)}")
+    settings = _first_settings(base, given.pop("recipe", None), default)
+    if dataset and not base.resume:
+        settings = update(settings, dataset=dataset)
     recipe = apply_backbone(settings.recipe, given.get("backbone"))
     if row:
         recipe = ROWS[row].apply(recipe)
     try:
-        # The row at once with the file's options: one by one they may not go together.
-        settings = update(replace(settings, recipe=recipe), **given)
+        settings = update(replace(settings, recipe=recipe), **given)  # all at once: one by one may be impossible
     except UserError as error:
         raise UserError(f"config: {base.config}: {error}") from error
     recipe = apply_backbone(settings.recipe, backbone)
     return replace(settings, recipe=ROWS[base.row].apply(recipe) if base.row else recipe)
+
+
+def _first_settings(base: Base, named: str | None, default: str) -> Settings:
+    """Return the settings of the run to resume or of the recipe: the one asked for, that a file names, or `default`."""
+    if base.recipe and named and named != base.recipe:
+        raise UserError(f"recipe: got {base.recipe!r}, but {base.config} starts from {named!r}")
+    name = base.recipe or named
+    if not base.resume:
+        return Settings(RECIPES[name or default])
+    settings = read_settings(base.resume)
+    if name not in (None, settings.recipe.name):
+        raise UserError(f"resume: the run was trained with recipe {settings.recipe.name!r}, got {name!r}")
+    return settings
 
 
 def apply_backbone(recipe: Recipe, backbone: str | None) -> Recipe:
@@ -200,10 +195,18 @@ def parse_known(kind: type[K], prog: str, args: Sequence[str] | None) -> K:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """Read a file of options by name; "recipe" and "row", where it has them, are such."""
     try:
-        return options_of(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        given = options_of(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"config: {path} cannot be read ({error})") from error
+    known = ["recipe", "row", *(name for name in flatten(Settings()) if name != "name")]
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"config: {path}: got {unknown[0]!r}, wanted some of {', '.join(known)}")
+    for name, choices in (("recipe", RECIPES), ("row", ROWS)):
+        if name in given and given[name] not in tuple(choices):
+            raise UserError(f"config: got {name} {given[name]!r} in {path}, wanted one of {', '.join(choices)}")
+    return given
 
 
 @dataclass(frozen=True)
