@@ -187,8 +187,7 @@ def ablate(options: Options) -> None:
 
 def _train(planned: list[Cell], options: Options) -> dict[Cell, dict[str, Any]]:
     """Train the runs that are missing; returns the result of each run's last epoch."""
-    line = f"{len(planned)} runs in {options.output}, {options.jobs} side by side"
-    say(line)
+    say(f"{len(planned)} runs in {options.output}, {options.jobs} side by side")
     records = {}
     missing = {cell for cell in planned if not (cell.folder(options.output) / resumable_run.RESULT).exists()}
     with (

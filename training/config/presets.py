@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from training.config.recipe import Recipe
 from training.config.table1 import ROWS
-from training.runtime.fields import flatten, update
+from training.runtime.fields import differing, update
 
 PAPER = Recipe(name="paper")
 
@@ -81,5 +81,4 @@ def diff_from_preset(recipe: Recipe, *, any_length: bool = False) -> list[str]:
     preset = replace(preset, data=replace(preset.data, dataset=recipe.data.dataset))
     if any_length:
         preset = replace(preset, epochs=recipe.epochs, eval=recipe.eval)
-    before, now = flatten(preset), flatten(recipe)
-    return [f"{name} {now[name]} ({before[name]})" for name in now if now[name] != before[name]]
+    return [f"{name} {now} ({before})" for name, (before, now) in differing(preset, recipe).items()]

@@ -14,7 +14,7 @@ from training.config.recipe import Recipe
 from training.model.network import Network
 from training.model.operators import Ops
 from training.runtime.errors import UserError
-from training.runtime.fields import Config, Switch, flatten
+from training.runtime.fields import Config, Switch, differing
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class StepConfig(Config):
 
     def diff_from_eager(self) -> list[str]:
         """List the differences from an eager float32 step, each as "switch setting (was)"; the operators are none."""
-        before, now = flatten(StepConfig(ops=self.ops)), flatten(self)
-        return [f"{name} {now[name]} ({before[name]})" for name in now if now[name] != before[name]]
+        eager = StepConfig(ops=self.ops)
+        return [f"{name} {now} ({before})" for name, (before, now) in differing(eager, self).items()]
 
 
 EAGER_FP32 = StepConfig()

@@ -34,7 +34,7 @@ from training.runtime import distributed
 from training.runtime.atomic_files import LOCK, folder_lock, temp_path, write_atomic
 from training.runtime.device import choose_device
 from training.runtime.errors import UserError
-from training.runtime.fields import flatten
+from training.runtime.fields import differing
 from training.runtime.terminal import say
 
 Draw: TypeAlias = Callable[[Network, Split, EmbeddedSplit, Resize], Mapping[str, Figure]]
@@ -73,8 +73,7 @@ def train_run(
     asked, settings = settings.recipe.batch.people, settings.clamp_identities(people)
     recipe, step, device = settings.recipe, settings.step, choose_device(machine.device)
     if recipe.batch.people != asked:
-        line = f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on"
-        say(line)
+        say(f"people in a batch (P): {people} instead of {asked}, as there are no more people to train on")
     sampler = make_sampler(recipe, split.train)
     sampler.shard(distributed.rank(), distributed.world())
 
@@ -117,8 +116,8 @@ def train_run(
 
 def _earlier(resumed: Checkpoint, settings: Settings, config: dict[str, Any]) -> list[dict[str, Any]]:
     """List how earlier epochs of a run were computed, up to which epoch, where that was otherwise than from now on."""
-    before, now = ({**flatten(s.step), "resize": s.source.resize} for s in (settings_of(resumed), settings))
-    was = {name: value for name, value in before.items() if value != now[name]}
+    before = settings_of(resumed)  # with another resize it could not be resumed
+    was = {name: value for name, (value, _) in differing(before.step, settings.step).items()}
     if resumed.config.get("environment") != config["environment"]:
         was["environment"] = resumed.config.get("environment")
     earlier: list[dict[str, Any]] = resumed.config.get("earlier", [])

@@ -18,7 +18,7 @@ from training.data.tracklets import Split
 from training.engine.checkpoint import CONFIG, Checkpoint
 from training.runtime import distributed
 from training.runtime.errors import UserError
-from training.runtime.fields import flatten, update
+from training.runtime.fields import differing, flatten, update
 
 CODE = ("rru_fast", "csrc", "training/*.py")  # a change of these since the commit marks a run
 
@@ -108,8 +108,7 @@ def differences(before: Settings, now: Settings, *, resuming: bool = False) -> s
     if resuming:
         recipe = replace(now.recipe, epochs=before.recipe.epochs, eval=before.recipe.eval)
         now = replace(now, recipe=recipe, step=replace(before.step, sync_bn=now.step.sync_bn))
-    was, asked = flatten(before), flatten(now)
-    return "; ".join(f"{name}={was[name]!r}, got {asked[name]!r}" for name in asked if asked[name] != was[name])
+    return "; ".join(f"{name}={was!r}, got {got!r}" for name, (was, got) in differing(before, now).items())
 
 
 def describe(settings: Settings, processes: int) -> dict[str, Any]:

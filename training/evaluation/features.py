@@ -84,9 +84,8 @@ def read_maps(network: Network, frames: Sequence[Frame], resize: Resize) -> Tens
 def _group_by_length(lengths: Sequence[int], chunk: int) -> list[list[int]]:
     """Group tracklets, as indices, so that a group padded to its longest fits in a chunk; longer ones stay alone."""
     groups: list[list[int]] = []
-    for index in sorted(
-        range(len(lengths)), key=lengths.__getitem__
-    ):  # stable, and similar lengths need little padding
+    # Sorted, as similar lengths need little padding.
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if groups and (len(groups[-1]) + 1) * lengths[index] <= chunk:
             groups[-1].append(index)
         else:

@@ -56,5 +56,4 @@ def export_features(options: Options) -> None:
     features = extract(trained.network, tracklets, resize=trained.settings.source.resize)
     people, cameras, names = zip(*((t.person, t.camera, t.name) for t in tracklets), strict=True)
     write_features(options.output, features, people, cameras, names, flat(about))
-    line = f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers"
-    say(line)
+    say(f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers")

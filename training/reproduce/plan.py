@@ -11,7 +11,7 @@ from training.data import Dataset
 from training.engine.options import Options as RunOptions
 from training.reproduce.options import DATASETS, Options
 from training.runtime.errors import UserError
-from training.runtime.fields import flatten
+from training.runtime.fields import differing
 
 SCORES = {1: ("rank-1", "rank-5", "rank-20"), 3: ("mAP", "rank-1", "rank-5", "rank-20")}  # a table's figures
 OTHERS: tuple[Dataset, ...] = ("synthetic", "mot")  # without figures of the paper's
@@ -65,10 +65,8 @@ def make_plan(options: Options) -> Plan:
     for name in options.rows:
         if name not in rows:
             raise UserError(f"rows: got {name!r}, wanted some of table {options.table}'s: {', '.join(rows)}")
-    full = flatten(FULL.apply(options.recipe))
-    for option, value in flatten(options.recipe).items():
-        if value != full[option]:
-            raise UserError(f"{option}: got {value!r}, wanted {full[option]!r}: the rows of the table set it")
+    for option, (got, wanted) in differing(options.recipe, FULL.apply(options.recipe)).items():
+        raise UserError(f"{option}: got {got!r}, wanted {wanted!r}: the rows of the table set it")
     splits = SPLITS[dataset] if options.splits is None else options.splits
     if splits < 1:
         raise UserError(f"splits: got {splits}, wanted at least 1")

@@ -65,6 +65,12 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(_leaves(config))
 
 
+def differing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two dataclasses of one type differ, by name, each as (before, now)."""
+    was = flatten(before)
+    return {name: (was[name], value) for name, value in flatten(now).items() if value != was[name]}
+
+
 def update(config: C, /, **changes: Any) -> C:
     """Return a copy with fields replaced, of nested dataclasses too, all at once.
 
