@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from tests.helpers.small_people import render
+from tests.helpers.small_runs import options
 from training.config.presets import RECIPES, Recipe
 from training.data.tracklets import Split, Tracklet
 from training.engine.options import make_options
@@ -89,3 +90,11 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"people": 4, "batches": 1, "epochs": 1, "compare_ops": False, "device": "cpu", "check_counts": False}
     train(make_options(dataset="ilids-vid", data_root=small_data, output=folder, pictures=False, **small))
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with pictures."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(options(small_data, run, pictures=True))
+    return run

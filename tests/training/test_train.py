@@ -6,53 +6,22 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.forked import command
-from tests.helpers.small_sets import write_mars, write_prid
+from tests.helpers.small_runs import last, metrics, options
 from training.engine import checkpoint
-from training.engine.options import Options, make_options
+from training.engine.options import make_options
 from training.evaluate import Options as EvaluateOptions
 from training.evaluate import evaluate
 from training.pack import Options as PackOptions
 from training.pack import pack
 from training.runtime.errors import UserError
 from training.train import train
-
-
-def options(data: Path, output: Path, **changes: Any) -> Options:
-    """Recipe `quick` on little, without pictures: 4 people, 2 batches an epoch."""
-    small = {"people": 4, "batches": 2, "epochs": 2, "compare_ops": False, "device": "cpu", "check_counts": False}
-    where = {"dataset": "ilids-vid", "data_root": data, "output": output, "pictures": False}
-    return make_options(**{**where, **small, **changes})
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the measurements of a run, without those of speed."""
-    speed = ("frames_per_second", "data_wait")
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in speed} for record in records]
-
-
-def last(run: Path) -> Path:
-    """The folder of a run's last checkpoint."""
-    folder = checkpoint.last(run)
-    assert folder is not None
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs, with pictures."""
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    train(options(small_data, run, pictures=True))
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -148,49 +117,6 @@ def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path, b
         assert [image.step for image in board.Images(name)] == [0, 4]
     tags = EventAccumulator(str(begun)).Reload().Tags()  # without pictures
     assert "evaluation/mAP" in tags["scalars"] and not tags["images"]
-
-
-def test_a_checkpoint_evaluates_as_the_run_did(trained: Path) -> None:
-    for ops in ("fast", "reference"):
-        result = evaluate(EvaluateOptions(trained, ops=ops, device="cpu")).record()
-        assert {**result, "kind": "result", "ops": "fast"} == metrics(trained)[-1]
-
-
-@pytest.mark.parametrize("rerank", ["equations", "published"])
-def test_a_checkpoint_is_evaluated_by_the_protocol_and_reranking_asked_for(
-    trained: Path, capsys: pytest.CaptureFixture[str], rerank: str
-) -> None:
-    as_it_was = metrics(trained)[-1]
-    asked = f"--checkpoint {trained} --protocol torchreid --ties pessimistic --rerank {rerank} --device cpu"
-    result = evaluate(tyro.cli(EvaluateOptions, args=asked.split())).record()
-    assert (as_it_was["protocol"], as_it_was["ties"], as_it_was["reranked"]) == ("single-shot", "stable", False)
-    assert (result["protocol"], result["ties"], result["reranked"]) == ("torchreid", "pessimistic", rerank)
-    assert {name: result[name] for name in ("probes", "valid", "gallery", "junk")} == {
-        "probes": 4,
-        "valid": 4,
-        "gallery": 4,
-        "junk": 0.0,
-    }
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "torchreid, 4 queries (4 valid) in a gallery of 4" in shown
-    assert f"re-ranked ({rerank})" in shown
-
-
-def test_an_evaluation_is_written_with_all_that_it_came_from(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "new" / "result.json"
-    result = evaluate(EvaluateOptions(trained, output=output, device="cpu"))
-    assert capsys.readouterr().out.endswith(f"\nresult: {output}\n")
-    written = json.loads(output.read_text())
-    assert written["result"] == json.loads(json.dumps(result.record()))
-    assert written["checkpoint"] == str(last(trained).resolve())
-    assert written["config"] == json.loads((trained / "config.json").read_text())
-    assert (written["config"]["settings"]["seed"], written["epoch"]) == (0, 2)
-    assert written["environment"] == written["config"]["environment"]  # the same machine and commit
-    assert written["environment"]["commit"] is not None
-    with pytest.raises(UserError, match=r"result\.json is there already, wanted a new file"):
-        evaluate(EvaluateOptions(trained, output=output, device="cpu"))
 
 
 def test_too_few_people_lower_p_where_the_recipe_allows_it(
@@ -375,38 +301,3 @@ def test_damaged_metrics_are_named_and_left_as_they_are(started: Path) -> None:
     with pytest.raises(UserError, match=rf"{path}, line 2: damaged"):
         train(make_options(resume=started, epochs=2, device="cpu"))
     assert path.read_text() == damaged
-
-
-def test_prid_is_evaluated_by_the_people_it_was_trained_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, run = write_prid(tmp_path / "data"), tmp_path / "run"
-    prid: dict[str, Any] = {"dataset": "prid-2011", "prid": "official-27", "people": 2, "epochs": 1}
-    train(options(data, run, **prid))
-    capsys.readouterr()
-    evaluate(EvaluateOptions(run, device="cpu"))
-    assert "official-27" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("protocol", ["mars-official", "mars-standard-ap", "torchreid"])
-def test_mars_is_trained_on_and_evaluated_by_each_of_its_protocols(protocol: str, tmp_path: Path) -> None:
-    data, run = write_mars(tmp_path / "data"), tmp_path / "run"
-    train(options(data, run, dataset="mars", people=2, epochs=1))
-    assert metrics(run)[-1]["protocol"] == "mars-official"
-    ranking = evaluate(EvaluateOptions(run, protocol=protocol, device="cpu")).ranking
-    # Of 8 test tracklets 2 are junk of nobody; the 4 queries are of 2 people under 2 cameras each.
-    assert (ranking.protocol, ranking.queries, ranking.gallery) == (protocol, 4, 2 if protocol == "torchreid" else 6)
-
-
-def test_evaluating_on_people_trained_on_is_refused(trained: Path, small_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"split 1: . of the people searched for have the numbers of people trained on"):
-        evaluate(EvaluateOptions(trained, split=1, device="cpu"))
-    (tmp_path / "moved").symlink_to(small_data)
-    assert evaluate(EvaluateOptions(trained, data_root=tmp_path / "moved", device="cpu")).epoch == 2
-    copy = Path(shutil.copytree(small_data, tmp_path / "copy"))
-    with pytest.warns(UserWarning, match="if they are the same, they were not held out"):
-        evaluate(EvaluateOptions(trained, data_root=copy, split=1, device="cpu"))
-
-
-def test_another_dataset_is_evaluated_from_its_first_split(small_data: Path, tmp_path: Path) -> None:
-    train(options(small_data, tmp_path / "run", split=3, batches=1, epochs=1))
-    with pytest.raises(UserError, match=r"absent/seqinfo\.ini"):  # not that a MOT sequence has no split 3
-        evaluate(EvaluateOptions(tmp_path / "run", dataset="mot", data_root=tmp_path / "absent", device="cpu"))
