@@ -191,6 +191,15 @@ class BatchHardSaved:
 
 
 @dataclass(frozen=True)
+class BatchHardUpstream:
+    """Gradients of the loss and of the two distances, (G, N); None for one that is not used."""
+
+    d_loss: Tensor | None
+    d_d_pos: Tensor | None
+    d_d_neg: Tensor | None
+
+
+@dataclass(frozen=True)
 class BatchHardOutputs:
     """Outputs of the operator: the loss per anchor, (G, N), and what is saved for the backward."""
 

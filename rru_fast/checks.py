@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import GroupMember, ProcessGroup
 
 from rru_fast.distributed import spans_ranks
-from rru_fast.types import Inputs, Reduction, State
+from rru_fast.types import Inputs, Metric, Reduction, State
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FINITE = sys.float_info.max
@@ -59,12 +59,19 @@ def check_number(name: str, value: Any, least: float, most: float, wanted: str) 
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
 
 
-def check_loss(margin: Any, metric: Any) -> None:
-    """Raise ValueError unless `margin` is a finite number or "soft" and `metric` is "euclidean" or "cosine"."""
+def check_loss(margin: Any, metric: Any, reduction: Any) -> None:
+    """Raise ValueError unless `margin` is a finite number or "soft", and `metric` and `reduction` are known."""
     if not (isinstance(margin, str) and margin == "soft"):
         check_number("margin", margin, -FINITE, FINITE, "a finite number or 'soft'")
-    if not isinstance(metric, str) or metric not in ("euclidean", "cosine"):
-        raise ValueError(f"metric: got {metric!r}, wanted one of 'euclidean', 'cosine'")
+    check_choice("metric", metric, get_args(Metric))
+    check_choice("reduction", reduction, get_args(Reduction))
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError unless every named value is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, wanted True or False")
 
 
 def check_layer(name: str, layer: Any, kind: type[nn.Module]) -> None:
@@ -93,7 +100,8 @@ def _device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
         raise ValueError(f"{name}: got device {tensor.device}, wanted {like.device} as {like_name}")
 
 
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
 
@@ -162,7 +170,7 @@ def check_refine(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.refine` fit."""
     check_x(x)
-    _choice("inputs", inputs, get_args(Inputs))
+    check_choice("inputs", inputs, get_args(Inputs))
     clips, _, channels, height, width = x.shape
     meaning = "(D, C)" if inputs == "appearance" else "(D, 2C)"
     check_dense("w", w, meaning)
@@ -196,8 +204,7 @@ def check_refine(
     check_number("eps", eps, SMALLEST, FINITE, "a number above 0")
     check_sizes(bn_groups=bn_groups)
     check_process_group(process_group, bn_groups)
-    if not isinstance(training, bool):
-        raise TypeError(f"training: got {training!r}, wanted True or False")
+    check_flags(training=training)
     check_eval_only(training, lengths, state)
     if training:
         check_clips(clips, bn_groups)
@@ -280,14 +287,19 @@ def check_strip_pool(s: Tensor) -> None:
 
 
 def check_batch_hard_triplet(
-    features: Tensor, labels: Tensor, margin: Any, metric: str, reduction: str, return_indices: Any
+    features: Tensor,
+    labels: Tensor,
+    *,
+    margin: Any,
+    metric: str,
+    reduction: str,
+    return_indices: Any,
+    return_distances: Any,
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
     _shape("labels", labels, (features.shape[-2],), "(N,), one per feature")
     _integers("labels", labels)
     _device("labels", labels, features, "features")
-    check_loss(margin, metric)
-    _choice("reduction", reduction, get_args(Reduction))
-    if not isinstance(return_indices, bool):
-        raise TypeError(f"return_indices: got {return_indices!r}, wanted True or False")
+    check_loss(margin, metric, reduction)
+    check_flags(return_indices=return_indices, return_distances=return_distances)

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from rru_fast import backends, checks, ops, reference
 from rru_fast.arguments import BatchHardArguments, RefineArguments, flatten
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
-from rru_fast.reference.equations import last_state, momenta
+from rru_fast.reference.equations import last_state, momenta, reduce
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
 
@@ -204,8 +204,9 @@ def batch_hard_triplet(
     metric: Metric = "euclidean",
     reduction: Reduction = "mean",
     return_indices: bool = False,
+    return_distances: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Batch-hard triplet loss, eq. 8, or eq. 10 for G groups (strips) at once: mean of relu(margin + D_pos - D_neg).
 
     D_pos is an anchor's distance to its farthest positive, itself included, D_neg to its nearest negative. Ties go to
@@ -218,30 +219,35 @@ def batch_hard_triplet(
         labels: identity of each feature, integers (N,).
         margin: a number, or "soft" for softplus(D_pos - D_neg).
         metric: "euclidean", sqrt(max(|a - b|^2, 1e-12)), or "cosine", 1 - cos(a, b).
-        reduction: "mean" over all anchors and groups, or "none".
+        reduction: "mean" or "sum" over all anchors and groups, or "none".
         return_indices: if True, also return the indices of the hardest positives and negatives.
+        return_distances: if True, also return D_pos and D_neg, with gradients.
         backend: "auto", or a backend that `show_config` lists as available.
 
     Returns:
-        The loss, a scalar or of shape (N,) or (G, N), in features' dtype. With `return_indices` also the indices of the
-        hardest positives and negatives, int64, (N,) or (G, N); -1 where there is no negative.
+        The loss, a scalar or of shape (N,) or (G, N), in features' dtype. After it, with `return_distances`, D_pos and
+        D_neg, in features' dtype, (N,) or (G, N); D_neg is inf where there is no negative. After them, with
+        `return_indices`, the indices of the hardest positives and negatives, int64, (N,) or (G, N); -1 where there is
+        no negative.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference").
     """
-    checks.check_batch_hard_triplet(features, labels, margin, metric, reduction, return_indices)
+    options: dict[str, Any] = {"reduction": reduction, "return_indices": return_indices}
+    options |= {"margin": margin, "metric": metric, "return_distances": return_distances}
+    checks.check_batch_hard_triplet(features, labels, **options)
     if backends.choose(backend, features.device) == "reference":
-        return reference.batch_hard_triplet(
-            features, labels, margin=margin, metric=metric, reduction=reduction, return_indices=return_indices
-        )
+        return reference.batch_hard_triplet(features, labels, **options)
     checks.check_derivatives("rru_fast.batch_hard_triplet", features)
     grouped = features if features.dim() == 3 else features[None]
     if metric == "cosine":
         grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
     args = BatchHardArguments(grouped, labels, number, soft, metric)
-    loss, _, _, positive, negative = ops.batch_hard.batch_hard(*flatten(args), backend)
     per_anchor = features.shape[:-1]
-    loss = (loss.mean() if reduction == "mean" else loss.view(per_anchor)).to(features.dtype)
-    return (loss, positive.view(per_anchor), negative.view(per_anchor)) if return_indices else loss
+    loss, *found = (v.view(per_anchor) for v in ops.batch_hard.batch_hard(*flatten(args), backend))
+    loss = reduce(loss, reduction).to(features.dtype)
+    distances = tuple(v.to(features.dtype) for v in found[:2]) if return_distances else ()
+    indices = tuple(found[2:]) if return_indices else ()
+    return (loss, *distances, *indices) if return_distances or return_indices else loss

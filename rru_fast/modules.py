@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class RRU(reference.RRU):
             on a GPU. Useful where launches, not arithmetic, take the time. The next call of the same shape overwrites
             the outputs: run the backward before it (a later one raises), and clone outputs that you need longer.
             During capture no other thread may call CUDA, as a DataLoader's pin_memory thread does.
+        device, dtype: of the parameters, as in torch.nn; None for torch's defaults.
 
     Parameters: `transition.weight` (D, 2C, 1, 1), the appearance half first ((D, C, 1, 1) for inputs="appearance");
     `transition_norm.*`; `spatial_attention.{0,2}.weight` (A, P), (P, A); `channel_attention.weight` (C, D).
@@ -95,9 +96,12 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
             and gradients then equal those of a single process. Ranks may have different numbers of features, also 0.
             Takes two small collectives in addition to that of the features; the host waits for the first.
         backend: "auto", or a backend that `rru_fast.show_config` lists as available.
+        reduction: "mean" or "sum" over all anchors and groups, or "none". Under DistributedDataParallel, which averages
+            gradients over ranks, "sum" with `gather` gives the gradients of the whole batch's sum, too.
+        return_distances: also return each anchor's distances to its hardest positive and negative.
 
-    forward(features, labels) takes features (N, D) or (G, N, D) and integer labels (N,), and returns the scalar mean
-    over anchors (and groups).
+    forward(features, labels) takes features (N, D) or (G, N, D) and integer labels (N,), and returns the loss, with
+    `return_distances` the tuple (loss, D_pos, D_neg), as `rru_fast.batch_hard_triplet` does.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted. With
@@ -114,13 +118,8 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
         backends.check_backend(backend)
         self.backend = backend
 
-    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return cast(
-            Tensor,
-            functional.batch_hard_triplet(
-                features, labels, margin=self.margin, metric=self.metric, backend=self.backend
-            ),
-        )
+    def _loss(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
+        return functional.batch_hard_triplet(features, labels, **options, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend!r}"

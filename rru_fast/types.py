@@ -10,7 +10,7 @@ from torch.utils._pytree import _register_namedtuple
 Attention = Literal["both", "spatial", "channel"]
 Inputs = Literal["appearance+motion", "appearance", "raw"]
 Metric = Literal["euclidean", "cosine"]
-Reduction = Literal["mean", "none"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 class State(NamedTuple):

@@ -221,7 +221,7 @@ OF_OTHERS: Calls = {
     "ValueError: margin: got 'hard', wanted a finite number or 'soft'": lambda: triplet(margin="hard"),
     "ValueError: margin: got True, wanted a finite number or 'soft'": lambda: triplet(margin=True),
     "ValueError: metric: got 'manhattan', wanted one of 'euclidean', 'cosine'": lambda: triplet(metric="manhattan"),
-    "ValueError: reduction: got 'sum', wanted one of 'mean', 'none'": lambda: triplet(reduction="sum"),
+    "ValueError: reduction: got 'max', wanted one of 'mean', 'sum', 'none'": lambda: triplet(reduction="max"),
     f"ValueError: backend: got 'fast', wanted 'auto' or one of {USABLE}": lambda: refine(backend="fast"),
     f"ValueError: backend: got ['auto'], wanted 'auto' or one of {USABLE}": lambda: refine(backend=["auto"]),
     f"ValueError: backend: got 'cuda', wanted 'auto' or one of {USABLE}: CUDA kernels are not part of version "
@@ -236,6 +236,7 @@ OF_OTHERS: Calls = {
         torch.nested.nested_tensor([torch.randn(3, 4, 2, 2), torch.randn(2, 4, 2, 2)])
     ),
     "TypeError: return_indices: got 'x', wanted True or False": lambda: triplet(return_indices="x"),
+    "TypeError: return_distances: got 1, wanted True or False": lambda: triplet(return_distances=1),
     "TypeError: model: got None, wanted an nn.Module": lambda: rru_fast.accelerate(None),  # type: ignore[type-var]
     "TypeError: model: got [3], wanted an nn.Module": lambda: rru_fast.restore([3]),  # type: ignore[type-var]
 }

@@ -140,6 +140,31 @@ def test_a_pruned_norm_is_recomputed_before_each_call() -> None:
     assert (fast.transition_norm.weight == 0).sum() == (fast.transition_norm.bias == 0).sum() == 2
 
 
+@pytest.mark.parametrize("module", [rru_fast, reference])
+def test_a_unit_is_made_on_a_device_and_in_a_dtype(module: Any) -> None:
+    unit = module.RRU(6, (3, 2), device="meta", dtype=torch.bfloat16)
+    floating = [v for v in unit.state_dict().values() if v.is_floating_point()]
+    assert {(v.device.type, v.dtype) for v in floating} == {("meta", torch.bfloat16)}
+    with torch.device("meta"):
+        assert next(module.RRU(6, (3, 2)).parameters()).is_meta
+    torch.manual_seed(0)
+    wide = module.RRU(6, (3, 2), dtype=torch.float64)
+    assert wide(torch.randn(2, 3, 6, 3, 2, dtype=torch.float64)).features.dtype == torch.float64
+
+
+@pytest.mark.parametrize("module", [rru_fast, reference])
+def test_a_loss_is_reduced_as_asked_and_returns_its_distances(module: Any) -> None:
+    features, labels = torch.randn(3, 12, 5, dtype=torch.float64), torch.arange(12) // 3
+    each = module.BatchHardTripletLoss(reduction="none")(features, labels)
+    assert each.shape == (3, 12)
+    assert torch.allclose(module.BatchHardTripletLoss(reduction="sum")(features, labels), each.sum(), rtol=1e-12)
+    loss, d_pos, d_neg = module.BatchHardTripletLoss(return_distances=True)(features, labels)
+    assert torch.allclose(loss, each.mean(), rtol=1e-12)
+    assert torch.allclose((0.3 + d_pos - d_neg).relu(), each, rtol=1e-12)
+    shown = repr(module.BatchHardTripletLoss(reduction="sum", return_distances=True))
+    assert "reduction='sum', return_distances=True" in shown
+
+
 @pytest.mark.parametrize("name", ["RRU", "BatchHardTripletLoss"])
 def test_twins_have_the_same_constructor(name: str) -> None:
     fast, plain = getattr(rru_fast, name), getattr(reference, name)
@@ -297,20 +322,21 @@ def gathered_losses(rank: int) -> None:
     """Assert that loss and gradients on each rank equal those of one process with the clips of all ranks."""
     for ends in ([4, 8, 12], [1, 10, 12], [0, 5, 12]):  # equal numbers of clips, unequal ones, and none on rank 0
         _gathered_loss(rank, ends)
+    _gathered_loss(rank, [4, 8, 12], reduction="sum")
 
 
-def _gathered_loss(rank: int, ends: list[int]) -> None:
+def _gathered_loss(rank: int, ends: list[int], **options: Any) -> None:
     world = dist.get_world_size()
     for cls in (rru_fast.BatchHardTripletLoss, reference.BatchHardTripletLoss):
         torch.manual_seed(0)
         embed = nn.Linear(5, 6).double()
         data, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) // 3
-        alone = with_strips(cls(margin=2.0), embed(data), labels)
+        alone = with_strips(cls(margin=2.0, **options), embed(data), labels)
         wanted = torch.autograd.grad(alone, list(embed.parameters()))
         model = DistributedDataParallel(embed)
         ends = [*ends[: world - 1], 12]
         mine = slice(0 if rank == 0 else ends[rank - 1], ends[rank])
-        loss = with_strips(cls(margin=2.0, gather=True), model(data[mine]), labels[mine])
+        loss = with_strips(cls(margin=2.0, gather=True, **options), model(data[mine]), labels[mine])
         loss.backward()
         assert abs(loss - alone) < 1e-12, (loss, alone)
         for parameter, gradient in zip(embed.parameters(), wanted, strict=True):

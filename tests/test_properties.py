@@ -264,7 +264,7 @@ def minings(draw: st.DrawFn) -> Mining:
         layout,
         draw(st.sampled_from([0.3, 0, -0.5, 2, Fraction(1, 3), np.float32(0.3), "soft"])),
         draw(st.sampled_from(["euclidean", "cosine"])),
-        draw(st.sampled_from(["mean", "none"])),
+        draw(st.sampled_from(["mean", "sum", "none"])),
         draw(st.integers(0, 2**16)),
     )
 

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, flatten, schema, unflatten
+from rru_fast.arguments import (
+    BatchHardArguments,
+    BatchHardOutputs,
+    BatchHardSaved,
+    BatchHardUpstream,
+    flatten,
+    schema,
+    unflatten,
+)
 from rru_fast.composite import batch_hard as composite
 from rru_fast.cpu import batch_hard as cpu
 from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
@@ -39,32 +47,40 @@ def _(features: Tensor, *_: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "rru_fast::batch_hard_backward",
     mutates_args=(),
-    schema=f"(Tensor d_loss, {schema(BatchHardSaved)}, {schema(BatchHardArguments)}, str backend) -> Tensor",
+    schema=f"({schema(BatchHardUpstream, BatchHardSaved, BatchHardArguments)}, str backend) -> Tensor",
 )
-def batch_hard_backward(d_loss: Tensor, *arguments: Any) -> Tensor:
-    """Return the gradient of the features, (G, N, D)."""
-    saved, args, backend = unflatten(arguments, BatchHardSaved, BatchHardArguments)
+def batch_hard_backward(*arguments: Any) -> Tensor:
+    """Return the gradient of the features, (G, N, D). That of the distances is by plain PyTorch on every backend."""
+    upstream, saved, args, backend = unflatten(arguments, BatchHardUpstream, BatchHardSaved, BatchHardArguments)
+    found: list[Tensor] = []
     with without_autocast(args.features):
-        d_features: Tensor = choose(KERNELS, backend, args.features.device).backward(d_loss, saved, args)
-    return d_features
+        if upstream.d_loss is not None:
+            kernels = choose(KERNELS, backend, args.features.device)
+            found.append(kernels.backward(upstream.d_loss, saved, args))
+        if upstream.d_d_pos is not None or upstream.d_d_neg is not None:
+            found.append(composite.distances_backward(upstream.d_d_pos, upstream.d_d_neg, saved, args))
+        return found[0] if len(found) == 1 else found[0].add_(found[1])
 
 
 @batch_hard_backward.register_fake
-def _(d_loss: Tensor, d_pos: Tensor, d_neg: Tensor, positive: Tensor, negative: Tensor, f: Tensor, *_: Any) -> Tensor:
-    return f.new_empty(f.shape)
+def _(*arguments: Any) -> Tensor:
+    _, _, args, _ = unflatten(arguments, BatchHardUpstream, BatchHardSaved, BatchHardArguments)
+    return torch.empty_like(args.features, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, labels, *ctx.options = inputs
     _loss, *saved = output
     ctx.save_for_backward(*saved, features, labels)
-    ctx.mark_non_differentiable(*saved)
+    ctx.mark_non_differentiable(*saved[2:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    d_features = None if d_loss is None else batch_hard_backward(d_loss, *ctx.saved_tensors, *ctx.options)
-    return d_features, None, None, None, None, None
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = gradients[:3]
+    if all(gradient is None for gradient in upstream):
+        return (None,) * 6
+    return batch_hard_backward(*upstream, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 batch_hard.register_autograd(_backward, setup_context=_setup)

@@ -198,7 +198,8 @@ def batch_hard_triplet(
     metric: Metric = "euclidean",
     reduction: Reduction = "mean",
     return_indices: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    return_distances: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Batch-hard triplet loss, eq. 8, or eq. 10 for features (G, N, D). Arguments: `rru_fast.batch_hard_triplet`."""
     if metric == "cosine":
         f = F.normalize(features, dim=-1)
@@ -214,11 +215,15 @@ def batch_hard_triplet(
     d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
     gap = d_pos - d_neg  # -inf without a negative: no loss
     loss = F.softplus(gap) if margin == "soft" else F.relu(float(margin) + gap)
-    if reduction == "mean":
-        loss = loss.mean()
-    if not return_indices:
-        return loss
-    return loss, positive, negative.masked_fill(same.all(-1), -1)
+    loss = reduce(loss, reduction)
+    distances = (d_pos, d_neg) if return_distances else ()
+    indices = (positive, negative.masked_fill(same.all(-1), -1)) if return_indices else ()
+    return (loss, *distances, *indices) if return_distances or return_indices else loss
+
+
+def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    """Return the mean or the sum of a loss, or the loss unchanged."""
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 def common_part(features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from rru_fast.checks import (
     SMALLEST,
     check_clips,
     check_dense,
+    check_flags,
     check_layer,
     check_loss,
     check_number,
@@ -26,7 +27,7 @@ from rru_fast.checks import (
 )
 from rru_fast.distributed import gather_batch, has_other_ranks
 from rru_fast.reference.equations import batch_hard_triplet, refine
-from rru_fast.types import Attention, Inputs, Metric, Refined, State
+from rru_fast.types import Attention, Inputs, Metric, Reduction, Refined, State
 
 # Forward pre-hooks of torch.nn.utils that recompute a layer's weight before each call.
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -112,6 +113,8 @@ class RRU(nn.Module):
         bn_groups: int = 1,
         backend: str = "auto",
         cuda_graph: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(spatial, tuple | list) or len(spatial) != 2:
@@ -129,16 +132,18 @@ class RRU(nn.Module):
         self.channels, self.spatial = channels, (height, width)
         self.attention, self.inputs, self.bn_groups = attention, inputs, bn_groups
         positions = height * width
-        self.transition = nn.Conv2d(channels if inputs == "appearance" else 2 * channels, hidden, 1, bias=False)
-        self.transition_norm = nn.BatchNorm2d(hidden, eps=bn_eps, momentum=bn_momentum)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        columns = channels if inputs == "appearance" else 2 * channels
+        self.transition = nn.Conv2d(columns, hidden, 1, bias=False, **made)
+        self.transition_norm = nn.BatchNorm2d(hidden, eps=bn_eps, momentum=bn_momentum, **made)
         if attention != "channel":
             self.spatial_attention = nn.Sequential(
-                nn.Linear(positions, spatial_hidden, bias=False),
+                nn.Linear(positions, spatial_hidden, bias=False, **made),
                 nn.ReLU(),
-                nn.Linear(spatial_hidden, positions, bias=False),
+                nn.Linear(spatial_hidden, positions, bias=False, **made),
             )
         if attention != "spatial":
-            self.channel_attention = nn.Linear(hidden, channels, bias=False)
+            self.channel_attention = nn.Linear(hidden, channels, bias=False, **made)
 
     def _choose_backend(self, backend: str, cuda_graph: bool) -> None:
         check_reference_backend(backend)
@@ -189,22 +194,25 @@ class BatchHardTripletLoss(nn.Module):
         metric: Metric = "euclidean",
         gather: bool = False,
         backend: str = "auto",
+        *,
+        reduction: Reduction = "mean",
+        return_distances: bool = False,
     ) -> None:
         super().__init__()
-        check_loss(margin, metric)
-        if not isinstance(gather, bool):
-            raise TypeError(f"gather: got {gather!r}, wanted True or False")
+        check_loss(margin, metric, reduction)
+        check_flags(gather=gather, return_distances=return_distances)
         self._choose_backend(backend)
         self.margin, self.metric, self.gather = margin, metric, gather
+        self.reduction, self.return_distances = reduction, return_distances
 
     def _choose_backend(self, backend: str) -> None:
         check_reference_backend(backend)
 
-    def _loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return cast(Tensor, batch_hard_triplet(features, labels, margin=self.margin, metric=self.metric))
+    def _loss(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
+        return batch_hard_triplet(features, labels, **options)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar mean over anchors (and groups) for features (N, D) or (G, N, D) and labels (N,)."""
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the loss of features (N, D) or (G, N, D) with labels (N,), and the distances if asked for."""
         check_dense("features", features, "(N, D) or (G, N, D)")
         check_dense("labels", labels, "(N,)")
         gather = self.gather and has_other_ranks()
@@ -219,7 +227,10 @@ class BatchHardTripletLoss(nn.Module):
             raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one per feature")
         if gather:
             features, labels = gather_batch(features, labels)
-        return self._loss(features, labels)
+        options = {"margin": self.margin, "metric": self.metric, "reduction": self.reduction}
+        return self._loss(features, labels, **options, return_distances=self.return_distances)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin!r}, metric={self.metric!r}, gather={self.gather}"
+        shown = f"margin={self.margin!r}, metric={self.metric!r}, gather={self.gather}"
+        shown += f", reduction={self.reduction!r}" if self.reduction != "mean" else ""
+        return shown + ", return_distances=True" * self.return_distances

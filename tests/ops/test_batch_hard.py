@@ -49,9 +49,9 @@ def test_an_infinite_feature_makes_every_loss_nan(others: tuple[float, float], b
 @pytest.mark.parametrize(
     ("margin", "reduction"),
     [  # the mean is taken of the same losses whatever the margin
-        pytest.param(margin, reduction, marks=pytest.mark.exhaustive if reduction == "mean" and margin != 0.3 else ())
+        pytest.param(margin, reduction, marks=pytest.mark.exhaustive if reduction != "none" and margin != 0.3 else ())
         for margin in MARGINS
-        for reduction in ("mean", "none")
+        for reduction in ("mean", "sum", "none")
     ],
 )
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -266,8 +266,10 @@ def test_opcheck(metric: str, backend: str) -> None:
         leaf = features.float().requires_grad_(requires_grad)
         torch.library.opcheck(ops.batch_hard.batch_hard, (leaf, labels, 0.3, False, metric, backend))
     loss, *saved = ops.batch_hard.batch_hard(features, labels, 0.3, False, metric, backend)
-    inputs = (torch.ones_like(loss), *saved, features, labels, 0.3, False, metric, backend)
-    torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
+    ones = torch.ones_like(loss)
+    for upstream in ((ones, None, None), (ones, ones, ones), (None, None, ones)):
+        inputs = (*upstream, *saved, features, labels, 0.3, False, metric, backend)
+        torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
 
 
 @default_backend_first
@@ -292,3 +294,52 @@ def test_second_order_gradients_raise(backend: str) -> None:
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="second-order gradients are not implemented"):
         gradient.sum().backward()
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (2,), (0, 2)], ids=str)
+def test_distances_are_returned_with_their_gradients(used: tuple[int, ...], metric: str, backend: str) -> None:
+    features, labels = random_batch((3, 17, 6))
+    labels[-1] = 100  # alone: its positive is itself
+    found = []
+    for name in (backend, "reference"):
+        leaf = features.clone().requires_grad_()
+        out = rru_fast.batch_hard_triplet(leaf, labels, metric=metric, return_distances=True, backend=name)
+        torch.manual_seed(1)
+        sum((out[i] * torch.randn_like(out[i])).sum() for i in used).backward()
+        found.append((*out, leaf.grad))
+    for got, wanted in zip(*found, strict=True):
+        assert relative_error(got, wanted) <= EXACT
+    loss, d_pos, d_neg, gradient = (v.detach() for v in found[0])
+    assert d_pos.shape == d_neg.shape == (3, 17)
+    assert torch.allclose(loss, (0.3 + d_pos - d_neg).relu().mean(), rtol=1e-12)
+    assert gradient.abs().max() > 0
+
+
+@every_backend
+def test_the_distance_to_no_negative_is_infinite_and_has_no_gradient(backend: str) -> None:
+    features, _ = random_batch((9, 4))
+    for metric in ("euclidean", "cosine"):
+        leaf = features.clone().requires_grad_()
+        options = {"metric": metric, "return_distances": True, "backend": backend}
+        _, _, d_neg = rru_fast.batch_hard_triplet(leaf, torch.zeros(9, dtype=torch.int64), **options)
+        d_neg.sum().backward()
+        assert (d_neg == torch.inf).all()
+        assert (leaf.grad == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_that_is_returned_comes_in_order_and_in_the_features_dtype(dtype: torch.dtype, backend: str) -> None:
+    features, labels = random_batch((2, 10, 4))
+    both = {"return_distances": True, "return_indices": True}
+    loss, d_pos, d_neg, positive, negative = rru_fast.batch_hard_triplet(
+        features.to(dtype), labels, reduction="none", backend=backend, **both
+    )
+    assert loss.dtype == d_pos.dtype == d_neg.dtype == dtype
+    assert positive.dtype == negative.dtype == torch.int64
+    own = features.to(dtype).double()
+    for distances, index in ((d_pos, positive), (d_neg, negative)):
+        partners = own.gather(1, index[..., None].expand_as(own))
+        assert torch.allclose(distances.double(), (own - partners).norm(dim=-1), rtol=2e-2, atol=1e-5)
