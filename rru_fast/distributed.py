@@ -49,9 +49,14 @@ def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def world_size() -> int:
+    """Return the number of ranks of torch.distributed, 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def has_other_ranks() -> bool:
     """Return True if torch.distributed has other ranks to gather a batch from."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 def spans_ranks(process_group: ProcessGroup | None) -> bool:

@@ -237,8 +237,12 @@ OF_OTHERS: Calls = {
     ),
     "TypeError: return_indices: got 'x', wanted True or False": lambda: triplet(return_indices="x"),
     "TypeError: return_distances: got 1, wanted True or False": lambda: triplet(return_distances=1),
-    "TypeError: model: got None, wanted an nn.Module": lambda: rru_fast.accelerate(None),  # type: ignore[type-var]
-    "TypeError: model: got [3], wanted an nn.Module": lambda: rru_fast.restore([3]),  # type: ignore[type-var]
+    "TypeError: model: got None, wanted an nn.Module, a loss, or an object, function, list or dict that holds them": (
+        lambda: rru_fast.accelerate(None)
+    ),
+    "TypeError: model: got 3, wanted an nn.Module, a loss, or an object, function, list or dict that holds them": (
+        lambda: rru_fast.restore(3)
+    ),
 }
 OF_CPU_KERNELS: Calls = {
     "ValueError: backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on the CPU": (
@@ -341,6 +345,9 @@ ELSEWHERE = {
     "over several ranks": "tests/ops/test_refine_sync.py: several ranks",
     "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
     "runs no CUDA graphs": "tests/compat/test_accelerate.py: third-party modules",
+    "NoMatch(": "tests/compat/test_third_party.py: the reason of a warning",
+    "_LeftAlone(": "tests/compat/test_third_party.py: the reason of a warning",
+    "whose values may change": "tests/compat/test_third_party.py: the reason of a warning",
     "that accelerate made": "tests/compat/test_accelerate.py: a sharded model",
     "with another forward": "tests/compat/test_accelerate.py: a wrapped forward",
     "results: got none": "tests/test_testing.py: results that lack a tensor",

@@ -266,7 +266,7 @@ def test_a_model_compiled_before_the_swap_runs_the_fast_forward_after_it(kind: s
         if kind == "reference":
             model.backend = backend
         else:
-            model.forward = partial(model.forward.func, model, backend)
+            model.forward = partial(model.forward.func, model, backend, *model.forward.args[2:])
 
     rru_fast.accelerate(model)
     use("nonsense")  # only the fast forward reads it

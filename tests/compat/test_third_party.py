@@ -107,7 +107,6 @@ def test_a_loss_and_its_gradients_are_the_same(loss: type[Any], margin: float, r
         for original, got in zip(*results, strict=True):
             assert original.shape == got.shape
             assert relative_error(got, original) <= EXACT
-        plain.ranking_loss.margin = fast.ranking_loss.margin = 2.0  # the margin may change after the swap
 
 
 def test_under_autocast_a_loss_is_float32() -> None:
@@ -126,7 +125,7 @@ def test_a_near_miss_is_left_alone_with_a_line_that_says_why(name: str) -> None:
     make, reason = NEAR_MISSES[name]
     model = nn.ModuleDict({"head": make(), "loss": third_party.TripletLoss()})
     own = dict(vars(model["head"]))
-    expected = rf"^accelerate: head \(Near\) looks like .* and is left alone: {reason}"
+    expected = rf"^accelerate: head \({type(model['head']).__name__}\) looks like .* and is left alone: {reason}"
     with pytest.warns(UserWarning, match=expected) as caught:
         rru_fast.accelerate(model)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)

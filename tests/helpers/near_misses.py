@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from tests.helpers.modules import SIZES
@@ -61,11 +60,36 @@ def remembering(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     return self.last
 
 
+def second_hardest(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    distances, same = self.distances(inputs), targets[:, None] == targets
+    farthest = distances.masked_fill(~same, -torch.inf).topk(min(2, len(inputs))).values[:, -1]
+    nearest = distances.masked_fill(same, torch.inf).amin(1)
+    return (self.margin + farthest - nearest).relu().mean()
+
+
+def without_singles(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    same = targets[:, None] == targets
+    distances, kept = self.distances(inputs), same.sum(1) > 1
+    farthest, nearest = distances.masked_fill(~same, 0).amax(1), distances.masked_fill(same, torch.inf).amin(1)
+    return (self.margin + farthest - nearest).relu()[kept].mean()
+
+
+def named_rruv2() -> nn.Module:
+    module = near(lambda: RRU(6, **SIZES), gate=leaky)()
+    type(module).__name__ = "RRUV2"
+    return module
+
+
+OPTION = (
+    r"rru_fast.batch_hard_triplet\(..., return_distances=True\) returns the two distances that such losses combine$"
+)
+RETURNS = "it returns "
+NO_OPTION = f".*which is no batch-hard loss of Euclidean or cosine distances, soft or with a margin of .*; {OPTION}"
 FAILS = r"a float64 copy fails the comparison \("
 RETURNED = rf"{FAILS}AssertionError: .*item \['Tensor returned'\]"
 NEAR_MISSES: dict[str, tuple[Make, str]] = {
     "leaky ReLU": (unit(gate=leaky), RETURNED),
-    "gate without gradients": (unit(gate=lambda self, v: RRU.gate(self, v.detach())), ".*item .'gradients"),
+    "gate without gradients": (unit(gate=lambda self, v: RRU.gate(self, v.detach())), ".*item .'gradient"),
     "first frame not counted": (unit(forward=forgetful), r".*item \['buffers'\]\['reduce_dim_z\.bn\.num_batches_track"),
     "frames first": (unit(forward=lambda self, x: RRU.forward(self, x).transpose(1, 2)), ".*'shape' do not match"),
     "strips too": (unit(forward=with_strips), ".*Missing keys in the actual mapping: .'tuple returned'"),
@@ -74,21 +98,49 @@ NEAR_MISSES: dict[str, tuple[Make, str]] = {
     "weight changed per frame": (unit(lambda rru: spectral_norm(rru.reduce_dim_z.conv)), RETURNED),
     "patched forward": (unit(lambda rru: setattr(rru, "forward", rru.refined)), "its forward is not that of its class"),
     "layer missing": (unit(lambda rru: rru.s_atten_z.pop(2)), f"{FAILS}RuntimeError: shape"),
-    "normalized": (loss(distances=lambda self, v: TripletLoss.distances(self, normalize(v))), RETURNED),
-    "squared": (loss(distances=lambda self, v: TripletLoss.distances(self, v).square()), RETURNED),
+    "RRUV2": (
+        lambda: named_rruv2(),
+        "its attention has batch norms and leaky ReLUs, .* cannot even be constructed: its",
+    ),
+    "scaled": (loss(distances=lambda self, v: TripletLoss.distances(self, 3 * v)), f"{RETURNS}{NO_OPTION}"),
+    "squared": (loss(distances=lambda self, v: TripletLoss.distances(self, v).square()), f"{RETURNS}{NO_OPTION}"),
     # It differs only where a label has one feature, whose distance to itself is 0 and not the floor of 1e-6.
-    "unclamped": (loss(distances=lambda self, v: (v[:, None] - v).square().sum(2).clamp(1e-30).sqrt()), RETURNED),
+    "unclamped": (
+        loss(distances=lambda self, v: (v[:, None] - v).square().sum(2).clamp(1e-30).sqrt()),
+        rf"{RETURNS}.* for labels \[0, 1, 2, 3, .*, the operator ",
+    ),
     **{
-        f"hingeless, {margin}": (near(partial(TripletLoss, margin), forward=hingeless), RETURNED)
+        f"hingeless, {margin}": (near(partial(TripletLoss, margin), forward=hingeless), RETURNS)
         for margin in (0.3, 300.0, 1e3, 1e4, 1e6)
     },
     "weights": (
-        loss(forward=lambda self, inputs, targets, weights=None: TripletLoss.forward(self, inputs, targets)),
-        r"its forward takes \['inputs', 'targets', 'weights'\], wanted \['inputs', 'targets'\]$",
+        loss(
+            forward=lambda self, inputs, targets, weights: TripletLoss.forward(self, inputs, targets) * weights.mean()
+        ),
+        r"it takes \(self, inputs, targets, weights\), wanted features and labels; it fails on a batch",
     ),
-    "attribute set": (loss(forward=remembering), r".*Missing keys .*: \['last'\] .*'attributes set'"),
-    "sum": (
-        loss(lambda loss: setattr(loss.ranking_loss, "reduction", "sum")),
-        rf"{FAILS}ValueError: reduction: got 'sum', wanted one of 'mean', 'none'\)$",
+    "attribute set": (loss(forward=remembering), f"its forward sets last; {OPTION}"),
+    "matrix too": (
+        loss(forward=lambda self, f, y: (TripletLoss.forward(self, f, y), self.distances(f))),
+        rf"it returns \(.*, a tensor \(12, 12\)\), {NO_OPTION}",
+    ),
+    "partners without gradients": (
+        loss(distances=lambda self, v: torch.cdist(v, v.detach()).clamp(1e-6)),
+        f"the operator's gradient differs from its by .*; {OPTION}",
+    ),
+    "second hardest": (loss(forward=second_hardest), RETURNS),
+    "singles left out": (loss(forward=without_singles), rf"{RETURNS}.* for labels \["),
+    "a tensor that it reads": (
+        loss(lambda loss: setattr(loss, "weight", torch.ones(()))),
+        "weight is a tensor, whose values may change",
+    ),
+    "hook on its part": (
+        loss(lambda loss: loss.ranking_loss.register_forward_hook(print)),
+        "ranking_loss has hooks, which would no longer run",
+    ),
+    "patched": (loss(lambda loss: setattr(loss, "forward", loss.distances)), "its forward is not that of its class"),
+    "another network's distances": (
+        loss(forward=lambda self, d_pos, d_neg: self.ranking_loss(d_neg, d_pos, torch.ones_like(d_neg))),
+        rf"it fails on a batch of 4 x 3 features \(RuntimeError: .*\); {OPTION}",
     ),
 }

@@ -1,0 +1,179 @@
+"""Notice that an attribute which a swapped forward was compared with has changed since."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rru_fast.compat import binding
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+IGNORED = frozenset(vars(nn.Module())) | {*binding.BOUND, binding.MARK, binding.WARNED, "_compiled_call_impl"}
+VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CONTAINERS = (list, tuple, set, dict)
+NOT_OURS = {"torch", "builtins", "numpy", "typing", "abc", "enum", "collections", "types"}
+MISSING = object()
+
+
+class Watch(NamedTuple):
+    """Attributes of one object or class."""
+
+    owner: Any
+    name: str
+    """Of the owner, in the swapped object."""
+    values: dict[str, Any]
+    absent: tuple[str, ...]
+    """Names that the code mentions and that neither the owner nor its class has."""
+    inherited: tuple[str, ...]
+    """Names that the code mentions and that its class has."""
+
+
+def watch(obj: Any, *, nested: bool = True) -> tuple[Watch, ...]:
+    """Return what the attributes of the object and its classes are now, if `nested` also those of what it holds.
+
+    Raises:
+        ValueError: one is a tensor, whose values cannot be watched without reading them.
+    """
+    mentioned = {name for code in _code(obj) for name in _names(code)} - IGNORED
+    found, queue, seen = [], [("", obj)], set()
+    while queue:
+        name, owner = queue.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        values = dict(_attributes(owner, inner=nested, hooks=owner is not obj))
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{_join(name, key)} is a tensor, whose values may change")
+        absent = sorted(mentioned - values.keys()) if owner is obj or not isinstance(owner, nn.Module) else []
+        by_class = [key for key in absent if hasattr(type(owner), key)]
+        others = [key for key in absent if key not in by_class]
+        found.append(Watch(owner, name, {k: _freeze(v) for k, v in values.items()}, tuple(others), tuple(by_class)))
+        if nested:
+            queue += [(_join(name, key), value) for key, value in values.items() if has_attributes(value)]
+    return (*found, *(Watch(cls, cls.__name__, values, (), ()) for cls, values in _classes(obj)))
+
+
+def changed(watches: tuple[Watch, ...]) -> str | None:
+    """Return the name of an attribute that is not what it was, or None."""
+    find = _changed_when_compiled if torch.compiler.is_compiling() else _changed
+    for watch in watches:
+        name = find(watch)
+        if name is not None:
+            return _join(watch.name, name)
+    return None
+
+
+def _changed(watch: Watch) -> str | None:
+    now = vars(watch.owner)
+    submodules = now.get("_modules", now)
+    for key, then in watch.values.items():
+        value = now.get(key, MISSING)
+        if not is_same(submodules.get(key, MISSING) if value is MISSING else value, then):
+            return key
+    for names in (watch.absent, watch.inherited):  # a missing attribute takes an nn.Module's getattr a microsecond
+        for key in names:
+            if key in now:
+                return key
+    return None
+
+
+def _changed_when_compiled(watch: Watch) -> str | None:
+    """As `_changed`, in terms that torch.compile guards: it does vars() and classes not."""
+    if isinstance(watch.owner, type):
+        return None
+    for key, then in watch.values.items():
+        if not is_same(getattr(watch.owner, key, None), then):
+            return key
+    for key in watch.absent:
+        if getattr(watch.owner, key, None) is not None:
+            return key
+    return None
+
+
+def is_users(cls: type[Any]) -> bool:
+    """Return True if the class is not of PyTorch, numpy or Python itself."""
+    return cls.__module__.partition(".")[0] not in NOT_OURS
+
+
+def has_attributes(value: Any) -> bool:
+    """Return True for a module, and for an instance of a user's class or of a namespace."""
+    if isinstance(value, type | Tensor | types.FunctionType | types.MethodType | types.ModuleType):
+        return False
+    if isinstance(value, nn.Module | types.SimpleNamespace):
+        return True
+    return hasattr(value, "__dict__") and is_users(type(value))
+
+
+def _attributes(owner: Any, inner: bool, hooks: bool) -> Iterator[tuple[str, Any]]:
+    """Yield an object's own attributes; of a module also submodules, if `inner` parameters and buffers, and hooks."""
+    held = vars(owner)
+    if isinstance(owner, nn.Module):
+        names = ("_modules", "_parameters", "_buffers") if inner else ("_modules",)
+        groups = [held[name].items() for name in names]
+        yield from ((key, value) for group in groups for key, value in group if value is not None)
+        yield from ((key, held[key]) for key in HOOKS if hooks)
+    yield from ((key, value) for key, value in held.items() if key not in IGNORED)
+
+
+def _classes(obj: Any) -> Iterator[tuple[type[Any], dict[str, Any]]]:
+    """Yield the user's classes of the object, with their functions and plain values."""
+    kinds = (types.FunctionType, staticmethod, *VALUES)
+    for cls in binding.original_class(obj).__mro__:
+        if is_users(cls):
+            held = {key: value for key, value in vars(cls).items() if isinstance(value, kinds)}
+            yield cls, {key: value for key, value in held.items() if key[:2] != "__" or key == "__call__"}
+
+
+def _code(obj: Any) -> Iterator[types.CodeType]:
+    for _, held in _classes(obj):
+        for value in held.values():
+            function = value.__func__ if isinstance(value, staticmethod) else value
+            if isinstance(function, types.FunctionType):
+                yield function.__code__
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names that code mentions, and the strings that could be names."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def _freeze(value: Any) -> Any:
+    """Copy containers, however deep, so that changes in place show; return anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _freeze(inner) for key, inner in value.items()}
+    return (
+        type(value)(map(_freeze, value))
+        if type(value) in (list, tuple)
+        else value.copy()
+        if type(value) is set
+        else value
+    )
+
+
+def is_same(now: Any, then: Any) -> bool:
+    """Return True if a value has not changed: the same object, or equal plain values or containers of them."""
+    if isinstance(then, dict):
+        return (
+            isinstance(now, dict)
+            and len(now) == len(then)
+            and all(is_same(now.get(k, MISSING), v) for k, v in then.items())
+        )
+    if isinstance(then, list | tuple):
+        return type(now) is type(then) and len(now) == len(then) and all(map(is_same, now, then))
+    if now is then:
+        return True
+    return type(now) is type(then) and isinstance(then, (*VALUES, set)) and bool(now == then)
