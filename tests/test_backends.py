@@ -118,6 +118,7 @@ MAY_IMPORT = {
     "functional.py": FOOT | {"arguments", "backends", "ops", "reference"},
     "modules.py": FOOT | {"backends", "cuda_graphs", "functional", "reference"},
     "compat": FOOT | {"functional", "modules", "reference"},
+    "contrib": FOOT | {"backends", "compat", "functional", "modules", "reference"},
 }
 
 

@@ -23,6 +23,7 @@ import rru_fast
 from rru_fast import backends, cuda_graphs, native, ops, reference
 from rru_fast.arguments import RefineArguments, flatten
 from rru_fast.compat import weights
+from rru_fast.contrib import strong_baseline
 from rru_fast.testing import relative_error
 from rru_fast.types import State
 from tests.helpers import third_party
@@ -244,6 +245,16 @@ OF_OTHERS: Calls = {
         lambda: rru_fast.restore(3)
     ),
 }
+OF_CONTRIB: Calls = {
+    "ValueError: margin: got nan, wanted a finite number or None": lambda: strong_baseline.TripletLoss(float("nan")),
+    "ValueError: hard_factor: got '0', wanted a finite number": lambda: strong_baseline.TripletLoss(0.3, "0"),  # type: ignore[arg-type]
+    "ValueError: global_feat: got shape (2, 3, 4), wanted (N, D)": lambda: strong_baseline.TripletLoss()(
+        torch.randn(2, 3, 4), torch.arange(2)
+    ),
+    "ValueError: labels: got shape (5,), wanted (4,) or (4, 1), one per feature": lambda: strong_baseline.TripletLoss()(
+        torch.randn(4, 3), torch.arange(5)
+    ),
+}
 OF_CPU_KERNELS: Calls = {
     "ValueError: backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on the CPU": (
         lambda: rru_fast.strip_pool(torch.empty(1, 1, 1, 1, 1, device=META), backend="cpu")
@@ -335,7 +346,13 @@ OF_OFFICIAL_WEIGHTS: Calls = {
     ),
 }
 
-ERRORS = [*OF_REFINE.items(), *OF_OTHERS.items(), *OF_MODULES.items(), *OF_OFFICIAL_WEIGHTS.items()]
+ERRORS = [
+    *OF_REFINE.items(),
+    *OF_OTHERS.items(),
+    *OF_MODULES.items(),
+    *OF_OFFICIAL_WEIGHTS.items(),
+    *OF_CONTRIB.items(),
+]
 ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
 # Raise statements that a single process without a GPU does not reach, by a part of their text.
 ELSEWHERE = {

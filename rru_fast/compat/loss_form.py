@@ -139,7 +139,7 @@ def forward(loss: Any, backend: str, form: Form, *args: Any, **kwargs: Any) -> A
     if narrow and (form.call.widens or torch.is_autocast_enabled(device)):  # autocast runs PyTorch's losses in float32
         features = features.float()
     formula = form.formula._replace(norm=form.call.norm) if normalized else form.formula
-    return formula(features, _codes(labels, features), mask=mask, backend=backend)
+    return formula(features, label_codes(labels, features), mask=mask, backend=backend)
 
 
 def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...] | None, str]:
@@ -184,7 +184,7 @@ def _label_kind(labels: Any, n: int) -> str:
     return "float" if labels.is_floating_point() else "bool" if labels.dtype == torch.bool else ""
 
 
-def _codes(labels: Tensor, features: Tensor) -> Tensor:
+def label_codes(labels: Tensor, features: Tensor) -> Tensor:
     """Return integers (N,), equal where labels are, on the features' device."""
     labels = labels.flatten().to(features.device)
     if labels.is_floating_point():

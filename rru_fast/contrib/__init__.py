@@ -1,0 +1,1 @@
+"""Interfaces of other libraries, each imported where it is asked for."""
