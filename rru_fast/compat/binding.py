@@ -58,7 +58,7 @@ def original_class(obj: Any) -> type[Any]:
 
 def bound_class(cls: type[Any]) -> type[Any]:
     """Return the class of a swapped object that had `cls`: of a plain one a subclass of the same name."""
-    if issubclass(cls, nn.Module) or hasattr(cls, "forward"):  # Python looks up __call__ in the class, alone
+    if _calls_forward(cls):
         return cls
     if cls not in _callable:
         names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -70,8 +70,16 @@ def bound_class(cls: type[Any]) -> type[Any]:
 def original_forward(obj: Any) -> Callable[..., Any]:
     """Return the function that `bind` shadows, which takes the object first."""
     cls = original_class(obj)
-    forward: Callable[..., Any] = cls.forward if hasattr(cls, "forward") else cls.__call__
+    forward: Callable[..., Any] = cls.forward if _calls_forward(cls) else cls.__call__
     return forward
+
+
+def _calls_forward(cls: type[Any]) -> bool:
+    """Return True if calling an instance calls its attribute forward; Python looks up __call__ in the class alone."""
+    if issubclass(cls, nn.Module):
+        return True
+    forward, code = getattr(cls, "forward", None), getattr(cls.__call__, "__code__", None)
+    return forward is not None and cls.__call__ is not forward and (code is None or "forward" in code.co_names)
 
 
 def run_original(obj: Any, reason: str, *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
     elif isinstance(value, types.FunctionType):
-        yield from _variables(value)
+        yield from _variables(value) if is_users(value) else ()
     else:
         if isinstance(value, nn.Module):
             yield from ((f".{key}", module) for key, module in value._modules.items())

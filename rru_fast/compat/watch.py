@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 IGNORED = frozenset(vars(nn.Module())) | {*binding.BOUND, binding.MARK, binding.WARNED, "_compiled_call_impl"}
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 CONTAINERS = (list, tuple, set, dict)
-NOT_OURS = {"torch", "builtins", "numpy", "typing", "abc", "enum", "collections", "types"}
+NOT_USERS = {"torch", "numpy", *sys.stdlib_module_names} - {"argparse", "types"}  # whose namespaces hold options
 MISSING = object()
 
 
@@ -47,7 +48,7 @@ def watch(obj: Any, *, nested: bool = True) -> tuple[Watch, ...]:
         seen.add(id(owner))
         values = dict(_attributes(owner, inner=nested, hooks=owner is not obj))
         for key, value in values.items():
-            if isinstance(value, Tensor):
+            if _holds_tensor(value):
                 raise ValueError(f"{_join(name, key)} is a tensor, whose values may change")
         absent = sorted(mentioned - values.keys()) if owner is obj or not isinstance(owner, nn.Module) else []
         by_class = [key for key in absent if hasattr(type(owner), key)]
@@ -95,18 +96,16 @@ def _changed_when_compiled(watch: Watch) -> str | None:
     return None
 
 
-def is_users(cls: type[Any]) -> bool:
-    """Return True if the class is not of PyTorch, numpy or Python itself."""
-    return cls.__module__.partition(".")[0] not in NOT_OURS
+def is_users(cls: Any) -> bool:
+    """Return True if a class or function is not of PyTorch, numpy or Python itself."""
+    return cls.__module__.partition(".")[0] not in NOT_USERS
 
 
 def has_attributes(value: Any) -> bool:
-    """Return True for a module, and for an instance of a user's class or of a namespace."""
+    """Return True for a module, and for an instance of a user's class or a namespace."""
     if isinstance(value, type | Tensor | types.FunctionType | types.MethodType | types.ModuleType):
         return False
-    if isinstance(value, nn.Module | types.SimpleNamespace):
-        return True
-    return hasattr(value, "__dict__") and is_users(type(value))
+    return isinstance(value, nn.Module) or (hasattr(value, "__dict__") and is_users(type(value)))
 
 
 def _attributes(owner: Any, inner: bool, hooks: bool) -> Iterator[tuple[str, Any]]:
@@ -145,6 +144,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
         elif isinstance(constant, str) and constant.isidentifier():
             yield constant
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return any(map(_holds_tensor, value)) if isinstance(value, list | tuple) else isinstance(value, Tensor)
 
 
 def _join(owner: str, name: str) -> str:
