@@ -112,7 +112,7 @@ class Form(NamedTuple):
 
     call: Call
     formula: Formula
-    watches: tuple[watch.Watch, ...]
+    watches: tuple[watch.Watch | watch.ClassWatch, ...]
     """Attributes that must not change."""
     world_size: int | None
     """Number of ranks that must not change; None if it makes no difference."""

@@ -103,7 +103,7 @@ def _calls(loss: Any) -> Iterator[tuple[Call, Fill]]:
         yield call(tuple(required[:half]), tuple(required[half:])), lambda f, y, n: (f,) * half + (y,) * half
 
 
-def _numbers(watches: tuple[watch.Watch, ...]) -> Numbers:
+def _numbers(watches: tuple[watch.Watch | watch.ClassWatch, ...]) -> Numbers:
     """Return the numbers among the attributes by name."""
     found: Numbers = {}
     for name, value in ((name, value) for seen in watches for name, value in seen.values.items()):

@@ -46,7 +46,7 @@ def _forward(
     module: Any,
     backend: str,
     forward: Callable[..., Any],
-    watches: tuple[watch.Watch, ...],
+    watches: tuple[watch.Watch | watch.ClassWatch, ...],
     *inputs: Any,
     **keywords: Any,
 ) -> Any:

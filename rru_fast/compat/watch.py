@@ -21,7 +21,7 @@ MISSING = object()
 
 
 class Watch(NamedTuple):
-    """Attributes of one object or class."""
+    """Attributes of one object."""
 
     owner: Any
     name: str
@@ -32,8 +32,57 @@ class Watch(NamedTuple):
     inherited: tuple[str, ...]
     """Names that the code mentions and that its class has."""
 
+    def changed(self) -> str | None:
+        """Return the name of an attribute that is not what it was, or None."""
+        now = vars(self.owner)
+        submodules = now.get("_modules", now)
+        for key, then in self.values.items():
+            value = now.get(key, MISSING)
+            if not is_same(submodules.get(key, MISSING) if value is MISSING else value, then):
+                return _join(self.name, key)
+        for names in (self.absent, self.inherited):  # a missing attribute takes an nn.Module's getattr a microsecond
+            for key in names:
+                if key in now:
+                    return _join(self.name, key)
+        return None
 
-def watch(obj: Any, *, nested: bool = True) -> tuple[Watch, ...]:
+    def changed_when_compiled(self) -> str | None:
+        """As `changed`, in terms that torch.compile guards, as it does not vars()."""
+        for key, then in self.values.items():
+            if not is_same(getattr(self.owner, key, None), then):
+                return _join(self.name, key)
+        for key in self.absent:
+            if getattr(self.owner, key, None) is not None:
+                return _join(self.name, key)
+        return None
+
+
+class ClassWatch:
+    """Functions and plain values of a class. A copy in another process takes them as they are there."""
+
+    def __init__(self, owner: type[Any]) -> None:
+        self.owner, self.values = owner, dict(_class_attributes(owner))
+
+    def __deepcopy__(self, memo: object) -> ClassWatch:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClassWatch, (self.owner,)
+
+    def changed(self) -> str | None:
+        """Return the name of an attribute that is not what it was, or None."""
+        now = vars(self.owner)
+        for key, then in self.values.items():
+            if not is_same(now.get(key, MISSING), then):
+                return f"{self.owner.__name__}.{key}"
+        return None
+
+    def changed_when_compiled(self) -> None:
+        """Return None: torch.compile does not guard classes."""
+        return None
+
+
+def watch(obj: Any, *, nested: bool = True) -> tuple[Watch | ClassWatch, ...]:
     """Return what the attributes of the object and its classes are now, if `nested` also those of what it holds.
 
     Raises:
@@ -56,43 +105,16 @@ def watch(obj: Any, *, nested: bool = True) -> tuple[Watch, ...]:
         found.append(Watch(owner, name, {k: _freeze(v) for k, v in values.items()}, tuple(others), tuple(by_class)))
         if nested:
             queue += [(_join(name, key), value) for key, value in values.items() if has_attributes(value)]
-    return (*found, *(Watch(cls, cls.__name__, values, (), ()) for cls, values in _classes(obj)))
+    return (*found, *(ClassWatch(cls) for cls in _classes(obj)))
 
 
-def changed(watches: tuple[Watch, ...]) -> str | None:
+def changed(watches: tuple[Watch | ClassWatch, ...]) -> str | None:
     """Return the name of an attribute that is not what it was, or None."""
-    find = _changed_when_compiled if torch.compiler.is_compiling() else _changed
+    compiling = torch.compiler.is_compiling()
     for watch in watches:
-        name = find(watch)
+        name = watch.changed_when_compiled() if compiling else watch.changed()
         if name is not None:
-            return _join(watch.name, name)
-    return None
-
-
-def _changed(watch: Watch) -> str | None:
-    now = vars(watch.owner)
-    submodules = now.get("_modules", now)
-    for key, then in watch.values.items():
-        value = now.get(key, MISSING)
-        if not is_same(submodules.get(key, MISSING) if value is MISSING else value, then):
-            return key
-    for names in (watch.absent, watch.inherited):  # a missing attribute takes an nn.Module's getattr a microsecond
-        for key in names:
-            if key in now:
-                return key
-    return None
-
-
-def _changed_when_compiled(watch: Watch) -> str | None:
-    """As `_changed`, in terms that torch.compile guards: it does vars() and classes not."""
-    if isinstance(watch.owner, type):
-        return None
-    for key, then in watch.values.items():
-        if not is_same(getattr(watch.owner, key, None), then):
-            return key
-    for key in watch.absent:
-        if getattr(watch.owner, key, None) is not None:
-            return key
+            return name
     return None
 
 
@@ -119,21 +141,23 @@ def _attributes(owner: Any, inner: bool, hooks: bool) -> Iterator[tuple[str, Any
     yield from ((key, value) for key, value in held.items() if key not in IGNORED)
 
 
-def _classes(obj: Any) -> Iterator[tuple[type[Any], dict[str, Any]]]:
-    """Yield the user's classes of the object, with their functions and plain values."""
+def _classes(obj: Any) -> list[type[Any]]:
+    """Return the user's classes of an object."""
+    return [cls for cls in binding.original_class(obj).__mro__ if is_users(cls)]
+
+
+def _class_attributes(cls: type[Any]) -> Iterator[tuple[str, Any]]:
     kinds = (types.FunctionType, staticmethod, *VALUES)
-    for cls in binding.original_class(obj).__mro__:
-        if is_users(cls):
-            held = {key: value for key, value in vars(cls).items() if isinstance(value, kinds)}
-            yield cls, {key: value for key, value in held.items() if key[:2] != "__" or key == "__call__"}
+    for key, value in vars(cls).items():
+        if isinstance(value, kinds) and (key[:2] != "__" or key == "__call__"):
+            yield key, value
 
 
 def _code(obj: Any) -> Iterator[types.CodeType]:
-    for _, held in _classes(obj):
-        for value in held.values():
-            function = value.__func__ if isinstance(value, staticmethod) else value
-            if isinstance(function, types.FunctionType):
-                yield function.__code__
+    for _, value in (pair for cls in _classes(obj) for pair in _class_attributes(cls)):
+        function = value.__func__ if isinstance(value, staticmethod) else value
+        if isinstance(function, types.FunctionType):
+            yield function.__code__
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
