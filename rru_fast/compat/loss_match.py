@@ -28,7 +28,8 @@ Numbers = dict[str, list[float]]
 def is_candidate(obj: Any) -> bool:
     """Return True for a module or a callable object that its class's name or its attributes call a triplet loss."""
     cls = binding.original_class(obj)
-    if isinstance(obj, type | torch.jit.ScriptModule) or not watch.is_users(cls) or not hasattr(obj, "__dict__"):
+    own = cls.__module__.startswith("rru_fast.") or isinstance(obj, reference.BatchHardTripletLoss)
+    if own or isinstance(obj, torch.jit.ScriptModule) or not watch.is_users(cls):
         return False
     if not (hasattr(cls, "forward") or callable(obj)):
         return False
