@@ -23,7 +23,7 @@ import rru_fast
 from rru_fast import backends, cuda_graphs, native, ops, reference
 from rru_fast.arguments import RefineArguments, flatten
 from rru_fast.compat import weights
-from rru_fast.contrib import strong_baseline
+from rru_fast.contrib import pml, strong_baseline
 from rru_fast.testing import relative_error
 from rru_fast.types import State
 from tests.helpers import third_party
@@ -238,6 +238,14 @@ OF_OTHERS: Calls = {
     ),
     "TypeError: return_indices: got 'x', wanted True or False": lambda: triplet(return_indices="x"),
     "TypeError: return_distances: got 1, wanted True or False": lambda: triplet(return_distances=1),
+    "ValueError: distance: got str with p=None, power=None, wanted LpDistance or CosineSimilarity with p=2, power=1": (
+        lambda: pml.BatchHardTripletLoss(distance="cosine")
+    ),
+    "ValueError: margin: got 'soft', wanted a finite number": lambda: pml.BatchHardTripletLoss(margin="soft"),
+    "TypeError: smooth_loss: got 1, wanted True or False": lambda: pml.BatchHardTripletLoss(smooth_loss=1),
+    f"ValueError: backend: got 'gpu', wanted 'auto' or one of {USABLE}": lambda: pml.BatchHardTripletLoss(
+        backend="gpu"
+    ),
     "TypeError: model: got None, wanted an nn.Module, a loss, or an object, function, list or dict that holds them": (
         lambda: rru_fast.accelerate(None)
     ),
@@ -374,6 +382,7 @@ ELSEWHERE = {
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",
     "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
     "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
+    "got no pytorch-metric-learning": "tests/contrib/test_pml.py: without it",
     "_UnusableError(": "tests/test_native.py: the reason that show_config prints",
 } | (
     dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
