@@ -26,7 +26,7 @@ class NoMatch(Exception):
     """Why a loss cannot be swapped, and the option that would serve."""
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Keep everything in fp64 on the CPU, also where a loss casts to another dtype or moves to a GPU."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,7 +50,7 @@ def _on_cpu(value: Any) -> Any:
 
 def run(loss: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the loss's own forward."""
-    with torch.device("cpu"), _InFloat64(), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), InFloat64(), torch.random.fork_rng(devices=[]):
         return binding.original_forward(loss)(loss, *args, **kwargs)
 
 
