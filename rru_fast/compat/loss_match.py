@@ -22,6 +22,7 @@ OTHER_INTERFACES = {
     "pytorch_metric_learning": "rru_fast.contrib.pml has a loss and a miner for pytorch-metric-learning",
     "sentence_transformers": f"it takes a model; {MADE_OF}",
 }
+LABELS = {"label", "labels", "target", "targets", "y", "pids"}
 Numbers = dict[str, list[float]]
 
 
@@ -93,7 +94,9 @@ def _calls(loss: Any) -> Iterator[tuple[Call, Fill]]:
         return Call(names, features, labels, unused, others, "none", False, (), False)
 
     first, second, *rest = names
-    if len(required) <= 2:
+    if len(required) <= 2 and first in LABELS:
+        yield call((second,), (first,)), lambda f, y, n: (y, f)
+    elif len(required) <= 2:
         yield call((first,), (second,)), lambda f, y, n: (f, y)
     elif len(required) == 3:
         yield call((first,), (rest[0],), (second,)), lambda f, y, n: (f, f.detach().flip(0) + n, y)

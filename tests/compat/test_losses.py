@@ -165,6 +165,21 @@ def test_a_call_that_the_operator_does_not_serve_runs_the_original_with_a_warnin
     assert_same(got, results(call, plain, batches()[4]))
 
 
+class LabelsFirst(loss_objects.StrongBaselineTripletLoss):
+    """A loss whose labels come first."""
+
+    def __call__(self, labels: Tensor, embeddings: Tensor) -> Tensor:  # type: ignore[override]
+        return super().__call__(embeddings, labels)[0]
+
+
+def test_a_loss_whose_labels_come_first_is_swapped() -> None:
+    plain, fast = LabelsFirst(0.3), rru_fast.accelerate(LabelsFirst(0.3))
+    assert bound_backend(fast) == "auto"
+    for call in (lambda loss, f, y: loss(y, f), lambda loss, f, y: loss(embeddings=f, labels=y)):
+        for features in batches():
+            assert_same(results(call, fast, features), results(call, plain, features))
+
+
 def test_a_mask_selects_anchors_and_no_partners() -> None:
     plain, fast = (loss_objects.CentroidsTripletLoss(0.5, "euclidean") for _ in range(2))
     rru_fast.accelerate(fast)
