@@ -29,10 +29,10 @@ def accelerate(model: Held, *, backend: str = "auto", cuda_graph: bool = False) 
 
     Objects, parameters, buffers, hooks and optimizers stay. Called again, it changes the backend, and compares losses
     again. A reference module gets the fast class. A third-party module keeps its class and gets a `forward` attribute:
-    its repr does not show it, torch.jit.script refuses it, and a `__reduce__` or `__deepcopy__` of its class may give a
-    copy that runs the original's weights: restore before such a copy. A plain object gets a subclass of its class, of
-    the same name. Where an attribute is not what it was at the swap, or a call has arguments that the operator does not
-    serve, a third-party one runs its own forward, with a warning.
+    its repr does not show it, torch.jit.script refuses it, and a shallow copy, or one by a `__reduce__` or
+    `__deepcopy__` of its class, may run the original's: restore before such a copy. A plain object gets a subclass of
+    its class, of the same name. Where an attribute is not what it was at the swap, or a call has arguments that the
+    operator does not serve, a third-party one runs its own forward, with a warning.
 
     Args:
         model: a module, a loss, or an object, function, list or dict that holds them: attributes, elements, and the

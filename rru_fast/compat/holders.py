@@ -41,7 +41,7 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
 def _held(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a value holds, each with the name of the way to it."""
     if isinstance(value, dict):
-        yield from ((f"[{key!r}]", held) for key, held in list(value.items()))
+        yield from ((f"[{_key(key)}]", held) for key, held in list(value.items()))
     elif isinstance(value, CONTAINERS):
         yield from ((f"[{index}]", held) for index, held in enumerate(value))
     elif isinstance(value, functools.partial):
@@ -55,6 +55,11 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{key}", module) for key, module in value._modules.items())
         if is_users(type(value)) or not isinstance(value, nn.Module):
             yield from ((f".{key}", held) for key, held in list(vars(value).items()) if key not in IGNORED)
+
+
+def _key(key: Any) -> str:
+    """Return a dict's key in few words: a tensor's repr takes a while."""
+    return repr(key) if isinstance(key, str | int) else type(key).__name__
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
