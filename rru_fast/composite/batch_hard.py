@@ -40,37 +40,52 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
 
 def backward(d_loss: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
     """Return the gradient of the features, nonzero only for active anchors and their hardest positive and negative."""
-    gap = saved.d_pos - saved.d_neg
+    d_pos, d_neg = saved.d_pos, saved.d_neg
+    f, group, index, others = _partners(saved, args)
+    gap = d_pos - d_neg
     hinge = torch.ops.aten.threshold_backward
     weight = d_loss * torch.sigmoid(gap) if args.soft else hinge(d_loss, gap, -args.margin)
-    return _distances_backward(torch.stack((weight, -weight), -1), saved, args)
+    to_positive, to_negative = others.unbind(2)
+    if args.metric == "cosine":
+        d_f = (to_negative - to_positive).mul_(weight[..., None])
+        torch.mul(f, weight[..., None], out=to_negative)
+        torch.neg(to_negative, out=to_positive)
+    else:
+        to_positive.sub_(f)
+        torch.sub(f, to_negative, out=to_negative)
+        distances = torch.stack((d_pos, d_neg), -1)
+        others.mul_((weight[..., None] / F.threshold(distances, AT_FLOOR, INF))[..., None])
+        d_f = torch.add(to_positive, to_negative).neg_()
+    _add_rows(d_f, group, index, others.flatten(1, 2))
+    return d_f.to(args.features.dtype)
 
 
 def distances_backward(
     d_d_pos: Tensor | None, d_d_neg: Tensor | None, saved: BatchHardSaved, args: BatchHardArguments
 ) -> Tensor:
     """Return the gradient of the features from those of the two distances, (G, N) each, None for zero."""
+    f, group, index, others = _partners(saved, args)
     zero = torch.zeros_like(saved.d_pos)
     to_positive = zero if d_d_pos is None else d_d_pos
     to_negative = zero if d_d_neg is None else d_d_neg.masked_fill(saved.negative < 0, 0)
-    return _distances_backward(torch.stack((to_positive, to_negative), -1), saved, args)
-
-
-def _distances_backward(d_distances: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
-    """Return the gradient of the features from that of the distances (G, N, 2), 0 where there is no negative."""
-    f = args.features.to(saved.d_pos.dtype)
-    group, index = _pairs(saved.positive, saved.negative)
-    others = f[group, index].view(*f.shape[:2], 2, -1)  # (G, N, 2, D); index -1 reads the last row and adds zeros to it
+    weights = torch.stack((to_positive, to_negative), -1)[..., None]  # (G, N, 2, 1)
     if args.metric == "cosine":
-        d_distances = d_distances[..., None]
-        d_f = others.mul_(d_distances).sum(2).neg_()
-        torch.mul(f[:, :, None], -d_distances, out=others)
+        d_f = others.mul_(weights).sum(2).neg_()
+        torch.mul(f[:, :, None], -weights, out=others)
     else:
-        distances = torch.stack((saved.d_pos, saved.d_neg), -1)
-        others.sub_(f[:, :, None]).mul_((d_distances / F.threshold(distances, AT_FLOOR, INF))[..., None])
+        distances = torch.stack((saved.d_pos, saved.d_neg), -1)[..., None]
+        others.sub_(f[:, :, None]).mul_(weights / F.threshold(distances, AT_FLOOR, INF))
         d_f = others.sum(2).neg_()
     _add_rows(d_f, group, index, others.flatten(1, 2))
     return d_f.to(args.features.dtype)
+
+
+def _partners(saved: BatchHardSaved, args: BatchHardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the features in the arithmetic dtype, `_pairs`, and each anchor's two partners, (G, N, 2, D)."""
+    f = args.features.to(saved.d_pos.dtype)
+    group, index = _pairs(saved.positive, saved.negative)
+    # Index -1 reads the last row, and zeros are added to it.
+    return f, group, index, f[group, index].view(*f.shape[:2], 2, -1)
 
 
 def by_differences(f: Tensor) -> bool:
