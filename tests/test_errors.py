@@ -23,7 +23,7 @@ import rru_fast
 from rru_fast import backends, cuda_graphs, native, ops, reference
 from rru_fast.arguments import RefineArguments, flatten
 from rru_fast.compat import weights
-from rru_fast.contrib import pml, strong_baseline
+from rru_fast.contrib import pml, sentence_transformers, strong_baseline
 from rru_fast.testing import relative_error
 from rru_fast.types import State
 from tests.helpers import third_party
@@ -262,6 +262,24 @@ OF_CONTRIB: Calls = {
     "ValueError: labels: got shape (5,), wanted (4,) or (4, 1), one per feature": lambda: strong_baseline.TripletLoss()(
         torch.randn(4, 3), torch.arange(5)
     ),
+    "ValueError: distance_metric: got 'cosine', wanted BatchHardTripletLossDistanceFunction's eucledian_distance or "
+    "cosine_distance": lambda: sentence_transformers.BatchHardTripletLoss(None, "cosine"),
+    "ValueError: margin: got inf, wanted a finite number": (
+        lambda: sentence_transformers.BatchHardTripletLoss(None, margin=float("inf"))
+    ),
+    f"ValueError: backend: got 'mps', wanted 'auto' or one of {USABLE}": (
+        lambda: sentence_transformers.BatchHardSoftMarginTripletLoss(None, backend="mps")
+    ),
+    "ValueError: embeddings: got shape (2, 3, 4), wanted (N, D)": (
+        lambda: sentence_transformers.BatchHardTripletLoss(None).batch_hard_triplet_loss(
+            torch.arange(3), torch.randn(2, 3, 4)
+        )
+    ),
+    "ValueError: labels: got shape (5,), wanted (4,) = (N,), one per feature": (
+        lambda: sentence_transformers.BatchHardTripletLoss(None).batch_hard_triplet_loss(
+            torch.arange(5), torch.randn(4, 3)
+        )
+    ),
 }
 OF_CPU_KERNELS: Calls = {
     "ValueError: backend: got 'cpu' with tensors on meta, wanted 'auto', or tensors on the CPU": (
@@ -383,6 +401,7 @@ ELSEWHERE = {
     "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
     "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
     "got no pytorch-metric-learning": "tests/contrib/test_pml.py: without it",
+    "got no sentence-transformers": "tests/contrib/test_sentence_transformers.py: without it",
     "_UnusableError(": "tests/test_native.py: the reason that show_config prints",
 } | (
     dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
