@@ -20,7 +20,7 @@ from rru_fast.reference.equations import reduce
 
 OTHER_INTERFACES = {
     "pytorch_metric_learning": "rru_fast.contrib.pml has a loss and a miner for pytorch-metric-learning",
-    "sentence_transformers": f"it takes a model; {MADE_OF}",
+    "sentence_transformers": "rru_fast.contrib.sentence_transformers has sentence-transformers' batch-hard losses",
 }
 LABELS = {"label", "labels", "target", "targets", "y", "pids"}
 Numbers = dict[str, list[float]]

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses, modules
 from torch import Tensor, nn
 
+import rru_fast
 from benchmarks.harness.measure import peak_bytes
 from rru_fast.contrib.sentence_transformers import BatchHardSoftMarginTripletLoss, BatchHardTripletLoss
 from rru_fast.testing import assert_parity, relative_error
@@ -312,6 +313,22 @@ def test_the_classes_describe_themselves_as_theirs(ours: Any, theirs: Any, dista
     assert fast.get_config_dict() == own.get_config_dict()
     assert fast.citation == own.citation
     assert fast.state_dict().keys() == own.state_dict().keys()
+
+
+@pytest.mark.parametrize("theirs", [*(pair[1] for pair in PAIRS), losses.BatchAllTripletLoss])
+def test_accelerate_names_the_module_for_their_losses(theirs: Any) -> None:
+    loss = of_embeddings(theirs)
+    with pytest.warns(UserWarning, match=f"{MODULE} has sentence-transformers' batch-hard losses"):
+        assert rru_fast.accelerate(loss) is loss
+    assert "forward" not in vars(loss)
+
+
+@pytest.mark.filterwarnings("error")
+@each_loss
+def test_accelerate_leaves_ours(ours: Any, theirs: Any) -> None:
+    loss = of_embeddings(ours)
+    rru_fast.accelerate([loss, rru_fast.reference.BatchHardTripletLoss()])
+    assert type(loss) is ours and "forward" not in vars(loss)
 
 
 @each_loss
