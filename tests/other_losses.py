@@ -11,6 +11,8 @@ ANCHORS = (
 )
 PML = "KevinMusgrave/pytorch-metric-learning"
 OURS = "rru_fast.contrib.pml.BatchHardTripletLoss"
+SENTENCES = "UKPLab/sentence-transformers"
+OF_SENTENCES = "rru_fast.contrib.sentence_transformers"
 
 ELSEWHERE = (
     Form(
@@ -78,24 +80,25 @@ ELSEWHERE = (
         why="a function",
     ),
     Form(
-        "UKPLab/sentence-transformers",
+        SENTENCES,
         "BatchHardTripletLoss(model)",
         call="([{'f': f}], y)",
-        instead=f"{OP}(f, y, margin=5)",
+        instead=OF_SENTENCES + ".BatchHardTripletLoss(model)([{'f': f}], y)",
         why="takes a model, whose embeddings are f",
     ),
     Form(
-        "UKPLab/sentence-transformers",
+        SENTENCES,
         "BatchHardTripletLoss(model, BatchHardTripletLossDistanceFunction.cosine_distance, 0.5)",
         call="([{'f': f}], y)",
-        instead=f"{OP}(f, y, margin=0.5, metric='cosine')",
+        instead=OF_SENTENCES
+        + ".BatchHardTripletLoss(model, BatchHardTripletLossDistanceFunction.cosine_distance, 0.5)([{'f': f}], y)",
         why="takes a model, whose embeddings are f",
     ),
     Form(
-        "UKPLab/sentence-transformers:sentence_transformers/losses/BatchHardSoftMarginTripletLoss.py",
+        SENTENCES,
         "BatchHardSoftMarginTripletLoss(model)",
         call="([{'f': f}], y)",
-        instead=f"{OP}(f, y, margin='soft')",
+        instead=OF_SENTENCES + ".BatchHardSoftMarginTripletLoss(model)([{'f': f}], y)",
         why="takes a model, whose embeddings are f",
     ),
     Form(

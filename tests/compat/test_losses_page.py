@@ -12,10 +12,10 @@ from benchmarks.implementations.losses import FORMS as STATED
 from rru_fast.compat import binding
 from rru_fast.testing import EXACT
 from tests import hold_losses
-from tests.helpers.loss_forms import Form
+from tests.helpers.loss_forms import NAMES, Form
 from tests.known_losses import PARTLY, SWAPPED
 from tests.losses_page import PAGE, rendered
-from tests.other_losses import ELSEWHERE, OTHERS, PML
+from tests.other_losses import ELSEWHERE, OTHERS, PML, SENTENCES
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def test_each_loss_is_on_the_page_once_and_has_a_file() -> None:
     forms = [(place, form) for form in (*SWAPPED, *PARTLY, *ELSEWHERE, *OTHERS) for place in form.places()]
     keys = [(place, form.make, form.call, form.has) for place, form in forms]
     assert len(set(keys)) == len(keys)
-    assert {repository for (repository, file), _ in forms if not file} == {PML}
+    assert {repository for (repository, file), _ in forms if not file} == {PML, SENTENCES}
 
 
 @pytest.mark.parametrize("form", [form for form in ELSEWHERE if form.repositories == PML], ids=lambda form: form.make)
@@ -58,5 +58,15 @@ def test_pytorch_metric_learning_is_served_as_the_page_says(form: Form) -> None:
     from rru_fast.contrib import pml  # noqa: F401
 
     names = {k: v for m in (distances, losses, miners, reducers) for k, v in vars(m).items()} | {"rru_fast": rru_fast}
+    own = hold_losses.caller(f"{form.make}{form.call}", names)
+    assert hold_losses.error(own, hold_losses.caller(form.instead, names)) <= EXACT
+
+
+@pytest.mark.parametrize("form", [form for form in ELSEWHERE if form.repositories == SENTENCES], ids=lambda f: f.make)
+def test_sentence_transformers_is_served_as_the_page_says(form: Form) -> None:
+    pytest.importorskip("sentence_transformers")
+    from rru_fast.contrib import sentence_transformers
+
+    names = {**vars(sentence_transformers.losses), **NAMES, "rru_fast": rru_fast}
     own = hold_losses.caller(f"{form.make}{form.call}", names)
     assert hold_losses.error(own, hold_losses.caller(form.instead, names)) <= EXACT

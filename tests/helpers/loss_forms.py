@@ -117,7 +117,6 @@ _PLACES = {
     "idm/loss/triplet.py": "SikaStar/IDM",
     "lib/network/loss_factory/triplet.py": "yolomax/person-reid-lib",
     "model/network/triplet.py": "AbnerHqC/GaitSet",
-    "sentence_transformers/losses/BatchHardTripletLoss.py": "UKPLab/sentence-transformers",
     "online_triplet_loss/losses.py": "NegatioN/OnlineMiningTripletLoss",
 }
 FILES = {repository: file for file, repositories in _PLACES.items() for repository in repositories.split(", ")}
