@@ -209,7 +209,10 @@ class CrossModalTripletLoss(_TripletLoss):
 
 
 class OpenReidTripletLoss(_TripletLoss):
-    """Loops over anchors and returns the precision as well; its margin is 0 if it is not given."""
+    """Loops over anchors and returns the precision as well; its margin is 0 if it is not given.
+
+    As published, it and VPM-reID's, PAST-ReID's and DomainAdaptiveReID's need PyTorch 0.3: they concatenate scalars.
+    """
 
     def __init__(self, margin: float = 0.0) -> None:
         super().__init__(margin)
