@@ -7,8 +7,9 @@
 Every run of `benchmarks/results/*.json` becomes tables between the README's markers of its operator, `<!-- refine -->`
 and `<!-- /refine -->`; runs of refine, scaling and memory are also drawn, to a PNG of the same name in that folder. All
 runs of a machine, `<op>-<machine>.json`, share one drawing of speed-ups, between `<!-- speed_up -->` and
-`<!-- /speed_up -->`. Runs in a folder of their own, of another machine, are written to a page there, which is created
-if there is none:
+`<!-- /speed_up -->`. A run of losses, whose tables are long, is written to a page of its own, `losses-<machine>.md` in
+that folder. Runs in a folder of their own, of another machine, are written to a page there, which is created if there
+is none:
 
     python -m benchmarks.report --results build/bench --readme build/bench/README.md
 """
@@ -41,7 +42,8 @@ from build_tools import palette
 from build_tools.pages import check_markers, replace_section
 
 # Keys of a run's environment in its caption.
-CAPTION = ("hardware", "threads", "dtype", "torch", "commit", "date", "roofline")
+CAPTION = ("hardware", "threads", "dtype", "backend", "torch", "commit", "date", "roofline")
+OWN_PAGE = "losses"  # its tables have a row for every published loss
 DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
 PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "memory", "train_step", "gpu")
 AUTOTUNED = "-autotune"  # suffix of files of autotuned configs that benchmarks.gpu writes next to its runs
@@ -57,7 +59,7 @@ class Options:
     readme: Path = ROOT / "README.md"
     """Page to write the tables to; created with a section for every operator if it does not exist."""
     check: bool = False
-    """Write nothing; fail if the page or a drawing is not up to date with the runs."""
+    """Write nothing; fail if a page or a drawing is not up to date with the runs."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ def main(options: Options) -> None:
     """Write the drawings and the tables.
 
     Raises:
-        SystemExit: a marker is missing; with `check`, the page or a drawing is out of date.
+        SystemExit: a marker is missing; with `check`, a page or a drawing is out of date.
     """
     paths = [path for path in sorted(options.results.glob("*.json")) if not path.stem.endswith(AUTOTUNED)]
     runs = {path: json.loads(path.read_text()) for path in paths}
+    pages = {path.with_suffix(".md"): page(path, run) for path, run in runs.items() if _op(run) == OWN_PAGE}
+    runs = {path: run for path, run in runs.items() if _op(run) != OWN_PAGE}
     wanted = pictures(runs)
     sections = contents(runs, options.readme.parent)
     before = options.readme.read_text() if options.readme.exists() else _blank(sections)
@@ -89,6 +93,7 @@ def main(options: Options) -> None:
         after = replace_section(after, op, content)
     if options.check:
         stale = [str(path) for path, picture in wanted.items() if style.source(path) != picture.source]
+        stale += [str(path) for path, text in pages.items() if not path.exists() or path.read_text() != text]
         stale += [str(options.readme)] * (after != before)
         if stale:
             raise SystemExit(f"stale: {', '.join(stale)}; run: python -m benchmarks.report")
@@ -96,8 +101,11 @@ def main(options: Options) -> None:
         return
     for path, picture in wanted.items():
         style.save(picture.draw(), picture.source, path)
+    for path, text in pages.items():
+        path.write_text(text)
     options.readme.write_text(after)
-    print(f"wrote tables to {options.readme} and {len(wanted)} drawings to {options.results}")
+    written = ", ".join(map(str, [options.readme, *pages]))
+    print(f"wrote tables to {written} and {len(wanted)} drawings to {options.results}")
 
 
 def _blank(ops: Iterable[str]) -> str:
@@ -137,6 +145,11 @@ def section(path: Path, run: Run, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def page(path: Path, run: Run) -> str:
+    """Return the page of a run that has one of its own, in the folder of its file."""
+    return f"# {_op(run)}\n\n{section(path, run, path.parent)}\n"
+
+
 def tables(run: Run) -> dict[str, list[Row]]:
     """Return a run's rows by the title of their table: a table per shape and mode, unless its rows are shapes."""
     if _op(run) == "scaling":
@@ -158,6 +171,8 @@ def caption(runs: Sequence[Run]) -> str:
 def _title(environment: Row, row: Row) -> str:
     if environment["op"] == "memory":
         return f"`{row['op']}`, peak of forward + backward"
+    if environment["op"] == "losses":
+        return f"N {row['n']}, D {environment['d']}, forward + backward; -: not measured"
     shape = row.get("shape", environment.get("shape"))
     shape = environment["shapes"][shape] if isinstance(shape, str) else shape
     words = [f"`{row.get('op', environment['op'])}`", table.cell("shape", shape), row.get("mode")]
@@ -165,7 +180,7 @@ def _title(environment: Row, row: Row) -> str:
 
 
 def _hidden(run: Run) -> tuple[str, ...]:
-    return {"scaling": (), "memory": ("op",)}.get(_op(run), table.SHARED)
+    return {"scaling": (), "memory": ("op",), "losses": ("n",)}.get(_op(run), table.SHARED)
 
 
 def _machines(runs: dict[Path, Run]) -> dict[Path, list[Run]]:

@@ -135,6 +135,27 @@ def test_the_readme_has_a_section_for_a_gpus_figures() -> None:
     assert page.count("<!-- gpu -->") == page.count("<!-- /gpu -->") == 1
 
 
+def test_a_run_of_losses_becomes_a_page_of_its_own_with_a_table_for_each_size(drawn: report.Options) -> None:
+    def row(name: str, n: int, ms: float | None) -> dict[str, Any]:
+        ratio = None if ms is None else ms / 2
+        return {"implementation": name, "n": n, "eager ms": ms, "swapped ms": ms and 2.0, "x eager": ratio}
+
+    rows = [row("a loop", 64, 9.0), row("a sort", 64, 1.0), row("a loop", 4096, None), row("a sort", 4096, 800.0)]
+    run = {"environment": {**HERE, "op": "losses", "d": 8, "backend": "cpu"}, "rows": rows}
+    (drawn.results / "losses-here.json").write_text(json.dumps(run))
+    before = drawn.readme.read_text()
+    with pytest.raises(SystemExit, match=r"stale: \S+losses-here.md; run"):
+        report.main(replace(drawn, check=True))
+    report.main(drawn)
+    assert drawn.readme.read_text() == before
+    page = (drawn.results / "losses-here.md").read_text()
+    assert "a machine, threads 2, backend cpu, torch 2.11.0" in page and "[losses-here.json](losses-here.json)" in page
+    small, large = page.index("\nN 64, D 8, forward + backward"), page.index("\nN 4096, D 8")
+    assert small < page.index("| a loop | 9 | 2 | 4.50 |") < page.index("| a sort | 1 | 2 | 0.50 |") < large
+    assert large < page.index("| a loop | - | - | - |") < page.index("| a sort | 800 | 2 | 400.00 |")
+    report.main(replace(drawn, check=True))
+
+
 def test_a_row_where_we_lose_and_one_that_was_not_measured_are_in_the_table(drawn: report.Options) -> None:
     lines = [line for line in drawn.readme.read_text().splitlines() if line.startswith("| 2 x ")]
     assert any("2 x 2 x 16 x 4 x 4" in line and "0.75" in line for line in lines)
