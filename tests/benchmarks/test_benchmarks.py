@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import refine, scaling
 from benchmarks.implementations import refine as unit
+from benchmarks.implementations.losses import FORMS
 from rru_fast import backends
 from rru_fast.composite import batch_hard as batch_hard_kernel
 from rru_fast.composite import refine as refine_kernel
@@ -144,6 +145,7 @@ COMMANDS = {
     "scaling": "--base 2 3 16 4 4 --clips 2 --frames 3 --channels 16 --threads 1 --repeats 1",
     "strip_pool": "--shape 2 3 16 4 4 --repeats 1",
     "batch_hard": "--n 64 --d 8 --repeats 1",
+    "losses": "--sizes 16 32 --d 8 --repeats 1 --largest-loop 16 --backend composite",
     "memory": "--maps 2 3 16 4 4 --frames 2 3 --features 16 64 --d 8",
 }
 every_command = pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_a_command_reports_parity_before_its_figures_and_where_it_wrote_them(
     names = {row.get("implementation") for row in rows} | {
         key.removesuffix(" MiB").removesuffix(" ms") for row in rows for key in row
     }
-    assert names.issuperset(BACKENDS)
+    assert names.issuperset(FORMS if command == "losses" else BACKENDS)
     assert ("pytorch-metric-learning" in names) == (command in ("batch_hard", "memory"))
 
 
@@ -195,7 +197,7 @@ def test_a_command_whose_kernel_is_wrong_prints_no_figure_of_it_and_ends_with_an
     exact_strips = strip_pool_kernel.forward
     monkeypatch.setattr(strip_pool_kernel, "forward", lambda s: exact_strips(s) * 1.001)
     path = tmp_path / "rows.json"
-    with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d)? is off") as ended:
+    with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d|, torchreid, N 16)? is off") as ended:
         _run(command, path, monkeypatch)
     assert isinstance(ended.value.code, str)  # the interpreter prints it and exits with 1
     if command == "scaling":  # the others are measured at each point

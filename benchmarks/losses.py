@@ -1,0 +1,101 @@
+"""Published batch-hard losses: their own statement in eager PyTorch against the same swapped by `rru_fast.accelerate`.
+
+    python -m benchmarks.losses
+    python -m benchmarks.losses --sizes 64 256 --d 128
+
+Forward with backward in float32, of batches with 4 features of each identity. The swapped loss is first held to its own
+forward in float64. A step of more than a few hundred milliseconds gets fewer rounds, one of seconds a single one.
+Losses that loop over anchors are not measured above `--largest-loop`, where their rows are dashes: the backward writes
+N matrices of N x N, so that a step takes seconds at N 1024 and minutes at 4096. All takes ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from build_tools.extras import require
+
+    require("bench")
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks.harness import measure
+from benchmarks.harness.results import BenchArgs, environment, write
+from benchmarks.implementations.batch_hard import batch, results
+from benchmarks.implementations.losses import FORMS, Pair, check, pairs
+from benchmarks.reports import terminal
+from benchmarks.reports.table import Row
+from rru_fast import backends
+
+COLUMNS = ("eager ms", "swapped ms", "x eager", "peak MiB eager", "peak MiB swapped")
+BUDGET = 2.0  # seconds of an eager loss's rounds, of which there is at least one
+
+
+@dataclass
+class Options(BenchArgs):
+    """Measure published losses, as they are and swapped."""
+
+    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
+    """Numbers of features."""
+    d: int = 256
+    """Their width."""
+    repeats: int = 5
+    """Rounds; each runs the eager loss and the swapped one once."""
+    largest_loop: int = 1024
+    """Largest number of features at which losses that loop over anchors are measured."""
+    backend: str = "auto"
+    """Of the swapped losses."""
+
+
+def main(options: Options) -> list[Row]:
+    """Check parity, measure and print; returns the rows of every size, in the order of FORMS.
+
+    Raises:
+        SystemExit: one is not swapped, or is wrong; nothing more is measured.
+    """
+    device = torch.device(options.device)
+    backend = backends.choose(options.backend, device)
+    losses = pairs(backend)
+    by_size: dict[int, list[Row]] = {}
+    for n in options.sizes:
+        torch.manual_seed(0)
+        features, labels = batch(n, options.d, device)
+        by_size[n] = [
+            {"implementation": name, "n": n}
+            | (
+                dict.fromkeys(COLUMNS)
+                if FORMS[name].loops and n > options.largest_loop
+                else _measure(f"{backend}, {name}, N {n}", pair, features, labels, options.repeats)
+            )
+            for name, pair in losses.items()
+        ]
+    found = environment(device, torch.float32)
+    for n, rows in by_size.items():
+        terminal.show(f"losses, N {n}, D {options.d}, forward + backward", found, rows, hide=["n"])
+    rows = [row for size in by_size.values() for row in size]
+    if options.json is not None:
+        write(options.json, {**found, "op": "losses", "d": options.d, "backend": backend}, rows)
+    return rows
+
+
+def _measure(title: str, pair: Pair, features: Tensor, labels: Tensor, repeats: int) -> Row:
+    """Check parity; returns times and memory by COLUMNS."""
+    check(title, pair, features, labels)
+    eager, swapped = (partial(results, loss, features, labels) for loss in (pair.eager, pair.swapped))
+    start = time.perf_counter()
+    peaks = [measure.peak_bytes(fn, features.device) / measure.MIB for fn in (eager, swapped)]
+    rounds = min(repeats, max(1, int(BUDGET / (time.perf_counter() - start))))
+    times = measure.paired({"eager": eager, "swapped": swapped}, rounds, warmup=2 if rounds == repeats else 0)
+    milliseconds = [1e3 * median(times[name]) for name in ("eager", "swapped")]
+    ratio = measure.ratio(times["eager"], times["swapped"])
+    return dict(zip(COLUMNS, (*milliseconds, ratio, *peaks), strict=True))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
