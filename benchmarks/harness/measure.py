@@ -106,10 +106,11 @@ def peak_bytes(fn: Fn, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         fn()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+    # torch.profiler.profile would build its list of events too, which takes most of the time.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         fn()
     allocated = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             allocated += event.nbytes()
             peak = max(peak, allocated)
