@@ -34,7 +34,7 @@ class Form(NamedTuple):
     call: Callable[[Any, Tensor, Tensor], Any]
     """Takes the loss, features (N, D) and labels (N,); returns the scalar that is differentiated."""
     loops: bool = False
-    """It mines anchor by anchor: a backward writes N matrices of N x N."""
+    """It mines anchor by anchor: a backward writes 2 N matrices of N x N."""
 
 
 def _whole(loss: Any, f: Tensor, y: Tensor) -> Any:
