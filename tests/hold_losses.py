@@ -204,7 +204,6 @@ def main(argv: list[str] | None = None) -> int:
     if not forms:
         sys.exit(f"--repo: got {args.repo}, wanted a checkout of a repository in docs/losses.md")
     lines: dict[str, dict[tuple[str, ...], Line]] = {}
-    before = set(sys.modules)
     # Some losses gather over all ranks.
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
                 lines.setdefault(repository, {})[key] = done[key]
     finally:
         torch.distributed.destroy_process_group()
-        forget(repo, before)
+        forget(repo)
     # It is none whose forms do not fit, or do not even run, if there is another.
     fitting = (
         [r for r, held in lines.items() if not any(line.failed for line in held.values())]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 import rru_fast
 from tests import hold_losses
+from tests.helpers.checkouts import forget, load
 
 LOSS = """
 import absent
 import torch
 from absent.registry import LOSSES
 from torch import nn
-from torchreid.utils.distances import distances
+from torchreid.utils.distances import distances, registered
+
+registered.append("TripletLoss")  # a registry that takes a name once
+assert len(registered) == 1
 
 @LOSSES.register_module()
 class TripletLoss(nn.Module):
@@ -29,6 +34,8 @@ class TripletLoss(nn.Module):
         return self.ranking_loss(hardest_negative, hardest_positive, torch.ones_like(hardest_negative))
 """
 DISTANCES = """
+registered = []
+
 def distances(f):
     return (f[:, None] - f).square().sum(2).clamp(min=1e-12).sqrt()
 """
@@ -87,6 +94,13 @@ def test_a_checkout_is_known_by_its_files_its_name_or_its_origin(
     assert set(hold_losses.known(repo)) == {TORCHREID}
     with pytest.raises(SystemExit, match=r"^--repo: got .*, wanted a checkout of a repository in docs/losses\.md$"):
         hold_losses.main(["--repo", str(tmp_path)])
+
+
+def test_every_import_of_a_checkout_is_anew_and_can_be_forgotten(tmp_path: Path) -> None:
+    repo = checkout(tmp_path)
+    assert load(repo, FILE).TripletLoss is not load(repo, FILE).TripletLoss
+    forget(repo)
+    assert not any(name.partition(".")[0] in ("torchreid", "absent") for name in sys.modules)
 
 
 def test_the_batches_have_active_and_inactive_anchors() -> None:

@@ -47,13 +47,13 @@ class _Missing:
     """Finds packages that are not installed, for the checkout alone, and gives stubs."""
 
     def __init__(self, repo: Path) -> None:
-        self.repo = str(repo)
+        self.repo = repo
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         frame = sys._getframe(1)
         while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        if not str(frame.f_globals.get("__file__", "")).startswith(self.repo):
+        if not _is_in(self.repo, frame.f_globals.get("__file__")):
             return None  # an installed package looks for what it can do without
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
@@ -68,12 +68,12 @@ class _Lenient:
     """Finds the checkout's packages; one that raises is an empty package."""
 
     def __init__(self, repo: Path) -> None:
-        self.repo = str(repo)
+        self.repo = repo
         self.loaders: dict[str, Any] = {}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or not (spec.origin or "").startswith(self.repo) or not spec.submodule_search_locations:
+        if spec is None or not _is_in(self.repo, spec.origin) or not spec.submodule_search_locations:
             return None
         self.loaders[name] = spec.loader
         return importlib.machinery.ModuleSpec(name, self, origin=spec.origin, is_package=True)  # type: ignore[arg-type]
@@ -105,14 +105,14 @@ def load(repo: Path, file: str, patch: tuple[str, str] = ("", "")) -> types.Modu
     if patch[0]:
         text = re.sub(*patch, text)
     finders: list[Any] = [_Lenient(repo), _Missing(repo)]
-    before = set(sys.modules)
+    forget(repo)  # what an earlier call has imported: some registries refuse a name twice
     sys.path.insert(0, str(root))
     sys.meta_path[:] = [finders[0], *sys.meta_path, finders[1]]
     try:
         try:
             return _run(root, names, text, str(repo / file))
         except ImportError:  # its neighbors import the file, or it needs its parents
-            forget(repo, before)
+            forget(repo)
             if patch[0]:
                 raise
             return importlib.import_module(".".join(names))
@@ -123,12 +123,18 @@ def load(repo: Path, file: str, patch: tuple[str, str] = ("", "")) -> types.Modu
             del sys.modules[name]
 
 
-def forget(repo: Path, before: set[str]) -> None:
-    """Remove the checkout's modules from sys.modules, but those named in `before`."""
-    for name in sys.modules.keys() - before:
-        places = [str(getattr(sys.modules[name], "__file__", "")), *getattr(sys.modules[name], "__path__", ())]
-        if any(place.startswith(f"{repo}/") for place in places):
+def forget(repo: Path) -> None:
+    """Remove the checkout's modules from sys.modules."""
+    for name, module in list(sys.modules.items()):
+        held = getattr(module, "__dict__", {})
+        paths = held.get("__path__")
+        if any(_is_in(repo, place) for place in (held.get("__file__"), *(paths if isinstance(paths, list) else ()))):
             del sys.modules[name]
+
+
+def _is_in(repo: Path, place: Any) -> bool:
+    """Return True for a path in the checkout, but not in an environment there."""
+    return str(place).startswith(f"{repo}/") and "site-packages" not in str(place)
 
 
 def _run(root: Path, names: list[str], text: str, file: str) -> types.ModuleType:
