@@ -149,7 +149,7 @@ def _line(problem: Exception) -> str:
 
 def describe(loss: Any, form: Form) -> tuple[str, str]:
     """Return what a swapped loss computes in the form's call, and its return value."""
-    formula = vars(loss)["forward"].args[2].formula
+    formula = binding.bound(loss).args[2].formula
     margin = f"{formula.margin:g}"
     kinds = {"hinge": f"margin {margin}", "soft": "soft margin", "shifted soft": f"softplus(D_pos - D_neg + {margin})"}
     a, b = formula.factors

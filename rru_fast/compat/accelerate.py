@@ -112,6 +112,8 @@ def _find_swap(obj: Any, backend: str, cuda_graph: bool) -> _Swap | None:
         if binding.is_bound(obj):  # its attributes have changed since the swap
             binding.unbind(obj)
         raise _LeftAlone(f"a batch-hard triplet loss and is left alone: {reason}") from None
+    except Exception as error:  # whatever its code raises, the others are swapped
+        raise _LeftAlone(f"a batch-hard triplet loss and is left alone: {type(error).__name__}: {error}") from None
     return _Swap(partial(binding.bind, obj, loss_form.forward, backend, form))
 
 

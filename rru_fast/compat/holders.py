@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rru_fast.compat.watch import IGNORED, has_attributes, is_users
+from rru_fast.compat.watch import OF_MODULES, OWN, globals_in, has_attributes, is_users
 
 CONTAINERS = (list, tuple, set, frozenset, dict)
 
@@ -30,12 +30,16 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
     stack = [("", root)]
     while stack:
         name, value = stack.pop()
-        if not is_holder(value) or id(value) in seen:
+        try:
+            if id(value) in seen or not is_holder(value):
+                continue
+            seen.add(id(value))
+            held, named = list(_held(value)), has_attributes(value)
+        except Exception:  # a proxy of something gone, or an attribute that raises
             continue
-        seen.add(id(value))
-        if has_attributes(value):
+        if named:
             yield name, value
-        stack.extend(reversed([(f"{name}{key}" if name else key.lstrip("."), held) for key, held in _held(value)]))
+        stack.extend(reversed([(f"{name}{key}" if name else key.lstrip("."), inner) for key, inner in held]))
 
 
 def _held(value: Any) -> Iterator[tuple[str, Any]]:
@@ -54,7 +58,8 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, nn.Module):
             yield from ((f".{key}", module) for key, module in value._modules.items())
         if is_users(type(value)) or not isinstance(value, nn.Module):
-            yield from ((f".{key}", held) for key, held in list(vars(value).items()) if key not in IGNORED)
+            skipped = OWN | OF_MODULES if isinstance(value, nn.Module) else OWN
+            yield from ((f".{key}", held) for key, held in list(vars(value).items()) if key not in skipped)
 
 
 def _key(key: Any) -> str:
@@ -68,7 +73,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield f".{name}", cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    for name in function.__code__.co_names:
+    for name in globals_in(function.__code__):
         held = function.__globals__.get(name)
         if has_attributes(held) or isinstance(held, list | dict):
             yield f".{name}", held

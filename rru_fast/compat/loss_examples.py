@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rru_fast.compat import binding
+from rru_fast.compat import binding, watch
 from rru_fast.compat.loss_form import Formula
 from rru_fast.distributed import world_size
+
+try:
+    import numpy
+except ImportError:  # PyTorch works without
+    numpy = None  # type: ignore[assignment]
 
 RTOL, ATOL = 1e-9, 2e-12  # sums in another order differ by 1e-14, and some cosine distances are at least 1e-12
 MADE_OF = "rru_fast.batch_hard_triplet(..., return_distances=True) returns the two distances that such losses combine"
@@ -49,40 +56,76 @@ def _on_cpu(value: Any) -> Any:
 
 
 def run(loss: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the loss's own forward."""
-    with torch.device("cpu"), InFloat64(), torch.random.fork_rng(devices=[]):
-        return binding.original_forward(loss)(loss, *args, **kwargs)
+    """Call the loss's own forward in fp64; it may not communicate with other ranks."""
+    with InFloat64():
+        return call(loss, *args, **kwargs)
+
+
+def call(loss: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the loss's own forward, on the CPU; it may not communicate with other ranks."""
+    states = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    guard = _profiled(_forbid_collectives) if world_size() > 1 else contextlib.nullcontext()
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), guard:
+            return binding.original_forward(loss)(loss, *args, **kwargs)
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
+
+
+def _forbid_collectives(frame: Any, event: str, _: Any) -> None:
+    if _is_collective(frame, event):
+        raise NoMatch(f"it calls torch.distributed.{frame.f_code.co_name}; {GATHER}")
+
+
+def _is_collective(frame: Any, event: str) -> bool:
+    """Return True for a call of torch.distributed that is not our own."""
+    if event != "call" or not _module(frame).startswith("torch.distributed"):
+        return False
+    while _module(frame).startswith("torch.distributed"):
+        frame = frame.f_back
+    return not _module(frame).startswith("rru_fast.")
+
+
+def _module(frame: Any) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def set_training(loss: Any, training: bool) -> None:
+    """Switch the loss, or the modules that a plain one holds, to training or eval mode."""
+    for module in (loss,) if isinstance(loss, nn.Module) else vars(loss).values():
+        if isinstance(module, nn.Module):
+            module.train(training)
 
 
 def check_side_effects(loss: Any, fill: Fill) -> int | None:
-    """Run the loss once; returns the number of ranks if it calls torch.distributed.
+    """Run the loss in both modes; returns the number of ranks if it calls torch.distributed.
 
     Raises:
-        NoMatch: it fails, sets attributes, or would communicate with other ranks.
+        NoMatch: it fails, sets something, or would communicate with other ranks.
     """
-    ranks, called = world_size(), False
+    called = False
 
     def profile(frame: Any, event: str, _: Any) -> None:
         nonlocal called
-        if event == "call" and frame.f_globals.get("__name__", "").startswith("torch.distributed"):
-            called = True
-            if ranks > 1:
-                raise NoMatch(f"it calls torch.distributed.{frame.f_code.co_name}; {GATHER}")
+        called = called or _is_collective(frame, event)
 
-    before = dict(vars(loss))
-    try:
-        with _profiled(profile):
-            run(loss, *fill(*features(3), 0))
-    except NoMatch:
-        raise
-    except Exception as error:
-        raise NoMatch(
-            f"it fails on a batch of 4 x 3 features ({_line(error)}); {GATHER if called else MADE_OF}"
-        ) from None
-    written = [name for name, value in vars(loss).items() if value is not before.get(name, loss)]
-    if written:
-        raise NoMatch(f"its forward sets {', '.join(written)}; {MADE_OF}")
-    return ranks if called else None
+    for training in (True, False):
+        set_training(loss, training)
+        before = watch.watch(loss)
+        try:
+            with contextlib.nullcontext() if world_size() > 1 else _profiled(profile):
+                run(loss, *fill(*features(3), 0))
+        except NoMatch:
+            raise
+        except Exception as error:
+            hint = GATHER if called else MADE_OF
+            raise NoMatch(f"it fails on a batch of 4 x 3 features ({_line(error)}); {hint}") from None
+        written = watch.changed(before)
+        if written is not None:
+            raise NoMatch(f"its forward sets {written}; {MADE_OF}")
+    return world_size() if called else None
 
 
 @contextmanager
@@ -126,36 +169,46 @@ TINY = 2.0**-24  # scale of features at which it shows how a norm is kept from 0
 
 
 def examples(scales: list[float]) -> Iterator[Example]:
-    """Yield batches with every scale, single features, uneven counts, no negatives, and ties."""
+    """Yield batches of every scale, and of every kind of labels; a large one; ties; and what originals may refuse."""
     for scale in scales:
         yield Example(*features(3, scale))
-    yield Example(*features(1, scales[-1]), may_fail=True)
-    overlapping, _ = features(3, scales[-1])
+    last = scales[-1]
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(12, generator=generator)
+    shuffled, labels = features(3, last)
+    yield Example(shuffled.detach()[order].requires_grad_(), torch.tensor([7, -1, 100_000, 3])[labels[order]])
+    many = torch.randn(96, 40, generator=generator, dtype=torch.float64) * last
+    yield Example(many.requires_grad_(), torch.randperm(96, generator=generator) % 12)
+    corners = torch.randint(0, 2, (12, 6), generator=generator) + 0.5
+    yield Example((corners.double() * last).requires_grad_(), labels, gradient=False)
+    yield Example(*features(1, last), may_fail=True)
+    overlapping, _ = features(3, last)
     yield Example(overlapping, torch.tensor([0] * 4 + [1] * 4 + [2] * 3 + [3]), may_fail=True)
     yield Example(overlapping, torch.zeros(12, dtype=torch.int64), may_fail=True, loss_alone=True)
-    corners = torch.randint(0, 2, (12, 6), generator=torch.Generator().manual_seed(1)) + 0.5
-    yield Example((corners.double() * scales[-1]).requires_grad_(), torch.arange(12) // 3, gradient=False)
 
 
 def verify(loss: Any, fill: Fill, formula: Formula, scales: list[float]) -> None:
     """Raise NoMatch unless the formula equals the loss, with gradients, on all examples."""
     all_examples = [*examples(scales), *([Example(*features(3, TINY))] if formula.norm != "none" else [])]
     for number, (training, example) in enumerate(product((True, False), all_examples)):
-        if isinstance(loss, nn.Module):
-            loss.train(training)
+        set_training(loss, training)
         try:
             out = run(loss, *fill(example.features, example.labels, number))
+        except NoMatch:
+            raise
         except Exception as error:
             if example.may_fail:
                 continue
-            raise NoMatch(f"it fails on a batch of 12 features ({_line(error)})") from None
+            raise NoMatch(
+                f"it fails on a batch of {len(example.labels)} features ({_line(error)}); {MADE_OF}"
+            ) from None
         compare(out, formula(example.features, example.labels, mask=None, backend="auto"), example)
 
 
 def compare(own: Any, fast: Any, example: Example) -> None:
     """Raise NoMatch unless the outputs of the loss and of the formula, and their gradients, are equal."""
     (wanted, wanted_gradient), (got, gradient) = (_results(out, example) for out in (own, fast))
-    where = f"for labels {example.labels.tolist()}"
+    where = f"for labels {example.labels.tolist()[:12]}"
     if len(got) != len(wanted) or not all(map(is_equal, got, wanted)):
         raise NoMatch(f"it returns {describe(own)} {where}, the operator {describe(fast)}; {MADE_OF}")
     if not close(gradient, wanted_gradient):

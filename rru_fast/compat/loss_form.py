@@ -19,8 +19,8 @@ Kind = Literal["hinge", "soft", "shifted soft"]
 Norm = Literal["none", "clamped", "added"]
 KINDS: dict[Kind, Callable[[Tensor, float], Tensor]] = {  # loss of gap = D_pos - D_neg and margin
     "hinge": lambda gap, margin: F.relu(margin + gap),
-    "soft": lambda gap, margin: F.softplus(gap),
-    "shifted soft": lambda gap, margin: F.softplus(margin + gap),
+    "soft": lambda gap, margin: -F.logsigmoid(-gap),  # softplus, which PyTorch rounds to gap above 20
+    "shifted soft": lambda gap, margin: -F.logsigmoid(-margin - gap),
 }
 NORMS: dict[Norm, Callable[[Tensor], Tensor]] = {  # features (N, D) as their distances are taken
     "none": lambda features: features,
@@ -28,8 +28,8 @@ NORMS: dict[Norm, Callable[[Tensor], Tensor]] = {  # features (N, D) as their di
     "added": lambda features: features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-12),
 }
 EXTRAS: dict[str, Callable[[Tensor, Tensor], Any]] = {  # further return values, of D_pos and D_neg
-    "d_pos": lambda d_pos, d_neg: d_pos,
-    "d_neg": lambda d_pos, d_neg: d_neg,
+    "d_pos": lambda d_pos, d_neg: d_pos.clone(),  # the operator has saved them for its backward
+    "d_neg": lambda d_pos, d_neg: d_neg.clone(),
     "precision": lambda d_pos, d_neg: (d_neg > d_pos).sum() / len(d_pos),
     "precision with ties": lambda d_pos, d_neg: (d_neg >= d_pos).sum() / len(d_pos),
     "count": lambda d_pos, d_neg: (d_neg > d_pos).sum(),
@@ -60,7 +60,8 @@ class Formula(NamedTuple):
     def __call__(self, features: Tensor, labels: Tensor, *, mask: Tensor | None, backend: str) -> Any:
         """Return what the loss returns for features (N, D) and integer labels (N,); `mask` selects anchors."""
         features = NORMS[self.norm](features)
-        by_operator = self.kind in ("hinge", "soft") and self.factors == (1, 1) and mask is None
+        exact = self.kind == "hinge" or (self.kind == "soft" and features.dtype != torch.float64)
+        by_operator = exact and self.factors == (1, 1) and mask is None
         loss, d_pos, d_neg = functional.batch_hard_triplet(
             features,
             labels,
@@ -98,13 +99,13 @@ class Call(NamedTuple):
     others: dict[str, Any]
     """All others, and the value that each must have."""
     norm: Norm
-    """What normalize_feature=True does, if it is one of `others`; "none" if it is not served."""
+    """What normalize_feature=True does, if it is one of `others` with False as its default; otherwise "none"."""
     mask: bool
     """Whether `mask`, one of `others`, is served with any value."""
     label_kinds: tuple[str, ...]
     """Which of "float", "bool" and "column", (N, 1), it takes like integers (N,)."""
-    widens: bool
-    """It returns float32 for 16-bit features."""
+    dtypes: dict[torch.dtype, torch.dtype]
+    """Of the loss, by that of the features, where the two differ."""
 
 
 class Form(NamedTuple):
@@ -112,7 +113,7 @@ class Form(NamedTuple):
 
     call: Call
     formula: Formula
-    watches: tuple[watch.Watch | watch.ClassWatch, ...]
+    watches: watch.Watches
     """Attributes that must not change."""
     world_size: int | None
     """Number of ranks that must not change; None if it makes no difference."""
@@ -134,12 +135,26 @@ def forward(loss: Any, backend: str, form: Form, *args: Any, **kwargs: Any) -> A
         reason = f"it calls torch.distributed, which now has {world_size()} ranks"
         return binding.run_original(loss, reason, *args, **kwargs)
     features, labels, normalized, mask = inputs
-    device = features.device.type
+    dtype = form.call.dtypes.get(features.dtype)
+    # fp32 at least, so that a narrow loss is not rounded before it is cast.
+    wide = widened(features) if dtype is None else features.to(torch.promote_types(features.dtype, dtype))
+    if normalized is not None:
+        norm = form.call.norm if normalized else "none"
+        form = form._replace(formula=form.formula._replace(norm=norm))
+    out = form.formula(wide, label_codes(labels, features), mask=mask, backend=backend)
+    return out if dtype in (None, wide.dtype) else _cast(out, dtype)
+
+
+def widened(features: Tensor) -> Tensor:
+    """Return features in fp32 under autocast, which runs PyTorch's losses in it, otherwise unchanged."""
     narrow = features.dtype in (torch.float16, torch.bfloat16)
-    if narrow and (form.call.widens or torch.is_autocast_enabled(device)):  # autocast runs PyTorch's losses in float32
-        features = features.float()
-    formula = form.formula._replace(norm=form.call.norm) if normalized else form.formula
-    return formula(features, label_codes(labels, features), mask=mask, backend=backend)
+    return features.float() if narrow and torch.is_autocast_enabled(features.device.type) else features
+
+
+def _cast(out: Any, dtype: Any) -> Any:
+    if isinstance(out, tuple | list):
+        return type(out)(_cast(value, dtype) if n < 3 else value for n, value in enumerate(out))
+    return out.to(dtype) if isinstance(out, Tensor) and out.is_floating_point() else out
 
 
 def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...] | None, str]:
@@ -160,7 +175,9 @@ def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     features, labels = found
     for name in call.unused:
         values.pop(name, None)
-    normalized = call.norm != "none" and bool(values.pop("normalize_feature", False))
+    normalized = (
+        bool(values.pop("normalize_feature")) if call.norm != "none" and "normalize_feature" in values else None
+    )
     mask = values.pop("mask", None) if call.mask else None
     for name, value in values.items():
         if name not in call.others or not watch.is_same(value, call.others[name]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rru_fast import reference
-from rru_fast.compat import binding, loss_examples, watch
+from rru_fast.checks import DTYPES
+from rru_fast.compat import binding, loss_examples, loss_form, watch
 from rru_fast.compat.loss_examples import MADE_OF, Fill, NoMatch
 from rru_fast.compat.loss_form import EXTRAS, KINDS, NORMS, Call, Form, Formula, Norm
 from rru_fast.reference.equations import reduce
@@ -35,7 +37,8 @@ def is_candidate(obj: Any) -> bool:
     if not (hasattr(cls, "forward") or callable(obj)):
         return False
     names = vars(obj).keys() | vars(obj).get("_modules", {}).keys()
-    return "triplet" in cls.__name__.lower() or "ranking_loss" in names
+    name = cls.__name__.lower()
+    return ("triplet" in name and "loss" in name) or "ranking_loss" in names
 
 
 @torch.inference_mode(False)
@@ -53,10 +56,13 @@ def find_form(obj: Any) -> Form:
     try:
         watches = watch.watch(obj)
         loss = copy.deepcopy(obj)
+        if binding.is_bound(loss):
+            binding.unbind(loss)
+        binding.bind(copy.deepcopy(loss), loss_form.forward)  # some classes refuse
+    except ValueError as error:
+        raise NoMatch(f"{error}; {MADE_OF}") from None
     except Exception as error:
-        raise NoMatch(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)) from None
-    if binding.is_bound(loss):
-        binding.unbind(loss)
+        raise NoMatch(f"it cannot be copied or changed ({type(error).__name__}: {error}); {MADE_OF}") from None
     reasons = []
     for call, fill in _calls(loss):
         try:
@@ -91,7 +97,7 @@ def _calls(loss: Any) -> Iterator[tuple[Call, Fill]]:
 
     def call(features: tuple[str, ...], labels: tuple[str, ...], unused: tuple[str, ...] = ()) -> Call:
         others = {name: value for name, value in defaults.items() if name not in (*features, *labels)}
-        return Call(names, features, labels, unused, others, "none", False, (), False)
+        return Call(names, features, labels, unused, others, "none", False, (), {})
 
     first, second, *rest = names
     if len(required) <= 2 and first in LABELS:
@@ -101,17 +107,21 @@ def _calls(loss: Any) -> Iterator[tuple[Call, Fill]]:
     elif len(required) == 3:
         yield call((first,), (rest[0],), (second,)), lambda f, y, n: (f, f.detach().flip(0) + n, y)
         yield call((first, second), (rest[0],)), lambda f, y, n: (f, f, y)
-        yield call((first,), (second,), (rest[0],)), lambda f, y, n: (f, y, 1 + 40 * n)
+        yield (
+            call((first,), (second,), (rest[0],)),
+            lambda f, y, n: (f, y, (None, 40 * n, f.detach() + n, 10**n)[n % 4]),
+        )
     elif len(required) % 2 == 0:
         half = len(required) // 2
         yield call(tuple(required[:half]), tuple(required[half:])), lambda f, y, n: (f,) * half + (y,) * half
 
 
-def _numbers(watches: tuple[watch.Watch | watch.ClassWatch, ...]) -> Numbers:
-    """Return the numbers among the attributes by name."""
+def _numbers(watches: watch.Watches) -> Numbers:
+    """Return the numbers among the attributes, not among globals, by name."""
     found: Numbers = {}
-    for name, value in ((name, value) for seen in watches for name, value in seen.values.items()):
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    of_objects = [seen for seen in watches if not isinstance(seen.owner, types.ModuleType)]
+    for name, value in ((name, value) for seen in of_objects for name, value in seen.values.items()):
+        if isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9:
             found.setdefault(name, []).append(float(value))
     return found
 
@@ -125,7 +135,7 @@ def _match(loss: Any, call: Call, fill: Fill, numbers: Numbers) -> Form:
     out = loss_examples.run(loss, *fill(features, labels, 0))
     returned = list(out) if isinstance(out, tuple | list) else [out]
     found: NoMatch | None = None
-    if returned and isinstance(returned[0], Tensor):
+    if returned and isinstance(returned[0], Tensor) and type(out) in (Tensor, tuple, list):
         kind = type(out) if isinstance(out, tuple | list) else None
         for formula in _formulas(features.detach(), labels, kind, returned, margins, numbers):
             try:
@@ -150,7 +160,7 @@ def _formulas(
 ) -> Iterator[Formula]:
     """Yield the formulas that give what the loss returned for these features."""
     loss, *extras = returned
-    scales = [1.0, *(value for value in numbers.get("loss_weight", []) if value != 1)]
+    scales = sorted({1.0, *(value for group in numbers.values() for value in group if value)}, key=lambda v: v != 1)
     factors = [(1.0, 1.0), *((1 + h, 1 - h) for h in numbers.get("hard_factor", []) if h)]
     for norm, metric in (("none", "euclidean"), ("none", "cosine"), ("clamped", "euclidean"), ("added", "euclidean")):
         options: dict[str, Any] = {"metric": metric, "return_distances": True}
@@ -194,19 +204,23 @@ def _with_options(loss: Any, call: Call, fill: Fill, formula: Formula, scale: fl
         "bool": (halves.bool(), halves),
         "column": (integers[:, None], integers),
     }
-    norms: list[Norm] = ["clamped", "added"] if "normalize_feature" in call.others else []
+    norms: list[Norm] = ["clamped", "added"] if call.others.get("normalize_feature", True) is False else []
     return call._replace(
         label_kinds=tuple(name for name, labels in kinds.items() if agrees(*labels, {})),
         norm=next((n for n in norms if agrees(integers, integers, {"normalize_feature": True}, n)), "none"),
         mask="mask" in call.others and agrees(integers, integers, {"mask": mask}, mask=mask),
-        widens=_widens(binding.original_forward(loss), loss, fill),
+        dtypes=dict(_dtypes(loss, fill)),
     )
 
 
-def _widens(forward: Callable[..., Any], loss: Any, fill: Fill) -> bool:
+def _dtypes(loss: Any, fill: Fill) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """Yield the dtypes of features and of the loss where the two differ."""
     features, labels = loss_examples.features(3)
-    try:
-        out = forward(loss, *fill(features.detach().bfloat16(), labels, 0))
-    except Exception:  # not for 16 bits
-        return False
-    return bool((out[0] if isinstance(out, tuple | list) else out).dtype == torch.float32)
+    for dtype in DTYPES:
+        try:
+            out = loss_examples.call(loss, *fill(features.detach().to(dtype), labels, 0))
+        except Exception:  # not for this dtype on a CPU
+            continue
+        made = (out[0] if isinstance(out, tuple | list) else out).dtype
+        if made != dtype:
+            yield dtype, made

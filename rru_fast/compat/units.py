@@ -39,14 +39,14 @@ def find(module: object) -> Replacement | None:
 
 def bind(module: nn.Module, replacement: Replacement, backend: str) -> None:
     """Give the module the fast forward, as long as its attributes are what they are now."""
-    binding.bind(module, _forward, backend, replacement.forward, watch.watch(module, nested=False))
+    binding.bind(module, _forward, backend, replacement.forward, watch.watch(module, unit=True))
 
 
 def _forward(
     module: Any,
     backend: str,
     forward: Callable[..., Any],
-    watches: tuple[watch.Watch | watch.ClassWatch, ...],
+    watches: watch.Watches,
     *inputs: Any,
     **keywords: Any,
 ) -> Any:
@@ -68,6 +68,10 @@ def difference(module: nn.Module, replacement: Replacement) -> str | None:
     for name, inner in module.named_modules():
         if name.split(".")[0] in READ and any(getattr(inner, hooks) for hooks in watch.HOOKS):
             return f"{name} has hooks, which would no longer run"
+    try:
+        watch.watch(module, unit=True)
+    except ValueError as error:
+        return str(error)
     try:
         forwards = module.forward, partial(replacement.forward, module, "auto")
         takes, wanted = (list(signature(forward).parameters) for forward in forwards)
@@ -114,7 +118,8 @@ def _refined(unit: Any, backend: str, x: Tensor) -> Refined:
     conv, norm = unit.reduce_dim_z.conv, unit.reduce_dim_z.bn
     first, relu, last = unit.s_atten_z
     check_layer("s_atten_z.1", relu, nn.ReLU)
-    for layer_name, layer in (("s_atten_z.0", first), ("s_atten_z.2", last), ("c_atten_z.1", unit.c_atten_z[1])):
+    layers = {"reduce_dim_z.conv": conv, "s_atten_z.0": first, "s_atten_z.2": last, "c_atten_z.1": unit.c_atten_z[1]}
+    for layer_name, layer in layers.items():
         check_layer(layer_name, layer, nn.Conv2d)
     check_x(x, conv.weight.shape[1] // 2, tuple(first.weight.shape[2:]))
     appearance, motion = current_weight(conv).flatten(1).chunk(2, 1)

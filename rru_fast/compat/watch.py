@@ -1,9 +1,18 @@
-"""Notice that an attribute which a swapped forward was compared with has changed since."""
+"""Notice that something which a swapped forward was compared with has changed since."""
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import enum
+import functools
+import importlib
+import logging
+import pathlib
+import re
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,103 +22,181 @@ from torch import Tensor, nn
 from rru_fast.compat import binding
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-IGNORED = frozenset(vars(nn.Module())) | {*binding.BOUND, binding.MARK, binding.WARNED, "_compiled_call_impl"}
+GROUPS = ("_modules", "_parameters", "_buffers")
+OWN = frozenset({*binding.BOUND, binding.MARK, binding.WARNED})
+OF_MODULES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-CONTAINERS = (list, tuple, set, dict)
+DESCRIPTORS = (property, classmethod, staticmethod)
+INERT = (logging.Logger, enum.Enum, pathlib.PurePath, re.Pattern, types.ModuleType, types.BuiltinFunctionType, type)
+CONTAINERS = (list, tuple, dict, set, frozenset)
+LARGEST = 1000  # of containers that are compared at every call
 NOT_USERS = {"torch", "numpy", *sys.stdlib_module_names} - {"argparse", "types"}  # whose namespaces hold options
-MISSING = object()
+
+
+class MISSING:
+    """Stands for what there is not."""
+
+
+class ANY:
+    """Stands for a value that may change."""
 
 
 class Watch(NamedTuple):
     """Attributes of one object."""
 
     owner: Any
+    cls: type[Any] | None
+    """The owner's class before a swap; None if it may change, as FSDP changes it."""
     name: str
     """Of the owner, in the swapped object."""
     values: dict[str, Any]
-    absent: tuple[str, ...]
-    """Names that the code mentions and that neither the owner nor its class has."""
-    inherited: tuple[str, ...]
-    """Names that the code mentions and that its class has."""
+    mentioned: dict[str, Any]
+    """Other names that the code mentions, and their values in the class, MISSING for none: for torch.compile."""
 
     def changed(self) -> str | None:
         """Return the name of an attribute that is not what it was, or None."""
         now = vars(self.owner)
-        submodules = now.get("_modules", now)
+        module = isinstance(self.owner, nn.Module)
+        if self.cls is not None and not binding.is_instance(self.owner, self.cls):
+            return _join(self.name, "__class__")
+        swapped = binding.MARK in now
+        for key in now:
+            if key not in self.values and not (module and key in OF_MODULES) and not (swapped and key in OWN):
+                return _join(self.name, key)
+        groups = [now[group] for group in GROUPS] if module else []
+        for key in (key for group in groups for key in group):
+            if key not in self.values:
+                return _join(self.name, key)
         for key, then in self.values.items():
             value = now.get(key, MISSING)
-            if not is_same(submodules.get(key, MISSING) if value is MISSING else value, then):
+            for group in groups if value is MISSING else ():
+                value = group.get(key, value)
+            if not is_same(value, then):
                 return _join(self.name, key)
-        for names in (self.absent, self.inherited):  # a missing attribute takes an nn.Module's getattr a microsecond
-            for key in names:
-                if key in now:
-                    return _join(self.name, key)
         return None
 
     def changed_when_compiled(self) -> str | None:
         """As `changed`, in terms that torch.compile guards, as it does not vars()."""
         for key, then in self.values.items():
-            if not is_same(getattr(self.owner, key, None), then):
+            if not is_same(getattr(self.owner, key, MISSING), then):
                 return _join(self.name, key)
-        for key in self.absent:
-            if getattr(self.owner, key, None) is not None:
+        for key, then in self.mentioned.items():
+            if not is_same(getattr(self.owner, key, MISSING), then):
                 return _join(self.name, key)
         return None
 
 
-class ClassWatch:
-    """Functions and plain values of a class. A copy in another process takes them as they are there."""
+class NamespaceWatch:
+    """What a class, or of a module the globals that the code reads, holds.
 
-    def __init__(self, owner: type[Any]) -> None:
-        self.owner, self.values = owner, dict(_class_attributes(owner))
+    A pickle has digests of it: where they differ on loading, the code or its values are no longer the same.
+    """
 
-    def __deepcopy__(self, memo: object) -> ClassWatch:
+    def __init__(self, owner: type[Any] | types.ModuleType, names: tuple[str, ...] | None) -> None:
+        self.owner, self.names, self.differs = owner, names, ""
+        held = vars(owner)
+        keys = [key for key in held if not _is_special(key)] if names is None else names
+        self.values = {key: freeze(held[key]) if key in held else MISSING for key in keys}
+
+    def __deepcopy__(self, memo: object) -> NamespaceWatch:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ClassWatch, (self.owner,)
+        owner = self.owner.__name__ if isinstance(self.owner, types.ModuleType) else self.owner
+        return _load_namespace, (owner, self.names, {key: _digest(value) for key, value in self.values.items()})
 
     def changed(self) -> str | None:
         """Return the name of an attribute that is not what it was, or None."""
         now = vars(self.owner)
+        if self.differs:
+            return f"{self.owner.__name__}.{self.differs}"
         for key, then in self.values.items():
             if not is_same(now.get(key, MISSING), then):
                 return f"{self.owner.__name__}.{key}"
+        for key in now if self.names is None else ():
+            if key not in self.values and not _is_special(key):
+                return f"{self.owner.__name__}.{key}"
         return None
 
-    def changed_when_compiled(self) -> None:
-        """Return None: torch.compile does not guard classes."""
-        return None
+    def changed_when_compiled(self) -> str | None:
+        """Return what `changed` did on loading; torch.compile guards none of the rest."""
+        return self.differs or None
 
 
-def watch(obj: Any, *, nested: bool = True) -> tuple[Watch | ClassWatch, ...]:
-    """Return what the attributes of the object and its classes are now, if `nested` also those of what it holds.
+Watches = tuple[Watch | NamespaceWatch, ...]
+
+
+def _load_namespace(owner: Any, names: tuple[str, ...] | None, digests: dict[str, str]) -> NamespaceWatch:
+    found = NamespaceWatch(importlib.import_module(owner) if isinstance(owner, str) else owner, names)
+    now = {key: _digest(value) for key, value in found.values.items()}
+    found.differs = next((key for key in (*digests, *now) if digests.get(key) != now.get(key)), "")
+    return found
+
+
+def watch(obj: Any, *, unit: bool = False) -> Watches:
+    """Return what the object, what it holds, its classes and the globals that they read are now.
+
+    Args:
+        obj: a loss, or a unit.
+        unit: leave out what is inside of submodules, parameters and buffers, which a unit's forward reads anew.
 
     Raises:
-        ValueError: one is a tensor, whose values cannot be watched without reading them.
+        ValueError: something of it cannot be watched, as a tensor cannot without reading its values.
     """
-    mentioned = {name for code in _code(obj) for name in _names(code)} - IGNORED
-    found, queue, seen = [], [("", obj)], set()
+    functions = list(_functions(obj))
+    mentioned = {name for function in functions for name in _names(function.__code__)} - OF_MODULES - OWN
+    found: list[Watch | NamespaceWatch] = []
+    classes: dict[type[Any], None] = {}
+    namespaces = _globals(functions)
+    queue, seen = [("", obj)], set()
+    for module, names in namespaces.items():
+        queue += [pair for name in names for pair in _objects(f"{module}.{name}", vars(sys.modules[module])[name])]
     while queue:
         name, owner = queue.pop()
         if id(owner) in seen:
             continue
         seen.add(id(owner))
-        values = dict(_attributes(owner, inner=nested, hooks=owner is not obj))
+        cls = binding.original_class(owner)
+        values = dict(_attributes(owner, unit, hooks=owner is not obj))
         for key, value in values.items():
-            if _holds_tensor(value):
-                raise ValueError(f"{_join(name, key)} is a tensor, whose values may change")
-        absent = sorted(mentioned - values.keys()) if owner is obj or not isinstance(owner, nn.Module) else []
-        by_class = [key for key in absent if hasattr(type(owner), key)]
-        others = [key for key in absent if key not in by_class]
-        found.append(Watch(owner, name, {k: _freeze(v) for k, v in values.items()}, tuple(others), tuple(by_class)))
-        if nested:
-            queue += [(_join(name, key), value) for key, value in values.items() if has_attributes(value)]
-    return (*found, *(ClassWatch(cls) for cls in _classes(obj)))
+            held = list(_objects(_join(name, key), value))
+            queue += [pair for pair in held if not unit or not isinstance(pair[1], nn.Module)]
+        others = sorted(mentioned - values.keys()) if is_users(cls) else []
+        in_class = {key: getattr(cls, key, MISSING) for key in others}
+        plain = {key: value for key, value in in_class.items() if value is MISSING or isinstance(value, VALUES)}
+        found.append(Watch(owner, None if unit else cls, name, {k: freeze(v) for k, v in values.items()}, plain))
+        for base in cls.__mro__:
+            if is_users(base) and base not in classes:
+                classes[base] = None
+                queue += _held_by_class(base)
+    found += [NamespaceWatch(cls, None) for cls in classes]
+    found += [NamespaceWatch(sys.modules[module], names) for module, names in namespaces.items()]
+    return tuple(found)
 
 
-def changed(watches: tuple[Watch | ClassWatch, ...]) -> str | None:
-    """Return the name of an attribute that is not what it was, or None."""
+def _held_by_class(cls: type[Any]) -> list[tuple[str, Any]]:
+    """Return the objects with attributes that a class's own attributes are or contain."""
+    found = []
+    for key, value in vars(cls).items():
+        if not _is_special(key) and not isinstance(value, types.FunctionType):
+            with contextlib.suppress(ValueError):  # as abc's caches
+                found += list(_objects(f"{cls.__name__}.{key}", value))
+    return found
+
+
+def _globals(functions: list[types.FunctionType]) -> dict[str, tuple[str, ...]]:
+    """Return the names of the values, functions and objects of the user's that functions read as globals, by module."""
+    found: dict[str, set[str]] = {}
+    for function in functions:
+        module, held = function.__globals__.get("__name__", ""), function.__globals__
+        if getattr(sys.modules.get(module), "__dict__", None) is held:
+            names = found.setdefault(module, set())
+            names |= {name for name in globals_in(function.__code__) if _is_data(held.get(name, sys))}
+    return {module: tuple(sorted(names)) for module, names in found.items() if names}
+
+
+def changed(watches: Watches) -> str | None:
+    """Return the name of something that is not what it was, or None."""
     compiling = torch.compiler.is_compiling()
     for watch in watches:
         name = watch.changed_when_compiled() if compiling else watch.changed()
@@ -120,44 +207,79 @@ def changed(watches: tuple[Watch | ClassWatch, ...]) -> str | None:
 
 def is_users(cls: Any) -> bool:
     """Return True if a class or function is not of PyTorch, numpy or Python itself."""
-    return cls.__module__.partition(".")[0] not in NOT_USERS
+    return str(cls.__module__).partition(".")[0] not in NOT_USERS
 
 
 def has_attributes(value: Any) -> bool:
     """Return True for a module, and for an instance of a user's class or a namespace."""
-    if isinstance(value, type | Tensor | types.FunctionType | types.MethodType | types.ModuleType):
+    kinds = (type, Tensor, types.FunctionType, types.MethodType, types.ModuleType)
+    if type(value) in (weakref.ProxyType, weakref.CallableProxyType) or isinstance(value, kinds):
         return False
-    return isinstance(value, nn.Module) or (hasattr(value, "__dict__") and is_users(type(value)))
+    if isinstance(value, nn.Module):
+        return True
+    return is_users(type(value)) and isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _attributes(owner: Any, inner: bool, hooks: bool) -> Iterator[tuple[str, Any]]:
-    """Yield an object's own attributes; of a module also submodules, if `inner` parameters and buffers, and hooks."""
+def _attributes(owner: Any, unit: bool, hooks: bool) -> Iterator[tuple[str, Any]]:
+    """Yield an object's own attributes; of a module also its submodules, parameters, buffers and hooks."""
     held = vars(owner)
-    if isinstance(owner, nn.Module):
-        names = ("_modules", "_parameters", "_buffers") if inner else ("_modules",)
-        groups = [held[name].items() for name in names]
-        yield from ((key, value) for group in groups for key, value in group if value is not None)
+    module = isinstance(owner, nn.Module)
+    if module:
+        yield from held["_modules"].items()
+        for group in ("_parameters", "_buffers"):
+            yield from ((key, ANY if unit else value) for key, value in held[group].items())
         yield from ((key, held[key]) for key in HOOKS if hooks)
-    yield from ((key, value) for key, value in held.items() if key not in IGNORED)
+    skipped = (OF_MODULES if module else frozenset()) | (OWN if binding.is_bound(owner) else frozenset())
+    yield from ((key, value) for key, value in held.items() if key not in skipped)
 
 
-def _classes(obj: Any) -> list[type[Any]]:
-    """Return the user's classes of an object."""
-    return [cls for cls in binding.original_class(obj).__mro__ if is_users(cls)]
+def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the objects with attributes that a value is or contains.
+
+    Raises:
+        ValueError: it contains something that cannot be watched.
+    """
+    if isinstance(value, (*VALUES, *INERT, *DESCRIPTORS)):
+        return
+    if isinstance(value, CONTAINERS):
+        if len(value) > LARGEST:
+            raise ValueError(f"its {name} has {len(value)} items, wanted at most {LARGEST} to compare at every call")
+        for key, held in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _objects(f"{name}[{key!r:.20}]", held)
+    elif isinstance(value, types.FunctionType):
+        for held in (cell.cell_contents for cell in value.__closure__ or ()):
+            of_decorator = isinstance(held, types.MethodType) and not is_users(type(held.__self__))  # torch.no_grad's
+            if not of_decorator and not isinstance(held, (*VALUES, *INERT, types.FunctionType)):
+                raise ValueError(f"its {name} is a closure, whose variables may change")
+    elif isinstance(value, types.MethodType):
+        yield from _objects(name, value.__self__)
+    elif isinstance(value, functools.partial):
+        for held in (value.func, value.args, value.keywords):
+            yield from _objects(name, held)
+    elif has_attributes(value) and not any(getattr(cls, "__slots__", ()) for cls in type(value).__mro__[:-1]):
+        yield name, value
+    else:
+        raise ValueError(f"its {name} is a {type(value).__name__}, whose contents may change")
 
 
-def _class_attributes(cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    kinds = (types.FunctionType, staticmethod, *VALUES)
-    for key, value in vars(cls).items():
-        if isinstance(value, kinds) and (key[:2] != "__" or key == "__call__"):
-            yield key, value
-
-
-def _code(obj: Any) -> Iterator[types.CodeType]:
-    for _, value in (pair for cls in _classes(obj) for pair in _class_attributes(cls)):
-        function = value.__func__ if isinstance(value, staticmethod) else value
-        if isinstance(function, types.FunctionType):
-            yield function.__code__
+def _functions(obj: Any) -> Iterator[types.FunctionType]:
+    """Yield the user's functions that the object's classes hold, and those that these call by a global name."""
+    queue: list[Any] = [v for cls in binding.original_class(obj).__mro__ if is_users(cls) for v in vars(cls).values()]
+    seen: set[int] = set()
+    while queue:
+        value = queue.pop()
+        if isinstance(value, property):
+            queue += [value.fget, value.fset]
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        if not isinstance(value, types.FunctionType) or id(value) in seen or not is_users(value):
+            continue
+        seen.add(id(value))
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not assigned yet
+                queue.append(cell.cell_contents)
+        queue += [value.__globals__.get(name) for name in globals_in(value.__code__)]
+        yield value
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -170,39 +292,62 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield constant
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_tensor, value.values()))
-    return any(map(_holds_tensor, value)) if isinstance(value, list | tuple) else isinstance(value, Tensor)
+def globals_in(code: types.CodeType) -> set[str]:
+    """Return the names of globals that code reads."""
+    inner = [globals_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}.union(*inner)
+
+
+def _is_data(value: Any) -> bool:
+    """Return True if a global is a value, a container, or a function or object of the user's."""
+    if isinstance(value, types.FunctionType):
+        return is_users(value)
+    return isinstance(value, (*VALUES, *CONTAINERS)) or has_attributes(value)
+
+
+def _is_special(key: str) -> bool:
+    return key[:2] == "__" and key != "__call__"
+
+
+def _digest(value: Any) -> str:
+    """Return a text that is the same in another process for the same value or code."""
+    if isinstance(value, property):
+        return f"property {_digest(value.fget)}"
+    function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    if isinstance(function, types.FunctionType):
+        return _digest_code(function.__code__)
+    return repr(value) if isinstance(value, (*VALUES, *CONTAINERS)) else type(value).__name__
+
+
+def _digest_code(code: types.CodeType) -> str:
+    constants = [_digest_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
 
 
-def _freeze(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """Copy containers, however deep, so that changes in place show; return anything else as it is."""
     if isinstance(value, dict):
-        return {key: _freeze(inner) for key, inner in value.items()}
-    return (
-        type(value)(map(_freeze, value))
-        if type(value) in (list, tuple)
-        else value.copy()
-        if type(value) is set
-        else value
-    )
+        return {key: freeze(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(freeze, value))
+    return value.copy() if isinstance(value, set) else value
 
 
 def is_same(now: Any, then: Any) -> bool:
     """Return True if a value has not changed: the same object, or equal plain values or containers of them."""
+    if then is ANY:
+        return True
     if isinstance(then, dict):
-        return (
-            isinstance(now, dict)
-            and len(now) == len(then)
-            and all(is_same(now.get(k, MISSING), v) for k, v in then.items())
-        )
-    if isinstance(then, list | tuple):
-        return type(now) is type(then) and len(now) == len(then) and all(map(is_same, now, then))
+        same = isinstance(now, dict) and len(now) == len(then)
+        return same and all(is_same(now.get(key, MISSING), value) for key, value in then.items())
+    if isinstance(then, tuple):
+        return isinstance(now, list | tuple) and len(now) == len(then) and all(map(is_same, now, then))
     if now is then:
         return True
-    return type(now) is type(then) and isinstance(then, (*VALUES, set)) and bool(now == then)
+    if isinstance(then, types.MethodType):
+        return isinstance(now, types.MethodType) and now.__func__ is then.__func__ and now.__self__ is then.__self__
+    return type(now) is type(then) and isinstance(then, (*VALUES, set, frozenset)) and bool(now == then)

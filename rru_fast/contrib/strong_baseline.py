@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rru_fast import backends
 from rru_fast.checks import FINITE, check_dense, check_flags, check_number
-from rru_fast.compat.loss_form import Formula, label_codes
+from rru_fast.compat.loss_form import Formula, label_codes, widened
 
 
 class TripletLoss(nn.Module):
@@ -64,7 +64,7 @@ class TripletLoss(nn.Module):
             extras=("d_pos", "d_neg"),
         )
         found: tuple[Tensor, ...] = formula(
-            global_feat, label_codes(labels, global_feat), mask=None, backend=self.backend
+            widened(global_feat), label_codes(labels, global_feat), mask=None, backend=self.backend
         )
         return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rru_fast import reference
+from rru_fast.compat import binding
 from tests.helpers import third_party
 
 PEOPLE = torch.arange(12) // 3
@@ -46,7 +47,6 @@ def through_a_file(module: nn.Module) -> nn.Module:
     return loaded
 
 
-def bound_backend(module: nn.Module) -> str | None:
-    """The backend of the fast forward that accelerate bound to a third-party module; None without one."""
-    forward = vars(module).get("forward")
-    return forward.args[1] if "_accelerated_from" in vars(module) and forward is not None else None
+def bound_backend(obj: object) -> str | None:
+    """The backend of the fast forward that accelerate bound to a third-party object; None without one."""
+    return binding.bound(obj).args[1] if binding.is_bound(obj) and binding.bound(obj) is not None else None

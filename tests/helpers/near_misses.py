@@ -132,7 +132,7 @@ NEAR_MISSES: dict[str, tuple[Make, str]] = {
     "singles left out": (loss(forward=without_singles), rf"{RETURNS}.* for labels \["),
     "a tensor that it reads": (
         loss(lambda loss: setattr(loss, "weight", torch.ones(()))),
-        "weight is a tensor, whose values may change",
+        f"its weight is a Tensor, whose contents may change; {OPTION}",
     ),
     "hook on its part": (
         loss(lambda loss: loss.ranking_loss.register_forward_hook(print)),
