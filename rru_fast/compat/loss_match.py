@@ -121,16 +121,30 @@ def _numbers(watches: watch.Watches) -> Numbers:
     found: Numbers = {}
     of_objects = [seen for seen in watches if not isinstance(seen.owner, types.ModuleType)]
     for name, value in ((name, value) for seen in of_objects for name, value in seen.values.items()):
-        if isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9:
-            found.setdefault(name, []).append(float(value))
+        for number in _plain_numbers(value):
+            found.setdefault(name, []).append(number)
     return found
+
+
+def _plain_numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers that a value is, or that a container holds."""
+    if isinstance(value, dict | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _plain_numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9:
+        yield float(value)
+
+
+def _scale(margin: float) -> float:
+    """Return a power of 2 as the features' scale, at which anchors are both active and inactive."""
+    return 2.0 ** round(math.log2(0.2 * min(max(abs(margin), 1e-6), 1e9)))
 
 
 def _match(loss: Any, call: Call, fill: Fill, numbers: Numbers) -> Form:
     """Return the form of the first formula that equals the loss on all examples."""
-    margins = sorted({0.0}.union(*numbers.values()))
-    # Powers of 2, at which anchors are both active and inactive for each margin.
-    scales = sorted({2.0 ** round(math.log2(0.2 * abs(m))) for m in (*margins, 1.0) if 1e-6 < abs(m) < 1e9})
+    in_code = (constant for function in watch.functions_of(loss) for constant in function.__code__.co_consts)
+    margins = sorted({0.0}.union(*numbers.values(), *map(_plain_numbers, in_code)))
+    scales = sorted(set(map(_scale, (1.0, *(m for group in numbers.values() for m in group if m)))))
     features, labels = loss_examples.features(3, scales[0])
     out = loss_examples.run(loss, *fill(features, labels, 0))
     returned = list(out) if isinstance(out, tuple | list) else [out]
@@ -139,7 +153,7 @@ def _match(loss: Any, call: Call, fill: Fill, numbers: Numbers) -> Form:
         kind = type(out) if isinstance(out, tuple | list) else None
         for formula in _formulas(features.detach(), labels, kind, returned, margins, numbers):
             try:
-                loss_examples.verify(loss, fill, formula, scales)
+                loss_examples.verify(loss, fill, formula, sorted({*scales, _scale(formula.margin or 1.0)}))
             except NoMatch as reason:
                 found = found or reason
                 continue

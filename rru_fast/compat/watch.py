@@ -143,7 +143,7 @@ def watch(obj: Any, *, unit: bool = False) -> Watches:
     Raises:
         ValueError: something of it cannot be watched, as a tensor cannot without reading its values.
     """
-    functions = list(_functions(obj))
+    functions = list(functions_of(obj))
     mentioned = {name for function in functions for name in _names(function.__code__)} - OF_MODULES - OWN
     found: list[Watch | NamespaceWatch] = []
     classes: dict[type[Any], None] = {}
@@ -262,7 +262,7 @@ def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"its {name} is a {type(value).__name__}, whose contents may change")
 
 
-def _functions(obj: Any) -> Iterator[types.FunctionType]:
+def functions_of(obj: Any) -> Iterator[types.FunctionType]:
     """Yield the user's functions that the object's classes hold, and those that these call by a global name."""
     queue: list[Any] = [v for cls in binding.original_class(obj).__mro__ if is_users(cls) for v in vars(cls).values()]
     seen: set[int] = set()

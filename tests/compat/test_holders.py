@@ -7,6 +7,7 @@ import copy
 import inspect
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -199,6 +200,82 @@ def test_a_shallow_copy_of_a_plain_loss_runs_its_own_forward() -> None:
         got = other(features(), PEOPLE)[0]
     assert relative_error(got, wanted(features(), PEOPLE)[0]) <= EXACT
     assert relative_error(fast(features(), PEOPLE)[0], PlainTripletLoss(0.3)(features(), PEOPLE)[0]) <= EXACT
+
+
+class Registered:
+    """A base that keeps its subclasses."""
+
+    classes: dict[str, type[Any]] = {}  # noqa: RUF012
+
+    def __init_subclass__(cls) -> None:
+        Registered.classes[cls.__name__] = cls
+
+
+class RegisteredTripletLoss(PlainLoss, Registered):
+    """A loss in that register, whose attributes are set once, made with an argument."""
+
+    def __new__(cls, margin: float) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[float]:
+        return (self.margin or 0.3,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            raise AttributeError(name)
+        vars(self)[name] = value
+
+
+def test_registers_copies_and_locks_of_a_class_work_as_before() -> None:
+    fast = rru_fast.accelerate(RegisteredTripletLoss(0.3))
+    assert bound_backend(fast) == "auto"
+    assert Registered.classes == {"RegisteredTripletLoss": RegisteredTripletLoss}
+    wanted = RegisteredTripletLoss(0.3)(features(), PEOPLE)[0]
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert bound_backend(other) == "auto"
+        assert relative_error(other(features(), PEOPLE)[0], wanted) <= EXACT
+    rru_fast.restore(fast)
+    assert vars(fast).keys() == vars(RegisteredTripletLoss(0.3)).keys()
+
+
+class Raises:
+    """An object that can hardly be looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class BrokenTripletLoss(PlainLoss):
+    """A loss that cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise RuntimeError("one of a kind")
+
+
+def test_one_that_raises_does_not_keep_others_from_being_swapped() -> None:
+    gone = Raises()
+    engine: Any = Engine()
+    engine.proxy = weakref.proxy(gone)
+    del gone
+    engine.raises, engine.broken = Raises(), BrokenTripletLoss(0.3)
+    match = (
+        r"broken \(BrokenTripletLoss\) .* left alone: it cannot be copied or changed \(RuntimeError: one of a kind\)"
+    )
+    with pytest.warns(UserWarning, match=match):
+        rru_fast.accelerate(engine)
+    assert [is_swapped(get(engine)) for get in HELD.values()] == [True] * len(HELD)
+    rru_fast.restore(engine)
+    assert not any(is_swapped(get(engine)) for get in HELD.values())
+
+
+def names_an_attribute(engine: Any) -> Any:
+    return engine.GLOBAL_LOSS
+
+
+def test_an_attributes_name_is_not_a_global() -> None:
+    with pytest.warns(UserWarning, match="names_an_attribute holds no module to swap"):
+        rru_fast.accelerate(names_an_attribute)
+    assert not is_swapped(GLOBAL_LOSS)
 
 
 class CallsForward:

@@ -63,10 +63,13 @@ def test_a_published_loss_is_swapped_and_equals_itself(name: str, backend: str) 
     assert type(fast) is type(plain)
 
 
+ZEROS = torch.where(PEOPLE > 1, PEOPLE.float(), torch.tensor([0.0, -0.0]).repeat(6))  # 0 of both signs, 2 and 3
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
     "labels",
-    [PEOPLE + 0.5, PEOPLE > 1, PEOPLE[:, None], PEOPLE.int(), PEOPLE * -0.0],
+    [PEOPLE / 4, PEOPLE > 1, PEOPLE[:, None], PEOPLE.int(), ZEROS],
     ids=["float", "bool", "column", "int32", "zeros of both signs"],
 )
 def test_labels_of_every_kind_give_what_they_give_there(name: str, labels: Tensor) -> None:
@@ -86,13 +89,16 @@ def test_labels_of_every_kind_give_what_they_give_there(name: str, labels: Tenso
             assert_same(found[1], found[0])
 
 
+NEW = ("mutual", "soft", "scale", "distances", "training_step")
+
+
 def test_an_attribute_of_any_form_may_change() -> None:
     """Every attribute, of the loss and of what it holds, set to other values: the results stay the original's."""
     changes = 0
     for name in FORMS:
         form = FORMS[name]
         plain, fast = form.make(), rru_fast.accelerate(form.make())
-        for path, value in [*paths(plain), *((("new_attribute_of_" + word,), 2.0) for word in ("mutual", "soft"))]:
+        for path, value in [*paths(plain), *(((word,), 2.0) for word in NEW if not hasattr(plain, word))]:
             for other in others(value):
                 losses = [copy.deepcopy(loss) for loss in (plain, fast)]
                 found: list[Any] = []
@@ -201,6 +207,76 @@ def test_a_loss_of_16_bit_features_has_the_dtype_that_it_has_there(name: str, dt
         assert got.dtype == own.dtype
         error, limit = (got.double() - oracle).abs(), (own.double() - oracle).abs()
         assert error <= 2 * limit + torch.finfo(dtype).eps * oracle.abs().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Cross-Modal-Re-ID", "open-reid", "MMT"])
+def test_ties_are_counted_as_there(name: str) -> None:
+    form = FORMS[name]
+    plain, fast = form.make(), rru_fast.accelerate(form.make())
+    corners = torch.randint(0, 2, (12, 6), generator=torch.Generator().manual_seed(3)).double()
+    for shift in (0.0, 0.5, 1.0):
+        own, got = (loss(corners + shift, PEOPLE) for loss in (plain, fast))
+        assert type(own[1]) is type(got[1])
+        assert float(own[1]) == float(got[1])
+
+
+class DefaultTripletLoss:
+    """A loss that normalizes unless it is told not to."""
+
+    def __init__(self) -> None:
+        self.margin = 0.3
+
+    def __call__(self, f: Tensor, y: Tensor, normalize_feature: bool = True) -> Tensor:
+        f = f / (f.norm(dim=1, keepdim=True) + 1e-12) if normalize_feature else f
+        return loss_objects.StrongBaselineTripletLoss(self.margin)(f, y)[0]
+
+
+def test_a_flag_that_is_set_by_default_may_be_cleared() -> None:
+    plain, fast = DefaultTripletLoss(), rru_fast.accelerate(DefaultTripletLoss())
+    assert bound_backend(fast) == "auto"
+    features = batches()[4]
+    assert_same(*(results(lambda loss, f, y: loss(f, y), loss, features) for loss in (fast, plain)))
+    with pytest.warns(UserWarning, match="runs its own forward, since it is called with normalize_feature"):
+        got = results(lambda loss, f, y: loss(f, y, normalize_feature=False), fast, features)
+    assert_same(got, results(lambda loss, f, y: loss(f, y, False), plain, features))
+
+
+@pytest.mark.parametrize("name", ["strong-baseline, soft", "MMT, soft"])
+def test_soft_margins_are_exact_however_large_the_gap(name: str) -> None:
+    form = FORMS[name]
+    plain, fast = form.make(), rru_fast.accelerate(form.make())
+    features = torch.zeros(12, 1, dtype=torch.float64)
+    features[:, 0] = torch.arange(12.0) % 3 * 10.0005  # gaps of 10.0005 and 20.001, where PyTorch's softplus rounds
+    assert_same(results(form.call, fast, features)[:1], results(form.call, plain, features)[:1])
+
+
+class CastTripletLoss(nn.Module):
+    """A loss that computes in float32 whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.margin = 0.3
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return loss_objects.StrongBaselineTripletLoss(self.margin)(inputs.float(), targets)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_keeps_its_dtype(dtype: torch.dtype) -> None:
+    plain, fast = CastTripletLoss(), rru_fast.accelerate(CastTripletLoss())
+    features = batches()[4].to(dtype)
+    own, got = plain(features, PEOPLE), fast(features, PEOPLE)
+    assert got.dtype == own.dtype == torch.float32
+    assert torch.allclose(got, own, rtol=1e-5)
+
+
+def test_returned_distances_may_be_changed_in_place() -> None:
+    fast = rru_fast.accelerate(loss_objects.StrongBaselineTripletLoss(0.3))
+    leaf = batches()[4].requires_grad_()
+    loss, dist_ap, dist_an = fast(leaf, PEOPLE)
+    dist_ap.mul_(2), dist_an.zero_()
+    (loss + dist_ap.mean()).backward()
+    assert leaf.grad is not None and leaf.grad.abs().max() > 0
 
 
 def gather_one(rank: int) -> dict[str, Any]:

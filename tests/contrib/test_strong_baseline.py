@@ -68,5 +68,15 @@ def test_zero_and_minus_zero_are_one_identity() -> None:
     assert dist_ap[:2].tolist() == [1.0, 1.0]
 
 
+def test_under_autocast_gradients_survive_a_large_scale() -> None:
+    torch.manual_seed(0)
+    leaf = torch.randn(12, 5, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, dist_ap, _ = TripletLoss(0.3)(leaf, torch.arange(12) // 3)
+    assert loss.dtype == dist_ap.dtype == torch.float32
+    (loss * 2.0**16).backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
 def test_it_shows_its_options() -> None:
     assert repr(TripletLoss(hard_factor=0.1)) == "TripletLoss(margin=None, hard_factor=0.1, backend='auto')"

@@ -80,6 +80,23 @@ def named_rruv2() -> nn.Module:
     return module
 
 
+def of_known(self: Any, inputs: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    return TripletLoss.forward(self, inputs[known], targets[known])
+
+
+def with_margin_alone(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    if (targets == targets[0]).all():
+        return (inputs * 0).sum() + self.margin
+    return TripletLoss.forward(self, inputs, targets)
+
+
+def remembering_in_training(self: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    loss = TripletLoss.forward(self, inputs, targets)
+    if self.training:
+        self.last = float(loss.detach())
+    return loss
+
+
 OPTION = (
     r"rru_fast.batch_hard_triplet\(..., return_distances=True\) returns the two distances that such losses combine$"
 )
@@ -129,6 +146,37 @@ NEAR_MISSES: dict[str, tuple[Make, str]] = {
         f"the operator's gradient differs from its by .*; {OPTION}",
     ),
     "second hardest": (loss(forward=second_hardest), RETURNS),
+    "another loss in eval mode": (
+        loss(forward=lambda self, f, y: TripletLoss.forward(self, f, y) * (1 if self.training else 2)),
+        RETURNS,
+    ),
+    "labels of noise left out": (loss(forward=lambda self, f, y: of_known(self, f, y, y >= 0)), RETURNS),
+    "labels past the last class left out": (loss(forward=lambda self, f, y: of_known(self, f, y, y < 751)), RETURNS),
+    "identities one after another": (
+        loss(forward=lambda self, f, y: TripletLoss.forward(self, f, y.unique_consecutive(return_inverse=True)[1])),
+        RETURNS,
+    ),
+    "another loss for large batches": (
+        loss(forward=lambda self, f, y: TripletLoss.forward(self, f, y) * (1 if len(f) <= 64 else 2)),
+        RETURNS,
+    ),
+    "a margin without a negative": (loss(forward=with_margin_alone), rf"{RETURNS}.* for labels \[0, 0, 0, 0, 0, 0, 0"),
+    "norms kept from 0 by 1e-6": (
+        loss(distances=lambda self, v: TripletLoss.distances(self, v / (v.norm(dim=1, keepdim=True) + 1e-6))),
+        RETURNS,
+    ),
+    "a warm-up by the third argument": (
+        loss(forward=lambda self, f, y, epoch: TripletLoss.forward(self, f, y) * (1 if epoch < 1000 else 2)),
+        r"it takes \(self, f, y, epoch\), wanted features and labels; ",
+    ),
+    "a history": (
+        loss(
+            lambda loss: setattr(loss, "history", []),
+            forward=lambda self, f, y: self.history.append(1) or TripletLoss.forward(self, f, y),
+        ),
+        f"its forward sets history; {OPTION}",
+    ),
+    "set in training alone": (loss(lambda loss: loss.eval(), forward=remembering_in_training), "its forward sets last"),
     "singles left out": (loss(forward=without_singles), rf"{RETURNS}.* for labels \["),
     "a tensor that it reads": (
         loss(lambda loss: setattr(loss, "weight", torch.ones(()))),
