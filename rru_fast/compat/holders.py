@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from rru_fast.compat.watch import OF_MODULES, OWN, globals_in, has_attributes, is_users
+from rru_fast.compat.user_code import globals_in, has_attributes, is_users
+from rru_fast.compat.watch import OF_MODULES, OWN
 
 CONTAINERS = (list, tuple, set, frozenset, dict)
 

@@ -79,11 +79,9 @@ class Formula(NamedTuple):
             loss = reduce(KINDS[self.kind](d_pos - d_neg, self.margin), self.reduction)
         if self.scale != 1:
             loss = loss * self.scale
-        return (
-            loss
-            if self.returns is None
-            else self.returns((loss, *(EXTRAS[name](d_pos, d_neg) for name in self.extras)))
-        )
+        if self.returns is None:
+            return loss
+        return self.returns((loss, *(EXTRAS[name](d_pos, d_neg) for name in self.extras)))
 
 
 class Call(NamedTuple):

@@ -18,6 +18,7 @@ from rru_fast.checks import DTYPES
 from rru_fast.compat import binding, loss_examples, loss_form, watch
 from rru_fast.compat.loss_examples import MADE_OF, Fill, NoMatch
 from rru_fast.compat.loss_form import EXTRAS, KINDS, NORMS, Call, Form, Formula, Norm
+from rru_fast.compat.user_code import functions_of, is_users
 from rru_fast.reference.equations import reduce
 
 OTHER_INTERFACES = {
@@ -32,7 +33,7 @@ def is_candidate(obj: Any) -> bool:
     """Return True for a module or a callable object that its class's name or its attributes call a triplet loss."""
     cls = binding.original_class(obj)
     own = cls.__module__.startswith("rru_fast.") or isinstance(obj, reference.BatchHardTripletLoss)
-    if own or isinstance(obj, torch.jit.ScriptModule) or not watch.is_users(cls):
+    if own or isinstance(obj, torch.jit.ScriptModule) or not is_users(cls):
         return False
     if not (hasattr(cls, "forward") or callable(obj)):
         return False
@@ -142,7 +143,7 @@ def _scale(margin: float) -> float:
 
 def _match(loss: Any, call: Call, fill: Fill, numbers: Numbers) -> Form:
     """Return the form of the first formula that equals the loss on all examples."""
-    in_code = (constant for function in watch.functions_of(loss) for constant in function.__code__.co_consts)
+    in_code = (constant for function in functions_of(loss) for constant in function.__code__.co_consts)
     margins = sorted({0.0}.union(*numbers.values(), *map(_plain_numbers, in_code)))
     scales = sorted(set(map(_scale, (1.0, *(m for group in numbers.values() for m in group if m)))))
     features, labels = loss_examples.features(3, scales[0])

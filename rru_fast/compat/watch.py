@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import enum
 import functools
 import importlib
@@ -12,25 +11,33 @@ import pathlib
 import re
 import sys
 import types
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rru_fast.compat import binding
+from rru_fast.compat.user_code import (
+    CONTAINERS,
+    VALUES,
+    digest,
+    functions_of,
+    globals_in,
+    has_attributes,
+    is_data,
+    is_special,
+    is_users,
+    names_in,
+)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GROUPS = ("_modules", "_parameters", "_buffers")
 OWN = frozenset({*binding.BOUND, binding.MARK, binding.WARNED})
 OF_MODULES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 DESCRIPTORS = (property, classmethod, staticmethod)
 INERT = (logging.Logger, enum.Enum, pathlib.PurePath, re.Pattern, types.ModuleType, types.BuiltinFunctionType, type)
-CONTAINERS = (list, tuple, dict, set, frozenset)
 LARGEST = 1000  # of containers that are compared at every call
-NOT_USERS = {"torch", "numpy", *sys.stdlib_module_names} - {"argparse", "types"}  # whose namespaces hold options
 
 
 class MISSING:
@@ -95,7 +102,7 @@ class NamespaceWatch:
     def __init__(self, owner: type[Any] | types.ModuleType, names: tuple[str, ...] | None) -> None:
         self.owner, self.names, self.differs = owner, names, ""
         held = vars(owner)
-        keys = [key for key in held if not _is_special(key)] if names is None else names
+        keys = [key for key in held if not is_special(key)] if names is None else names
         self.values = {key: freeze(held[key]) if key in held else MISSING for key in keys}
 
     def __deepcopy__(self, memo: object) -> NamespaceWatch:
@@ -103,7 +110,7 @@ class NamespaceWatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         owner = self.owner.__name__ if isinstance(self.owner, types.ModuleType) else self.owner
-        return _load_namespace, (owner, self.names, {key: _digest(value) for key, value in self.values.items()})
+        return _load_namespace, (owner, self.names, {key: digest(value) for key, value in self.values.items()})
 
     def changed(self) -> str | None:
         """Return the name of an attribute that is not what it was, or None."""
@@ -114,7 +121,7 @@ class NamespaceWatch:
             if not is_same(now.get(key, MISSING), then):
                 return f"{self.owner.__name__}.{key}"
         for key in now if self.names is None else ():
-            if key not in self.values and not _is_special(key):
+            if key not in self.values and not is_special(key):
                 return f"{self.owner.__name__}.{key}"
         return None
 
@@ -128,7 +135,7 @@ Watches = tuple[Watch | NamespaceWatch, ...]
 
 def _load_namespace(owner: Any, names: tuple[str, ...] | None, digests: dict[str, str]) -> NamespaceWatch:
     found = NamespaceWatch(importlib.import_module(owner) if isinstance(owner, str) else owner, names)
-    now = {key: _digest(value) for key, value in found.values.items()}
+    now = {key: digest(value) for key, value in found.values.items()}
     found.differs = next((key for key in (*digests, *now) if digests.get(key) != now.get(key)), "")
     return found
 
@@ -144,7 +151,7 @@ def watch(obj: Any, *, unit: bool = False) -> Watches:
         ValueError: something of it cannot be watched, as a tensor cannot without reading its values.
     """
     functions = list(functions_of(obj))
-    mentioned = {name for function in functions for name in _names(function.__code__)} - OF_MODULES - OWN
+    mentioned = {name for function in functions for name in names_in(function.__code__)} - OF_MODULES - OWN
     found: list[Watch | NamespaceWatch] = []
     classes: dict[type[Any], None] = {}
     namespaces = _globals(functions)
@@ -178,7 +185,7 @@ def _held_by_class(cls: type[Any]) -> list[tuple[str, Any]]:
     """Return the objects with attributes that a class's own attributes are or contain."""
     found = []
     for key, value in vars(cls).items():
-        if not _is_special(key) and not isinstance(value, types.FunctionType):
+        if not is_special(key) and not isinstance(value, types.FunctionType):
             with contextlib.suppress(ValueError):  # as abc's caches
                 found += list(_objects(f"{cls.__name__}.{key}", value))
     return found
@@ -191,7 +198,7 @@ def _globals(functions: list[types.FunctionType]) -> dict[str, tuple[str, ...]]:
         module, held = function.__globals__.get("__name__", ""), function.__globals__
         if getattr(sys.modules.get(module), "__dict__", None) is held:
             names = found.setdefault(module, set())
-            names |= {name for name in globals_in(function.__code__) if _is_data(held.get(name, sys))}
+            names |= {name for name in globals_in(function.__code__) if is_data(held.get(name, sys))}
     return {module: tuple(sorted(names)) for module, names in found.items() if names}
 
 
@@ -203,21 +210,6 @@ def changed(watches: Watches) -> str | None:
         if name is not None:
             return name
     return None
-
-
-def is_users(cls: Any) -> bool:
-    """Return True if a class or function is not of PyTorch, numpy or Python itself."""
-    return str(cls.__module__).partition(".")[0] not in NOT_USERS
-
-
-def has_attributes(value: Any) -> bool:
-    """Return True for a module, and for an instance of a user's class or a namespace."""
-    kinds = (type, Tensor, types.FunctionType, types.MethodType, types.ModuleType)
-    if type(value) in (weakref.ProxyType, weakref.CallableProxyType) or isinstance(value, kinds):
-        return False
-    if isinstance(value, nn.Module):
-        return True
-    return is_users(type(value)) and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _attributes(owner: Any, unit: bool, hooks: bool) -> Iterator[tuple[str, Any]]:
@@ -260,68 +252,6 @@ def _objects(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
     else:
         raise ValueError(f"its {name} is a {type(value).__name__}, whose contents may change")
-
-
-def functions_of(obj: Any) -> Iterator[types.FunctionType]:
-    """Yield the user's functions that the object's classes hold, and those that these call by a global name."""
-    queue: list[Any] = [v for cls in binding.original_class(obj).__mro__ if is_users(cls) for v in vars(cls).values()]
-    seen: set[int] = set()
-    while queue:
-        value = queue.pop()
-        if isinstance(value, property):
-            queue += [value.fget, value.fset]
-        if isinstance(value, staticmethod | classmethod):
-            value = value.__func__
-        if not isinstance(value, types.FunctionType) or id(value) in seen or not is_users(value):
-            continue
-        seen.add(id(value))
-        for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # not assigned yet
-                queue.append(cell.cell_contents)
-        queue += [value.__globals__.get(name) for name in globals_in(value.__code__)]
-        yield value
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that code mentions, and the strings that could be names."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
-
-
-def globals_in(code: types.CodeType) -> set[str]:
-    """Return the names of globals that code reads."""
-    inner = [globals_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}.union(*inner)
-
-
-def _is_data(value: Any) -> bool:
-    """Return True if a global is a value, a container, or a function or object of the user's."""
-    if isinstance(value, types.FunctionType):
-        return is_users(value)
-    return isinstance(value, (*VALUES, *CONTAINERS)) or has_attributes(value)
-
-
-def _is_special(key: str) -> bool:
-    return key[:2] == "__" and key != "__call__"
-
-
-def _digest(value: Any) -> str:
-    """Return a text that is the same in another process for the same value or code."""
-    if isinstance(value, property):
-        return f"property {_digest(value.fget)}"
-    function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-    if isinstance(function, types.FunctionType):
-        return _digest_code(function.__code__)
-    return repr(value) if isinstance(value, (*VALUES, *CONTAINERS)) else type(value).__name__
-
-
-def _digest_code(code: types.CodeType) -> str:
-    constants = [_digest_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _join(owner: str, name: str) -> str:
