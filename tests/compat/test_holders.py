@@ -6,7 +6,6 @@ import argparse
 import copy
 import inspect
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 import rru_fast
 from rru_fast.testing import EXACT, relative_error
 from tests.helpers import third_party
-from tests.helpers.modules import PEOPLE, SIZES, bound_backend, through_a_file
+from tests.helpers.modules import PEOPLE, SIZES, bound_backend, through_a_file, warnings_as
 
 
 class PlainLoss:
@@ -81,7 +80,7 @@ def is_swapped(obj: Any) -> bool:
 def test_all_that_an_engine_holds_is_swapped_and_restored() -> None:
     engine = Engine()
     before = {name: dict(vars(get(engine))) for name, get in HELD.items()}
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         assert rru_fast.accelerate(engine) is engine
     assert [name for name, get in HELD.items() if is_swapped(get(engine))] == list(HELD)
     assert rru_fast.restore(engine) is engine
@@ -182,7 +181,7 @@ def test_a_copy_of_a_swapped_loss_is_swapped_and_restored_by_itself(make: Callab
     fast = rru_fast.accelerate(make(0.3), backend="composite")
     other = COPIES[how](fast)
     assert bound_backend(other) == "composite"
-    with warnings.catch_warnings(action="ignore" if how == "copy" else "error"):
+    with warnings_as("ignore" if how == "copy" else "error"):
         got, wanted = other(features(), PEOPLE), make(0.3)(features(), PEOPLE)
     for one, two in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, wanted)), strict=True):
         assert relative_error(one, two) <= EXACT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from benchmarks.implementations import loss_modules, loss_objects
 from benchmarks.implementations.losses import FORMS
 from rru_fast.compat import loss_examples
 from tests import parity
-from tests.helpers.modules import PEOPLE, bound_backend
+from tests.helpers.modules import PEOPLE, bound_backend, warnings_as
 from tests.ranks import in_ranks
 
 
@@ -54,7 +53,7 @@ def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
 def test_a_published_loss_is_swapped_and_equals_itself(name: str, backend: str) -> None:
     form = FORMS[name]
     plain = form.make()
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         fast = rru_fast.accelerate(form.make(), backend=backend)
         for features in batches():
             assert_same(results(form.call, fast, features), results(form.call, plain, features))
@@ -108,7 +107,7 @@ def test_an_attribute_of_any_form_may_change() -> None:
                         owner = getattr(owner, step)
                     setattr(owner, path[-1], other)
                     try:
-                        with warnings.catch_warnings(action="ignore"):
+                        with warnings_as("ignore"):
                             found.append(results(form.call, loss, batches()[4]))
                     except Exception as error:  # whatever the original raises
                         found.append(type(error))
@@ -190,7 +189,7 @@ def test_a_mask_selects_anchors_and_no_partners() -> None:
     plain, fast = (loss_objects.CentroidsTripletLoss(0.5, "euclidean") for _ in range(2))
     rru_fast.accelerate(fast)
     for mask in (torch.arange(12) % 4 != 0, torch.arange(12) == 5, torch.tensor([3, 1, 3])):
-        with warnings.catch_warnings(action="error"):
+        with warnings_as("error"):
             got = results(lambda loss, f, y, m=mask: loss(f, y, mask=m), fast, batches()[4])
         assert_same(got, results(lambda loss, f, y, m=mask: loss(f, y, mask=m), plain, batches()[4]))
 

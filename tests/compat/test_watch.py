@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rru_fast
 from rru_fast.testing import EXACT, relative_error
 from tests.helpers import third_party
-from tests.helpers.modules import PEOPLE, SIZES, bound_backend, maps
+from tests.helpers.modules import PEOPLE, SIZES, bound_backend, maps, warnings_as
 from tests.ranks import in_ranks
 
 
@@ -100,7 +100,7 @@ def assert_same_twice(loss: Any, plain: Any) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_loss_whose_attributes_have_changed_runs_its_own_forward_and_says_so_once(name: str) -> None:
     plain, fast = Loss(), rru_fast.accelerate(Loss())
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         assert_same(fast, plain)
     for loss in (plain, fast):
         CHANGES[name](loss)
@@ -131,7 +131,7 @@ def test_it_is_fast_again_once_the_attribute_is_back_or_accelerate_has_compared_
     fast.distance = "cosine"
     with pytest.warns(UserWarning, match="runs its own forward"):
         fast(features(), PEOPLE)
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         fast.distance = "euclidean"
         fast(features(), PEOPLE)
         fast.distance = "cosine"

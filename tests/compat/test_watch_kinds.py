@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import functools
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import rru_fast
 from rru_fast.testing import EXACT, relative_error
-from tests.helpers.modules import PEOPLE, bound_backend
+from tests.helpers.modules import PEOPLE, bound_backend, warnings_as
 from tests.helpers.third_party import TripletLoss
 
 
@@ -159,7 +158,7 @@ def test_a_change_is_followed(name: str) -> None:
     plain = make()
     fast = rru_fast.accelerate(make())
     assert bound_backend(fast) == "auto"
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         before = fast(features(), PEOPLE)
     for loss in (plain, fast):
         change(loss)
@@ -191,7 +190,7 @@ def test_a_change_of_a_class_is_followed_in_pickles_too(name: str, monkeypatch: 
 
 def test_a_pickle_of_a_loss_whose_class_is_the_same_stays_fast() -> None:
     fast = pickle.loads(pickle.dumps(rru_fast.accelerate(ClassTripletLoss())))
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         assert relative_error(fast(features(), PEOPLE), ClassTripletLoss()(features(), PEOPLE)) <= EXACT
 
 

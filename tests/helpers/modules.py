@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -45,6 +47,14 @@ def through_a_file(module: nn.Module) -> nn.Module:
     file.seek(0)
     loaded: nn.Module = torch.load(file, weights_only=False)
     return loaded
+
+
+@contextmanager
+def warnings_as(action: Any) -> Iterator[None]:
+    """Raise warnings as errors, or ignore them, by a name of the warnings filter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        yield
 
 
 def bound_backend(obj: object) -> str | None:
