@@ -27,6 +27,8 @@ NORMS: dict[Norm, Callable[[Tensor], Tensor]] = {  # features (N, D) as their di
     "clamped": lambda features: F.normalize(features, dim=-1),
     "added": lambda features: features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-12),
 }
+# The operator's least Euclidean distance, up to rounding; other libraries have none.
+AT_FLOOR = 1e-6 * (1 + 1e-6)
 EXTRAS: dict[str, Callable[[Tensor, Tensor], Any]] = {  # further return values, of D_pos and D_neg
     "d_pos": lambda d_pos, d_neg: d_pos.clone(),  # the operator has saved them for its backward
     "d_neg": lambda d_pos, d_neg: d_neg.clone(),
@@ -136,10 +138,8 @@ def forward(loss: Any, backend: str, form: Form, *args: Any, **kwargs: Any) -> A
     dtype = form.call.dtypes.get(features.dtype)
     # fp32 at least, so that a narrow loss is not rounded before it is cast.
     wide = widened(features) if dtype is None else features.to(torch.promote_types(features.dtype, dtype))
-    if normalized is not None:
-        norm = form.call.norm if normalized else "none"
-        form = form._replace(formula=form.formula._replace(norm=norm))
-    out = form.formula(wide, label_codes(labels, features), mask=mask, backend=backend)
+    formula = form.formula._replace(norm=form.call.norm) if normalized else form.formula
+    out = formula(wide, label_codes(labels, features), mask=mask, backend=backend)
     return out if dtype in (None, wide.dtype) else _cast(out, dtype)
 
 
@@ -151,7 +151,7 @@ def widened(features: Tensor) -> Tensor:
 
 def _cast(out: Any, dtype: Any) -> Any:
     if isinstance(out, tuple | list):
-        return type(out)(_cast(value, dtype) if n < 3 else value for n, value in enumerate(out))
+        return type(out)(_cast(value, dtype) for value in out)
     return out.to(dtype) if isinstance(out, Tensor) and out.is_floating_point() else out
 
 
@@ -173,9 +173,7 @@ def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     features, labels = found
     for name in call.unused:
         values.pop(name, None)
-    normalized = (
-        bool(values.pop("normalize_feature")) if call.norm != "none" and "normalize_feature" in values else None
-    )
+    normalized = call.norm != "none" and bool(values.pop("normalize_feature", False))
     mask = values.pop("mask", None) if call.mask else None
     for name, value in values.items():
         if name not in call.others or not watch.is_same(value, call.others[name]):

@@ -71,10 +71,10 @@ def find_form(obj: Any) -> Form:
             return _match(loss, call, fill, _numbers(watches))._replace(watches=watches, world_size=ranks)
         except NoMatch as reason:
             reasons.append(str(reason))
-    parameters = inspect.signature(binding.original_forward(loss))
     if len(reasons) == 1:
         raise NoMatch(reasons[0])
-    raise NoMatch(f"it takes {parameters}, wanted features and labels{'; '.join(['', *reasons[:1]])}")
+    first = f"; {reasons[0]}" if reasons else ""
+    raise NoMatch(f"it takes {inspect.signature(binding.original_forward(loss))}, wanted features and labels{first}")
 
 
 def _check_replaced(obj: Any) -> None:

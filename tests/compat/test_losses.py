@@ -240,6 +240,26 @@ def test_a_flag_that_is_set_by_default_may_be_cleared() -> None:
     assert_same(got, results(lambda loss, f, y: loss(f, y, False), plain, features))
 
 
+class NormalizedTripletLoss:
+    """A loss that normalizes anyway, and again if it is told to."""
+
+    def __init__(self) -> None:
+        self.margin = 0.3
+
+    def __call__(self, f: Tensor, y: Tensor, normalize_feature: bool = False) -> Tensor:
+        f = nn.functional.normalize(nn.functional.normalize(f) if normalize_feature else f)
+        return loss_objects.StrongBaselineTripletLoss(self.margin)(f, y)[0]
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalize_feature": False}, {"normalize_feature": True}], ids=str)
+def test_a_flag_given_as_it_is_by_default_changes_nothing(flags: dict[str, bool]) -> None:
+    plain, fast = NormalizedTripletLoss(), rru_fast.accelerate(NormalizedTripletLoss())
+    features = batches()[4]
+    with warnings_as("error"):
+        got = results(lambda loss, f, y: loss(f, y, **flags), fast, features)
+    assert_same(got, results(lambda loss, f, y: loss(f, y, **flags), plain, features))
+
+
 @pytest.mark.parametrize("name", ["strong-baseline, soft", "MMT, soft"])
 def test_soft_margins_are_exact_however_large_the_gap(name: str) -> None:
     form = FORMS[name]
