@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rru_fast import backends, checks, functional
+from rru_fast.compat.loss_form import AT_FLOOR
 from rru_fast.types import Metric
 
 try:
@@ -31,9 +32,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = ["BatchHardMiner", "BatchHardTripletLoss"]
-
-# The operator's lower bound of Euclidean distances, up to rounding. pml has none.
-AT_FLOOR = 1e-6 * (1 + 1e-6)
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 """Anchors, positives and negatives, int64 (A,) each."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rru_fast import backends, checks, functional
-from rru_fast.compat.loss_form import label_codes
+from rru_fast.compat.loss_form import AT_FLOOR, label_codes
 from rru_fast.types import Metric
 
 try:
@@ -37,9 +37,6 @@ except ModuleNotFoundError as error:
     from sentence_transformers import losses  # their place before 5.4
 
 __all__ = ["BatchHardSoftMarginTripletLoss", "BatchHardTripletLoss"]
-
-# The operator's lower bound of Euclidean distances, up to rounding. sentence-transformers has none.
-AT_FLOOR = 1e-6 * (1 + 1e-6)
 EUCLIDEAN = losses.BatchHardTripletLossDistanceFunction.eucledian_distance  # spelled so in every version
 COSINE = losses.BatchHardTripletLossDistanceFunction.cosine_distance
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.harness.measure import peak_bytes
 from rru_fast.contrib.pml import BatchHardMiner, BatchHardTripletLoss
 from rru_fast.testing import assert_parity, relative_error
+from tests.helpers.modules import LABEL_KINDS
 from tests.parity import BACKENDS
 from tests.ranks import in_ranks
 
@@ -356,17 +357,7 @@ def test_distributed_wrappers_of_two_ranks(tmp_path: Path) -> None:
                 assert relative_error(got[what], wanted[what]) <= TIGHT, (name, what)
 
 
-LABELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "int32": lambda y: y.int(),
-    "uint8": lambda y: y.byte(),
-    "negative": lambda y: y - 1000,
-    "float": lambda y: y / 10,
-    "bool": lambda y: y > 2,
-    "strided": lambda y: torch.stack((y, y), 1)[:, 0],
-}
-
-
-@pytest.mark.parametrize("kind", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("kind", LABEL_KINDS.values(), ids=LABEL_KINDS)
 def test_labels_are_of_any_real_dtype(kind: Callable[[Tensor], Tensor]) -> None:
     embeddings, labels = batch()
     labels = kind(labels)

@@ -20,6 +20,7 @@ import rru_fast
 from benchmarks.harness.measure import peak_bytes
 from rru_fast.contrib.sentence_transformers import BatchHardSoftMarginTripletLoss, BatchHardTripletLoss
 from rru_fast.testing import assert_parity, relative_error
+from tests.helpers.modules import LABEL_KINDS
 from tests.parity import BACKENDS
 
 TIGHT = 1e-12
@@ -236,15 +237,7 @@ def test_embeddings_of_nan_make_the_loss_nan(ours: Any, theirs: Any, distance: A
             assert value_and_gradient(of_embeddings(cls, distance), embeddings, labels)["loss"].isnan()
 
 
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "int32": lambda y: y.int(),
-    "uint8": lambda y: y.byte(),
-    "negative": lambda y: y - 1000,
-    "float": lambda y: y / 10,
-    "bool": lambda y: y > 2,
-    "strided": lambda y: torch.stack((y, y), 1)[:, 0],
-    "column": lambda y: y[:, None],
-}
+KINDS = {**LABEL_KINDS, "column": lambda y: y[:, None]}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

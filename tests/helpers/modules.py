@@ -22,6 +22,15 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "reference": lambda: reference.RRU(6, (4, 4), hidden=8, spatial_hidden=5),
     "third-party": lambda: third_party.FuseNet(6, 7, **SIZES),
 }
+# Labels of other dtypes, signs and strides that tell the same identities apart; "bool" two groups of them.
+LABEL_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "int32": lambda y: y.int(),
+    "uint8": lambda y: y.byte(),
+    "negative": lambda y: y - 1000,
+    "float": lambda y: y / 10,
+    "bool": lambda y: y > 2,
+    "strided": lambda y: torch.stack((y, y), 1)[:, 0],
+}
 every_unit = pytest.mark.parametrize("plain", PLAIN.values(), ids=PLAIN.keys())
 
 
