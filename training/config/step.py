@@ -45,11 +45,6 @@ class StepConfig(Config):
             device: where to compute.
             recipe: the training.
         """
-        if (self.amp, device.type, recipe.model.head, recipe.batch.frames) == ("bfloat16", "cpu", "stim", 2):
-            # oneDNN's weight gradient of a 3x3x3 convolution is wrong there, as of PyTorch 2.11.
-            raise UserError(
-                "amp: got 'bfloat16' on a CPU for clips of 2 frames with STIM, wanted more frames, or 'off'"
-            )
         if not self.cuda_graph:
             return
         if device.type != "cuda":

@@ -38,6 +38,21 @@ def test_stim_sees_the_order_of_time() -> None:
     assert not torch.allclose(head(MAPS), head(MAPS.flip(1)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_the_gradient_of_a_16_bit_convolution_holds_no_memory_that_was_freed(times: int) -> None:
+    rng = torch.Generator().manual_seed(2)
+    maps, upstream = (torch.randn(8, 64, times, 4, 2, generator=rng).bfloat16() for _ in range(2))
+    convolution = STIM(6, 64).net[3].bfloat16()
+    inputs = maps.float(), convolution.weight.detach().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(torch.nn.functional.conv3d(*inputs, padding=1), inputs[1], upstream.float())
+    for _ in range(8):
+        freed = [torch.full((size,), torch.nan) for size in range(1000, 400_000, 7000)]
+        del freed[::2]
+        (grad,) = torch.autograd.grad(convolution(maps), convolution.weight, upstream)
+        # Without AVX-512 the eight clips are summed in bfloat16.
+        torch.testing.assert_close(grad.float(), wanted, rtol=0, atol=8 * 2**-9 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["baseline", "lstm", "stim"])
 def test_what_lies_beyond_a_clips_length_does_not_count(recipe: Recipe, name: str) -> None:
     head = make_head(update(recipe, head=name, head_width=10).model, channels=6).eval()
