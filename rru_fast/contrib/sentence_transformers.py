@@ -113,7 +113,8 @@ class BatchHardTripletLoss(losses.BatchHardTripletLoss):  # type: ignore[misc]
     def batch_hard_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
         """Return the loss of embeddings (N, D); `forward` calls it."""
         violation: Tensor = distance_gaps(self, labels, embeddings) + self.triplet_margin
-        return violation.clamp(min=0).mean()  # not relu, whose gradient at 0 is 0: theirs is 1
+        # Not relu, nor clamp, whose gradient at 0 is 0 (clamp's as of PyTorch 2.14): theirs is 1.
+        return torch.where(violation < 0, 0, violation).mean()
 
 
 class BatchHardSoftMarginTripletLoss(losses.BatchHardSoftMarginTripletLoss):  # type: ignore[misc]
