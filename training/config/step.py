@@ -39,7 +39,7 @@ class StepConfig(Config):
     """Share batch statistics between all processes, in every batch norm."""
 
     def check(self, device: torch.device, recipe: Recipe) -> None:
-        """Raise a UserError where a switch has nothing to act on, or would compute something else.
+        """Raise a UserError where a switch has nothing to act on.
 
         Args:
             device: where to compute.

@@ -66,7 +66,7 @@ class LSTM(nn.Module):
         return _sum(outputs, lengths), carried
 
 
-class _Cube(nn.Conv3d):
+class _Conv3x3x3(nn.Conv3d):
     """A 3x3x3 convolution over maps (B, C, T, H, W) that keeps their shape.
 
     Args:
@@ -80,7 +80,7 @@ class _Cube(nn.Conv3d):
         """Maps (B, C, T, H, W) to as many."""
         if self.training and maps.device.type == "cpu" and maps.shape[2] == 2:
             # Of two frames that it pads itself, oneDNN (3.10, in bfloat16) adds memory nobody wrote to the gradient of
-            # the weights. The same zeros as frames are right.
+            # the weights. The same zeros as frames are right. In eval mode an export's T stays free.
             return F.conv3d(F.pad(maps, (0, 0, 0, 0, 1, 1)), self.weight, padding=(0, 1, 1))
         return super().forward(maps)
 
@@ -100,7 +100,7 @@ class STIM(nn.Module):
             nn.Conv3d(channels, width, 1, bias=False),
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
-            _Cube(width),
+            _Conv3x3x3(width),
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
         )
