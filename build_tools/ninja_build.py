@@ -66,7 +66,7 @@ def cuda_sources() -> list[Path]:
 
 
 def _cpp_steps(config: BuildConfig) -> list[CompileStep]:
-    """Compile bindings.cpp once and each csrc/cpu file once for each capability."""
+    """Compile the bindings and operators once and each csrc/cpu file once for each capability."""
     common = [*config.compiler.command, *config.flags, "-MMD", "-Icsrc"]
     # -isystem: no warnings from torch's headers, and no dependencies on them: their version is in the command.
     for folder in (config.torch.folder / "include", config.torch.folder / "include/torch/csrc/api/include"):
@@ -77,7 +77,7 @@ def _cpp_steps(config: BuildConfig) -> list[CompileStep]:
     bindings += [f'-DRRU_FLAGS="{" ".join(config.flags)}"', f'-DRRU_CAPABILITIES="{capabilities}"']
     bindings += [f"-DRRU_HAS_{capability}" for capability in config.capabilities]
     bindings += [f'-DRRU_CUDA_ARCHITECTURES="{architectures}"'] + ["-DRRU_HAS_CUDA"] * bool(architectures)
-    steps = [CompileStep(Path("csrc/bindings.cpp"), "", bindings)]
+    steps = [CompileStep(source, "", bindings) for source in [*_sources("csrc/*.cpp"), *_sources("csrc/ops/*.cpp")]]
     # The lowest capability first: the linker takes an inline function from the first object that has it.
     for capability in config.capabilities:
         defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]

@@ -167,13 +167,27 @@ class BatchHardArguments:
     """Arguments of `batch_hard_triplet`, checked."""
 
     features: Tensor
-    """(G, N, D); unit vectors for "cosine"."""
+    """(G, N, D), the anchors; not normalized, also for "cosine"."""
     labels: Tensor
     """(N,), integers."""
+    gallery: Tensor | None
+    """(G, M, D) in features' dtype, among which partners are mined; None for the features themselves."""
+    gallery_labels: Tensor | None
+    """(M,), integers; with the gallery or not at all."""
     margin: float
     soft: bool
     """softplus in place of hinge; the margin is not read."""
     metric: str
+
+    @property
+    def candidates(self) -> Tensor:
+        """The features among which partners are mined, (G, M, D)."""
+        return self.features if self.gallery is None else self.gallery
+
+    @property
+    def candidate_labels(self) -> Tensor:
+        """Labels of the candidates, (M,)."""
+        return self.labels if self.gallery_labels is None else self.gallery_labels
 
 
 @dataclass(frozen=True)
@@ -181,27 +195,18 @@ class BatchHardSaved:
     """Each anchor's partners, saved for the backward."""
 
     d_pos: Tensor
-    """(G, N), distance to the hardest positive, fp32 at least."""
+    """(G, N), distance to the hardest positive, fp32 at least; -inf without one, which takes a gallery."""
     d_neg: Tensor
     """(G, N), distance to the hardest negative; inf without one."""
     positive: Tensor
-    """(G, N), int64, index of the hardest positive."""
+    """(G, N), int64, the hardest positive's index among the candidates; -1 without one."""
     negative: Tensor
-    """(G, N), int64, index of the hardest negative; -1 without one."""
-
-
-@dataclass(frozen=True)
-class BatchHardUpstream:
-    """Gradients of the loss and of the two distances, (G, N); None for one that is not used."""
-
-    d_loss: Tensor | None
-    d_d_pos: Tensor | None
-    d_d_neg: Tensor | None
+    """(G, N), int64, the hardest negative's index; -1 without one."""
 
 
 @dataclass(frozen=True)
 class BatchHardOutputs:
-    """Outputs of the operator: the loss per anchor, (G, N), and what is saved for the backward."""
+    """Outputs of the kernels: the loss per anchor, (G, N), fp32 at least, and what is saved for the backward."""
 
     loss: Tensor
     d_pos: Tensor
@@ -213,3 +218,28 @@ class BatchHardOutputs:
     def saved(self) -> BatchHardSaved:
         """All but the loss."""
         return BatchHardSaved(**{name: value for name, value in vars(self).items() if name != "loss"})
+
+
+@dataclass(frozen=True)
+class BatchHardUpstream:
+    """Gradients of the loss and of the two distances, (G, N), any strides; None for one that is not used."""
+
+    d_loss: Tensor | None
+    d_d_pos: Tensor | None
+    d_d_neg: Tensor | None
+
+
+@dataclass(frozen=True)
+class BatchHardNeed:
+    """Gradients to compute."""
+
+    features: bool
+    gallery: bool
+
+
+@dataclass(frozen=True)
+class BatchHardGradients:
+    """Gradients of the features, (G, N, D), and of the gallery, (G, M, D); None where not needed."""
+
+    features: Tensor | None
+    gallery: Tensor | None

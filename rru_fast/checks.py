@@ -16,6 +16,7 @@ from rru_fast.distributed import spans_ranks
 from rru_fast.types import Inputs, Metric, Reduction, State
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INPUTS = get_args(Inputs)
 FINITE = sys.float_info.max
 SMALLEST = sys.float_info.min
 
@@ -45,12 +46,16 @@ def check_process_group(process_group: Any, bn_groups: int) -> None:
 def check_sizes(**sizes: Any) -> None:
     """Raise ValueError unless every named value is an integer of at least 1."""
     for name, size in sizes.items():
+        if type(size) is int and size >= 1:  # as almost always
+            continue
         if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name}: got {size!r}, wanted an integer of at least 1")
 
 
 def check_number(name: str, value: Any, least: float, most: float, wanted: str) -> None:
     """Raise ValueError unless `value` is a number in [least, most]; NaN is not."""
+    if type(value) is float and least <= value <= most:  # as almost always
+        return
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond all floats
@@ -118,6 +123,9 @@ def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> No
 
 def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     """Raise unless a parameter of `refine` fits x: its dtype, or also float32 if x is 16-bit (autocast)."""
+    if isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout == torch.strided:  # as almost always
+        if tensor.shape == wanted and tensor.dtype == x.dtype and tensor.device == x.device:
+            return
     _shape(name, tensor, wanted, meaning)
     _device(name, tensor, x, "x")
     fits = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)
@@ -170,7 +178,7 @@ def check_refine(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.refine` fit."""
     check_x(x)
-    check_choice("inputs", inputs, get_args(Inputs))
+    check_choice("inputs", inputs, INPUTS)
     clips, _, channels, height, width = x.shape
     meaning = "(D, C)" if inputs == "appearance" else "(D, 2C)"
     check_dense("w", w, meaning)
@@ -265,9 +273,16 @@ def unwrap_vmap(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_transformed() -> bool:
+    """Return True within a transform of torch.func, such as vmap, or of forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def check_derivatives(name: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError under forward-mode AD and torch.func.grad, which closed-form backwards do not support."""
-    if torch.compiler.is_compiling():
+    if not is_transformed():
         return
     for tensor in tensors:
         if tensor is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast import backends, checks, ops, reference
-from rru_fast.arguments import BatchHardArguments, RefineArguments, flatten
+from rru_fast.arguments import BatchHardArguments, flatten
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.reference.equations import last_state, momenta, reduce
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
@@ -99,49 +99,51 @@ def refine(
     }
     checks.check_refine(x, **weights, **options)
     # The schema takes only Python numbers; eval mode has no groups.
-    options |= {"eps": float(eps), "bn_groups": int(bn_groups) if training else 1}
+    eps, bn_groups = float(eps), int(bn_groups) if training else 1
     # "auto" is passed on unresolved, so that a traced or exported program uses the best backend where it runs.
     if backends.choose(backend, x.device) == "reference":
         # F.conv2d and F.linear take weights in x's dtype, F.batch_norm its own four in one dtype.
         norm_dtype = gamma.dtype if running_mean is None else running_mean.dtype
         dtypes = {name: norm_dtype if name in ("gamma", "beta") else x.dtype for name in weights}
         in_dtypes: dict[str, Any] = {name: v if v is None else v.to(dtypes[name]) for name, v in weights.items()}
-        return reference.refine(x, **in_dtypes, **options)
+        return reference.refine(x, **in_dtypes, **options | {"eps": eps, "bn_groups": bn_groups})
     if lengths is not None:
         lengths = lengths.to(x.device, torch.int64)
     state_x, state_s = (None, None) if state is None else map(_saveable, state)
     differentiable = (x, *weights.values(), state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
-    save = _may_need_gradients(differentiable)
     group_name = ""
     elements_per_rank: list[int] = []
     if training and process_group is not None and spans_ranks(process_group):
         if torch.compiler.is_compiling():
             raise RuntimeError(GRAPH_BREAK_ERROR)
         group_name, elements_per_rank = process_group.group_name, count_values(x, w.shape[0], process_group)
-    args = RefineArguments(
-        x=x,
+    features, strips, mean, var, *_ = ops.refine.refine(
+        x,
         **weights,
-        running_mean=running_mean,
-        running_var=running_var,
+        # Read in eval mode only; in training they are changed below, which must not invalidate the saved tensors.
+        running_mean=None if training else running_mean,
+        running_var=None if training else running_var,
         lengths=lengths,
         state_x=state_x,
         state_s=state_s,
         inputs=inputs,
         training=training,
-        eps=options["eps"],
-        bn_groups=options["bn_groups"],
+        eps=eps,
+        bn_groups=bn_groups,
         process_group=group_name,
         elements_per_rank=elements_per_rank,
+        save=_may_need_gradients(differentiable),
+        backend=backend,
     )
-    features, strips, mean, var, *_ = ops.refine.refine(*flatten(args), save, backend)
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
-        count = sum(elements_per_rank) if elements_per_rank else x.shape[0] // args.bn_groups * x.shape[3] * x.shape[4]
+        count = sum(elements_per_rank) if elements_per_rank else x.shape[0] // bn_groups * x.shape[3] * x.shape[4]
         by_frame = momenta(momentum, x.shape[1])
-        _update_running(running_mean, mean[:, 0], by_frame)
-        _update_running(running_var, var[:, 0] * (count / (count - 1)), by_frame)
+        with torch.no_grad():
+            _update_running(running_mean, mean, by_frame, 1)
+            _update_running(running_var, var, by_frame, count / (count - 1))
     return Refined(features, strips, None)
 
 
@@ -152,7 +154,10 @@ def _may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
     """
     if torch._C._get_tracing_state() is not None:
         return True
-    return torch.is_grad_enabled() and any(v is not None and checks.unwrap_vmap(v).requires_grad for v in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    unwrap = checks.unwrap_vmap if checks.is_transformed() else lambda tensor: tensor
+    return any(v is not None and unwrap(v).requires_grad for v in tensors)
 
 
 def _saveable(tensor: Tensor) -> Tensor:
@@ -162,17 +167,25 @@ def _saveable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-@torch.no_grad()
-def _update_running(running: Tensor, steps: Tensor, momenta: Sequence[float]) -> None:
-    """Update running = (1 - momentum) running + momentum step for each row of steps (T, D), in order."""
+def _update_running(running: Tensor, steps: Tensor, momenta: Sequence[float], factor: float) -> None:
+    """Update running = (1 - momentum) running + momentum factor step for each frame of steps (T, groups, D), in order.
+
+    The first group's are used.
+    """
     if checks.is_vmapped(steps) and not checks.is_vmapped(running):
         raise RuntimeError(
             "running_mean, running_var: got the same for every call of vmap, wanted None, or one per call with vmap "
             "over them too: they are updated in place"
         )
-    for step, momentum in zip(steps, momenta, strict=True):
-        # Not by lerp, which turns an infinite variance into NaN.
-        running.mul_(1 - momentum).add_(step, alpha=momentum)
+    # Not by lerp, which turns an infinite variance into NaN. Each frame's weight is its momentum times what later frames
+    # leave of it.
+    left, weights = 1.0, []
+    for momentum in reversed(momenta):
+        weights.append(left * momentum)
+        left *= 1 - momentum
+    running.mul_(left)
+    for step, weight in zip(steps.unbind(0), reversed(weights), strict=True):
+        running.add_(step[0], alpha=weight * factor)
 
 
 def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:

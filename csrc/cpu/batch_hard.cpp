@@ -1,14 +1,15 @@
-// rru_fast::batch_hard, eq. 8 and 10: mining tile by tile; the N x N matrix of distances is never formed.
+// rru_fast::batch_hard, eq. 8 and 10: mining tile by tile; the N x M matrix of distances is never formed.
 //
-// Features are packed once into panels. A micro-tile is a few anchors by one panel: its inner products leave the
-// registers as ranks and are mined at once. Ranks only choose the two partners; the distances that enter the loss are
-// computed from differences of features, so that near points lose no digits. One task has the whole row of an anchor,
-// in one order, so results do not depend on the number of threads.
+// Features are packed once into panels, for cosine as unit vectors. A micro-tile is a few anchors by one panel of
+// candidates: its inner products leave the registers as ranks and are mined at once. Ranks only choose the two partners;
+// the distances that enter the loss are computed from differences of features, so that near points lose no digits. One
+// task has the whole row of an anchor, in one order, so results do not depend on the number of threads.
 
 #include "batch_hard.h"
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "batch_hard_mining.h"
@@ -20,26 +21,32 @@ namespace CPU_CAPABILITY {
 
 namespace {
 
-// Panels of anchors per task: they and their mining state stay in the second-level cache.
-constexpr int64_t kPanelsPerTask = 2;
-
 template <typename Acc>
 class Forward {
   using Vec = at::vec::Vectorized<Acc>;
-  static constexpr int64_t kN = kWidth<Acc>, kAnchorsPerTask = kPanelsPerTask * kN;
+  static constexpr int64_t kN = kWidth<Acc>;
+  // Anchors per task at most: they and their mining state stay in the second-level cache.
+  static constexpr int64_t kAnchorsPerTask = 2 * kN;
+  // Multiplications that are worth a second thread.
+  static constexpr int64_t kGrain = 1 << 17;
 
  public:
   explicit Forward(const BatchHardArguments& a)
       : G_(a.features.size(0)),
         N_(a.features.size(1)),
+        M_(a.candidates().size(1)),
         D_(a.features.size(2)),
-        num_panels_((N_ + kN - 1) / kN),
+        panels_(panels_of(M_)),
+        anchor_panels_(a.gallery ? panels_of(N_) : 0),
         margin_(static_cast<Acc>(a.margin)),
         soft_(a.soft),
         cosine_(a.cosine),
         features_(a.features),
-        codes_(a.labels, num_panels_ * kN),
-        packer_(a, features_),
+        gallery_(a.gallery ? std::make_optional<Features<Acc>>(*a.gallery) : std::nullopt),
+        candidates_(gallery_ ? *gallery_ : features_),
+        norms_(cosine_ ? features_.norms() : Array<Acc>()),
+        candidate_norms_(cosine_ && gallery_ ? gallery_->norms() : norms_),
+        codes_(a, panels_ * kN),
         loss_(Array<Acc>::empty({G_, N_})),
         d_pos_(Array<Acc>::empty({G_, N_})),
         d_neg_(Array<Acc>::empty({G_, N_})),
@@ -47,29 +54,33 @@ class Forward {
         negative_(Array<int64_t>::empty({G_, N_})) {}
 
   BatchHardOutputs run() const {
-    const int64_t tasks = (num_panels_ + kPanelsPerTask - 1) / kPanelsPerTask;
-    if (tasks == 1) {
+    const int64_t threads = at::get_num_threads(), all_panels = panels_ + anchor_panels_;
+    const int64_t size = candidate_elements() + anchor_panels_ * D_ * kN;
+    if (N_ <= kAnchorsPerTask && (G_ >= threads || G_ * N_ * M_ * D_ <= kGrain)) {
       // One task per group: each thread packs into panels of its own, which stay in its cache.
-      at::parallel_for(0, G_, 1, [&](int64_t begin, int64_t end) {
-        const Panels<Acc> panels(1, num_panels_, D_);
+      at::parallel_for(0, G_, std::max<int64_t>(1, kGrain / (N_ * M_ * D_)), [&](int64_t begin, int64_t end) {
+        const auto panels = Array<Acc>::empty({size});
+        std::vector<Acc> shared(D_);
         for (int64_t group = begin; group < end; group++) {
-          packer_.find_shared_vector(group);
-          for (int64_t index = 0; index < num_panels_; index++) {
-            packer_.pack(group, index, panels.values(0, index), panels.offsets(0, index));
+          find_shared(group, shared.data());
+          for (int64_t i = 0; i < all_panels; i++) {
+            pack_one(group, i, shared.data(), panels());
           }
-          mine(group, 0, panels.values(), panels.offsets());
+          mine(group, 0, N_, panels());
         }
       });
     } else {
-      const Panels<Acc> panels(G_, num_panels_, D_);
-      parallel(G_, [&](int64_t group) { packer_.find_shared_vector(group); });
-      parallel(G_ * num_panels_, [&](int64_t i) {
-        const int64_t group = i / num_panels_, index = i % num_panels_;
-        packer_.pack(group, index, panels.values(group, index), panels.offsets(group, index));
+      const Array<Acc> panels = Array<Acc>::empty({G_, size}), shared = Array<Acc>::empty({G_, D_});
+      parallel(G_, [&](int64_t group) { find_shared(group, shared(group)); });
+      parallel(G_ * all_panels, [&](int64_t i) {
+        const int64_t group = i / all_panels;
+        pack_one(group, i % all_panels, shared(group), panels(group));
       });
+      const int64_t share = round_up((G_ * N_ + threads - 1) / threads, kAnchors);
+      const int64_t anchors = std::min(share, kAnchorsPerTask), tasks = (N_ + anchors - 1) / anchors;
       parallel(G_ * tasks, [&](int64_t i) {
-        const int64_t group = i / tasks;
-        mine(group, i % tasks * kAnchorsPerTask, panels.values(group), panels.offsets(group));
+        const int64_t group = i / tasks, a0 = i % tasks * anchors;
+        mine(group, a0, std::min(N_, a0 + anchors), panels(group));
       });
     }
     return {
@@ -82,17 +93,44 @@ class Forward {
   }
 
  private:
-  // One task's anchors, from a0 on: their partners among all of the group, given its panels, and their losses.
-  void mine(int64_t group, int64_t a0, const Acc* panels, const Acc* offsets) const {
-    const int64_t a1 = std::min(N_, a0 + kAnchorsPerTask);
+  static int64_t panels_of(int64_t size) {
+    return (size + kN - 1) / kN;
+  }
+
+  // A group has the candidates' panels (panels, D, kN), their offsets (panels, kN), and with a gallery the anchors' panels.
+  int64_t candidate_elements() const {
+    return panels_ * (D_ + 1) * kN;
+  }
+
+  void find_shared(int64_t group, Acc* shared) const {
+    if (!cosine_) {
+      find_shared_vector(candidates_, group, shared);
+    }
+  }
+
+  void pack_one(int64_t group, int64_t i, const Acc* shared, Acc* panels) const {
+    if (i < panels_) {
+      const Acc* norms = cosine_ ? candidate_norms_(group) : nullptr;
+      Acc* offsets = panels + panels_ * D_ * kN + i * kN;
+      pack<Acc>(candidates_, group, i * kN, shared, norms, panels + i * D_ * kN, offsets);
+    } else {
+      const int64_t n = i - panels_;
+      const Acc* norms = cosine_ ? norms_(group) : nullptr;
+      pack<Acc>(features_, group, n * kN, shared, norms, panels + candidate_elements() + n * D_ * kN, nullptr);
+    }
+  }
+
+  // The partners of anchors a0 to a1 among all candidates of the group, given its panels, and their losses.
+  void mine(int64_t group, int64_t a0, int64_t a1, const Acc* panels) const {
     std::vector<HardestPartners<Acc>> hardest(a1 - a0);
-    const auto* codes = codes_.data();
+    const Acc *offsets = panels + panels_ * D_ * kN, *anchors = gallery_ ? panels + candidate_elements() : panels;
+    const auto* codes = codes_.candidates();
     alignas(64) Acc products[kAnchors * kN];
-    for (int64_t j = 0; j < num_panels_; j++) {
+    for (int64_t j = 0; j < panels_; j++) {
       for (int64_t a = a0; a < a1; a += kAnchors) {
-        multiply_tile(D_, panels + a / kN * D_ * kN + a % kN, panels + j * D_ * kN, products);
+        multiply_tile(D_, anchors + a / kN * D_ * kN + a % kN, panels + j * D_ * kN, products);
         for (int64_t i = a; i < std::min(a1, a + kAnchors); i++) {
-          hardest[i - a0].add(products + (i - a) * kN, offsets + j * kN, codes + j * kN, codes[i], j, cosine_);
+          hardest[i - a0].add(products + (i - a) * kN, offsets + j * kN, codes + j * kN, codes_.anchor(i), j, cosine_);
         }
       }
     }
@@ -104,9 +142,11 @@ class Forward {
   // Stores an anchor's partners, distances and loss.
   void finish(int64_t group, int64_t a, const HardestPartners<Acc>& hardest) const {
     // Overflow may leave every rank at -inf; then any partner with the right label is as good.
-    const Partner<Acc> positive = hardest.positive(a), negative = hardest.negative(codes_.index_of_other(a));
-    const Acc far = distance(group, a, positive);
-    const Acc near = negative.index < 0 ? std::numeric_limits<Acc>::infinity() : distance(group, a, negative);
+    const auto code = codes_.anchor(a);
+    const Partner<Acc> positive = hardest.positive(codes_.same(code)), negative = hardest.negative(codes_.other(code));
+    constexpr Acc inf = std::numeric_limits<Acc>::infinity();
+    const Acc far = positive.index < 0 ? -inf : distance(group, a, positive);
+    const Acc near = negative.index < 0 ? inf : distance(group, a, negative);
     const Acc gap = far - near;
     d_pos_(group)[a] = far;
     d_neg_(group)[a] = near;
@@ -120,23 +160,22 @@ class Forward {
     if (partner.rank != partner.rank) {
       return partner.rank;
     }
-    constexpr int64_t kChains = 4;  // independent sums, to hide the latency of fma
-    const Acc *x = features_.row(group, a), *y = features_.row(group, partner.index);
-    Vec sums[kChains] = {Vec(0), Vec(0), Vec(0), Vec(0)};
-    const auto add = [&](Vec& sum, int64_t d, int64_t count) {
-      const Vec left = Vec::loadu(x + d, count), right = Vec::loadu(y + d, count);
-      const Vec difference = left - right;
-      sum = cosine_ ? at::vec::fmadd(left, right, sum) : at::vec::fmadd(difference, difference, sum);
-    };
-    int64_t d = 0;
-    for (; d + kChains * Vec::size() <= D_; d += kChains * Vec::size()) {
-      c10::ForcedUnroll<kChains>{}([&](auto i) { add(sums[i], d + i * Vec::size(), Vec::size()); });
+    const Acc *x = features_.row(group, a), *y = candidates_.row(group, partner.index);
+    if (!cosine_) {
+      const Acc square = sum_over_row<Acc>(D_, [&](Vec sum, int64_t d, int64_t count) {
+        const Vec difference = Vec::loadu(x + d, count) - Vec::loadu(y + d, count);
+        return at::vec::fmadd(difference, difference, sum);
+      });
+      return std::sqrt(square < kMinDistance2 ? static_cast<Acc>(kMinDistance2) : square);
     }
-    for (; d < D_; d += Vec::size()) {
-      add(sums[0], d, std::min<int64_t>(Vec::size(), D_ - d));
-    }
-    const Acc sum = reduce_add<Acc>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    return cosine_ ? 1 - sum : std::sqrt(sum < kMinDistance2 ? static_cast<Acc>(kMinDistance2) : sum);
+    // 1 - cos(x, y) from the difference of unit vectors keeps the digits of near parallel ones.
+    const Length<Acc> of_x(norms_(group)[a]), of_y(candidate_norms_(group)[partner.index]);
+    const Vec scale_x(of_x.inverse), scale_y(of_y.inverse);
+    const Acc square = sum_over_row<Acc>(D_, [&](Vec sum, int64_t d, int64_t count) {
+      const Vec difference = Vec::loadu(x + d, count) * scale_x - Vec::loadu(y + d, count) * scale_y;
+      return at::vec::fmadd(difference, difference, sum);
+    });
+    return square / 2 + (1 - (of_x.square + of_y.square) / 2);
   }
 
   static Acc hinge(Acc x) {
@@ -147,12 +186,15 @@ class Forward {
     return x > 20 ? x : std::log1p(std::exp(x));  // with torch's threshold
   }
 
-  const int64_t G_, N_, D_, num_panels_;
+  const int64_t G_, N_, M_, D_;           // groups, anchors, candidates, width
+  const int64_t panels_, anchor_panels_;  // of the candidates; of the anchors, if they are not the candidates
   const Acc margin_;
   const bool soft_, cosine_;
   const Features<Acc> features_;
+  const std::optional<Features<Acc>> gallery_;
+  const Features<Acc>& candidates_;
+  const Array<Acc> norms_, candidate_norms_;  // (G, N), (G, M); for cosine only
   const LabelCodes<Acc> codes_;
-  const PanelPacker<Acc> packer_;
   const Array<Acc> loss_, d_pos_, d_neg_;     // (G, N)
   const Array<int64_t> positive_, negative_;  // (G, N)
 };

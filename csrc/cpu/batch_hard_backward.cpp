@@ -1,8 +1,8 @@
 // Backward of rru_fast::batch_hard: gradients are nonzero only for active anchors and their two partners.
 //
-// The gradients of an anchor and of its partner have the same form, so each pair is an edge of a graph, listed at both
-// ends. A task sums all edges of one feature, in the order of their anchors. Nothing is scattered: there are no atomics,
-// and results do not depend on the number of threads.
+// An anchor's gradient is a sum over its two pairs, a candidate's over the pairs of the anchors that chose it, which are
+// listed by candidate. A task sums all pairs of one feature, in the order of their anchors. Nothing is scattered: there are
+// no atomics, and results do not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -10,10 +10,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "batch_hard.h"
-#include "rows.h"
 
 namespace rru {
 namespace CPU_CAPABILITY {
@@ -23,128 +23,188 @@ namespace {
 template <typename T>
 class Backward {
   using Acc = at::opmath_type<T>;
+  using Vec = at::vec::Vectorized<Acc>;
+  static constexpr int64_t kGrain = 8192;  // elements; fewer are not worth a thread
 
  public:
-  Backward(const Tensor& d_loss, const BatchHardSaved& saved, const BatchHardArguments& a)
+  Backward(const BatchHardUpstream& upstream, const BatchHardSaved& saved, const BatchHardArguments& a)
       : G_(a.features.size(0)),
         N_(a.features.size(1)),
+        M_(a.candidates().size(1)),
         D_(a.features.size(2)),
         margin_(static_cast<Acc>(a.margin)),
         soft_(a.soft),
         cosine_(a.cosine),
         features_(a.features),
-        d_loss_(d_loss),
+        gallery_(a.gallery ? std::make_optional<Features<Acc>>(*a.gallery) : std::nullopt),
+        candidates_(gallery_ ? *gallery_ : features_),
+        norms_(cosine_ ? features_.norms() : Array<Acc>()),
+        candidate_norms_(cosine_ && gallery_ ? gallery_->norms() : norms_),
+        d_loss_(upstream.d_loss ? Array<const Acc>(*upstream.d_loss) : Array<const Acc>()),
+        d_d_pos_(upstream.d_d_pos ? Array<const Acc>(*upstream.d_d_pos) : Array<const Acc>()),
+        d_d_neg_(upstream.d_d_neg ? Array<const Acc>(*upstream.d_d_neg) : Array<const Acc>()),
         d_pos_(saved.d_pos),
         d_neg_(saved.d_neg),
         positive_(saved.positive),
         negative_(saved.negative),
-        starts_(Array<int64_t>::empty({G_, N_ + 1})),
-        neighbors_(Array<int64_t>::empty({G_, 4 * N_})),
-        weights_(Array<Acc>::empty({G_, 4 * N_})),
-        d_features_(Array<T>::empty({G_, N_, D_})) {}
+        weights_(G_ * N_ * 2),
+        starts_(G_ * (M_ + 1)),
+        pairs_(G_ * N_ * 2) {}
 
-  Tensor run() const {
+  BatchHardGradients run(BatchHardNeed need) {
+    const bool of_candidates = gallery_ ? need.gallery : need.features;
     at::parallel_for(0, G_, std::max<int64_t>(1, kGrain / N_), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; group++) {
-        list_edges(group);
+        weigh_pairs(group);
+        if (of_candidates) {
+          list_pairs(group);
+        }
       }
     });
-    at::parallel_for(0, G_ * N_, std::max<int64_t>(1, kGrain / D_), [&](int64_t begin, int64_t end) {
-      std::vector<Acc> sum(round_up(D_, kMaxRow));
-      for (int64_t i = begin; i < end; i++) {
-        sum_edges(i / N_, i % N_, sum.data());
-        store(sum.data(), D_, d_features_(i / N_, i % N_));
-      }
-    });
-    return d_features_.tensor();
+    BatchHardGradients gradients;
+    if (need.features) {
+      gradients.features = sum_rows(N_, [&](int64_t group, int64_t n, Acc* sum) {
+        add_own_pairs(group, n, sum);
+        if (!gallery_) {
+          add_chosen_pairs(group, n, sum);
+        }
+      });
+    }
+    if (need.gallery && gallery_) {
+      gradients.gallery = sum_rows(M_, [&](int64_t group, int64_t m, Acc* sum) { add_chosen_pairs(group, m, sum); });
+    }
+    return gradients;
   }
 
  private:
-  static constexpr int64_t kGrain = 8192;  // elements; fewer are not worth a thread
-
-  // Calls visit(anchor, partner, weight) for each pair of the group with a nonzero or NaN gradient.
+  // The gradient (G, size, D) whose rows `add` sums up.
   template <typename F>
-  void each_pair(int64_t group, const F& visit) const {
-    for (int64_t anchor = 0; anchor < N_; anchor++) {
-      const Acc far = d_pos_(group)[anchor], near = d_neg_(group)[anchor], gap = far - near;
-      const Acc slope = soft_ ? 1 / (1 + std::exp(-gap)) : margin_ + gap <= 0 ? Acc(0) : Acc(1);
-      const Acc d_gap = d_loss_(group)[anchor] * slope;
-      const auto pair = [&](int64_t partner, Acc weight, Acc distance) {
+  Tensor sum_rows(int64_t size, const F& add) const {
+    const auto gradient = Array<T>::empty({G_, size, D_});
+    at::parallel_for(0, G_ * size, std::max<int64_t>(1, kGrain / D_), [&](int64_t begin, int64_t end) {
+      std::vector<Acc> sum(round_up(D_, kMaxRow));
+      for (int64_t i = begin; i < end; i++) {
+        std::fill_n(sum.data(), D_, Acc(0));
+        add(i / size, i % size, sum.data());
+        store(sum.data(), D_, gradient(i / size, i % size));
+      }
+    });
+    return gradient.tensor();
+  }
+
+  // A pair is 2 n for anchor n and its positive, 2 n + 1 for it and its negative.
+  int64_t partner(int64_t group, int64_t pair) const {
+    return (pair % 2 == 0 ? positive_ : negative_)(group)[pair / 2];
+  }
+  Acc weight(int64_t group, int64_t pair) const {
+    return weights_[group * 2 * N_ + pair];
+  }
+  Acc distance(int64_t group, int64_t pair) const {
+    return (pair % 2 == 0 ? d_pos_ : d_neg_)(group)[pair / 2];
+  }
+
+  // Stores the gradient of each pair's distance, 0 without a partner, for the Euclidean metric over the distance.
+  void weigh_pairs(int64_t group) {
+    Acc* weights = &weights_[group * 2 * N_];
+    for (int64_t n = 0; n < N_; n++) {
+      Acc of_pair[2] = {d_d_pos_ ? d_d_pos_(group)[n] : Acc(0), d_d_neg_ ? d_d_neg_(group)[n] : Acc(0)};
+      if (d_loss_) {
+        const Acc gap = d_pos_(group)[n] - d_neg_(group)[n];
+        const Acc slope = soft_ ? 1 / (1 + std::exp(-gap)) : margin_ + gap <= 0 ? Acc(0) : Acc(1);
+        const Acc d_gap = d_loss_(group)[n] * slope;
+        of_pair[0] += d_gap;
+        of_pair[1] -= d_gap;
+      }
+      for (int64_t i = 0; i < 2; i++) {
+        const Acc length = distance(group, 2 * n + i);
         if (!cosine_) {
-          weight *= (distance > kMinDistance ? Acc(1) : Acc(0)) / distance;
+          of_pair[i] *= (length > kMinDistance ? Acc(1) : Acc(0)) / length;
         }
-        if (partner >= 0 && weight != 0) {
-          visit(anchor, partner, weight);
-        }
-      };
-      pair(positive_(group)[anchor], d_gap, far);
-      pair(negative_(group)[anchor], -d_gap, near);
-    }
-  }
-
-  // Lists the group's edges by feature: those of feature n are from starts[n] to starts[n + 1].
-  void list_edges(int64_t group) const {
-    int64_t *starts = starts_(group), *neighbors = neighbors_(group);
-    Acc* weights = weights_(group);
-    const auto put = [&](int64_t feature, int64_t neighbor, Acc weight) {
-      neighbors[--starts[feature]] = neighbor;
-      weights[starts[feature]] = weight;
-    };
-    std::fill(starts, starts + N_ + 1, 0);
-    each_pair(group, [&](int64_t anchor, int64_t partner, Acc) {
-      starts[anchor]++;
-      starts[partner]++;
-    });
-    int64_t end = 0;
-    for (int64_t n = 0; n <= N_; n++) {
-      end += starts[n];
-      starts[n] = end;
-    }
-    // Lists are filled backwards, which moves each end down to its start; sum_edges reads them backwards, in the order
-    // of the anchors.
-    each_pair(group, [&](int64_t anchor, int64_t partner, Acc weight) {
-      put(anchor, partner, weight);
-      put(partner, anchor, weight);
-    });
-  }
-
-  // sum (D,) = the gradient of feature n.
-  void sum_edges(int64_t group, int64_t n, Acc* sum) const {
-    const int64_t *starts = starts_(group), *neighbors = neighbors_(group);
-    const Acc *weights = weights_(group), *self = features_.row(group, n);
-    std::fill(sum, sum + D_, Acc(0));
-    for (int64_t e = starts[n + 1] - 1; e >= starts[n]; e--) {
-      const Acc weight = weights[e];
-      const Acc* other = features_.row(group, neighbors[e]);
-      if (cosine_) {
-        for (int64_t d = 0; d < D_; d++) {
-          sum[d] -= weight * other[d];
-        }
-      } else {
-        for (int64_t d = 0; d < D_; d++) {
-          sum[d] += weight * (self[d] - other[d]);
-        }
+        weights[2 * n + i] = partner(group, 2 * n + i) < 0 ? Acc(0) : of_pair[i];
       }
     }
   }
 
-  const int64_t G_, N_, D_;
+  // Lists the group's pairs with a nonzero or NaN weight by candidate: those of candidate m are from starts[m] to
+  // starts[m + 1].
+  void list_pairs(int64_t group) {
+    int64_t *starts = &starts_[group * (M_ + 1)], *pairs = &pairs_[group * 2 * N_];
+    const auto each_pair = [&](const auto& visit) {
+      for (int64_t pair = 0; pair < 2 * N_; pair++) {
+        if (weight(group, pair) != 0) {
+          visit(pair, partner(group, pair));
+        }
+      }
+    };
+    each_pair([&](int64_t, int64_t m) { starts[m]++; });
+    int64_t end = 0;
+    for (int64_t m = 0; m <= M_; m++) {
+      end += starts[m];
+      starts[m] = end;
+    }
+    // Lists are filled backwards, which moves each end down to its start; add_chosen_pairs reads them backwards, in the
+    // order of the anchors.
+    each_pair([&](int64_t pair, int64_t m) { pairs[--starts[m]] = pair; });
+  }
+
+  void add_own_pairs(int64_t group, int64_t n, Acc* sum) const {
+    for (int64_t pair = 2 * n; pair < 2 * n + 2; pair++) {
+      if (weight(group, pair) != 0) {
+        const int64_t m = partner(group, pair);
+        add_pair(
+            group, pair, features_.row(group, n), norms_ ? norms_(group)[n] : Acc(1), candidates_.row(group, m),
+            norms_ ? candidate_norms_(group)[m] : Acc(1), sum);
+      }
+    }
+  }
+
+  void add_chosen_pairs(int64_t group, int64_t m, Acc* sum) const {
+    const int64_t* starts = &starts_[group * (M_ + 1)];
+    for (int64_t i = starts[m + 1] - 1; i >= starts[m]; i--) {
+      const int64_t pair = pairs_[group * 2 * N_ + i], n = pair / 2;
+      add_pair(
+          group, pair, candidates_.row(group, m), norms_ ? candidate_norms_(group)[m] : Acc(1), features_.row(group, n),
+          norms_ ? norms_(group)[n] : Acc(1), sum);
+    }
+  }
+
+  // sum (D,) += the gradient of one of a pair's features: weight (self - other), or for cosine, with unit vectors,
+  // weight ((1 - distance) self - other) / |self|.
+  void add_pair(
+      int64_t group, int64_t pair, const Acc* self, Acc self_norm, const Acc* other, Acc other_norm, Acc* sum) const {
+    Acc of_self = weight(group, pair), of_other = of_self;
+    if (cosine_) {
+      const Length<Acc> length(self_norm);
+      of_other *= length.inverse * Length<Acc>(other_norm).inverse;
+      of_self *= length.projected ? (1 - distance(group, pair)) * length.inverse * length.inverse : Acc(0);
+    }
+    for (int64_t d = 0; d < D_; d++) {
+      sum[d] += of_self * self[d] - of_other * other[d];
+    }
+  }
+
+  const int64_t G_, N_, M_, D_;
   const Acc margin_;
   const bool soft_, cosine_;
   const Features<Acc> features_;
-  const Array<const Acc> d_loss_, d_pos_, d_neg_;   // (G, N)
-  const Array<const int64_t> positive_, negative_;  // (G, N)
-  const Array<int64_t> starts_, neighbors_;         // (G, N + 1); (G, 4 N), two edges per anchor, each at both ends
-  const Array<Acc> weights_;                        // (G, 4 N), of the neighbors
-  const Array<T> d_features_;                       // (G, N, D)
+  const std::optional<Features<Acc>> gallery_;
+  const Features<Acc>& candidates_;
+  const Array<Acc> norms_, candidate_norms_;              // (G, N), (G, M); for cosine only
+  const Array<const Acc> d_loss_, d_d_pos_, d_d_neg_;     // (G, N), or none
+  const Array<const Acc> d_pos_, d_neg_;                  // (G, N)
+  const Array<const int64_t> positive_, negative_;        // (G, N)
+  std::vector<Acc> weights_;                              // (G, 2 N), of the pairs
+  std::vector<int64_t> starts_, pairs_;                   // (G, M + 1), (G, 2 N)
 };
 
 }  // namespace
 
-Tensor batch_hard_backward(const Tensor& d_loss, const BatchHardSaved& saved, const BatchHardArguments& arguments) {
+BatchHardGradients batch_hard_backward(
+    const BatchHardUpstream& upstream, const BatchHardSaved& saved, const BatchHardArguments& arguments,
+    BatchHardNeed need) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, arguments.features.scalar_type(), "batch_hard_backward", [&] {
-        return Backward<scalar_t>(d_loss, saved, arguments).run();
+        return Backward<scalar_t>(upstream, saved, arguments).run(need);
       });
 }
 

@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 #include <unordered_map>
+#include <vector>
 
 #include "batch_hard_panels.h"
 
@@ -14,38 +15,52 @@ namespace CPU_CAPABILITY {
 template <typename Acc>
 using LaneIndex = std::conditional_t<std::is_same_v<Acc, double>, int64_t, int32_t>;
 
-// Labels as consecutive integers from 0, in order of appearance; -1 past the last feature.
+// Labels of anchors and candidates as consecutive integers, in the candidates' order of appearance; -1 past the last one.
 template <typename Acc>
 class LabelCodes {
   using Code = LaneIndex<Acc>;
 
  public:
-  // labels: int64, contiguous; padded_size: the number of codes, at least as many as labels.
-  LabelCodes(const Tensor& labels, int64_t padded_size) : codes_(Array<Code>::empty({padded_size})) {
-    const int64_t size = labels.size(0);
-    const int64_t* values = labels.const_data_ptr<int64_t>();
+  // padded_size: the number of candidates' codes, at least as many as there are candidates.
+  LabelCodes(const BatchHardArguments& a, int64_t padded_size) : candidates_(padded_size, Code(-1)) {
     std::unordered_map<int64_t, Code> seen;
-    for (int64_t n = 0; n < size; n++) {
-      codes_()[n] = seen.try_emplace(values[n], static_cast<Code>(seen.size())).first->second;
-      if (second_ < 0 && codes_()[n] > 0) {
-        second_ = n;
+    const auto encode = [&](const Tensor& labels, Code* codes) {
+      const int64_t* values = labels.const_data_ptr<int64_t>();
+      for (int64_t n = 0; n < labels.size(0); n++) {
+        codes[n] = seen.try_emplace(values[n], static_cast<Code>(seen.size())).first->second;
+      }
+    };
+    encode(a.candidate_labels(), candidates_.data());
+    for (int64_t m = 0; m < a.candidate_labels().size(0); m++) {
+      if (candidates_[m] == static_cast<Code>(first_.size())) {
+        first_.push_back(m);
       }
     }
-    std::fill(codes_() + size, codes_() + padded_size, Code(-1));
+    if (a.gallery) {
+      anchors_.resize(a.labels.size(0));
+      encode(a.labels, anchors_.data());
+    }
   }
 
-  const Code* data() const {
-    return codes_();
+  const Code* candidates() const {
+    return candidates_.data();
+  }
+  Code anchor(int64_t n) const {
+    return anchors_.empty() ? candidates_[n] : anchors_[n];
   }
 
-  // The index of a feature with another label than feature n's; -1 if all have the same.
-  int64_t index_of_other(int64_t n) const {
-    return second_ < 0 ? -1 : codes_()[n] == 0 ? second_ : 0;
+  // The index of a candidate with the code; -1 if there is none.
+  int64_t same(Code code) const {
+    return code < static_cast<Code>(first_.size()) ? first_[code] : -1;
+  }
+  // The index of a candidate with another code; -1 if there is none.
+  int64_t other(Code code) const {
+    return code != 0 ? 0 : first_.size() > 1 ? first_[1] : -1;
   }
 
  private:
-  const Array<Code> codes_;
-  int64_t second_ = -1;  // the first feature with a label other than the first's
+  std::vector<Code> candidates_, anchors_;  // the latter only with a gallery
+  std::vector<int64_t> first_;              // for each code the first candidate that has it
 };
 
 template <typename Acc>

@@ -1,7 +1,8 @@
 // The kernels that bindings.cpp calls, and their arguments: one set of kernels per SIMD capability in the build.
 //
 // Sizes: B clips, T frames, C channels, maps of H x W, P = H W positions, D gate channels, num_attn units of spatial
-// attention, N steps of the recurrence (T with a state, else T - 1); in batch_hard G groups of N features of width D.
+// attention, N steps of the recurrence (T with a state, else T - 1); in batch_hard G groups of N anchors and M
+// candidates of width D.
 // Acc, the arithmetic dtype, is float64 where x or the features are float64, else float32. Floating tensors have any
 // strides unless contiguous is noted. bindings.cpp has checked shapes, dtypes and values.
 #pragma once
@@ -91,18 +92,27 @@ struct RefineGradients {
 
 // The arguments of rru_fast::batch_hard.
 struct BatchHardArguments {
-  Tensor features;  // (G, N, D); float64, float32, float16 or bfloat16
-  Tensor labels;    // (N,) int64, contiguous
-  double margin;    // of the hinge
-  bool soft;        // softplus instead of the hinge with its margin
-  bool cosine;      // distance 1 - ab, else Euclidean
+  Tensor features;                       // (G, N, D) anchors; float64, float32, float16 or bfloat16
+  Tensor labels;                         // (N,) int64, contiguous
+  std::optional<Tensor> gallery;         // (G, M, D) in features' dtype, the candidates; none for the features themselves
+  std::optional<Tensor> gallery_labels;  // (M,) int64, contiguous; with the gallery or not at all
+  double margin;                         // of the hinge
+  bool soft;                             // softplus instead of the hinge with its margin
+  bool cosine;                           // distance 1 - cos(a, b), else Euclidean
+
+  const Tensor& candidates() const {
+    return gallery ? *gallery : features;
+  }
+  const Tensor& candidate_labels() const {
+    return gallery_labels ? *gallery_labels : labels;
+  }
 };
 
 // Results of the forward that the backward reads; contiguous, (G, N).
 struct BatchHardSaved {
-  Tensor d_pos;     // Acc, distance to the hardest positive
+  Tensor d_pos;     // Acc, distance to the hardest positive, -infinity if there is none
   Tensor d_neg;     // Acc, distance to the hardest negative, infinity if there is none
-  Tensor positive;  // int64, index of the hardest positive
+  Tensor positive;  // int64, index of the hardest positive among the candidates, -1 if there is none
   Tensor negative;  // int64, index of the hardest negative, -1 if there is none
 };
 
@@ -111,10 +121,24 @@ struct BatchHardOutputs {
   BatchHardSaved saved;
 };
 
+// The gradients that reach the loss per anchor and the two distances; Acc, contiguous, (G, N).
+struct BatchHardUpstream {
+  std::optional<Tensor> d_loss, d_d_pos, d_d_neg;
+};
+
+// The gradients to compute.
+struct BatchHardNeed {
+  bool features, gallery;
+};
+
+// Gradients in the shape and dtype of the arguments; undefined where there is no argument or no need.
+struct BatchHardGradients {
+  Tensor features, gallery;
+};
+
 // multiplies_bfloat16: true if refine multiplies bf16 in bf16, false if in fp32.
 // refine: without `save` the saved u, z_s, z_c and h have N = 0.
 // strip_pool: s (B, T, C, H, W) to strips (B, C, H); its backward from d_strips to d_s.
-// batch_hard_backward: d_loss (G, N), Acc, contiguous, to the gradient of the features.
 #define RRU_DECLARE_KERNELS(capability)                                                                      \
   namespace capability {                                                                                     \
   bool multiplies_bfloat16();                                                                                \
@@ -125,8 +149,9 @@ struct BatchHardOutputs {
   Tensor strip_pool(const Tensor& s);                                                                        \
   Tensor strip_pool_backward(const Tensor& d_strips, int64_t frames, int64_t width);                         \
   BatchHardOutputs batch_hard(const BatchHardArguments& arguments);                                          \
-  Tensor batch_hard_backward(                                                                                \
-      const Tensor& d_loss, const BatchHardSaved& saved, const BatchHardArguments& arguments);               \
+  BatchHardGradients batch_hard_backward(                                                                    \
+      const BatchHardUpstream& upstream, const BatchHardSaved& saved, const BatchHardArguments& arguments,   \
+      BatchHardNeed need);                                                                                   \
   }
 
 RRU_DECLARE_KERNELS(DEFAULT)

@@ -3,8 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/ParallelGuard.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace rru {
 namespace CPU_CAPABILITY {
@@ -23,6 +25,17 @@ inline void parallel(int64_t tasks, const F& body) {
       body(i);
     }
   });
+}
+
+// Calls body() and returns its result, its parallel loops all in this thread if waking others would take longer.
+template <typename F>
+inline auto with_threads_for(int64_t multiplications, const F& body) {
+  constexpr int64_t kGrain = 1 << 19;
+  std::optional<c10::ParallelGuard> alone;
+  if (multiplications < kGrain) {
+    alone.emplace(true);  // as within a parallel loop
+  }
+  return body();
 }
 
 }  // namespace CPU_CAPABILITY

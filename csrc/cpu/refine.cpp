@@ -181,7 +181,9 @@ class Forward {
 
 RefineOutputs refine(const RefineArguments& arguments, bool save) {
   return dispatch(arguments.x, [&](auto stored, auto operand) {
-    return Forward<decltype(stored), decltype(operand)>(arguments, save).run(arguments);
+    return with_threads_for(multiplications(arguments), [&] {
+      return Forward<decltype(stored), decltype(operand)>(arguments, save).run(arguments);
+    });
   });
 }
 

@@ -1,16 +1,19 @@
-"""Code shared by the registrations of the operators."""
+"""Registration of the operators with PyTorch's dispatcher."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 from rru_fast import backends, native, triton
+from rru_fast.ops import _autograd
+
+LIBRARY = torch.library.Library("rru_fast", "FRAGMENT")
 
 
 class Kernels(Protocol):
@@ -20,17 +23,14 @@ class Kernels(Protocol):
     backward: Any
 
 
-def kernels(op: str, composite: Any, cpu: Any) -> dict[str, Kernels]:
-    """Return the kernels of operator `op` by backend.
+def kernels(op: str, composite: Any) -> dict[str, Kernels]:
+    """Return the kernels of operator `op` that are called from Python, by backend; those in C++ are in csrc/ops.
 
     Args:
         op: "refine", "strip_pool" or "batch_hard".
         composite: kernels in plain PyTorch, which serve everywhere.
-        cpu: kernels in C++, if they have been built.
     """
     found: dict[str, Kernels] = {"composite": composite}
-    if native.missing() is None:
-        found["cpu"] = cpu
     if triton.missing() is None:
         found["triton"] = _Lazy(f"rru_fast.triton.{op}")
     return found
@@ -61,12 +61,23 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def forbid_second_order(op: CustomOpDef, name: str) -> None:
-    """Raise an error that names the backend with second-order gradients when the backward `op` is differentiated."""
+def register(name: str, forward: str, backward: str, functions: tuple[Callable[..., Any], ...]) -> tuple[Any, Any]:
+    """Register an operator and its backward, and return both.
 
-    def raise_second_order(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{name}: got a backend whose second-order gradients are not implemented, wanted backend='reference'"
-        )
-
-    op.register_autograd(raise_second_order)
+    Args:
+        name: of the operator; its backward is `name`_backward.
+        forward, backward: their schemas, without names. `_autograd.differentiate` tells what their arguments' names
+            mean.
+        functions: forward and backward in Python, then their fake implementations.
+    """
+    names = name, f"{name}_backward"
+    for op, schema, function, fake in zip(names, (forward, backward), functions[:2], functions[2:], strict=True):
+        LIBRARY.define(f"{op}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(op, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rru_fast::{op}", fake, lib=LIBRARY)
+        if native.missing() is None:  # csrc/ops has the operator for tensors on a CPU, and calls this for other backends
+            LIBRARY.define(f"{op}_python{schema}")
+            LIBRARY.impl(f"{op}_python", function, "CompositeExplicitAutograd")
+    if native.missing() is not None:
+        _autograd.differentiate(LIBRARY, name)
+    return tuple(getattr(torch.ops.rru_fast, op).default for op in names)  # type: ignore[return-value]

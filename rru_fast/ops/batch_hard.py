@@ -1,7 +1,8 @@
-"""rru_fast::batch_hard, eq. 8 and 10 per anchor; the caller takes the mean."""
+"""rru_fast::batch_hard, eq. 8 and 10: the loss, reduced, and each anchor's partners."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rru_fast.arguments import (
     BatchHardArguments,
+    BatchHardNeed,
     BatchHardOutputs,
     BatchHardSaved,
     BatchHardUpstream,
@@ -17,71 +19,76 @@ from rru_fast.arguments import (
     unflatten,
 )
 from rru_fast.composite import batch_hard as composite
-from rru_fast.cpu import batch_hard as cpu
-from rru_fast.ops._registration import choose, forbid_second_order, kernels, without_autocast
+from rru_fast.ops._registration import choose, kernels, register, without_autocast
 
-KERNELS = kernels("batch_hard", composite, cpu)
+KERNELS = kernels("batch_hard", composite)
+BACKWARD = (BatchHardUpstream, BatchHardSaved, BatchHardArguments)
 
 
-@torch.library.custom_op(
-    "rru_fast::batch_hard",
-    mutates_args=(),
-    schema=f"({schema(BatchHardArguments)}, str backend) -> ({schema(BatchHardOutputs)})",
-)
-def batch_hard(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return `BatchHardOutputs` of `BatchHardArguments`."""
-    args, backend = unflatten(arguments, BatchHardArguments)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the loss in features' dtype, reduced, and `BatchHardSaved`; features are (N, D) or (G, N, D)."""
+    args, reduction, backend = unflatten(arguments, BatchHardArguments)
     with without_autocast(args.features):
-        outputs = choose(KERNELS, backend, args.features.device).forward(args)
-    return flatten(outputs)
+        outputs = choose(KERNELS, backend, args.features.device).forward(_in_groups(args))
+        loss, *saved = (value.view(args.features.shape[:-1]) for value in flatten(outputs))
+        if reduction != "none":
+            loss = loss.mean() if reduction == "mean" else loss.sum()
+        return loss.to(args.features.dtype), *saved
 
 
-@batch_hard.register_fake
-def _(features: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _in_groups(args: BatchHardArguments) -> BatchHardArguments:
+    """Return features and gallery as (G, N, D)."""
+    if args.features.dim() == 3:
+        return args
+    return replace(args, features=args.features[None], gallery=None if args.gallery is None else args.gallery[None])
+
+
+def _fake(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    reduction = arguments[-2]
+    per_anchor = features.shape[:-1]
+    loss = features.new_empty(per_anchor if reduction == "none" else ())
     dtype = torch.promote_types(features.dtype, torch.float32)
-    loss, d_pos, d_neg = (features.new_empty(features.shape[:2], dtype=dtype) for _ in range(3))
-    positive, negative = (features.new_empty(features.shape[:2], dtype=torch.int64) for _ in range(2))
+    d_pos, d_neg = (features.new_empty(per_anchor, dtype=dtype) for _ in range(2))
+    positive, negative = (features.new_empty(per_anchor, dtype=torch.int64) for _ in range(2))
     return loss, d_pos, d_neg, positive, negative
 
 
-@torch.library.custom_op(
-    "rru_fast::batch_hard_backward",
-    mutates_args=(),
-    schema=f"({schema(BatchHardUpstream, BatchHardSaved, BatchHardArguments)}, str backend) -> Tensor",
-)
-def batch_hard_backward(*arguments: Any) -> Tensor:
-    """Return the gradient of the features, (G, N, D). That of the distances is by plain PyTorch on every backend."""
-    upstream, saved, args, backend = unflatten(arguments, BatchHardUpstream, BatchHardSaved, BatchHardArguments)
-    found: list[Tensor] = []
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of features and gallery, an empty tensor in place of one that is not needed."""
+    upstream, saved, args, reduction, need, backend = unflatten(arguments, *BACKWARD)
+    grouped = _in_groups(args)
+    groups = grouped.features.shape[:2]
     with without_autocast(args.features):
-        if upstream.d_loss is not None:
-            kernels = choose(KERNELS, backend, args.features.device)
-            found.append(kernels.backward(upstream.d_loss, saved, args))
-        if upstream.d_d_pos is not None or upstream.d_d_neg is not None:
-            found.append(composite.distances_backward(upstream.d_d_pos, upstream.d_d_neg, saved, args))
-        return found[0] if len(found) == 1 else found[0].add_(found[1])
+        d_loss = upstream.d_loss
+        if d_loss is not None:
+            d_loss = d_loss.to(saved.d_pos.dtype)
+            if reduction != "none":
+                d_loss = (d_loss / saved.d_pos.numel() if reduction == "mean" else d_loss).expand(groups)
+        upstream = BatchHardUpstream(
+            *(d if d is None else d.reshape(groups) for d in (d_loss, upstream.d_d_pos, upstream.d_d_neg))
+        )
+        saved = BatchHardSaved(*(value.view(groups) for value in flatten(saved)))
+        kernels = choose(KERNELS, backend, args.features.device)
+        gradients = kernels.backward(upstream, saved, grouped, BatchHardNeed(*need))
+        d_features, d_gallery = (
+            args.features.new_empty(0) if d is None else d.view_as(v)
+            for d, v in ((gradients.features, args.features), (gradients.gallery, args.gallery))
+        )
+    return d_features, d_gallery
 
 
-@batch_hard_backward.register_fake
-def _(*arguments: Any) -> Tensor:
-    _, _, args, _ = unflatten(arguments, BatchHardUpstream, BatchHardSaved, BatchHardArguments)
-    return torch.empty_like(args.features, memory_format=torch.contiguous_format)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _, _, args, _, need, _ = unflatten(arguments, *BACKWARD)
+    d_features, d_gallery = (
+        v.new_empty(v.shape) if needed and v is not None else args.features.new_empty(0)
+        for v, needed in zip((args.features, args.gallery), need, strict=True)
+    )
+    return d_features, d_gallery
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, labels, *ctx.options = inputs
-    _loss, *saved = output
-    ctx.save_for_backward(*saved, features, labels)
-    ctx.mark_non_differentiable(*saved[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    upstream = gradients[:3]
-    if all(gradient is None for gradient in upstream):
-        return (None,) * 6
-    return batch_hard_backward(*upstream, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
-
-
-batch_hard.register_autograd(_backward, setup_context=_setup)
-forbid_second_order(batch_hard_backward, "rru_fast.batch_hard_triplet")
+batch_hard, batch_hard_backward = register(
+    "batch_hard",
+    f"({schema(BatchHardArguments)}, str reduction, str backend) -> ({schema(BatchHardOutputs)})",
+    f"({schema(*BACKWARD)}, str reduction, bool[] need, str backend) -> (Tensor d_features, Tensor d_gallery)",
+    (_forward, _backward, _fake, _fake_backward),
+)

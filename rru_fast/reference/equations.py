@@ -180,7 +180,7 @@ def last_state(x: Tensor, s: Tensor, lengths: Tensor | None) -> State:
     Copies, so that the caller may reuse the memory of x, and the state does not keep this chunk alive.
     """
     if lengths is None:
-        return State(x[:, -1].clone(), s[:, -1].clone())
+        return State(x.select(1, -1).clone(), s.select(1, -1).clone())
     clip, last = torch.arange(x.shape[0], device=x.device), lengths - 1
     return State(x[clip, last], s[clip, last])
 

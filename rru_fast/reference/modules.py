@@ -86,11 +86,11 @@ def track_batches(norm: Any, frames: int) -> None:
 
 def gate_arguments(rru: RRU) -> dict[str, Any]:
     """Arguments of `refine` and `equations.gate` from an RRU: weights of its transition and attention, and `inputs`."""
-    spatial = rru.spatial_attention if rru.attention != "channel" else None
+    first, _, second = rru.spatial_attention if rru.attention != "channel" else (None, None, None)
     return {
         "w": current_weight(rru.transition).flatten(1),
-        "w_s1": current_weight(spatial[0]) if spatial is not None else None,
-        "w_s2": current_weight(spatial[2]) if spatial is not None else None,
+        "w_s1": current_weight(first) if first is not None else None,
+        "w_s2": current_weight(second) if second is not None else None,
         "w_c": current_weight(rru.channel_attention) if rru.attention != "spatial" else None,
         "inputs": rru.inputs,
     }
@@ -167,8 +167,9 @@ class RRU(nn.Module):
         check_x(x, self.channels, self.spatial if self.attention != "channel" else None)
         check_layer("transition", self.transition, nn.Conv2d)
         if self.attention != "channel":
-            for n, kind in enumerate((nn.Linear, nn.ReLU, nn.Linear)):
-                check_layer(f"spatial_attention.{n}", self.spatial_attention[n], kind)
+            kinds = (nn.Linear, nn.ReLU, nn.Linear)
+            for n, (layer, kind) in enumerate(zip(self.spatial_attention, kinds, strict=True)):
+                check_layer(f"spatial_attention.{n}", layer, kind)
         if self.attention != "spatial":
             check_layer("channel_attention", self.channel_attention, nn.Linear)
 

@@ -46,7 +46,7 @@ def test_opcheck_of_the_backward(case: Case, backend: str) -> None:
     args = operator_arguments(case, requires_grad=False)
     outputs = RefineOutputs(*ops.refine.refine(*flatten(args), True, backend))
     upstream = (torch.rand_like(outputs.features), torch.rand_like(outputs.strips))
-    inputs = (*upstream, *flatten(outputs.saved), *flatten(args), True, True, backend)
+    inputs = (*upstream, *flatten(outputs.saved), *flatten(args), [True] * 9, backend)
     torch.library.opcheck(ops.refine.refine_backward, inputs)
 
 

@@ -78,7 +78,7 @@ def test_strides_do_not_change_results(dtype: torch.dtype, backend: str) -> None
         got = rru_fast.strip_pool(same, backend=backend)
         assert torch.allclose(got, wanted, rtol=1e-13 if dtype == torch.float64 else 1e-2, atol=1e-14), name
     d_strips = torch.randn(2, 5, 40, dtype=torch.float64).mT
-    d_s = [ops.strip_pool.strip_pool_backward(d, 3, 14, backend) for d in (d_strips, d_strips.contiguous())]
+    d_s = [ops.strip_pool.strip_pool_backward(d, [2, 3, 40, 5, 14], backend) for d in (d_strips, d_strips.contiguous())]
     assert torch.equal(*d_s)
 
 
@@ -105,7 +105,7 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype,
 def test_opcheck(backend: str) -> None:
     s = torch.randn(2, 3, 4, 5, 6)
     torch.library.opcheck(ops.strip_pool.strip_pool, (s.clone().requires_grad_(), backend))
-    torch.library.opcheck(ops.strip_pool.strip_pool_backward, (torch.randn(2, 4, 5), 3, 6, backend))
+    torch.library.opcheck(ops.strip_pool.strip_pool_backward, (torch.randn(2, 4, 5), [2, 3, 4, 5, 6], backend))
 
 
 @default_backend_first

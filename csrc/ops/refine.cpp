@@ -1,22 +1,22 @@
-// The arguments of refine's kernels, checked and made from those of the operators.
-#pragma once
+// rru_fast::refine for CPUs: arguments checked, then the kernels of csrc/cpu.
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
-#include <optional>
-#include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "ops/operators.h"
 
 namespace rru {
+namespace {
 
-using OptionalTensor = std::optional<Tensor>;
+using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Ranks with PyTorch's own collectives, found by name: a PyTorch without torch.distributed lacks them.
-inline Ranks make_ranks(
+Ranks make_ranks(
     c10::string_view process_group, at::IntArrayRef elements_per_rank, bool training, int64_t bn_groups) {
   if (elements_per_rank.empty()) {
     return {};
@@ -41,12 +41,8 @@ inline Ranks make_ranks(
           }};
 }
 
-// The arguments of refine and of its backward as the dispatcher's schema has them, then checked.
-#define RRU_REFINE_SCHEMA                                                                                      \
-  "Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor? w_s1, Tensor? w_s2, Tensor? w_c, "                   \
-  "Tensor? running_mean, Tensor? running_var, Tensor? lengths, Tensor? state_x, Tensor? state_s, str inputs, " \
-  "bool training, float eps, int bn_groups, str process_group, int[] elements_per_rank"
-inline RefineArguments refine_arguments(
+// The arguments of refine and of its backward, checked.
+RefineArguments refine_arguments(
     const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const OptionalTensor& w_s1,
     const OptionalTensor& w_s2, const OptionalTensor& w_c, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& lengths, const OptionalTensor& state_x,
@@ -124,7 +120,7 @@ inline RefineArguments refine_arguments(
 }
 
 // The gradients that reach refine's outputs, checked against its arguments.
-inline RefineUpstream refine_upstream(
+RefineUpstream refine_upstream(
     const OptionalTensor& d_features, const OptionalTensor& d_strips, const RefineArguments& a) {
   if (d_features) {
     check("d_features", *d_features, a.x.sizes(), a.x.scalar_type());
@@ -135,9 +131,8 @@ inline RefineUpstream refine_upstream(
   return {.d_features = d_features, .d_strips = d_strips};
 }
 
-// The results that refine saved, but for the features, as the schema has them, then checked against its arguments.
-#define RRU_SAVED_SCHEMA "Tensor mean, Tensor var, Tensor u, Tensor z_s, Tensor z_c, Tensor h"
-inline RefineSaved refine_saved(
+// The results that refine saved, checked against its arguments.
+RefineSaved refine_saved(
     const Tensor& features, const Tensor& mean, const Tensor& var, const Tensor& u, const Tensor& z_s,
     const Tensor& z_c, const Tensor& h, const RefineArguments& a) {
   const int64_t clips = a.x.size(0), frames = a.x.size(1), channels = a.x.size(2);
@@ -161,4 +156,50 @@ inline RefineSaved refine_saved(
       .h = h.contiguous()};
 }
 
+// The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments, written
+// there alone, after the gradients and the saved tensors.
+template <typename F>
+struct Refine;
+
+template <typename... Parameters>
+struct Refine<RefineArguments(Parameters...)> {
+  static Tensors8 forward(Parameters... parameters, bool save, c10::string_view backend) {
+    if (!is_for_cpu_kernels(backend)) {
+      return call_python<&forward>("rru_fast::refine_python", parameters..., save, backend);
+    }
+    const auto [saved, strips] = RRU_KERNEL(refine)(refine_arguments(parameters...), save);
+    return {saved.features, strips, saved.mean, saved.var, saved.u, saved.z_s, saved.z_c, saved.h};
+  }
+
+  static Tensors9 backward(
+      const OptionalTensor& d_features, const OptionalTensor& d_strips, const Tensor& features, const Tensor& mean,
+      const Tensor& var, const Tensor& u, const Tensor& z_s, const Tensor& z_c, const Tensor& h,
+      Parameters... parameters, c10::List<bool> need, c10::string_view backend) {
+    if (!is_for_cpu_kernels(backend)) {
+      return call_python<&backward>(
+          "rru_fast::refine_backward_python", d_features, d_strips, features, mean, var, u, z_s, z_c, h, parameters...,
+          need, backend);
+    }
+    TORCH_CHECK_VALUE(need.size() == 9, "need: got ", need.size(), " values, wanted 9, one per gradient");
+    const auto arguments = refine_arguments(parameters...);
+    const auto upstream = refine_upstream(d_features, d_strips, arguments);
+    const auto saved = refine_saved(features, mean, var, u, z_s, z_c, h, arguments);
+    const bool weights = need[1] || need[2] || need[3] || need[4] || need[5] || need[6];
+    const auto d = RRU_KERNEL(refine_backward)(upstream, saved, arguments, {.x = need[0], .weights = weights});
+    const auto or_empty = [&](const Tensor& tensor) {
+      return tensor.defined() ? tensor : at::empty({0}, arguments.x.options());
+    };
+    return {or_empty(d.x),    or_empty(d.w),   or_empty(d.gamma),   or_empty(d.beta),   or_empty(d.w_s1),
+            or_empty(d.w_s2), or_empty(d.w_c), or_empty(d.state_x), or_empty(d.state_s)};
+  }
+};
+
+using Operators = Refine<decltype(refine_arguments)>;
+
+TORCH_LIBRARY_IMPL(rru_fast, CPU, m) {
+  m.impl("refine", TORCH_FN(Operators::forward));
+  m.impl("refine_backward", TORCH_FN(Operators::backward));
+}
+
+}  // namespace
 }  // namespace rru

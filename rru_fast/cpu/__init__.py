@@ -1,1 +1,0 @@
-"""The operators in C++ for CPUs: csrc/cpu, called through the dispatcher. Only where `native.missing()` is None."""
