@@ -199,8 +199,7 @@ def check_refine(
         _weight("w_s2", w_s2, x, (height * width, hidden), "(P, A), P = H * W")
     if w_c is not None:
         _weight("w_c", w_c, x, (channels, d), "(C, D)")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean, running_var: got one of them, wanted both or neither")
+    check_both("running_mean", running_mean, "running_var", running_var)
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is not None:
             _weight(name, buffer, x, (d,), "(D,)")
@@ -304,7 +303,8 @@ def check_strip_pool(s: Tensor) -> None:
 def check_batch_hard_triplet(
     features: Tensor,
     labels: Tensor,
-    *,
+    gallery: Tensor | None,
+    gallery_labels: Tensor | None,
     margin: Any,
     metric: str,
     reduction: str,
@@ -313,8 +313,35 @@ def check_batch_hard_triplet(
 ) -> None:
     """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
-    _shape("labels", labels, (features.shape[-2],), "(N,), one per feature")
-    _integers("labels", labels)
-    _device("labels", labels, features, "features")
+    _labels("labels", labels, features, "features", "(N,), one per feature")
+    if gallery is not None or gallery_labels is not None:
+        _check_gallery(features, labels, gallery, gallery_labels)
     check_loss(margin, metric, reduction)
     check_flags(return_indices=return_indices, return_distances=return_distances)
+
+
+def _check_gallery(features: Tensor, labels: Tensor, gallery: Any, gallery_labels: Any) -> None:
+    check_both("gallery", gallery, "gallery_labels", gallery_labels)
+    meaning = "(M, D)" if features.dim() == 2 else "(G, M, D)"
+    _floating("gallery", gallery, (features.dim(),), f"{meaning} as features")
+    *groups, _, columns = features.shape
+    wanted = (*groups, gallery.shape[-2], columns)
+    _shape("gallery", gallery, wanted, f"{meaning} as features")
+    if gallery.dtype != features.dtype:
+        raise TypeError(f"gallery: got dtype {gallery.dtype}, wanted {features.dtype} as features")
+    _device("gallery", gallery, features, "features")
+    _labels("gallery_labels", gallery_labels, gallery, "gallery", "(M,), one per feature of the gallery")
+    if gallery_labels.dtype != labels.dtype and torch.uint64 in (labels.dtype, gallery_labels.dtype):
+        raise TypeError(f"gallery_labels: got dtype {gallery_labels.dtype}, wanted {labels.dtype} as labels")
+
+
+def check_both(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Raise ValueError if one of two arguments is None and the other is not."""
+    if (value is None) != (other is None):
+        raise ValueError(f"{name}, {other_name}: got one of them, wanted both or neither")
+
+
+def _labels(name: str, labels: Tensor, features: Tensor, features_name: str, meaning: str) -> None:
+    _shape(name, labels, (features.shape[-2],), meaning)
+    _integers(name, labels)
+    _device(name, labels, features, features_name)

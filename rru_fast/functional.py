@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast import backends, checks, ops, reference
-from rru_fast.arguments import BatchHardArguments, flatten
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
-from rru_fast.reference.equations import last_state, momenta, reduce
+from rru_fast.reference.equations import last_state, momenta
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
 
 
@@ -213,6 +211,8 @@ def batch_hard_triplet(
     features: Tensor,
     labels: Tensor,
     *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
     margin: float | Literal["soft"] = 0.3,
     metric: Metric = "euclidean",
     reduction: Reduction = "mean",
@@ -247,20 +247,30 @@ def batch_hard_triplet(
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference").
     """
-    options: dict[str, Any] = {"reduction": reduction, "return_indices": return_indices}
-    options |= {"margin": margin, "metric": metric, "return_distances": return_distances}
-    checks.check_batch_hard_triplet(features, labels, **options)
+    checks.check_batch_hard_triplet(
+        features, labels, gallery, gallery_labels, margin, metric, reduction, return_indices, return_distances
+    )
+    if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
+        labels, gallery_labels = labels.long(), gallery_labels.long()
     if backends.choose(backend, features.device) == "reference":
-        return reference.batch_hard_triplet(features, labels, **options)
-    checks.check_derivatives("rru_fast.batch_hard_triplet", features)
-    grouped = features if features.dim() == 3 else features[None]
-    if metric == "cosine":
-        grouped = F.normalize(grouped.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        return reference.batch_hard_triplet(
+            features,
+            labels,
+            gallery=gallery,
+            gallery_labels=gallery_labels,
+            margin=margin,
+            metric=metric,
+            reduction=reduction,
+            return_indices=return_indices,
+            return_distances=return_distances,
+        )
+    checks.check_derivatives("rru_fast.batch_hard_triplet", features, gallery)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
-    args = BatchHardArguments(grouped, labels, number, soft, metric)
-    per_anchor = features.shape[:-1]
-    loss, *found = (v.view(per_anchor) for v in ops.batch_hard.batch_hard(*flatten(args), backend))
-    loss = reduce(loss, reduction).to(features.dtype)
-    distances = tuple(v.to(features.dtype) for v in found[:2]) if return_distances else ()
-    indices = tuple(found[2:]) if return_indices else ()
-    return (loss, *distances, *indices) if return_distances or return_indices else loss
+    loss, d_pos, d_neg, positive, negative = ops.batch_hard.batch_hard(
+        features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend
+    )
+    if not return_distances:
+        return (loss, positive, negative) if return_indices else cast(Tensor, loss)
+    if d_pos.dtype != features.dtype:
+        d_pos, d_neg = d_pos.to(features.dtype), d_neg.to(features.dtype)
+    return (loss, d_pos, d_neg, positive, negative) if return_indices else (loss, d_pos, d_neg)

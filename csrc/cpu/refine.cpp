@@ -181,7 +181,7 @@ class Forward {
 
 RefineOutputs refine(const RefineArguments& arguments, bool save) {
   return dispatch(arguments.x, [&](auto stored, auto operand) {
-    return with_threads_for(multiplications(arguments), [&] {
+    return with_threads_for(Sizes(arguments).multiplications(), [&] {
       return Forward<decltype(stored), decltype(operand)>(arguments, save).run(arguments);
     });
   });

@@ -116,7 +116,9 @@ class Backward {
 RefineGradients refine_backward(
     const RefineUpstream& upstream, const RefineSaved& saved, const RefineArguments& arguments, RefineNeed need) {
   return dispatch(arguments.x, [&](auto stored, auto operand) {
-    return Backward<decltype(stored), decltype(operand)>(upstream, saved, arguments, need).run(arguments);
+    return with_threads_for(Sizes(arguments).multiplications(), [&] {
+      return Backward<decltype(stored), decltype(operand)>(upstream, saved, arguments, need).run(arguments);
+    });
   });
 }
 

@@ -72,6 +72,11 @@ struct Sizes {
     return first_segments_equal && t == first_step;
   }
 
+  // Of all products U = W V.
+  int64_t multiplications() const {
+    return B * T * D * C * num_segments * P;
+  }
+
   Chunk chunk(int64_t q) const {
     const int64_t p0 = q * kMaxRow, n = std::min(kMaxRow, P - p0);
     return {p0, n, round_up(n, kRowAlign)};

@@ -1,17 +1,27 @@
-"""`batch_hard_triplet` in tiles of anchors against all features: the N x N matrix is never stored.
+"""`batch_hard_triplet` in tiles of anchors against all candidates: the N x M matrix is never stored.
 
 A tile's distances come from a matrix product and only select the two partners; the two distances in the loss are
-computed from the difference of the vectors, so that near points keep their digits. On a GPU a small batch is mined by
-differences alone, which takes fewer launches.
+computed from the difference of the vectors (of unit length for "cosine"), so that near points keep their digits. On a
+GPU a small batch is mined by differences alone, which takes fewer launches.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved, flatten
+from rru_fast.arguments import (
+    BatchHardArguments,
+    BatchHardGradients,
+    BatchHardNeed,
+    BatchHardOutputs,
+    BatchHardSaved,
+    BatchHardUpstream,
+    flatten,
+)
 
 # Memory of a tile of distances, at least one row of the matrix.
 TILE_BYTES = 8 * 2**20
@@ -22,127 +32,223 @@ FEW_PAIRS = 2**14
 # Lower bound of distances; at it, up to rounding, their gradient is 0, so that coincident points have none.
 FLOOR = 1e-6
 AT_FLOOR = FLOOR * (1 + 1e-6)
+# Lower bound of the norms by which F.normalize divides.
+SHORTEST = 1e-12
 
 INF = float("inf")
 
 
 def forward(args: BatchHardArguments) -> BatchHardOutputs:
     """Find each anchor's hardest positive and negative, and its loss."""
-    f = args.features.to(torch.promote_types(args.features.dtype, torch.float32))
-    if args.metric == "euclidean" and by_differences(f):
-        partners = _mine_by_differences(f, args.labels)
-    else:
-        partners = _mine_by_products(f, args.labels, args.metric)
+    dtype = torch.promote_types(args.features.dtype, torch.float32)
+    anchors = args.features.to(dtype)
+    candidates = anchors if args.gallery is None else args.gallery.to(dtype)
+    mine = _mine_cosine if args.metric == "cosine" else _mine_euclidean
+    partners = mine(anchors, candidates, args.labels[:, None], args.candidate_labels)
     gap = partners.d_pos - partners.d_neg
     loss = F.softplus(gap) if args.soft else F.relu(args.margin + gap)
     return BatchHardOutputs(loss, *flatten(partners))
 
 
-def backward(d_loss: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
-    """Return the gradient of the features, nonzero only for active anchors and their hardest positive and negative."""
-    d_pos, d_neg = saved.d_pos, saved.d_neg
-    f, group, index, others = _partners(saved, args)
-    gap = d_pos - d_neg
-    hinge = torch.ops.aten.threshold_backward
-    weight = d_loss * torch.sigmoid(gap) if args.soft else hinge(d_loss, gap, -args.margin)
-    to_positive, to_negative = others.unbind(2)
-    if args.metric == "cosine":
-        d_f = (to_negative - to_positive).mul_(weight[..., None])
-        torch.mul(f, weight[..., None], out=to_negative)
-        torch.neg(to_negative, out=to_positive)
-    else:
-        to_positive.sub_(f)
-        torch.sub(f, to_negative, out=to_negative)
-        distances = torch.stack((d_pos, d_neg), -1)
-        others.mul_((weight[..., None] / F.threshold(distances, AT_FLOOR, INF))[..., None])
-        d_f = torch.add(to_positive, to_negative).neg_()
-    _add_rows(d_f, group, index, others.flatten(1, 2))
-    return d_f.to(args.features.dtype)
-
-
-def distances_backward(
-    d_d_pos: Tensor | None, d_d_neg: Tensor | None, saved: BatchHardSaved, args: BatchHardArguments
-) -> Tensor:
-    """Return the gradient of the features from those of the two distances, (G, N) each, None for zero."""
-    f, group, index, others = _partners(saved, args)
-    zero = torch.zeros_like(saved.d_pos)
-    to_positive = zero if d_d_pos is None else d_d_pos
-    to_negative = zero if d_d_neg is None else d_d_neg.masked_fill(saved.negative < 0, 0)
-    weights = torch.stack((to_positive, to_negative), -1)[..., None]  # (G, N, 2, 1)
-    if args.metric == "cosine":
-        d_f = others.mul_(weights).sum(2).neg_()
-        torch.mul(f[:, :, None], -weights, out=others)
-    else:
-        distances = torch.stack((saved.d_pos, saved.d_neg), -1)[..., None]
-        others.sub_(f[:, :, None]).mul_(weights / F.threshold(distances, AT_FLOOR, INF))
-        d_f = others.sum(2).neg_()
-    _add_rows(d_f, group, index, others.flatten(1, 2))
-    return d_f.to(args.features.dtype)
-
-
-def _partners(saved: BatchHardSaved, args: BatchHardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the features in the arithmetic dtype, `_pairs`, and each anchor's two partners, (G, N, 2, D)."""
-    f = args.features.to(saved.d_pos.dtype)
+def backward(
+    upstream: BatchHardUpstream, saved: BatchHardSaved, args: BatchHardArguments, need: BatchHardNeed
+) -> BatchHardGradients:
+    """Return the gradients, nonzero only for active anchors and their hardest positive and negative."""
+    dtype = saved.d_pos.dtype
+    a = args.features.to(dtype)
     group, index = _pairs(saved.positive, saved.negative)
     # Index -1 reads the last row, and zeros are added to it.
-    return f, group, index, f[group, index].view(*f.shape[:2], 2, -1)
+    b = _partners(args.candidates, group, index).to(dtype)
+    distances = torch.stack((saved.d_pos, saved.d_neg), -1)  # (G, N, 2)
+    weights = _weights(upstream, saved, args)
+    differentiate = _cosine_gradients if args.metric == "cosine" else _euclidean_gradients
+    own = args.gallery is None
+    d_a, d_b = differentiate(a, b, distances, weights, need.features, need.features if own else need.gallery)
+    d_gallery = None if own or d_b is None else d_b.new_zeros(args.candidates.shape)
+    target = d_a if own else d_gallery
+    if d_b is not None and target is not None:
+        _add_rows(target, group, index, d_b.flatten(1, 2))
+    return BatchHardGradients(*(d if d is None else d.to(args.features.dtype) for d in (d_a, d_gallery)))
 
 
-def by_differences(f: Tensor) -> bool:
-    """Return True if launches cost more than arithmetic: few pairs of features (G, N, D) on a GPU."""
-    groups, n, _ = f.shape
-    return f.is_cuda and groups * n * n <= FEW_PAIRS
+def _weights(upstream: BatchHardUpstream, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
+    """Return the gradients (G, N, 2) of D_pos and of -D_neg, or (G, N, 1) where they are one."""
+    d_loss, d_d_pos, d_d_neg = upstream.d_loss, upstream.d_d_pos, upstream.d_d_neg
+    if d_loss is None:
+        d_gap = torch.zeros_like(saved.d_pos)
+    else:
+        gap = saved.d_pos - saved.d_neg
+        hinge = torch.ops.aten.threshold_backward
+        d_gap = d_loss * torch.sigmoid(gap) if args.soft else hinge(d_loss, gap, -args.margin)
+    if d_d_pos is None and d_d_neg is None:
+        return d_gap[..., None]
+    to_positive = d_gap if d_d_pos is None else d_gap + d_d_pos
+    to_negative = d_gap if d_d_neg is None else d_gap - d_d_neg
+    return torch.stack((to_positive, to_negative), -1)
 
 
-def _mine_by_differences(f: Tensor, labels: Tensor) -> BatchHardSaved:
-    """Find each anchor's farthest positive and nearest negative by Euclidean distances of all pairs."""
-    marked = f.add(f, alpha=0)  # makes infinite features NaN, and so their distances
-    tile = torch.cdist(marked, marked, compute_mode="donot_use_mm_for_euclid_dist").clamp_(min=FLOOR)
-    same = labels[:, None] == labels
-    d_pos, positive = torch.where(same, tile, 0).max(-1)
+def _between(weights: Tensor, distances: Tensor, low: float) -> Tensor:
+    """Return weights (G, N, 2), 0 where a distance is at most `low` or infinite: there is no such partner."""
+    masked: Tensor = torch.ops.aten.hardtanh_backward(weights.expand_as(distances), distances, low, INF)
+    return masked
+
+
+def _euclidean_gradients(
+    a: Tensor, b: Tensor, distances: Tensor, weights: Tensor, need_a: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of anchors a (G, N, D) and, in its memory, of their partners b (G, N, 2, D)."""
+    weights = _between(weights, distances, AT_FLOOR).div_(distances)
+    d_pos, d_neg = b.sub_(a[:, :, None]).mul_(weights[..., None]).unbind(2)
+    d_a = d_neg - d_pos if need_a else None
+    d_neg.neg_()
+    return d_a, b if need_b else None
+
+
+def _cosine_gradients(
+    a: Tensor, b: Tensor, distances: Tensor, weights: Tensor, need_a: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of anchors a (G, N, D) and, in its memory, of their partners b (G, N, 2, D).
+
+    D = 1 - ab / (|a| |b|) has the gradient (cos a / |a| - b / |b|) / |a| in a; a norm at its lower bound is constant,
+    and then the first term is absent.
+    """
+    weights = _between(weights, distances, -INF)
+    cosines = (1 - distances).clamp_(-1, 1)  # finite without a partner, too
+    norm_a, norm_b = _norms(a)[:, :, None], _norms(b)  # (G, N, 1, 1), (G, N, 2, 1)
+    a, b = a[:, :, None] / norm_a, b.div_(norm_b)
+
+    def project(unit: Tensor, norm: Tensor, other: Tensor) -> Tensor:
+        along: Tensor = torch.ops.aten.threshold_backward(cosines[..., None], norm.expand_as(norm_b), SHORTEST)
+        return (along * unit).sub_(other).mul_(weights[..., None] / norm)
+
+    d_a = None
+    if need_a:
+        d_pos, d_neg = project(a, norm_a, b).unbind(2)
+        d_a = d_pos - d_neg
+    if not need_b:
+        return d_a, None
+    d_b = project(b, norm_b, a)
+    d_b[:, :, 1].neg_()
+    return d_a, d_b
+
+
+def _norms(f: Tensor) -> Tensor:
+    """Return norms (..., 1) of rows (..., D), by which F.normalize divides."""
+    norm: Tensor = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
+    return norm.clamp_(min=SHORTEST)
+
+
+def by_differences(anchors: Tensor, candidates: Tensor) -> bool:
+    """Return True if launches cost more than arithmetic: few pairs of (G, N, D) and (G, M, D) on a GPU."""
+    groups, n, _ = anchors.shape
+    return anchors.is_cuda and groups * n * candidates.shape[1] <= FEW_PAIRS
+
+
+def _mine_euclidean(a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tensor) -> BatchHardSaved:
+    """Find each anchor's farthest positive and nearest negative by Euclidean distance.
+
+    By products the rank of b is |b|^2 - 2 ab: it orders as the distance does, up to a constant of the anchor.
+    """
+    if by_differences(a, b):
+        marked_b = b.add(b, alpha=0)  # makes infinite features NaN, and so their distances
+        marked_a = marked_b if a is b else a.add(a, alpha=0)
+        ranks = _mine_all(_differences(marked_a, marked_b).clamp_(min=FLOOR), labels, candidate_labels)
+        # NaN where the anchor's square overflows, as in mining by products.
+        partners = replace(ranks, d_pos=ranks.d_pos.add(a.square().sum(-1), alpha=0))
+    else:
+        common = _common_part(b)
+        near_b = (b - common).add_(b, alpha=0)
+        near_a = near_b if a is b else (a - common).add_(a, alpha=0)
+        offset = near_b.square().sum(-1)[:, None]  # (G, 1, M)
+        ranks = _mine_tiles(near_a, near_b, labels, candidate_labels, offset, -2)
+        others = _partners(b, *_pairs(ranks.positive, ranks.negative))
+        partners = _with_distances((a[:, :, None] - others).square().sum(-1).sqrt_().clamp_(min=FLOOR), ranks)
+    return partners if a is b else _mark_no_positive(partners, ranks)
+
+
+def _mine_cosine(a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tensor) -> BatchHardSaved:
+    """Find each anchor's farthest positive and nearest negative by cosine distance, 1 - cos.
+
+    Between unit vectors it is |a - b|^2 / 2, which keeps the digits of a small one.
+    """
+    unit_b, shortfall_b = _normalize(b)
+    unit_a, shortfall_a = (unit_b, shortfall_b) if a is b else _normalize(a)
+    if by_differences(a, b):
+        tile = _differences(unit_a, unit_b).square_().add_(shortfall_a).add_(shortfall_b.mT).mul_(0.5)
+        partners = ranks = _mine_all(tile, labels, candidate_labels)
+    else:
+        ranks = _mine_tiles(unit_a, unit_b, labels, candidate_labels, a.new_zeros(()), -1)
+        pairs = _pairs(ranks.positive, ranks.negative)
+        distances = (unit_a[:, :, None] - _partners(unit_b, *pairs)).square_().sum(-1, keepdim=True)
+        distances.add_(shortfall_a[:, :, None]).add_(_partners(shortfall_b, *pairs)).mul_(0.5)
+        partners = _with_distances(distances[..., 0], ranks)
+    return partners if a is b else _mark_no_positive(partners, ranks)
+
+
+def _mark_no_positive(partners: BatchHardSaved, ranks: BatchHardSaved) -> BatchHardSaved:
+    """Set distance and index of the positive where a gallery has none, by the ranks."""
+    no_positive = ranks.d_pos == -INF
+    partners.d_pos.masked_fill_(no_positive, -INF)
+    partners.positive.masked_fill_(no_positive, -1)
+    return partners
+
+
+def _differences(a: Tensor, b: Tensor) -> Tensor:
+    """Return Euclidean distances of all pairs, (G, N, M), without a matrix product."""
+    distances: Tensor = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances
+
+
+def _mine_all(tile: Tensor, labels: Tensor, candidate_labels: Tensor) -> BatchHardSaved:
+    """Select partners by distances of all pairs (G, N, M), which are overwritten."""
+    same = labels == candidate_labels
+    d_pos, positive = torch.where(same, tile, -INF).max(-1)
     # A distance that overflows still ranks before the masked ones.
-    d_neg, negative = tile.clamp_(max=torch.finfo(f.dtype).max).masked_fill_(same, INF).min(-1)
-    # NaN where the anchor's square overflows, as in mining by products.
-    d_pos.add_(f.square().sum(-1), alpha=0)
+    d_neg, negative = tile.clamp_(max=torch.finfo(tile.dtype).max).masked_fill_(same, INF).min(-1)
     return BatchHardSaved(d_pos, d_neg, positive, negative.masked_fill_(d_neg == INF, -1))
 
 
-def _mine_by_products(f: Tensor, labels: Tensor, metric: str) -> BatchHardSaved:
-    """Find each anchor's farthest positive and nearest negative by matrix products."""
-    farthest, positive, nearest, negative = _rank(f, labels, metric)
-    group, index = _pairs(positive, negative)
-    distances = _distances(f, f[group, index].view(*f.shape[:2], 2, -1), metric)
-    # Propagate a NaN rank, which the difference of the two vectors alone may not have.
-    d_pos, d_neg = distances[..., 0].add(farthest, alpha=0), distances[..., 1].add(nearest, alpha=0)
-    no_negative = nearest == INF
-    d_neg.masked_fill_(no_negative, INF)
-    return BatchHardSaved(d_pos, d_neg, positive, negative.masked_fill_(no_negative, -1))
+def _normalize(f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return F.normalize(f), and 1 minus the squared norms (..., 1) of its rows: exactly 0 but for degenerate ones.
 
-
-def _rank(f: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return rank and index of each anchor's farthest positive and nearest negative, (G, N); inf without a negative.
-
-    The rank of b is |b|^2 - 2 ab, or -ab: it orders as the distance does, up to a constant of the anchor.
+    Those are shorter than SHORTEST, or their norm overflows, by which they become 0.
     """
-    groups, n, _ = f.shape
-    if metric == "euclidean":
-        f = (f - _common_part(f)).add_(f, alpha=0)  # makes infinite features NaN, and so their distances
-        offset, factor = f.square().sum(-1)[:, None], -2  # (G, 1, N)
-    else:
-        offset, factor = f.new_zeros(()), -1
-    largest = torch.finfo(f.dtype).max
-    farthest, nearest = (f.new_empty(groups, n) for _ in range(2))
+    norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
+    divisor = norm.clamp(min=SHORTEST)
+    return f / divisor, 1 - norm.div_(divisor).nan_to_num_(nan=0).square_()
+
+
+def _mine_tiles(
+    a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tensor, offset: Tensor, factor: int
+) -> BatchHardSaved:
+    """Return the largest `offset + factor ab` of each anchor's positives and the smallest of its negatives.
+
+    In place of distances; -inf without a positive, inf without a negative.
+    """
+    groups, n, _ = a.shape
+    m = b.shape[1]
+    largest = torch.finfo(a.dtype).max
+    farthest, nearest = (a.new_empty(groups, n) for _ in range(2))
     positive, negative = (labels.new_empty((groups, n), dtype=torch.int64) for _ in range(2))
-    rows = max(1, TILE_BYTES // (groups * n * f.element_size()))
+    rows = max(1, TILE_BYTES // (groups * m * a.element_size()))
     for start in range(0, n, rows):
         anchors = slice(start, start + rows)
-        tile = torch.baddbmm(offset, f[:, anchors], f.mT, alpha=factor)
+        tile = torch.baddbmm(offset, a[:, anchors], b.mT, alpha=factor)
         # A rank that overflows still orders before the masked ones.
         tile.clamp_(-largest, largest)
-        same = labels[anchors, None] == labels
+        same = labels[anchors] == candidate_labels
         torch.max(torch.where(same, tile, -INF), -1, out=(farthest[:, anchors], positive[:, anchors]))
         torch.min(tile.masked_fill_(same, INF), -1, out=(nearest[:, anchors], negative[:, anchors]))
-    return farthest, positive, nearest, negative
+    return BatchHardSaved(farthest, nearest, positive, negative)
+
+
+def _with_distances(distances: Tensor, ranks: BatchHardSaved) -> BatchHardSaved:
+    """Replace ranks by distances (G, N, 2)."""
+    # Propagate a NaN rank, which the difference of the two vectors alone may not have.
+    d_pos, d_neg = distances[..., 0].add(ranks.d_pos, alpha=0), distances[..., 1].add(ranks.d_neg, alpha=0)
+    no_negative = ranks.d_neg == INF
+    d_neg.masked_fill_(no_negative, INF)
+    return BatchHardSaved(d_pos, d_neg, ranks.positive, ranks.negative.masked_fill_(no_negative, -1))
 
 
 def _common_part(f: Tensor) -> Tensor:
@@ -160,22 +266,20 @@ def _common_part(f: Tensor) -> Tensor:
 
 
 def _pairs(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Index the partners' rows of (G, N, D): group (G, 1), and positive and negative alternating (G, 2N)."""
+    """Index the partners' rows of (G, M, D): group (G, 1), and positive and negative alternating (G, 2N)."""
     group = torch.arange(len(positive), device=positive.device)[:, None]
     return group, torch.stack((positive, negative), -1).flatten(1)
 
 
-def _distances(f: Tensor, others: Tensor, metric: str) -> Tensor:
-    """Return distances (G, N, 2) of each anchor to its two partners (G, N, 2, D)."""
-    if metric == "cosine":
-        return 1 - (f[:, :, None] * others).sum(-1)
-    return (f[:, :, None] - others).square().sum(-1).sqrt_().clamp_(min=FLOOR)
+def _partners(f: Tensor, group: Tensor, index: Tensor) -> Tensor:
+    """Gather each anchor's two rows of f (G, M, D), (G, N, 2, D), by their `_pairs`."""
+    return f[group, index].view(len(group), -1, 2, f.shape[-1])
 
 
 def _add_rows(target: Tensor, group: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add rows[g, m] to target[group[g], index[g, m]], in a deterministic order."""
-    n, width = target.shape[1:]
+    m, width = target.shape[1:]
     if target.is_cuda:  # index_add_ is atomic there; index_put_ sorts
         target.index_put_((group, index), rows, accumulate=True)
     else:
-        target.view(-1, width).index_add_(0, (index % n + n * group).flatten(), rows.flatten(0, 1))
+        target.view(-1, width).index_add_(0, (index % m + m * group).flatten(), rows.flatten(0, 1))

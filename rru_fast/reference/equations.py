@@ -194,6 +194,8 @@ def batch_hard_triplet(
     features: Tensor,
     labels: Tensor,
     *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
     margin: float | Literal["soft"] = 0.3,
     metric: Metric = "euclidean",
     reduction: Reduction = "mean",
@@ -201,24 +203,29 @@ def batch_hard_triplet(
     return_distances: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Batch-hard triplet loss, eq. 8, or eq. 10 for features (G, N, D). Arguments: `rru_fast.batch_hard_triplet`."""
+    if gallery is None or gallery_labels is None:
+        gallery, gallery_labels = features, labels
     if metric == "cosine":
-        f = F.normalize(features, dim=-1)
-        d = 1 - f @ f.mT
+        d = 1 - F.normalize(features, dim=-1) @ F.normalize(gallery, dim=-1).mT
     else:
         # 0 * features makes infinite features NaN, and so their distances.
-        f = features - common_part(features.detach()) + 0 * features
-        square = f.square().sum(-1)
-        d2 = square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * f @ f.mT
-        d = d2.clamp(min=1e-12).sqrt()
-    same = labels[:, None] == labels
+        common = common_part(gallery.detach())
+        a, b = (f - common + 0 * f for f in (features, gallery))
+        d2 = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
+        d = d2.clamp(min=1e-12).sqrt()  # (..., N, M)
+    same = labels[:, None] == gallery_labels
     d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
     d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
-    gap = d_pos - d_neg  # -inf without a negative: no loss
-    loss = F.softplus(gap) if margin == "soft" else F.relu(float(margin) + gap)
-    loss = reduce(loss, reduction)
+    loss = reduce(loss_of_gap(d_pos - d_neg, margin), reduction)  # the gap is -inf without a partner: no loss
     distances = (d_pos, d_neg) if return_distances else ()
-    indices = (positive, negative.masked_fill(same.all(-1), -1)) if return_indices else ()
+    missing = (~same).all(-1), same.all(-1)
+    indices = (positive.masked_fill(missing[0], -1), negative.masked_fill(missing[1], -1)) if return_indices else ()
     return (loss, *distances, *indices) if return_distances or return_indices else loss
+
+
+def loss_of_gap(gap: Tensor, margin: float | Literal["soft"]) -> Tensor:
+    """Return the loss per anchor of D_pos - D_neg."""
+    return F.softplus(gap) if margin == "soft" else F.relu(float(margin) + gap)
 
 
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:

@@ -264,11 +264,14 @@ def test_opcheck(metric: str, backend: str) -> None:
     features, labels = random_batch((2, 10, 4))
     for requires_grad in (True, False):
         leaf = features.float().requires_grad_(requires_grad)
-        torch.library.opcheck(ops.batch_hard.batch_hard, (leaf, labels, 0.3, False, metric, backend))
-    loss, *saved = ops.batch_hard.batch_hard(features, labels, 0.3, False, metric, backend)
+        for reduction in ("none", "mean"):
+            inputs = (leaf, labels, None, None, 0.3, False, metric, reduction, backend)
+            torch.library.opcheck(ops.batch_hard.batch_hard, inputs)
+    call = (features, labels, None, None, 0.3, False, metric, "none")
+    loss, *saved = ops.batch_hard.batch_hard(*call, backend)
     ones = torch.ones_like(loss)
     for upstream in ((ones, None, None), (ones, ones, ones), (None, None, ones)):
-        inputs = (*upstream, *saved, features, labels, 0.3, False, metric, backend)
+        inputs = (*upstream, *saved, *call, [True, False], backend)
         torch.library.opcheck(ops.batch_hard.batch_hard_backward, inputs)
 
 
