@@ -308,37 +308,47 @@ def check_batch_hard_triplet(
     margin: Any,
     metric: str,
     reduction: str,
-    return_indices: Any,
-    return_distances: Any,
 ) -> None:
-    """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit."""
+    """Raise ValueError or TypeError unless the arguments of `rru_fast.batch_hard_triplet` fit, flags aside."""
     _floating("features", features, (2, 3), "(N, D) or (G, N, D)")
     _labels("labels", labels, features, "features", "(N,), one per feature")
-    if gallery is not None or gallery_labels is not None:
-        _check_gallery(features, labels, gallery, gallery_labels)
-    check_loss(margin, metric, reduction)
-    check_flags(return_indices=return_indices, return_distances=return_distances)
-
-
-def _check_gallery(features: Tensor, labels: Tensor, gallery: Any, gallery_labels: Any) -> None:
     check_both("gallery", gallery, "gallery_labels", gallery_labels)
-    meaning = "(M, D)" if features.dim() == 2 else "(G, M, D)"
-    _floating("gallery", gallery, (features.dim(),), f"{meaning} as features")
-    *groups, _, columns = features.shape
-    wanted = (*groups, gallery.shape[-2], columns)
-    _shape("gallery", gallery, wanted, f"{meaning} as features")
+    if gallery is not None and gallery_labels is not None:
+        _floating("gallery", gallery, (2, 3), "(M, D) or (G, M, D)")
+        check_gallery(gallery, features)
+        _labels("gallery_labels", gallery_labels, gallery, "gallery", "(M,), one per feature of the gallery")
+        if gallery_labels.dtype != labels.dtype and torch.uint64 in (labels.dtype, gallery_labels.dtype):
+            raise TypeError(f"gallery_labels: got dtype {gallery_labels.dtype}, wanted {labels.dtype} as labels")
+    check_loss(margin, metric, reduction)
+
+
+def check_gallery(gallery: Tensor, features: Tensor) -> None:
+    """Raise unless a gallery (..., M, D) has the groups, columns, dtype and device of features (..., N, D)."""
+    wanted = (*features.shape[:-2], *gallery.shape[-2:-1], features.shape[-1])
+    _shape("gallery", gallery, wanted, "(M, D) or (G, M, D) as features")
     if gallery.dtype != features.dtype:
         raise TypeError(f"gallery: got dtype {gallery.dtype}, wanted {features.dtype} as features")
     _device("gallery", gallery, features, "features")
-    _labels("gallery_labels", gallery_labels, gallery, "gallery", "(M,), one per feature of the gallery")
-    if gallery_labels.dtype != labels.dtype and torch.uint64 in (labels.dtype, gallery_labels.dtype):
-        raise TypeError(f"gallery_labels: got dtype {gallery_labels.dtype}, wanted {labels.dtype} as labels")
 
 
 def check_both(name: str, value: Any, other_name: str, other: Any) -> None:
     """Raise ValueError if one of two arguments is None and the other is not."""
     if (value is None) != (other is None):
         raise ValueError(f"{name}, {other_name}: got one of them, wanted both or neither")
+
+
+def check_features(name: str, features: Any, labels_name: str, labels: Any, *, may_be_empty: bool) -> None:
+    """Raise unless features are (N, D) or (G, N, D) with N labels, N at least 1 unless they may be empty."""
+    n = "N" if name == "features" else "M"
+    wanted = f"({n}, D) or (G, {n}, D)"
+    check_dense(name, features, wanted)
+    check_dense(labels_name, labels, f"({n},)")
+    shape = tuple(features.shape)
+    if features.dim() not in (2, 3) or 0 in ((*shape[:-2], shape[-1]) if may_be_empty else shape):
+        raise ValueError(f"{name}: got shape {shape}, wanted {wanted}, every size at least 1")
+    if labels.shape != features.shape[-2:-1]:
+        got, size = tuple(labels.shape), shape[-2]
+        raise ValueError(f"{labels_name}: got shape {got}, wanted ({size},) = ({n},), one per feature")
 
 
 def _labels(name: str, labels: Tensor, features: Tensor, features_name: str, meaning: str) -> None:

@@ -222,14 +222,19 @@ def batch_hard_triplet(
 ) -> Tensor | tuple[Tensor, ...]:
     """Batch-hard triplet loss, eq. 8, or eq. 10 for G groups (strips) at once: mean of relu(margin + D_pos - D_neg).
 
-    D_pos is an anchor's distance to its farthest positive, itself included, D_neg to its nearest negative. Ties go to
-    the lowest index; an anchor without a negative has loss 0; coincident points have gradient 0. Hardest positives and
-    negatives are selected by matrix products; before Euclidean ones a large vector common to most features is
-    subtracted, which would cancel their digits. The two distances in the loss are computed from feature differences.
+    D_pos is an anchor's distance to its farthest positive, D_neg to its nearest negative, both among the features, the
+    anchor itself included, or in a gallery. Ties go to the lowest index; an anchor without a positive, which takes a
+    gallery, or without a negative has loss 0; coincident points have gradient 0. Hardest positives and negatives are
+    selected by matrix products; before Euclidean ones a large vector common to most candidates is subtracted, which
+    would cancel their digits. The two distances in the loss are computed from differences, for "cosine" of unit
+    vectors, so that small ones keep their digits.
 
     Args:
-        features: (N, D) or (G, N, D); float64, float32, float16 or bfloat16. Not normalized before use.
+        features: anchors, (N, D) or (G, N, D); float64, float32, float16 or bfloat16. Not normalized before use.
         labels: identity of each feature, integers (N,).
+        gallery: features among which positives and negatives are mined, (M, D) or (G, M, D) as features, with their
+            dtype; for example a memory bank. None for the features themselves. Gradients of both, each only if needed.
+        gallery_labels: identity of each feature of the gallery, integers (M,); with the gallery or not at all.
         margin: a number, or "soft" for softplus(D_pos - D_neg).
         metric: "euclidean", sqrt(max(|a - b|^2, 1e-12)), or "cosine", 1 - cos(a, b).
         reduction: "mean" or "sum" over all anchors and groups, or "none".
@@ -237,21 +242,20 @@ def batch_hard_triplet(
         return_distances: if True, also return D_pos and D_neg, with gradients.
         backend: "auto", or a backend that `show_config` lists as available.
 
+    Memory grows with N + M, not with N M.
+
     Returns:
         The loss, a scalar or of shape (N,) or (G, N), in features' dtype. After it, with `return_distances`, D_pos and
-        D_neg, in features' dtype, (N,) or (G, N); D_neg is inf where there is no negative. After them, with
-        `return_indices`, the indices of the hardest positives and negatives, int64, (N,) or (G, N); -1 where there is
-        no negative.
+        D_neg, in features' dtype, (N,) or (G, N); D_pos is -inf where there is no positive, D_neg inf where there is no
+        negative. After them, with `return_indices`, the indices of the hardest positives and negatives, among the
+        features or in the gallery, int64, (N,) or (G, N); -1 where there is none.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference").
     """
-    checks.check_batch_hard_triplet(
-        features, labels, gallery, gallery_labels, margin, metric, reduction, return_indices, return_distances
-    )
-    if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
-        labels, gallery_labels = labels.long(), gallery_labels.long()
+    checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, reduction)
+    checks.check_flags(return_indices=return_indices, return_distances=return_distances)
     if backends.choose(backend, features.device) == "reference":
         return reference.batch_hard_triplet(
             features,
@@ -264,13 +268,50 @@ def batch_hard_triplet(
             return_indices=return_indices,
             return_distances=return_distances,
         )
-    checks.check_derivatives("rru_fast.batch_hard_triplet", features, gallery)
-    number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
-    loss, d_pos, d_neg, positive, negative = ops.batch_hard.batch_hard(
-        features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend
+    loss, d_pos, d_neg, positive, negative = _batch_hard(
+        features, labels, gallery, gallery_labels, margin, metric, reduction, backend
     )
     if not return_distances:
-        return (loss, positive, negative) if return_indices else cast(Tensor, loss)
+        return (loss, positive, negative) if return_indices else loss
     if d_pos.dtype != features.dtype:
         d_pos, d_neg = d_pos.to(features.dtype), d_neg.to(features.dtype)
     return (loss, d_pos, d_neg, positive, negative) if return_indices else (loss, d_pos, d_neg)
+
+
+def hardest_distances(
+    features: Tensor,
+    labels: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    *,
+    margin: float | Literal["soft"],
+    metric: Metric,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return D_pos and D_neg of `batch_hard_triplet` in the arithmetic dtype, fp32 at least."""
+    checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, "none")
+    if backends.choose(backend, features.device) == "reference":
+        return reference.hardest_distances(features, labels, gallery, gallery_labels, metric=metric)
+    _, d_pos, d_neg, _, _ = _batch_hard(features, labels, gallery, gallery_labels, margin, metric, "none", backend)
+    return d_pos, d_neg
+
+
+def _batch_hard(
+    features: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None,
+    gallery_labels: Tensor | None,
+    margin: float | Literal["soft"],
+    metric: Metric,
+    reduction: Reduction,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Call the operator: the loss, D_pos, D_neg and their indices."""
+    checks.check_derivatives("rru_fast.batch_hard_triplet", features, gallery)
+    if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
+        labels, gallery_labels = labels.long(), gallery_labels.long()
+    number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
+    found: tuple[Tensor, ...] = ops.batch_hard.batch_hard(
+        features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend
+    )
+    return found

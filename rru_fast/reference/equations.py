@@ -205,22 +205,42 @@ def batch_hard_triplet(
     """Batch-hard triplet loss, eq. 8, or eq. 10 for features (G, N, D). Arguments: `rru_fast.batch_hard_triplet`."""
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = features, labels
-    if metric == "cosine":
-        d = 1 - F.normalize(features, dim=-1) @ F.normalize(gallery, dim=-1).mT
-    else:
-        # 0 * features makes infinite features NaN, and so their distances.
-        common = common_part(gallery.detach())
-        a, b = (f - common + 0 * f for f in (features, gallery))
-        d2 = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
-        d = d2.clamp(min=1e-12).sqrt()  # (..., N, M)
-    same = labels[:, None] == gallery_labels
+    d = distance_matrix(features, gallery, metric)
+    same = labels.long()[:, None] == gallery_labels.long()
     d_pos, positive = d.masked_fill(~same, float("-inf")).max(-1)
     d_neg, negative = d.masked_fill(same, float("inf")).min(-1)
     loss = reduce(loss_of_gap(d_pos - d_neg, margin), reduction)  # the gap is -inf without a partner: no loss
     distances = (d_pos, d_neg) if return_distances else ()
-    missing = (~same).all(-1), same.all(-1)
-    indices = (positive.masked_fill(missing[0], -1), negative.masked_fill(missing[1], -1)) if return_indices else ()
+    positive, negative = positive.masked_fill((~same).all(-1), -1), negative.masked_fill(same.all(-1), -1)
+    indices = (positive, negative) if return_indices else ()
     return (loss, *distances, *indices) if return_distances or return_indices else loss
+
+
+def hardest_distances(
+    features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, *, metric: Metric
+) -> tuple[Tensor, Tensor]:
+    """Return D_pos and D_neg of `batch_hard_triplet` per anchor."""
+    found = batch_hard_triplet(
+        features,
+        labels,
+        gallery=gallery,
+        gallery_labels=gallery_labels,
+        metric=metric,
+        reduction="none",
+        return_distances=True,
+    )
+    return found[1], found[2]
+
+
+def distance_matrix(features: Tensor, gallery: Tensor, metric: Metric) -> Tensor:
+    """Return distances (..., N, M) of features (..., N, D) to a gallery (..., M, D)."""
+    if metric == "cosine":
+        return 1 - F.normalize(features, dim=-1) @ F.normalize(gallery, dim=-1).mT
+    # 0 * f makes infinite features NaN, and so their distances.
+    common = common_part(gallery.detach())
+    a, b = (f - common + 0 * f for f in (features, gallery))
+    d2 = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
+    return d2.clamp(min=1e-12).sqrt()
 
 
 def loss_of_gap(gap: Tensor, margin: float | Literal["soft"]) -> Tensor:
