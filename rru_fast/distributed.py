@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -15,38 +16,67 @@ from torch.distributed import ProcessGroup
 GRAPH_BREAK_ERROR = "process_group: got one inside torch.compile, wanted fullgraph=False: collectives cannot be traced"
 
 
-def gather_batch(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather the batch of all ranks in rank order, with gradients: features (..., N, D), labels (N,); N may differ.
+def count_features(
+    features: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
+) -> tuple[list[int], list[int]]:
+    """Count every rank's features (..., N, D) and those of its gallery, the features without one. One collective.
 
     Raises:
-        ValueError: on every rank, if numbers of groups or columns or dtypes differ between ranks, or no rank has a
-            feature.
+        ValueError: on every rank, if numbers of groups or columns or dtypes differ between ranks, no rank has a
+            feature, or some have a gallery and others none.
     """
-    if not has_other_ranks():
-        return features, labels
+    own = _describe(features, labels)
+    table = iter(_gather(own + _describe(gallery, gallery_labels), features.device, None))
+    counts = _check_described("features", "labels", *islice(table, len(own)))
+    gallery_counts = _check_described("gallery", "gallery_labels", *table)
+    return counts, gallery_counts or counts
+
+
+def _describe(features: Tensor | None, labels: Tensor | None) -> list[int]:
+    """Return what ranks compare of features (..., N, D), all zeros if there are none."""
+    if features is None or labels is None:
+        return [0] * 6
     *groups, n, d = features.shape
-    dtypes = [_encode_dtype(tensor.dtype) for tensor in (features, labels)]
-    table = _gather([n, d, len(groups), *(groups or [1]), *dtypes], features.device, None)
-    counts, columns, dims, all_groups, *all_dtypes = table
-    _check_same("features", "columns", columns)
-    _check_same("features", "dimensions", [2 + dim for dim in dims])
-    _check_same("features", "groups", all_groups)
-    for name, numbers in zip(("features", "labels"), all_dtypes, strict=True):
-        _check_same(name, "dtypes", [_decode_dtype(number) for number in numbers])
+    return [n, d, features.dim(), *(groups or [1]), *(_encode_dtype(tensor.dtype) for tensor in (features, labels))]
+
+
+def _check_described(
+    name: str,
+    labels_name: str,
+    counts: list[int],
+    columns: list[int],
+    dimensions: list[int],
+    groups: list[int],
+    dtypes: list[int],
+    label_dtypes: list[int],
+) -> list[int]:
+    """Return the counts of every rank, none if there are no such features; raise unless the rest is the same."""
+    if not any(dimensions):
+        return []
+    if not all(dimensions):
+        raise ValueError(f"{name}: got one on some of the ranks, wanted one on every rank or on none")
+    _check_same(name, "columns", columns)
+    _check_same(name, "dimensions", dimensions)
+    _check_same(name, "groups", groups)
+    for kind, numbers in ((name, dtypes), (labels_name, label_dtypes)):
+        _check_same(kind, "dtypes", [_decode_dtype(number) for number in numbers])
     if not any(counts):
-        raise ValueError("features: got none on any rank, wanted at least 1 on one of them")
-    missing = max(counts) - n
-    padded, padded_labels = F.pad(features, (0, 0, 0, missing)).contiguous(), F.pad(labels, (0, missing)).contiguous()
-    all_labels = [torch.empty_like(padded_labels) for _ in counts]
-    dist.all_gather(all_labels, padded_labels)
-    all_features = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
-    for part in all_features:
+        raise ValueError(f"{name}: got none on any rank, wanted at least 1 on one of them")
+    return counts
+
+
+def gather_rows(rows: Tensor, counts: list[int], dim: int) -> Tensor:
+    """Concatenate rows along a dimension, given from the end, of all ranks in rank order, with gradients.
+
+    counts: rows of every rank.
+    """
+    missing = max(counts) - rows.shape[dim]
+    padded = F.pad(rows, (0, 0) * (-dim - 1) + (0, missing)).contiguous()
+    parts = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
+    for part in parts:
         if part.requires_grad:  # the backward's collective assumes a contiguous gradient
             part.register_hook(Tensor.contiguous)
-    return (
-        torch.cat([part[..., :count, :] for part, count in zip(all_features, counts, strict=True)], -2),
-        torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)]),
-    )
+    return torch.cat([part.narrow(dim, 0, count) for part, count in zip(parts, counts, strict=True)], dim)
 
 
 def world_size() -> int:

@@ -94,18 +94,22 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
         metric: "euclidean", on features that are not normalized, or "cosine".
         gather: form the batch from all ranks of torch.distributed, with gradients. Under DistributedDataParallel loss
             and gradients then equal those of a single process. Ranks may have different numbers of features, also 0.
-            Takes two small collectives in addition to that of the features; the host waits for the first.
+            Each rank mines for its own anchors in the features of all ranks, or in the galleries of all ranks, and
+            returns the whole batch's loss. Takes three small collectives in addition to that of the features: of sizes,
+            for which the host waits, of labels, and of two distances per anchor; the last is repeated in the backward,
+            as is that of the features.
         backend: "auto", or a backend that `rru_fast.show_config` lists as available.
         reduction: "mean" or "sum" over all anchors and groups, or "none". Under DistributedDataParallel, which averages
             gradients over ranks, "sum" with `gather` gives the gradients of the whole batch's sum, too.
         return_distances: also return each anchor's distances to its hardest positive and negative.
 
-    forward(features, labels) takes features (N, D) or (G, N, D) and integer labels (N,), and returns the loss, with
-    `return_distances` the tuple (loss, D_pos, D_neg), as `rru_fast.batch_hard_triplet` does.
+    forward(features, labels, gallery=None, gallery_labels=None) takes features (N, D) or (G, N, D) and integer labels
+    (N,), and returns the loss, with `return_distances` the tuple (loss, D_pos, D_neg), as `rru_fast.batch_hard_triplet`
+    does. With a gallery, (M, D) or (G, M, D) with labels (M,), hardest positives and negatives are mined there.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted. With
-            `gather`, on every rank if groups, columns or dtypes differ between ranks.
+            `gather`, on every rank if groups, columns or dtypes differ between ranks, or only some have a gallery.
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference").
 
     >>> import torch, rru_fast
@@ -120,6 +124,9 @@ class BatchHardTripletLoss(reference.BatchHardTripletLoss):
 
     def _loss(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
         return functional.batch_hard_triplet(features, labels, **options, backend=self.backend)
+
+    def _distances(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.hardest_distances(*batch, margin=self.margin, metric=self.metric, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend!r}"

@@ -15,9 +15,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from rru_fast.checks import (
     FINITE,
     SMALLEST,
+    check_both,
     check_clips,
-    check_dense,
+    check_features,
     check_flags,
+    check_gallery,
     check_layer,
     check_loss,
     check_number,
@@ -25,8 +27,8 @@ from rru_fast.checks import (
     check_sizes,
     check_x,
 )
-from rru_fast.distributed import gather_batch, has_other_ranks
-from rru_fast.reference.equations import batch_hard_triplet, refine
+from rru_fast.distributed import count_features, gather_rows, has_other_ranks
+from rru_fast.reference.equations import batch_hard_triplet, hardest_distances, loss_of_gap, reduce, refine
 from rru_fast.types import Attention, Inputs, Metric, Reduction, Refined, State
 
 # Forward pre-hooks of torch.nn.utils that recompute a layer's weight before each call.
@@ -212,24 +214,58 @@ class BatchHardTripletLoss(nn.Module):
     def _loss(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
         return batch_hard_triplet(features, labels, **options)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return the loss of features (N, D) or (G, N, D) with labels (N,), and the distances if asked for."""
-        check_dense("features", features, "(N, D) or (G, N, D)")
-        check_dense("labels", labels, "(N,)")
+    def _distances(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        return hardest_distances(*batch, metric=self.metric)
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        gallery: Tensor | None = None,
+        gallery_labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the loss of features (N, D) or (G, N, D) with labels (N,), and the distances if asked for.
+
+        Positives and negatives are mined in the gallery, (M, D) or (G, M, D) with labels (M,), if there is one.
+        """
         gather = self.gather and has_other_ranks()
-        sizes = (
-            [*features.shape[:-2], *features.shape[-1:]] if gather else features.shape
-        )  # a rank may have no features
-        if features.dim() not in (2, 3) or 0 in sizes:
-            got = tuple(features.shape)
-            raise ValueError(f"features: got shape {got}, wanted (N, D) or (G, N, D), every size at least 1")
-        if labels.shape != features.shape[-2:-1]:
-            got, n = tuple(labels.shape), tuple(features.shape[-2:-1])
-            raise ValueError(f"labels: got shape {got}, wanted {n} = (N,), one per feature")
+        check_features("features", features, "labels", labels, may_be_empty=gather)
+        check_both("gallery", gallery, "gallery_labels", gallery_labels)
+        if gallery is not None:
+            check_features("gallery", gallery, "gallery_labels", gallery_labels, may_be_empty=gather)
         if gather:
-            features, labels = gather_batch(features, labels)
-        options = {"margin": self.margin, "metric": self.metric, "reduction": self.reduction}
-        return self._loss(features, labels, **options, return_distances=self.return_distances)
+            return self._gathered(features, labels, gallery, gallery_labels)
+        if gallery is not None:
+            check_gallery(gallery, features)
+        return self._loss(
+            features,
+            labels,
+            gallery=gallery,
+            gallery_labels=gallery_labels,
+            margin=self.margin,
+            metric=self.metric,
+            reduction=self.reduction,
+            return_distances=self.return_distances,
+        )
+
+    def _gathered(
+        self, features: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the loss of the features of all ranks: each rank mines for its own, then all share the distances."""
+        counts, gallery_counts = count_features(features, labels, gallery, gallery_labels)
+        if gallery is None or gallery_labels is None:
+            gallery, gallery_labels = features, labels
+        check_gallery(gallery, features)
+        gallery = gather_rows(gallery, gallery_counts, -2)
+        gallery_labels = gather_rows(gallery_labels, gallery_counts, -1)
+        count = features.shape[-2]
+        if count == 0:  # take part, with the arguments' errors and in the backward, by an anchor that is dropped
+            features, labels = torch.cat((features, gallery[..., :1, :]), -2), gallery_labels[:1].to(labels.dtype)
+        own = torch.stack(self._distances(features, labels, gallery, gallery_labels))[..., :count]  # (2, ..., N)
+        d_pos, d_neg = gather_rows(own, counts, -1)
+        loss = reduce(loss_of_gap(d_pos - d_neg, self.margin), self.reduction)
+        loss, d_pos, d_neg = (value.to(features.dtype) for value in (loss, d_pos, d_neg))
+        return (loss, d_pos, d_neg) if self.return_distances else loss
 
     def extra_repr(self) -> str:
         shown = f"margin={self.margin!r}, metric={self.metric!r}, gather={self.gather}"
