@@ -120,8 +120,7 @@ struct Function {
   static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const auto others = ctx->saved_data.at("others").toList();  // the operator's name, then what is not a tensor
-    const Derivative& derivative = Derivative::of(others.get(0).toStringRef());
+    const Derivative& derivative = Derivative::of(ctx->saved_data.at("operator").toStringRef());
     variable_list found(derivative.tensors.size());
     if (std::none_of(gradients.begin(), gradients.end(), [](const Tensor& g) { return g.defined(); })) {
       return found;
@@ -129,8 +128,9 @@ struct Function {
     const variable_list saved = ctx->get_saved_variables();
     Stack stack;
     stack.reserve(derivative.sources.size());
-    size_t next_saved = 0, next_other = 1;
-    for (const Source& source : derivative.sources) {
+    size_t next_saved = 0;
+    for (size_t i = 0; i < derivative.sources.size(); i++) {
+      const Source& source = derivative.sources[i];
       if (source.kind == Source::gradient) {
         stack.push_back(optional(gradients[source.index]));
       } else if (source.kind == Source::output || source.kind == Source::tensor) {
@@ -142,7 +142,7 @@ struct Function {
         }
         stack.emplace_back(std::move(need));
       } else {
-        stack.push_back(others.get(next_other++));
+        stack.push_back(ctx->saved_data.at(derivative.backward.schema().arguments()[i].name()));
       }
     }
     derivative.backward.callBoxed(stack);
@@ -159,23 +159,23 @@ struct Function {
       AutogradContext& ctx, const Derivative& derivative, const std::string& name, const Stack& arguments,
       const Stack& outputs) {
     variable_list saved;
-    c10::impl::GenericList others(c10::AnyType::get());
-    others.push_back(name);
-    for (const Source& source : derivative.sources) {
+    ctx.saved_data.emplace("operator", name);
+    for (size_t i = 0; i < derivative.sources.size(); i++) {
+      const Source& source = derivative.sources[i];
+      const std::string& key = derivative.backward.schema().arguments()[i].name();
       if (source.kind == Source::output) {
         saved.push_back(outputs[source.index].toTensor());
       } else if (source.kind == Source::tensor) {
         const IValue& argument = arguments[source.index];
         saved.push_back(argument.isNone() ? Tensor() : argument.toTensor());
       } else if (source.kind == Source::other) {
-        others.push_back(arguments[source.index]);
+        ctx.saved_data.emplace(key, arguments[source.index]);
       } else if (source.kind == Source::sizes) {
-        others.push_back(IValue(arguments[source.index].toTensor().sym_sizes()));
+        ctx.saved_data.emplace(key, arguments[source.index].toTensor().sym_sizes());
       }
     }
     ctx.set_materialize_grads(false);
     ctx.save_for_backward(std::move(saved));
-    ctx.saved_data.emplace("others", std::move(others));
   }
 };
 

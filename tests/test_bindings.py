@@ -13,9 +13,11 @@ import torch
 from rru_fast import native
 from rru_fast.arguments import (
     BatchHardArguments,
+    BatchHardOutputs,
     BatchHardSaved,
+    BatchHardUpstream,
     RefineArguments,
-    RefineNeed,
+    RefineOutputs,
     RefineSaved,
     RefineUpstream,
 )
@@ -37,18 +39,24 @@ REFINE_OPTIONS = {
 
 
 def test_the_schemas_have_the_dataclasses_fields() -> None:
-    of_refine = [field.name for field in fields(RefineArguments)]
-    names = {op: [a.name for a in getattr(torch.ops.rru_fast, op).default._schema.arguments] for op in OPERATORS}
-    assert names["refine_cpu"] == [*of_refine, "save"]
-    before = [field.name for cls in (RefineUpstream, RefineSaved) for field in fields(cls)]
-    assert names["refine_backward_cpu"] == [*before, *of_refine, *(field.name for field in fields(RefineNeed))]
-    of_batch_hard = [field.name for field in fields(BatchHardArguments)]
-    assert names["batch_hard_cpu"] == of_batch_hard
-    saved = [field.name for field in fields(BatchHardSaved)]
-    assert names["batch_hard_backward_cpu"] == ["d_loss", *saved, *of_batch_hard]
+    schemas = {name: getattr(torch.ops.rru_fast, name).default._schema for name in OPERATORS}
+    names = {name: [argument.name for argument in schema.arguments] for name, schema in schemas.items()}
+    of_refine, of_batch_hard = names_of(RefineArguments), names_of(BatchHardArguments)
+    assert names["refine"] == [*of_refine, "save", "backend"]
+    assert names["refine_backward"] == [*names_of(RefineUpstream, RefineSaved), *of_refine, "need", "backend"]
+    assert names["batch_hard"] == [*of_batch_hard, "reduction", "backend"]
+    saved = names_of(BatchHardUpstream, BatchHardSaved)
+    assert names["batch_hard_backward"] == [*saved, *of_batch_hard, "reduction", "need", "backend"]
+    results = {name: [result.name for result in schema.returns] for name, schema in schemas.items()}
+    assert results["refine"] == names_of(RefineOutputs)
+    assert results["batch_hard"] == names_of(BatchHardOutputs)
 
 
-OPERATORS = ("refine_cpu", "refine_backward_cpu", "batch_hard_cpu", "batch_hard_backward_cpu")
+OPERATORS = ("refine", "refine_backward", "batch_hard", "batch_hard_backward")
+
+
+def names_of(*classes: type[Any]) -> list[str]:
+    return [field.name for cls in classes for field in fields(cls)]
 
 
 def refine_arguments(**changed: Any) -> dict[str, Any]:
@@ -106,55 +114,108 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("changed", "error", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
 def test_refine_names_what_does_not_fit(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        torch.ops.rru_fast.refine_cpu(**refine_arguments(**changed), save=True)
+        torch.ops.rru_fast.refine(**refine_arguments(**changed), save=True, backend="cpu")
 
 
 @pytest.mark.parametrize("name", ["d_features", "d_strips", "features", "u", "z_s", "z_c", "h", "mean", "var"])
 def test_refine_backward_names_what_does_not_fit(name: str) -> None:
     good = refine_arguments(training=True)
-    features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine_cpu(**good, save=True)
+    features, strips, mean, var, u, z_s, z_c, h = torch.ops.rru_fast.refine(**good, save=True, backend="cpu")
     saved = {"features": features, "mean": mean, "var": var, "u": u, "z_s": z_s, "z_c": z_c, "h": h}
-    call = {"d_features": features, "d_strips": strips, **saved, **good, "need_x": True, "need_weights": True}
-    torch.ops.rru_fast.refine_backward_cpu(**call)
+    call = {"d_features": features, "d_strips": strips, **saved, **good, "need": [True] * 9, "backend": "cpu"}
+    torch.ops.rru_fast.refine_backward(**call)
     with pytest.raises(ValueError, match=f"{name}: got shape"):
-        torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name][1:]})
+        torch.ops.rru_fast.refine_backward(**call | {name: call[name][1:]})
     with pytest.raises(TypeError, match=f"{name}: got dtype Double, wanted Float"):
-        torch.ops.rru_fast.refine_backward_cpu(**call | {name: call[name].double()})
+        torch.ops.rru_fast.refine_backward(**call | {name: call[name].double()})
+
+
+BATCH_HARD_OPTIONS = {
+    "gallery": None,
+    "gallery_labels": None,
+    "margin": 0.3,
+    "soft": False,
+    "metric": "euclidean",
+    "reduction": "none",
+    "backend": "cpu",
+}
 
 
 def batch_hard(**changed: Any) -> Any:
     good = {"features": torch.randn(2, 6, 3), "labels": torch.arange(6) // 2}
-    return torch.ops.rru_fast.batch_hard_cpu(**good | {"margin": 0.3, "soft": False, "metric": "euclidean"} | changed)
+    return torch.ops.rru_fast.batch_hard(**good | BATCH_HARD_OPTIONS | changed)
 
 
 def batch_hard_backward(**changed: Any) -> Any:
     inputs = {"features": torch.randn(2, 6, 3), "labels": torch.arange(6) // 2}
     loss, d_pos, d_neg, positive, negative = batch_hard(**inputs)
-    good = {"d_loss": torch.ones_like(loss), "d_pos": d_pos, "d_neg": d_neg, "positive": positive, "negative": negative}
-    good |= {**inputs, "margin": 0.3, "soft": False, "metric": "euclidean"}
-    return torch.ops.rru_fast.batch_hard_backward_cpu(**good | changed)
+    good = {"d_loss": loss, "d_d_pos": d_pos, "d_d_neg": d_neg, "d_pos": d_pos, "d_neg": d_neg}
+    good |= {"positive": positive, "negative": negative, **inputs, **BATCH_HARD_OPTIONS, "need": [True, False]}
+    return torch.ops.rru_fast.batch_hard_backward(**good | changed)
 
 
+GALLERY, GALLERY_LABELS = torch.randn(2, 4, 3), torch.arange(4) // 2
+ONE_OF_TWO = "gallery, gallery_labels: got one of them, wanted both or neither"
 OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: batch_hard(features=torch.randn(6, 3)), ValueError, r"features: got shape \[6, 3\], wanted 3 dimensions"),
+    (lambda: batch_hard(features=torch.randn(6)), ValueError, r"features: got shape \[6\], wanted 3 dimensions"),
     (lambda: batch_hard(labels=torch.arange(5)), ValueError, r"labels: got shape \[5\], wanted \[6\]"),
     (lambda: batch_hard(labels=torch.rand(6)), TypeError, "labels: got dtype Float, wanted an integer dtype"),
     (lambda: batch_hard(metric="taxi"), ValueError, "metric: got 'taxi', wanted 'euclidean' or 'cosine'"),
+    (lambda: batch_hard(reduction="max"), ValueError, "reduction: got 'max', wanted 'mean', 'sum' or 'none'"),
+    (lambda: batch_hard(gallery=GALLERY), ValueError, ONE_OF_TWO),
+    (lambda: batch_hard(gallery_labels=GALLERY_LABELS), ValueError, ONE_OF_TWO),
     (
-        lambda: batch_hard_backward(features=torch.randn(6, 3)),
+        lambda: batch_hard(gallery=GALLERY[:1], gallery_labels=GALLERY_LABELS),
         ValueError,
-        r"features: got shape \[6, 3\], wanted 3 dim",
+        r"gallery: got shape \[1, 4, 3\], wanted \[2, 4, 3\]",
     ),
+    (
+        lambda: batch_hard(gallery=GALLERY[0], gallery_labels=GALLERY_LABELS),
+        ValueError,
+        r"gallery: got shape \[4, 3\], wanted 3 dimensions",
+    ),
+    (
+        lambda: batch_hard(gallery=GALLERY.double(), gallery_labels=GALLERY_LABELS),
+        TypeError,
+        "gallery: got dtype Double, wanted Float",
+    ),
+    (
+        lambda: batch_hard(gallery=GALLERY, gallery_labels=torch.arange(5)),
+        ValueError,
+        r"gallery_labels: got shape \[5\], wanted \[4\]",
+    ),
+    (lambda: batch_hard_backward(features=torch.randn(6)), ValueError, r"features: got shape \[6\], wanted 3 dim"),
     (lambda: batch_hard_backward(labels=torch.arange(5)), ValueError, r"labels: got shape \[5\], wanted \[6\]"),
     (lambda: batch_hard_backward(metric="taxi"), ValueError, "metric: got 'taxi', wanted 'euclidean' or 'cosine'"),
     (lambda: batch_hard_backward(d_loss=torch.ones(1)), ValueError, r"d_loss: got shape \[1\], wanted \[2, 6\]"),
+    (
+        lambda: batch_hard_backward(reduction="mean"),
+        ValueError,
+        r"d_loss: got shape \[2, 6\], wanted \[\]",
+    ),
+    (lambda: batch_hard_backward(d_d_pos=torch.ones(6)), ValueError, r"d_d_pos: got shape \[6\], wanted \[2, 6\]"),
+    (lambda: batch_hard_backward(need=[True]), ValueError, "need: got 1 values, wanted 2, one per gradient"),
     (lambda: batch_hard_backward(positive=torch.full((2, 6), 6)), IndexError, "positive: got index 6, wanted -1 to 5"),
     (lambda: batch_hard_backward(negative=torch.full((2, 6), -2)), IndexError, "negative: got index -2, wanted"),
-    (lambda: torch.ops.rru_fast.strip_pool_cpu(torch.randn(3)), ValueError, r"s: got shape \[3\], wanted 5 dimensions"),
     (
-        lambda: torch.ops.rru_fast.strip_pool_backward_cpu(torch.randn(2, 3, 4), 0, 2),
+        lambda: batch_hard_backward(gallery=GALLERY, gallery_labels=GALLERY_LABELS, positive=torch.full((2, 6), 4)),
+        IndexError,
+        "positive: got index 4, wanted -1 to 3",
+    ),
+    (
+        lambda: torch.ops.rru_fast.strip_pool(torch.randn(3), "cpu"),
         ValueError,
-        "frames, width: got 0, 2, wanted at least 1",
+        r"s: got shape \[3\], wanted 5 dimensions",
+    ),
+    (
+        lambda: torch.ops.rru_fast.strip_pool_backward(torch.randn(2, 3, 4), [2, 0, 3, 4, 2], "cpu"),
+        ValueError,
+        r"s_sizes: got \[2, 0, 3, 4, 2\], wanted \(B, T, C, H, W\), T and W at least 1",
+    ),
+    (
+        lambda: torch.ops.rru_fast.strip_pool_backward(torch.randn(2, 3, 4), [2, 5, 3, 6, 2], "cpu"),
+        ValueError,
+        r"d_strips: got shape \[2, 3, 4\], wanted \[2, 3, 6\]",
     ),
 ]
 

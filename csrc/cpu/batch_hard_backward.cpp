@@ -169,17 +169,22 @@ class Backward {
   }
 
   // sum (D,) += the gradient of one of a pair's features: weight (self - other), or for cosine, with unit vectors,
-  // weight ((1 - distance) self - other) / |self|.
+  // weight (self - other - distance self) / |self|. Differences come first, so that a common part leaves no rounding.
   void add_pair(
       int64_t group, int64_t pair, const Acc* self, Acc self_norm, const Acc* other, Acc other_norm, Acc* sum) const {
-    Acc of_self = weight(group, pair), of_other = of_self;
-    if (cosine_) {
-      const Length<Acc> length(self_norm);
-      of_other *= length.inverse * Length<Acc>(other_norm).inverse;
-      of_self *= length.projected ? (1 - distance(group, pair)) * length.inverse * length.inverse : Acc(0);
+    const Acc w = weight(group, pair);
+    if (!cosine_) {
+      for (int64_t d = 0; d < D_; d++) {
+        sum[d] += w * (self[d] - other[d]);
+      }
+      return;
     }
+    const Length<Acc> length(self_norm);
+    const Acc unit = length.projected ? length.inverse : Acc(0), other_unit = Length<Acc>(other_norm).inverse;
+    const Acc along = distance(group, pair), scale = w * length.inverse;
     for (int64_t d = 0; d < D_; d++) {
-      sum[d] += of_self * self[d] - of_other * other[d];
+      const Acc own = self[d] * unit;
+      sum[d] += scale * (own - other[d] * other_unit - along * own);
     }
   }
 

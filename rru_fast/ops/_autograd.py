@@ -18,14 +18,14 @@ def differentiate(library: Library, name: str) -> None:
     without a d_<output> are not differentiable.
     """
     forward, backward = (getattr(torch.ops.rru_fast, op).default for op in (name, f"{name}_backward"))
-    inputs, outputs = ([a.name for a in of] for of in (forward._schema.arguments, forward._schema.returns))
+    names, outputs = ([a.name for a in of] for of in (forward._schema.arguments, forward._schema.returns))
     wanted = [argument.name for argument in backward._schema.arguments]
-    results = [inputs.index(result.name.removeprefix("d_")) for result in backward._schema.returns]
+    results = [names.index(result.name.removeprefix("d_")) for result in backward._schema.returns]
     upstream = [f"d_{output}" for output in outputs]
     saved = [key for key in wanted if key not in upstream and key != "need"]
 
-    def setup(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
-        values = dict(zip(inputs, arguments, strict=True))
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values = dict(zip(names, inputs, strict=True))
         if values.get("save") is False:
             raise RuntimeError(
                 f"rru_fast::{name}: got inputs that require gradients in a program that was exported under "
@@ -41,7 +41,7 @@ def differentiate(library: Library, name: str) -> None:
         ctx.set_materialize_grads(False)
 
     def run_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * len(inputs)
+        found: list[Tensor | None] = [None] * len(names)
         if any(gradient is not None for gradient in gradients):
             values = ctx.others | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
             values |= zip(upstream, gradients, strict=True)
