@@ -70,55 +70,87 @@ def metric_of(distance: Any) -> Metric:
     )
 
 
-def find_hardest(distance: Any, embeddings: Tensor, labels: Tensor, margin: Any, backend: str) -> Hardest:
+def is_served(embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor | None) -> bool:
+    """Return True if the operator mines as pml does.
+
+    Other embeddings under the very same labels are the anchors' counterparts, row by row, and pml then leaves out an
+    anchor's own.
+    """
+    return ref_labels is not None and (ref_labels is not labels or ref_emb is embeddings)
+
+
+def find_hardest(
+    distance: Any,
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor,
+    ref_labels: Tensor,
+    margin: Any,
+    backend: str,
+) -> Hardest:
     """Find the hardest triplets of embeddings (N, D) with labels (N,), and their losses, by one call of the operator.
 
-    16-bit embeddings are normalized and compared in float32.
+    Positives and negatives are among `ref_emb` (M, D) with `ref_labels` (M,); an anchor is not its own positive if
+    these are the embeddings and labels themselves. 16-bit embeddings are normalized and compared in float32.
     """
-    distance.check_shapes(embeddings, None)
+    own = ref_emb is embeddings and ref_labels is labels
+    distance.check_shapes(embeddings, None if own else ref_emb)
     metric = metric_of(distance)
-    features = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, ref_emb.dtype), torch.float32)
+    features = embeddings.to(dtype)
+    candidates = features if own else ref_emb.to(dtype)
     if metric == "euclidean" or distance.collect_stats:
         normalized = distance.maybe_normalize(features)
-        distance.set_default_stats(features, features, normalized, normalized)
-        features = normalized
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        labels = torch.unique(labels, return_inverse=True)[1]
-    options: dict[str, Any] = {"reduction": "none", "return_indices": True, "return_distances": True}
+        normalized_candidates = normalized if own else distance.maybe_normalize(candidates)
+        distance.set_default_stats(features, candidates, normalized, normalized_candidates)
+        features, candidates = normalized, normalized_candidates
+    labels, ref_labels = _as_integers(labels, labels if own else ref_labels)
+    options: dict[str, Any] = {} if own else {"gallery": candidates, "gallery_labels": ref_labels}
+    options |= {"reduction": "none", "return_indices": True, "return_distances": True}
     loss, d_pos, d_neg, positive, negative = functional.batch_hard_triplet(
         features, labels, margin=margin, metric=metric, backend=backend, **options
     )
     anchor = torch.arange(len(labels), device=labels.device)
-    itself = positive == anchor
-    exact = ~itself
+    exact = positive != anchor if own else positive >= 0
     if metric == "euclidean":
         exact &= (d_pos > AT_FLOOR) & (d_neg > AT_FLOOR)
     if bool((exact & (negative >= 0)).all()):
         return Hardest((anchor, positive, negative), d_pos, d_neg, loss)
-    # The operator counts an anchor among its positives: it finds it where there is no other, or none farther.
-    positive = torch.where(itself, _another_of_its_label(labels, anchor), positive)
-    kept = ((positive != anchor) & (negative >= 0)).nonzero()[:, 0]
+    if own:
+        # The operator counts an anchor among its positives: it finds it where there is no other, or none farther.
+        positive = torch.where(positive == anchor, _another_of_its_label(labels, anchor), positive)
+    kept = ((positive >= 0) & (negative >= 0)).nonzero()[:, 0]
     triplets = kept, positive[kept], negative[kept]
     if bool(exact[kept].all()):
         return Hardest(triplets, d_pos[kept], d_neg[kept], loss[kept])
+    a, p, n = features[triplets[0]], candidates[triplets[1]], candidates[triplets[2]]
     if metric == "cosine":
-        features = F.normalize(features)
-    a, p, n = (features[index] for index in triplets)
-    if metric == "cosine":
+        a, p, n = F.normalize(a), F.normalize(p), F.normalize(n)
         return Hardest(triplets, 1 - (a * p).sum(1), 1 - (a * n).sum(1), None)
     return Hardest(triplets, torch.linalg.vector_norm(a - p, dim=1), torch.linalg.vector_norm(a - n, dim=1), None)
 
 
+def _as_integers(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number labels that are not integers; equal ones have one number."""
+    if not any(y.is_floating_point() or y.dtype == torch.bool for y in (labels, ref_labels)):
+        return labels, ref_labels
+    if ref_labels is labels:
+        labels = torch.unique(labels, return_inverse=True)[1]
+        return labels, labels
+    numbers = torch.unique(torch.cat((labels, ref_labels)), return_inverse=True)[1]
+    return numbers[: len(labels)], numbers[len(labels) :]
+
+
 def _another_of_its_label(labels: Tensor, anchor: Tensor) -> Tensor:
-    """Return per anchor the index of another feature of its label, its own where there is none."""
+    """Return per anchor the index of another feature of its label, -1 where there is none."""
     _, label = torch.unique(labels, return_inverse=True)
     first = torch.full_like(anchor, len(anchor)).scatter_reduce(0, label, anchor, "amin")[label]
     last = torch.zeros_like(anchor).scatter_reduce(0, label, anchor, "amax")[label]
-    return torch.where(first == anchor, last, first)
+    return torch.where(first == anchor, last, first).masked_fill(first == last, -1)
 
 
 class BatchHardMiner(miners.BatchHardMiner):  # type: ignore[misc]
-    """pml's `BatchHardMiner` on `rru_fast.batch_hard_triplet`: the same triplets, without the N x N matrix.
+    """pml's `BatchHardMiner` on `rru_fast.batch_hard_triplet`: the same triplets, without the matrix of distances.
 
     Args:
         distance: `LpDistance` (p=2, power=1, normalizing or not) or `CosineSimilarity`; `LpDistance()` if None. Read at
@@ -130,8 +162,9 @@ class BatchHardMiner(miners.BatchHardMiner):  # type: ignore[misc]
     forward(embeddings, labels, ref_emb=None, ref_labels=None) takes embeddings (N, D), float64, float32, float16 or
     bfloat16, and labels (N,) of any real dtype, and returns the indices of anchors, positives and negatives, int64
     (A,) each, in the order of the anchors. Anchors without a positive or without a negative are left out; an anchor is
-    never its own positive. Of equal distances either may be returned. Other embeddings as `ref_emb` are mined by pml,
-    in plain PyTorch.
+    never its own positive. Of equal distances either may be returned. With other embeddings as `ref_emb`, (M, D),
+    positives and negatives are mined there, in O((N + M) D) memory; under the very same labels as embeddings, of which
+    pml leaves out an anchor's own row, by pml in plain PyTorch.
 
     Raises:
         ValueError: `distance` is another; `backend` is not available; embeddings are not (N, D).
@@ -155,10 +188,10 @@ class BatchHardMiner(miners.BatchHardMiner):  # type: ignore[misc]
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Triplets:
         """Return anchors, positives and negatives; `forward` calls it."""
         in_range = self.allowed_pos_range is not None or self.allowed_neg_range is not None
-        if in_range or ref_emb is not embeddings or ref_labels is not labels:
+        if in_range or not is_served(embeddings, labels, ref_emb, ref_labels):
             found: Triplets = super().mine(embeddings, labels, ref_emb, ref_labels)
             return found
-        hardest = find_hardest(self.distance, embeddings, labels, 0.0, self.backend)
+        hardest = find_hardest(self.distance, embeddings, labels, ref_emb, ref_labels, 0.0, self.backend)
         if self.distance.is_inverted:
             self.set_stats(1 - hardest.d_pos, 1 - hardest.d_neg)
         else:
@@ -182,13 +215,15 @@ class BatchHardTripletLoss(losses.BaseMetricLossFunction):  # type: ignore[misc]
         backend: "auto", or a backend that `rru_fast.show_config` lists as available.
 
     forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None) takes embeddings (N, D), float64,
-    float32, float16 or bfloat16, and labels (N,) of any real dtype, and returns the reduced loss. The operator serves
-    calls with neither `indices_tuple` nor other embeddings as `ref_emb`, in O(N D) memory: the losses have embeddings'
-    dtype, under autocast at least float32. In plain PyTorch, from the N x M matrix of `distance`:
+    float32, float16 or bfloat16, and labels (N,) of any real dtype, and returns the reduced loss. With `ref_emb`,
+    (M, D), hardest positives and negatives are mined there. The operator serves calls without `indices_tuple`, in
+    O((N + M) D) memory: the losses have embeddings' dtype, under autocast at least float32. In plain PyTorch, from the
+    N x M matrix of `distance`:
 
     - With `indices_tuple`, triplets or pairs of a miner, the loss is that of pml's `TripletMarginLoss` on them. So it
       is in `CrossBatchMemory`, which passes all pairs where it has no miner.
-    - With `ref_emb` alone, (M, D), hardest positives and negatives are mined there by pml.
+    - With `ref_emb` under the very same labels as embeddings, of which pml leaves out an anchor's own row, hardest
+      positives and negatives are mined by pml.
 
     Raises:
         ValueError: `margin` is not a finite number; `distance` is another; `backend` is not available; neither labels
@@ -233,20 +268,27 @@ class BatchHardTripletLoss(losses.BaseMetricLossFunction):  # type: ignore[misc]
     ) -> dict[str, dict[str, Any]]:
         """Return the loss of every triplet, for a reducer; `forward` calls it."""
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
-        if indices_tuple is None and labels is not None and ref_emb is embeddings and ref_labels is labels:
-            triplets, per_triplet = self._mined_losses(embeddings, labels)
+        if indices_tuple is not None or labels is None or ref_labels is None:
+            mined = None
         else:
-            triplets, per_triplet = self._given_losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            mined = self._mined_losses(embeddings, labels, ref_emb, ref_labels)
+        triplets, per_triplet = mined or self._given_losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if len(triplets[0]) == 0:
             zero: dict[str, dict[str, Any]] = self.zero_losses()
             return zero
         return {"loss": {"losses": per_triplet, "indices": triplets, "reduction_type": "triplet"}}
 
-    def _mined_losses(self, embeddings: Tensor, labels: Tensor) -> tuple[Triplets, Tensor]:
+    def _mined_losses(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+    ) -> tuple[Triplets, Tensor] | None:
+        """Return triplets and losses by the operator, None if it does not mine as pml does."""
+        if not is_served(embeddings, labels, ref_emb, ref_labels):
+            return None
         # softplus is linear from 20 on, in PyTorch with gradient 1; the operator's gradient is sigmoid everywhere.
         # Distances of normalized embeddings stay below.
         soft = self.smooth_loss and self.margin == 0 and self.distance.normalize_embeddings
-        hardest = find_hardest(self.distance, embeddings, labels, "soft" if soft else self.margin, self.backend)
+        margin = "soft" if soft else self.margin
+        hardest = find_hardest(self.distance, embeddings, labels, ref_emb, ref_labels, margin, self.backend)
         per_triplet = hardest.losses
         if per_triplet is None or self.smooth_loss != soft:
             per_triplet = self._losses(hardest.d_pos - hardest.d_neg)

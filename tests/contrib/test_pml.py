@@ -276,30 +276,6 @@ def test_arguments_go_by_keyword() -> None:
     )
 
 
-@pytest.mark.parametrize("smooth_loss", [False, True])
-@each_distance
-def test_a_gallery_without_triplets_is_mined_as_by_pml(distance: Any, smooth_loss: bool) -> None:
-    embeddings, labels = batch()
-    gallery = batch(30, seed=1)
-    ours, theirs = pair(distance=distance, smooth_loss=smooth_loss, margin=0.2)
-    found = assert_equal(
-        lambda e: ours(e, labels, None, *gallery), lambda e: theirs(e, labels, None, *gallery), embeddings
-    )
-    assert found["gradient"].any()
-
-
-@each_distance
-def test_embeddings_under_other_labels_are_a_gallery(distance: Any) -> None:
-    embeddings, labels = batch()
-    same = labels.clone()  # pml then counts an anchor among its positives
-    got = BatchHardMiner(distance=distance())(embeddings, labels, embeddings, same)
-    wanted = miners.BatchHardMiner(distance=distance())(embeddings, labels, embeddings, same)
-    assert len(wanted[0]) == len(embeddings)
-    assert all(map(torch.equal, got, wanted))
-    ours, theirs = pair(distance=distance, margin=5.0)
-    assert_equal(lambda e: ours(e, labels, None, e, same), lambda e: theirs(e, labels, None, e, same), embeddings)
-
-
 @pytest.mark.parametrize("mined", [False, True])
 @each_distance
 def test_cross_batch_memory(distance: Any, mined: bool) -> None:
