@@ -56,6 +56,10 @@ def triplet(**changes: Any) -> object:
     return rru_fast.batch_hard_triplet(**{**good, **changes})
 
 
+def mined_in(gallery: Any, **changes: Any) -> object:
+    return triplet(**{"gallery": gallery, "gallery_labels": torch.arange(2), **changes})
+
+
 def unit(**changes: Any) -> rru_fast.RRU:
     return rru_fast.RRU(**{"channels": C, "spatial": (H, W), **changes})
 
@@ -253,6 +257,43 @@ OF_OTHERS: Calls = {
         lambda: rru_fast.restore(3)
     ),
 }
+OF_GALLERY: Calls = {
+    "ValueError: gallery, gallery_labels: got one of them, wanted both or neither": lambda: triplet(
+        gallery=torch.randn(2, 3)
+    ),
+    "TypeError: gallery: got list, wanted a tensor (M, D) or (G, M, D)": lambda: mined_in([[1.0]]),
+    "ValueError: gallery: got shape (0, 3), wanted (M, D) or (G, M, D), every size at least 1": lambda: mined_in(
+        torch.randn(0, 3)
+    ),
+    "ValueError: gallery: got shape (2, 4), wanted (2, 3) = (M, D) or (G, M, D) as features": lambda: mined_in(
+        torch.randn(2, 4)
+    ),
+    "ValueError: gallery: got shape (1, 2, 3), wanted (2, 3) = (M, D) or (G, M, D) as features": lambda: mined_in(
+        torch.randn(1, 2, 3)
+    ),
+    "ValueError: gallery: got shape (1, 2, 3), wanted (4, 2, 3) = (M, D) or (G, M, D) as features": lambda: mined_in(
+        torch.randn(1, 2, 3), features=torch.randn(4, 4, 3)
+    ),
+    "TypeError: gallery: got dtype torch.float64, wanted torch.float32 as features": lambda: mined_in(
+        torch.randn(2, 3).double()
+    ),
+    "ValueError: gallery: got device meta, wanted cpu as features": lambda: mined_in(torch.empty(2, 3, device=META)),
+    "ValueError: gallery_labels: got shape (4,), wanted (2,) = (M,), one per feature of the gallery": (
+        lambda: mined_in(torch.randn(2, 3), gallery_labels=torch.arange(4))
+    ),
+    "TypeError: gallery_labels: got dtype torch.float32, wanted an integer dtype": (
+        lambda: mined_in(torch.randn(2, 3), gallery_labels=torch.ones(2))
+    ),
+    "ValueError: gallery_labels: got device meta, wanted cpu as gallery": lambda: mined_in(
+        torch.randn(2, 3), gallery_labels=torch.arange(2, device=META)
+    ),
+    "TypeError: gallery_labels: got dtype torch.uint64, wanted torch.int64 as labels": lambda: mined_in(
+        torch.randn(2, 3), gallery_labels=torch.arange(2).to(torch.uint64)
+    ),
+    "ValueError: gallery_labels: got shape (3,), wanted (2,) = (M,), one per feature": lambda: (
+        rru_fast.BatchHardTripletLoss()(torch.randn(4, 3), torch.arange(4), torch.randn(2, 3), torch.arange(3))
+    ),
+}
 OF_CONTRIB: Calls = {
     "ValueError: margin: got nan, wanted a finite number or None": lambda: strong_baseline.TripletLoss(float("nan")),
     "ValueError: hard_factor: got '0', wanted a finite number": lambda: strong_baseline.TripletLoss(0.3, "0"),  # type: ignore[arg-type]
@@ -375,6 +416,7 @@ OF_OFFICIAL_WEIGHTS: Calls = {
 ERRORS = [
     *OF_REFINE.items(),
     *OF_OTHERS.items(),
+    *OF_GALLERY.items(),
     *OF_MODULES.items(),
     *OF_OFFICIAL_WEIGHTS.items(),
     *OF_CONTRIB.items(),
@@ -383,8 +425,9 @@ ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
 # Raise statements that a single process without a GPU does not reach, by a part of their text.
 ELSEWHERE = {
     "RuntimeError(GRAPH_BREAK_ERROR)": "tests/ops/test_refine_sync.py: several ranks",
-    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_modules.py: several ranks",
-    "got none on any rank": "tests/test_modules.py: several ranks",
+    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_gather.py: several ranks",
+    "got none on any rank": "tests/test_gather.py: several ranks",
+    "got one on some of the ranks": "tests/test_gather.py: several ranks",
     "over several ranks": "tests/ops/test_refine_sync.py: several ranks",
     "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
     "runs no CUDA graphs": "tests/compat/test_accelerate.py: third-party modules",
