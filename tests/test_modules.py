@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +18,6 @@ import rru_fast
 from rru_fast import reference
 from rru_fast.testing import EXACT, relative_error
 from tests import parity
-from tests.ranks import in_ranks
 
 
 def pruned(layer: nn.Module) -> None:
@@ -310,82 +306,3 @@ def test_inference_and_no_grad_save_nothing_and_agree() -> None:
     with Saves() as saves:
         assert torch.equal(plain.features, fast(x).features)
     assert saves.seen == [True]
-
-
-def with_strips(loss: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-    strips = features.unflatten(1, (3, 2)).permute(2, 0, 1)  # (G, N, D), not contiguous
-    total: Tensor = loss(features, labels) + loss(strips, labels)
-    return total
-
-
-def gathered_losses(rank: int) -> None:
-    """Assert that loss and gradients on each rank equal those of one process with the clips of all ranks."""
-    for ends in ([4, 8, 12], [1, 10, 12], [0, 5, 12]):  # equal numbers of clips, unequal ones, and none on rank 0
-        _gathered_loss(rank, ends)
-    _gathered_loss(rank, [4, 8, 12], reduction="sum")
-
-
-def _gathered_loss(rank: int, ends: list[int], **options: Any) -> None:
-    world = dist.get_world_size()
-    for cls in (rru_fast.BatchHardTripletLoss, reference.BatchHardTripletLoss):
-        torch.manual_seed(0)
-        embed = nn.Linear(5, 6).double()
-        data, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) // 3
-        alone = with_strips(cls(margin=2.0, **options), embed(data), labels)
-        wanted = torch.autograd.grad(alone, list(embed.parameters()))
-        model = DistributedDataParallel(embed)
-        ends = [*ends[: world - 1], 12]
-        mine = slice(0 if rank == 0 else ends[rank - 1], ends[rank])
-        loss = with_strips(cls(margin=2.0, gather=True, **options), model(data[mine]), labels[mine])
-        loss.backward()
-        assert abs(loss - alone) < 1e-12, (loss, alone)
-        for parameter, gradient in zip(embed.parameters(), wanted, strict=True):
-            assert parameter.grad is not None
-            assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12), (parameter.grad, gradient)
-
-
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_gathered_loss_of_several_processes_equals_that_of_one(processes: int, tmp_path: Path) -> None:
-    in_ranks(processes, tmp_path, gathered_losses)
-
-
-def mismatch_errors(rank: int) -> dict[str, str]:
-    """Return the error of each call that mismatches the other rank; a matching call after each still works."""
-    f, labels = torch.randn(4, 6), torch.arange(4) // 2
-    calls = {
-        "columns": (f[:, : 5 + rank], labels),
-        "groups": (f.expand(2 + rank, 4, 6), labels),
-        "dimensions": (f if rank else f[None], labels),
-        "dtypes": (f.double() if rank else f, labels),
-        "labels": (f, labels.int() if rank else labels),
-        "nothing": (f[:0], labels[:0]),
-    }
-    found = {}
-    loss = rru_fast.BatchHardTripletLoss(gather=True)
-    for name, arguments in calls.items():
-        try:
-            loss(*arguments)
-        except ValueError as error:
-            found[name] = str(error)
-        loss(f[rank:], labels[rank:])
-    return found
-
-
-def test_mismatched_ranks_raise_on_every_rank(tmp_path: Path) -> None:
-    messages = in_ranks(2, tmp_path, mismatch_errors)
-    assert messages[0] == messages[1]
-    assert messages[0] == {
-        "columns": "features: got [5, 6] columns on the ranks, wanted as many on every rank",
-        "groups": "features: got [2, 3] groups on the ranks, wanted as many on every rank",
-        "dimensions": "features: got [3, 2] dimensions on the ranks, wanted as many on every rank",
-        "dtypes": "features: got [float32, float64] dtypes on the ranks, wanted one on every rank",
-        "labels": "labels: got [int64, int32] dtypes on the ranks, wanted one on every rank",
-        "nothing": "features: got none on any rank, wanted at least 1 on one of them",
-    }
-
-
-def test_gather_without_a_process_group_is_a_group_of_one() -> None:
-    features, labels = torch.randn(8, 4), torch.arange(8) // 2
-    assert torch.equal(
-        rru_fast.BatchHardTripletLoss(gather=True)(features, labels), rru_fast.BatchHardTripletLoss()(features, labels)
-    )
