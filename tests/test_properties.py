@@ -232,18 +232,29 @@ class Mining:
     metric: str
     reduction: str
     seed: int
+    gallery: int | None
+    """M, or None without a gallery."""
 
     def run(self, backend: str, dtype: torch.dtype, seed: int) -> Results:
         g = torch.Generator().manual_seed(seed)
-        features = torch.randn(self.shape, generator=g, dtype=torch.float64).to(self.dtype)
-        labels = torch.randint(0, self.identities, (2 * self.shape[-2],), generator=g).to(self.label_dtype)[::2]
-        leaf = self.layout(features.to(dtype)).detach().requires_grad_()
-        options = {"margin": self.margin, "metric": self.metric, "reduction": self.reduction}
+
+        def draw(n: int) -> tuple[Tensor, Tensor]:
+            shape = (*self.shape[:-2], n, self.shape[-1])
+            features = torch.randn(shape, generator=g, dtype=torch.float64).to(self.dtype)
+            labels = torch.randint(0, self.identities, (2 * n,), generator=g).to(self.label_dtype)[::2]
+            return self.layout(features.to(dtype)).detach().requires_grad_(), labels
+
+        leaf, labels = draw(self.shape[-2])
+        leaves = {"d_features": leaf}
+        options: dict[str, Any] = {"margin": self.margin, "metric": self.metric, "reduction": self.reduction}
+        if self.gallery is not None:
+            leaves["d_gallery"], options["gallery_labels"] = draw(self.gallery)
+            options["gallery"] = leaves["d_gallery"]
         out = rru_fast.batch_hard_triplet(leaf, labels, return_indices=True, backend=backend, **options)
         assert isinstance(out, tuple)
         loss, positive, negative = out
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        results = {"loss": loss.detach(), "d_features": gradient}
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        results = {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
         return results | ({"positive": positive, "negative": negative} if self.dtype == torch.float64 else {})
 
 
@@ -266,6 +277,7 @@ def minings(draw: st.DrawFn) -> Mining:
         draw(st.sampled_from(["euclidean", "cosine"])),
         draw(st.sampled_from(["mean", "sum", "none"])),
         draw(st.integers(0, 2**16)),
+        draw(st.none() | st.integers(1, 20) | st.integers(60, 140)),
     )
 
 
@@ -337,7 +349,10 @@ CALLS: dict[Callable[..., Any], list[dict[str, Any]]] = {
             "margin": 0.3,
             "metric": "euclidean",
             "reduction": "none",
+            "gallery": gallery,
+            "gallery_labels": None if gallery is None else torch.arange(5) // 2,
         }
+        for gallery in (None, torch.randn(5, 4))
     ],
 }
 

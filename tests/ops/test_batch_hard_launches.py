@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rru_fast.arguments import BatchHardArguments, BatchHardNeed, BatchHardUpstream
 from rru_fast.composite import batch_hard
 from tests.ops import test_batch_hard as claims
+from tests.ops import test_batch_hard_cosine as cosines
+from tests.ops import test_batch_hard_gallery as galleries
 from tests.ops import test_batch_hard_partners as partners
 
 N, D = 64, 256
@@ -44,17 +46,21 @@ class Launches(TorchDispatchMode):
 
 
 def launches_of_composite(
-    metric: str = "euclidean", n: int = N, device: str = "cuda", soft: bool = False
+    metric: str = "euclidean", n: int = N, device: str = "cuda", soft: bool = False, m: int | None = None
 ) -> tuple[list[str], list[str]]:
-    """Operators of the composite forward and backward for fake features (1, n, D)."""
+    """Operators of the composite forward and backward for fake features (1, n, D), and a gallery (1, m, D) if any."""
     with FakeTensorMode():
-        features, labels = torch.empty(1, n, D, device=device), torch.empty(n, dtype=torch.int64, device=device)
-        args = BatchHardArguments(features, labels, None, None, 0.3, soft, metric)
+
+        def batch(n: int) -> tuple[Tensor, Tensor]:
+            return torch.empty(1, n, D, device=device), torch.empty(n, dtype=torch.int64, device=device)
+
+        gallery = (None, None) if m is None else batch(m)
+        args = BatchHardArguments(*batch(n), *gallery, 0.3, soft, metric)
         with Launches(device) as forward:
             outputs = batch_hard.forward(args)
         upstream = BatchHardUpstream(torch.empty_like(outputs.loss), None, None)
         with Launches(device) as backward:
-            batch_hard.backward(upstream, outputs.saved, args, BatchHardNeed(features=True, gallery=False))
+            batch_hard.backward(upstream, outputs.saved, args, BatchHardNeed(features=True, gallery=m is not None))
     return forward.names, backward.names
 
 
@@ -101,6 +107,15 @@ def test_launches_of_a_small_batch_are_bounded_by_those_of_eager(metric: str, bo
 def test_launches_of_mining_by_products_are_bounded(metric: str, n: int, bound: int) -> None:
     forward, backward = launches_of_composite(metric, n)
     assert len(forward) + len(backward) <= bound, (forward, backward)
+
+
+@pytest.mark.parametrize(("metric", "bound"), [("euclidean", 37), ("cosine", 64)])
+def test_launches_with_a_gallery_are_bounded(metric: str, bound: int) -> None:
+    forward, backward = launches_of_composite(metric, m=2 * N)
+    assert len(forward) + len(backward) <= bound, (forward, backward)
+    assert "_cdist_forward" in forward
+    forward, _ = launches_of_composite(metric, m=1024 * N)
+    assert "baddbmm" in forward
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,27 @@ CLAIMS = [
     partial(partners.test_a_blank_clip_does_not_hide_the_common_vector, 0.001),
     partners.test_small_integer_points_match_the_definition_including_ties,
     partners.test_the_first_nan_is_the_partner_and_gradients_are_nan,
+    *(
+        partial(galleries.test_float64_equals_the_oracle, shape, m, metric, margin, "none")
+        for shape, m in galleries.SHAPES
+        for metric in galleries.METRICS
+        for margin in (2.0, "soft")
+    ),
+    *(
+        partial(galleries.test_numbers_that_are_not_finite_give_the_losses_and_partners_of_the_reference, value, metric)
+        for value in (float("nan"), float("inf"))
+        for metric in galleries.METRICS
+    ),
+    galleries.test_small_integer_points_match_the_definition_including_ties,
+    *(
+        partial(cosines.test_short_and_zero_vectors_have_distances_and_gradients_of_normalize, which, length, gallery)
+        for which in ("one", "all")
+        for length in (1e-14, 0.9e-12)  # a zero vector is as far from all others but for rounding: ties
+        for gallery in (False, True)
+    ),
+    *(partial(cosines.test_a_vector_whose_norm_overflows_is_a_zero_vector, gallery) for gallery in (False, True)),
+    partial(cosines.test_float32_distances_of_near_parallel_vectors_keep_their_digits, True, 1e-4),
+    partial(cosines.test_float32_distances_of_near_parallel_vectors_keep_their_digits, False, 1e-4),
 ]
 
 
