@@ -27,6 +27,14 @@ class StridedFeatures(NamedTuple):
     column: int
 
 
+class StridedAnchors(NamedTuple):
+    """Values per anchor (G, N)."""
+
+    ptr: Tensor
+    group: int
+    anchor: int
+
+
 class StridedMatrix(NamedTuple):
     """Matrix with contiguous rows."""
 

@@ -1,30 +1,62 @@
 """`batch_hard_triplet`: tiles of the distance matrix on tensor cores, reduced to each anchor's two hardest partners.
 
-One launch for all groups (strips), after one that subtracts what their features share; the N x N matrix is never
-stored. A tile's distances only select the partners; the two distances that enter the loss are computed from the
-difference of the vectors, so that near points keep their digits. Backward, a program gathers a feature's gradient, as
-anchor and from the anchors that selected it, in their order: no atomics.
+One launch for all groups (strips), after one that subtracts what their candidates share or, for cosine, computes norms;
+the N x M matrix is never stored. A tile's distances only select the partners; the two distances that enter the loss are
+computed from the difference of the vectors, or of the unit vectors, so that near points keep their digits. Backward, a
+program gathers a row's gradient, as anchor and from the anchors that selected it, in their order: no atomics.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from rru_fast.arguments import BatchHardArguments, BatchHardOutputs, BatchHardSaved
+from rru_fast.arguments import (
+    BatchHardArguments,
+    BatchHardGradients,
+    BatchHardNeed,
+    BatchHardOutputs,
+    BatchHardSaved,
+    BatchHardUpstream,
+    flatten,
+)
 from rru_fast.triton import _device, _launch
 from rru_fast.triton import batch_hard_kernels as kernels
 from rru_fast.triton._autotune import ALL_REGISTERS, Candidates, KernelConfig, autotune
 from rru_fast.triton._launch import cdiv, next_power_of_2
 from rru_fast.triton._precision import TL_DTYPES, acc_dtype, block_k, matmul_precision, uses_tensor_cores
-from rru_fast.triton._strided import StridedFeatures, StridedVector, vectorizable
+from rru_fast.triton._strided import StridedAnchors, StridedFeatures, StridedVector, vectorizable
+
+# Up to this many anchors, a program that scans them all takes less time than the launches that sort them: an estimate.
+FEW_ANCHORS = 64
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss per anchor and of the two distances; None for one that is not used."""
+
+    d_loss: StridedAnchors | None
+    d_d_pos: StridedAnchors | None
+    d_d_neg: StridedAnchors | None
+
+
+class Partners(NamedTuple):
+    """Each anchor's distances and partners, (G, N), contiguous."""
+
+    d_pos: Tensor
+    d_neg: Tensor
+    positive: Tensor
+    negative: Tensor
 
 
 def forward(args: BatchHardArguments) -> BatchHardOutputs:
     """Find each anchor's hardest positive and negative, and its loss."""
-    features, labels = args.features, args.labels
+    features, gallery, labels, gallery_labels = args.features, args.gallery, args.labels, args.gallery_labels
     groups, n, d = features.shape
+    m = args.candidates.shape[1]
     precision = matmul_precision(features.dtype)
+    rows = _rows(features, gallery)
 
     def run(config: KernelConfig) -> BatchHardOutputs:
         loss, d_pos, d_neg = (features.new_empty((groups, n), dtype=acc_dtype(features.dtype)) for _ in range(3))
@@ -37,34 +69,55 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
             d_neg=d_neg,
             positive=positive,
             negative=negative,
-            features=StridedFeatures(features, *features.stride()),
-            ranked=StridedFeatures(ranked, *ranked.stride()),
+            **rows,
             labels=StridedVector(labels, labels.stride(0)),
+            gallery_labels=None if gallery_labels is None else StridedVector(gallery_labels, gallery_labels.stride(0)),
+            ranked=ranked,
+            norms=norms,
             n=n,
+            m=m,
             margin=args.margin,
             D=d,
             SOFT=args.soft,
-            COSINE=args.metric == "cosine",
             PRECISION=precision,
             **config,
         )
         return BatchHardOutputs(loss, d_pos, d_neg, positive, negative)
 
     with _device.on_device(features):
-        ranked = features if args.metric == "cosine" else _subtract_common(features)
-        vectorized = vectorizable(ranked, 2)
+        ranked, norms = None, None
+        if args.metric == "cosine":
+            norms = _norms(args)
+            vectorized = vectorizable(features, 2) and vectorizable(args.candidates, 2)
+        else:
+            ranked = _subtract_common(args)
+            vectorized = vectorizable(ranked, 2)
         config = autotune(
             "batch_hard",
-            (groups, n, d, args.soft, args.metric, precision, vectorized),
+            (groups, n, 0 if gallery is None else m, d, args.soft, args.metric, precision, vectorized),
             features,
-            lambda: _candidates(features, precision, vectorized),
+            lambda: _candidates(args, precision, vectorized),
             lambda config: run(config["batch_hard"]),
         )
         return run(config["batch_hard"])
 
 
-def _candidates(features: Tensor, precision: str, vectorized: bool) -> Candidates:
+def _rows(features: Tensor, gallery: Tensor | None) -> dict[str, Any]:
+    """Return features and gallery as arguments of the kernels."""
+    return {
+        "features": StridedFeatures(features, *features.stride()),
+        "gallery": None if gallery is None else StridedFeatures(gallery, *gallery.stride()),
+    }
+
+
+def _num_rows(args: BatchHardArguments) -> int:
+    """Return N + M, or N without a gallery."""
+    return args.features.shape[1] + (0 if args.gallery is None else args.gallery.shape[1])
+
+
+def _candidates(args: BatchHardArguments, precision: str, vectorized: bool) -> Candidates:
     """Return configs of the forward."""
+    features = args.features
     groups, n, _ = features.shape
     tensor_cores = uses_tensor_cores(features.dtype, precision)
     num_sms = _device.num_sms(features)
@@ -81,22 +134,29 @@ def _candidates(features: Tensor, precision: str, vectorized: bool) -> Candidate
     if not tensor_cores:
         tiles += [(32, 64, 4)] if vectorized else []
     elif vectorized:
-        tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)]
-    default = config(rows, 64 if n > 32 else 32, warps)
+        # With 4 warps, cosine would spill registers.
+        tiles += [(16, 128, 8 if args.metric == "cosine" else 4), (64, 128, 8), (128, 64, 8)]
+    default = config(rows, 64 if args.candidates.shape[1] > 32 else 32, warps)
     return Candidates({"batch_hard": default}, {"batch_hard": [config(*tile) for tile in tiles]})
 
 
-def _subtract_common(features: Tensor) -> Tensor:
-    """Subtract from features (G, N, D) a vector that most of each group share: their products then keep digits."""
+def _subtract_common(args: BatchHardArguments) -> Tensor:
+    """Subtract from features and gallery, (G, N + M, D), a vector that most of a group's candidates share.
+
+    Their products then keep digits.
+    """
+    features = args.features
     groups, n, d = features.shape
-    ranked = features.new_empty(groups, n, d)
+    rows = _num_rows(args)
+    ranked = features.new_empty(groups, rows, d)
     columns = min(128, next_power_of_2(d))
     _launch.launch(
         kernels.subtract_common_kernel,
-        (cdiv(n, 16), groups, cdiv(d, columns)),
+        (cdiv(rows, 16), groups, cdiv(d, columns)),
         ranked=ranked,
-        features=StridedFeatures(features, *features.stride()),
+        **_rows(features, args.gallery),
         n=n,
+        rows=rows,
         D=d,
         ACC=TL_DTYPES[acc_dtype(features.dtype)],
         BLOCK_N=16,
@@ -107,37 +167,67 @@ def _subtract_common(features: Tensor) -> Tensor:
     return ranked
 
 
-def backward(d_loss: Tensor, saved: BatchHardSaved, args: BatchHardArguments) -> Tensor:
-    """Return the gradient of the features, nonzero only for active anchors and their hardest positive and negative."""
-    features, positive, negative = args.features, saved.positive, saved.negative
+def _norms(args: BatchHardArguments) -> Tensor:
+    """Return the norms of features and gallery, (G, N + M)."""
+    features = args.features
     groups, n, d = features.shape
-    d_features = features.new_empty(groups, n, d)
-    # Choosers sorted by partner and then by anchor; an anchor without a negative is sorted past all features.
-    partners, choices = torch.cat((positive, torch.where(negative < 0, n, negative)), 1).sort(dim=1, stable=True)
-    every_feature = torch.arange(n + 1, device=features.device).expand(groups, -1).contiguous()
-    begins = torch.searchsorted(partners, every_feature)
+    rows = _num_rows(args)
+    norms = features.new_empty((groups, rows), dtype=acc_dtype(features.dtype))
+    _launch.launch(
+        kernels.norms_kernel,
+        (cdiv(rows, 4), groups),
+        norms=norms,
+        **_rows(features, args.gallery),
+        n=n,
+        rows=rows,
+        D=d,
+        BLOCK_N=4,
+        BLOCK_K=min(512, next_power_of_2(d)),
+        num_warps=4,
+    )
+    return norms
+
+
+def backward(
+    upstream: BatchHardUpstream, saved: BatchHardSaved, args: BatchHardArguments, need: BatchHardNeed
+) -> BatchHardGradients:
+    """Return the gradients, nonzero only for anchors with a gradient and their hardest positive and negative."""
+    features, gallery = args.features, args.gallery
+    groups, n, d = features.shape
     columns = min(1024, next_power_of_2(d))
-    with _device.on_device(features):
+
+    def gather(like: Tensor, as_anchor: bool, as_partner: bool) -> Tensor:
+        """Return the gradient of the rows of `like` as anchors or as partners or both."""
+        gradient = like.new_empty(like.shape)
+        partners, choices = None, None
+        if as_partner and n > FEW_ANCHORS:  # sorted by partner and then by anchor, those without a partner first
+            partners, choices = torch.cat((saved.positive, saved.negative), 1).sort(dim=1, stable=True)
         _launch.launch(
             kernels.batch_hard_bwd_kernel,
-            (n, groups, cdiv(d, columns)),
-            d_features=d_features,
-            d_loss=StridedFeatures(d_loss[..., None], *d_loss[..., None].stride()),
-            features=StridedFeatures(features, *features.stride()),
-            d_pos=saved.d_pos,
-            d_neg=saved.d_neg,
-            positive=positive,
-            negative=negative,
+            (like.shape[1], groups, cdiv(d, columns)),
+            d_rows=gradient,
+            upstream=Upstream(*(None if v is None else StridedAnchors(v, *v.stride()) for v in flatten(upstream))),
+            saved=Partners(*flatten(saved)),
+            **_rows(features, gallery),
+            norms=norms,
+            partners=partners,
             choices=choices,
-            begins=begins,
             n=n,
+            m=args.candidates.shape[1],
             margin=args.margin,
             D=d,
-            ACC=TL_DTYPES[saved.d_pos.dtype],
             SOFT=args.soft,
-            COSINE=args.metric == "cosine",
-            BLOCK_A=16,
+            AS_ANCHOR=as_anchor,
+            AS_PARTNER=as_partner,
+            BLOCK_A=8,
             BLOCK_K=columns,
             num_warps=4,
         )
-    return d_features
+        return gradient
+
+    with _device.on_device(features):
+        norms = _norms(args) if args.metric == "cosine" else None
+        return BatchHardGradients(
+            features=gather(features, True, gallery is None) if need.features else None,
+            gallery=gather(gallery, False, True) if need.gallery and gallery is not None else None,
+        )
