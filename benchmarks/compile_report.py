@@ -35,7 +35,14 @@ from triton.backends.compiler import GPUTarget
 import rru_fast.triton
 from benchmarks.launches.recording import Launch, Specializer, recording, refine_arguments
 from benchmarks.reports import terminal
-from rru_fast.arguments import BatchHardArguments, RefineArguments, RefineNeed, RefineUpstream
+from rru_fast.arguments import (
+    BatchHardArguments,
+    BatchHardNeed,
+    BatchHardUpstream,
+    RefineArguments,
+    RefineNeed,
+    RefineUpstream,
+)
 from rru_fast.reference import RRU
 from rru_fast.triton import batch_hard, refine, strip_pool
 
@@ -75,6 +82,16 @@ VARIANTS = (
 )
 
 LAYOUTS = ("NCHW", "channels-last", "odd")
+
+# Metric of batch_hard and features of the gallery, 0 without one, by title.
+LOSSES = {
+    "batch_hard": ("euclidean", 0),
+    "batch_hard, cosine": ("cosine", 0),
+    "batch_hard, gallery": ("euclidean", 1000),
+    "batch_hard, cosine, gallery": ("cosine", 1000),
+}
+# Calls whose candidates of autotuning are compiled; together they cover every flag of a kernel.
+TUNED = ("refine, the paper's", "batch_hard", "batch_hard, cosine, gallery")
 
 # Budget in bytes. Shared memory: the maximum per program on the architecture. Float64 is for checks: it has to compile,
 # but its stack has no limit.
@@ -120,7 +137,7 @@ def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
 
         def begin(op: str) -> None:
             recorder.op = op
-            recorder.candidates = launched == "all" and op in (f"refine, {PAPERS}", "batch_hard")
+            recorder.candidates = launched == "all" and op in TUNED
 
         for variant in VARIANTS if launched == "all" else (PAPERS, EVAL):
             begin(f"refine, {variant}")
@@ -134,13 +151,24 @@ def launches(dtype: torch.dtype, launched: str = "all") -> list[Launch]:
         for layout in LAYOUTS:
             strip_pool.forward(_maps(layout, dtype))
         strip_pool.backward(strips, frames, width)
-        begin("batch_hard")
-        for groups, n, d in ((height, CLIPS, channels), (1, 16384, 256), (1, 1001, 77)):
-            features, labels = torch.empty(groups, n, d, dtype=dtype), torch.empty(n, dtype=torch.int64)
-            args = BatchHardArguments(features, labels, 0.3, False, "euclidean")
-            outputs = batch_hard.forward(args)
-            batch_hard.backward(outputs.loss, outputs.saved, args)
+        for title, (metric, m) in LOSSES.items():
+            begin(title)
+            for shape in ((height, CLIPS, channels), (1, 16384, 256), (1, 1001, 77)):
+                _batch_hard(shape, m, metric, dtype)
     return sorted(found, key=lambda launch: launch.tuning)
+
+
+def _batch_hard(shape: tuple[int, int, int], m: int, metric: str, dtype: torch.dtype) -> None:
+    """Call the loss of features (G, N, D), against a gallery of m if m > 0, and its backward."""
+    groups, n, d = shape
+    features, labels = torch.empty(shape, dtype=dtype), torch.empty(n, dtype=torch.int64)
+    gallery = torch.empty(groups, m, d, dtype=dtype) if m else None
+    gallery_labels = torch.empty(m, dtype=torch.int64) if m else None
+    args = BatchHardArguments(features, labels, gallery, gallery_labels, 0.3, False, metric)
+    outputs = batch_hard.forward(args)
+    d_mean = outputs.loss.new_empty(()).expand(groups, n)
+    for upstream in (BatchHardUpstream(d_mean, None, None), BatchHardUpstream(d_mean, outputs.d_pos, outputs.d_neg)):
+        batch_hard.backward(upstream, outputs.saved, args, BatchHardNeed(True, gallery is not None))
 
 
 def _maps(layout: str, dtype: torch.dtype) -> torch.Tensor:
