@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import backends, reference
-from rru_fast.testing import EXACT, assert_parity, poisoned_memory, relative_error
+from rru_fast.testing import EXACT, assert_parity, gradients, poisoned_memory, relative_error
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
 
@@ -306,22 +307,32 @@ def test_compiled_without_a_graph_break_equals_eager(backend: str) -> None:
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(8, 20, 2048), (1, 1000, 256), (3, 77, 65)], ids=str)
-def test_batch_hard(shape: tuple[int, int, int], dtype: torch.dtype, metric: str, backend: str) -> None:
-    features = torch.randn(shape, device="cuda").to(dtype)
-    labels = torch.arange(shape[1], device="cuda") // 4
+@pytest.mark.parametrize("against_gallery", [False, True], ids=["alone", "gallery"])
+def test_batch_hard(
+    against_gallery: bool, shape: tuple[int, int, int], dtype: torch.dtype, metric: str, backend: str
+) -> None:
+    groups, n, d = shape
+    inputs = {"features": torch.randn(shape, device="cuda").to(dtype)}
+    labels = torch.arange(n, device="cuda") // 4
+    options: dict[str, Any] = {"margin": 0.4, "metric": metric, "return_distances": True}
+    if against_gallery:
+        inputs["gallery"] = torch.randn(groups, n // 2 + 3, d, device="cuda").to(dtype)
+        # Every identity is in the gallery.
+        options["gallery_labels"] = torch.arange(n // 2 + 3, device="cuda") % (n // 4 + 1)
 
-    def run(features: Tensor, backend: str) -> parity.Results:
-        leaf = features.detach().requires_grad_()
-        loss = rru_fast.batch_hard_triplet(leaf, labels, margin=0.4, metric=metric, backend=backend)  # type: ignore[arg-type]
-        (gradient,) = torch.autograd.grad(loss, leaf)  # type: ignore[arg-type]
-        return {"loss": loss.detach(), "d_features": gradient}  # type: ignore[union-attr]
+    def run(inputs: dict[str, Tensor], backend: str) -> parity.Results:
+        leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
+        outputs = list(rru_fast.batch_hard_triplet(labels=labels, backend=backend, **leaves, **options))
+        found = gradients(outputs, [torch.ones_like(v) for v in outputs], leaves)
+        return {"loss": outputs[0].detach(), **found}
 
-    got, again, oracle = run(features, backend), run(features, backend), run(features.double(), "reference")
+    got, again = run(inputs, backend), run(inputs, backend)
+    oracle = run({name: v.double() for name, v in inputs.items()}, "reference")
     assert all(torch.equal(value, again[name]) for name, value in got.items())
     if dtype == torch.float64:
         assert all(relative_error(got[name], wanted) <= EXACT for name, wanted in oracle.items())
     else:
-        assert_parity([(got, run(features, "reference"), oracle)])
+        assert_parity([(got, run(inputs, "reference"), oracle)])
 
 
 @every_backend

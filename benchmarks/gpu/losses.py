@@ -75,6 +75,37 @@ def many_functions(sizes: Sizes, device: torch.device, backends: Sequence[str]) 
     return {name: lambda features, module=module: module(features, labels) for name, module in modules.items()}
 
 
+def gallery(run: Run) -> Iterator[list[Row]]:
+    """Yield the rows of the loss of features mined in a gallery by cosine distances, at each precision."""
+    shapes = gallery_shapes(run.sizes)
+    inputs = {name: torch.randn(shape, device=run.device) for name, shape in shapes.items()}
+    for precision in PRECISIONS:
+        set_precision(precision, run.device)
+        functions = gallery_functions(run.sizes, run.device, _backends(run.device))
+        yield _rows(functions, inputs, run, [*shapes["features"], *shapes["gallery"]], precision)
+
+
+def gallery_shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Return the shapes of features (N, D) and gallery (M, D)."""
+    return {"features": (sizes.queries, sizes.many[1]), "gallery": sizes.many}
+
+
+def gallery_functions(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> dict[str, Function]:
+    """Return the loss of features and gallery by each implementation."""
+    labels = torch.arange(sizes.many[0], device=device) // sizes.clips_per_identity
+
+    def loss(backend: str) -> Function:
+        options: dict[str, Any] = {"gallery_labels": labels, "margin": MARGIN, "metric": "cosine", "backend": backend}
+
+        def value(features: Tensor, gallery: Tensor) -> Tensor:
+            found = rru_fast.batch_hard_triplet(features, labels[: len(features)], gallery=gallery, **options)
+            return cast(Tensor, found)
+
+        return value
+
+    return {EAGER: loss("reference")} | {name: loss(name) for name in backends}
+
+
 def strips(run: Run) -> Iterator[list[Row]]:
     """Yield the rows of strip pooling at one precision: it has no products."""
     set_precision("defaults", run.device)

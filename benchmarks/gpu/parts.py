@@ -167,7 +167,14 @@ PARTS = {
     "kernels": Part(kernels, 60, needs_gpu=True),
     "parity": Part(parity, 150, needs_gpu=True),
     "eval": Part(sections("eval, a tracklet, float32"), 80),
-    "losses": Part(sections("L_v + L_p, forward + backward", "many features, forward + backward"), 50),
+    "losses": Part(
+        sections(
+            "L_v + L_p, forward + backward",
+            "many features, forward + backward",
+            "features against a gallery, cosine, forward + backward",
+        ),
+        75,
+    ),
     "strips": Part(sections("forward + backward"), 30),
     "sanitizer": Part(sanitizer, 80, needs_gpu=True),
     "compile": Part(

@@ -28,12 +28,13 @@ class Sizes:
     features: tuple[int, int, int] = (8, 20, 2048)  # strips, clips, channels
     clips_per_identity: int = 4
     many: tuple[int, int] = (16384, 256)
+    queries: int = 1024  # features whose partners are mined in a gallery of many
     hidden: tuple[int, int] = HIDDEN
     calls: int = 5  # per time
     draws: int = 5  # for parity of small tensors: chance decides the rounding of a single draw
 
 
-TOY = Sizes((2, 2, 6, 3, 2), (1, 2, 6, 3, 2), (2, 4, 8), 2, (4, 8), (5, 4), 1, 3)
+TOY = Sizes((2, 2, 6, 3, 2), (1, 2, 6, 3, 2), (2, 4, 8), 2, (4, 8), 3, (5, 4), 1, 3)
 
 
 @dataclass(frozen=True)

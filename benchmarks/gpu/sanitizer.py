@@ -31,11 +31,15 @@ def small_calls(device: torch.device) -> None:
     unit = rru_fast.RRU(40, (3, 2), hidden=20, backend="triton").to(device)
     x = torch.randn(3, 3, 40, 3, 2, device=device, requires_grad=True)
     torch.autograd.grad(unit(x).features.square().sum(), [x, *unit.parameters()])
-    features = torch.randn(2, 12, 40, device=device, requires_grad=True)
-    labels = torch.arange(12, device=device) // 4
-    loss = rru_fast.batch_hard_triplet(features, labels, margin=0.4, backend="triton")
-    assert isinstance(loss, torch.Tensor)
-    torch.autograd.grad(loss, features)
+    for n in (12, 70):  # anchors that the backward scans, and that it sorts
+        for metric in ("euclidean", "cosine"):
+            features, gallery = (torch.randn(2, rows, 40, device=device, requires_grad=True) for rows in (n, 20))
+            labels, gallery_labels = (torch.arange(rows, device=device) // 4 for rows in (n, 20))
+            options: dict[str, Any] = {"margin": 0.4, "metric": metric, "backend": "triton"}
+            losses: list[Any] = [rru_fast.batch_hard_triplet(features, labels, **options)]
+            options |= {"gallery": gallery, "gallery_labels": gallery_labels}
+            losses.append(rru_fast.batch_hard_triplet(features, labels, **options))
+            torch.autograd.backward(losses)
 
 
 def find_tool() -> str | None:

@@ -166,6 +166,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "eval, a tracklet, float32": ("refine", tracklet),
     "L_v + L_p, forward + backward": ("batch_hard", losses.strip_losses),
     "many features, forward + backward": ("batch_hard", losses.many),
+    "features against a gallery, cosine, forward + backward": ("batch_hard", losses.gallery),
     "forward + backward": ("strip_pool", losses.strips),
     f"{FLOAT32}{COMPILE}": ("refine", partial(training, bfloat16=False, precisions=("high", "defaults"), compile=True)),
     f"{BFLOAT16}{COMPILE}": ("refine", partial(training, bfloat16=True, precisions=("defaults",), compile=True)),

@@ -13,7 +13,8 @@ from torch import Tensor
 import rru_fast
 from benchmarks.gpu.run import Sizes, set_precision
 from benchmarks.harness.parity import format_error
-from rru_fast.testing import compare, median_errors
+from rru_fast.testing import compare, gradients, median_errors
+from rru_fast.types import Metric
 from tests.parity import GROUPS, ODD_SHAPES, Case, make_call, run, stable_seed
 
 Results = Mapping[str, Tensor]
@@ -102,7 +103,8 @@ def _full(plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[dict[st
 
 
 def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
-    function, shape = OTHERS[operator], sizes.features if operator == "batch_hard" else sizes.maps
+    function = OTHERS[operator]
+    shape = sizes.maps if operator == "strip_pool" else sizes.features
     draws = []
     # Chance decides the rounding of a tensor of a few values in a single draw.
     for _ in range(1 if operator == "strip_pool" else sizes.draws):
@@ -112,12 +114,24 @@ def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
     return _with_repetition(*_compare(draws), got, function(tensor, "triton", sizes))
 
 
-def batch_hard(features: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
-    """Return the loss of features (G, N, D) and its gradient."""
-    labels = torch.arange(features.shape[1], device=features.device) // sizes.clips_per_identity
-    leaf = features.detach().requires_grad_()
-    value = rru_fast.batch_hard_triplet(leaf, labels, margin=0.4, backend=backend)
-    return {"value": value.detach(), "gradient": torch.autograd.grad(value.sum(), leaf)[0]}  # type: ignore[union-attr]
+def batch_hard(
+    features: Tensor, backend: str, sizes: Sizes, metric: Metric = "euclidean", against_gallery: bool = False
+) -> dict[str, Tensor]:
+    """Return the loss of features (G, N, D) with its distances, and the gradients.
+
+    against_gallery: mine in a gallery of other features, in which every identity has one clip.
+    """
+    n = features.shape[1]
+    labels = torch.arange(n, device=features.device) // sizes.clips_per_identity
+    leaves = {"features": features.detach().requires_grad_()}
+    options: dict[str, Any] = {"margin": 0.4, "metric": metric, "return_distances": True, "backend": backend}
+    if against_gallery:
+        clips = slice(None, None, sizes.clips_per_identity)
+        leaves["gallery"] = features.roll(1, 2)[:, clips].detach().requires_grad_()
+        options |= {"gallery": leaves["gallery"], "gallery_labels": labels[clips]}
+    outputs = list(rru_fast.batch_hard_triplet(leaves["features"], labels, **options))
+    found = gradients(outputs, [torch.ones_like(v) for v in outputs], leaves)
+    return {"value": outputs[0].detach(), **found}
 
 
 def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
@@ -127,7 +141,11 @@ def strip_pool(s: Tensor, backend: str, sizes: Sizes) -> dict[str, Tensor]:
     return {"value": value.detach(), "gradient": torch.autograd.grad(value.sum(), leaf)[0]}
 
 
-OTHERS = {"batch_hard": batch_hard, "strip_pool": strip_pool}
+OTHERS: dict[str, Callable[[Tensor, str, Sizes], dict[str, Tensor]]] = {
+    "batch_hard": batch_hard,
+    "batch_hard, cosine, gallery": partial(batch_hard, metric="cosine", against_gallery=True),
+    "strip_pool": strip_pool,
+}
 
 
 def _compare(draws: Sequence[tuple[Results, Results, Results]]) -> tuple[dict[str, Any], list[str]]:

@@ -102,6 +102,8 @@ def call_sections(sizes: Sizes) -> None:
         losses.results(function, losses.strip_loss_inputs(sizes, CPU))
         function = losses.many_functions(sizes, CPU, ["triton"])["triton"]
         losses.results(function, {"features": torch.empty(sizes.many)})
+        function = losses.gallery_functions(sizes, CPU, ["triton"])["triton"]
+        losses.results(function, {name: torch.empty(v) for name, v in losses.gallery_shapes(sizes).items()})
     set_float32("defaults")
     call_step(sizes, bfloat16=True)
     call_strips(sizes)
@@ -131,8 +133,9 @@ def call_untuned(sizes: Sizes) -> None:
         run(smoke.PAPER, full.map(partial(Tensor.to, dtype=dtype)), "triton")
     set_float32("exact")
     for dtype in smoke.FULL.others:
-        smoke.batch_hard(torch.randn(sizes.features).to(dtype), "triton", sizes)
-        smoke.strip_pool(torch.empty(sizes.maps, dtype=dtype), "triton", sizes)
+        for operator, function in smoke.OTHERS.items():
+            shape = sizes.maps if operator == "strip_pool" else sizes.features
+            function(torch.empty(shape, dtype=dtype), "triton", sizes)
     set_float32("defaults")
     sanitizer.small_calls(CPU)
 
