@@ -232,8 +232,7 @@ class Mining:
     metric: str
     reduction: str
     seed: int
-    gallery: int | None
-    """M, or None without a gallery."""
+    gallery: int | None  # M
 
     def run(self, backend: str, dtype: torch.dtype, seed: int) -> Results:
         g = torch.Generator().manual_seed(seed)
