@@ -35,6 +35,9 @@ from rru_fast import backends
 
 COLUMNS = ("eager ms", "swapped ms", "x eager", "peak MiB eager", "peak MiB swapped")
 BUDGET = 3.0
+# Seconds of a measurement at least, of as many calls as that takes: a shorter one would be that of the caches and threads
+# that the preceding garbage collection has cooled.
+SHORTEST = 0.05
 EVERY_SIZE = "torchreid"  # the loop that the others have, too
 
 
@@ -91,9 +94,11 @@ def _measure(title: str, pair: Pair, features: Tensor, labels: Tensor, repeats: 
     eager, swapped = (partial(results, loss, features, labels) for loss in (pair.eager, pair.swapped))
     start = time.perf_counter()
     peaks = [measure.peak_bytes(fn, features.device) / measure.MIB for fn in (eager, swapped)]
-    rounds = min(repeats, max(1, int(BUDGET / (time.perf_counter() - start))))
-    times = measure.paired({"eager": eager, "swapped": swapped}, rounds, warmup=2 if rounds == repeats else 0)
-    milliseconds = [1e3 * median(times[name]) for name in ("eager", "swapped")]
+    elapsed = time.perf_counter() - start
+    rounds, calls = min(repeats, max(1, int(BUDGET / elapsed))), max(1, int(SHORTEST / elapsed))
+    fns = {name: lambda fn=fn: [fn() for _ in range(calls)] for name, fn in (("eager", eager), ("swapped", swapped))}
+    times = measure.paired(fns, rounds, warmup=2 if rounds == repeats else 0)
+    milliseconds = [1e3 * median(times[name]) / calls for name in fns]
     ratio = measure.ratio(times["eager"], times["swapped"])
     return dict(zip(COLUMNS, (*milliseconds, ratio, *peaks), strict=True))
 
