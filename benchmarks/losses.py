@@ -35,8 +35,8 @@ from rru_fast import backends
 
 COLUMNS = ("eager ms", "swapped ms", "x eager", "peak MiB eager", "peak MiB swapped")
 BUDGET = 3.0
-# Seconds of a measurement at least, of as many calls as that takes: a shorter one would be that of the caches and threads
-# that the preceding garbage collection has cooled.
+# Seconds of a measurement at least, of as many calls as that takes: a shorter one would be that of the caches and
+# threads that the preceding garbage collection has cooled.
 SHORTEST = 0.05
 EVERY_SIZE = "torchreid"  # the loop that the others have, too
 

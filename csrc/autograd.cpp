@@ -1,5 +1,5 @@
-// Autograd of the operators, without Python. The backward of rru_fast::<op> is rru_fast::<op>_backward, and the names in
-// the two schemas say what it gets and returns:
+// Autograd of the operators, without Python. The backward of rru_fast::<op> is rru_fast::<op>_backward, and the names
+// in the two schemas say what it gets and returns:
 //
 //   an argument d_<output>      the gradient of that output, None if it is not used
 //   an argument <output>        that output of the forward, saved
@@ -34,8 +34,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// Where an argument of a backward comes from: the index is among the gradients that arrive, the forward's outputs, or its
-// arguments, of which the tensors and the others are saved in two lists.
+// Where an argument of a backward comes from: the index is among the gradients that arrive, the forward's outputs, or
+// its arguments, of which tensors are saved apart from the others.
 struct Source {
   enum Kind { gradient, output, tensor, other, sizes, need } kind;
   int64_t index = -1;
@@ -83,7 +83,8 @@ struct Derivative {
       } else if (wanted == "need") {
         sources.push_back({Source::need});
       } else {
-        const int64_t output = position(forward.returns(), wanted.substr(std::min<size_t>(2, wanted.size())));
+        const bool prefixed = wanted.rfind("d_", 0) == 0;
+        const int64_t output = prefixed ? position(forward.returns(), wanted.substr(2)) : -1;
         TORCH_CHECK(output >= 0, name, "_backward: got argument '", wanted, "', wanted a name of the forward");
         sources.push_back({Source::gradient, static_cast<int64_t>(differentiable.size())});
         differentiable.push_back(output);
@@ -156,8 +157,8 @@ struct Function {
 
   // What `backward` reads, in its order.
   static void save(
-      AutogradContext& ctx, const Derivative& derivative, const std::string& name, const Stack& arguments,
-      const Stack& outputs) {
+      AutogradContext& ctx, const Derivative& derivative, const std::string& name, c10::ArrayRef<IValue> arguments,
+      c10::ArrayRef<IValue> outputs) {
     variable_list saved;
     ctx.saved_data.emplace("operator", name);
     for (size_t i = 0; i < derivative.sources.size(); i++) {
@@ -195,7 +196,7 @@ void call_below(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-variable_list tensors_of(const Stack& values) {
+variable_list tensors_of(c10::ArrayRef<IValue> values) {
   variable_list tensors;
   for (const IValue& value : values) {
     if (value.isTensor()) {
@@ -205,15 +206,14 @@ variable_list tensors_of(const Stack& values) {
   return tensors;
 }
 
-Stack arguments_of(const OperatorHandle& op, const Stack& stack) {
-  return Stack(stack.end() - static_cast<int64_t>(op.schema().arguments().size()), stack.end());
+c10::ArrayRef<IValue> last(const Stack& stack, size_t count) {
+  return c10::ArrayRef<IValue>(stack.data() + stack.size() - count, count);
 }
 
 bool any_requires_grad(const OperatorHandle& op, const Stack& stack) {
-  return at::GradMode::is_enabled() &&
-      std::any_of(stack.end() - static_cast<int64_t>(op.schema().arguments().size()), stack.end(), [](const IValue& v) {
-           return v.isTensor() && v.toTensor().requires_grad();
-         });
+  const auto requires_grad = [](const IValue& v) { return v.isTensor() && v.toTensor().requires_grad(); };
+  const auto arguments = last(stack, op.schema().arguments().size());
+  return at::GradMode::is_enabled() && std::any_of(arguments.begin(), arguments.end(), requires_grad);
 }
 
 // The Autograd kernel of a forward.
@@ -223,11 +223,11 @@ void differentiate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* st
   }
   const std::string& name = op.schema().name();
   const Derivative& derivative = Derivative::of(name);
-  const Stack arguments = arguments_of(op, *stack);
+  const Stack arguments = last(*stack, op.schema().arguments().size()).vec();
   TORCH_CHECK(
       !derivative.save || arguments[*derivative.save].toBool(), name,
-      ": got inputs that require gradients in a program that was exported under torch.no_grad(), wanted it called under "
-      "torch.no_grad() too (save=False)");
+      ": got inputs that require gradients in a program that was exported under torch.no_grad(), wanted it called "
+      "under torch.no_grad() too (save=False)");
   variable_list inputs;
   for (const int64_t index : derivative.tensors) {
     inputs.push_back(arguments[index].isNone() ? Tensor() : arguments[index].toTensor());
@@ -238,7 +238,7 @@ void differentiate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* st
   node->is_variable_input_.assign(inputs.size(), true);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   call_below(op, keys, stack);
-  const Stack outputs(stack->end() - static_cast<int64_t>(op.schema().returns().size()), stack->end());
+  const auto outputs = last(*stack, op.schema().returns().size());
   Function::save(node->ctx_, derivative, name, arguments, outputs);
   for (const int64_t index : derivative.differentiable) {
     torch::autograd::set_history(outputs[index].toTensor(), node);
@@ -252,12 +252,12 @@ void refuse_second_order(const OperatorHandle& op, c10::DispatchKeySet keys, Sta
     return call_below(op, keys, stack);
   }
   const std::string name = op.schema().name().substr(0, op.schema().name().rfind("_backward"));
-  const variable_list inputs = tensors_of(arguments_of(op, *stack));
+  const variable_list inputs = tensors_of(last(*stack, op.schema().arguments().size()));
   call_below(op, keys, stack);
   const auto node = std::make_shared<torch::autograd::Error>(
       name + ": got a backend whose second-order gradients are not implemented, wanted backend='reference'",
       torch::autograd::collect_next_edges(inputs));
-  for (const Tensor& result : tensors_of({stack->end() - static_cast<int64_t>(op.schema().returns().size()), stack->end()})) {
+  for (const Tensor& result : tensors_of(last(*stack, op.schema().returns().size()))) {
     torch::autograd::set_history(result, node);
   }
 }

@@ -123,9 +123,9 @@ def _floating(name: str, tensor: Any, dims: tuple[int, ...], meaning: str) -> No
 
 def _weight(name: str, tensor: Tensor, x: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     """Raise unless a parameter of `refine` fits x: its dtype, or also float32 if x is 16-bit (autocast)."""
-    if isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout == torch.strided:  # as almost always
-        if tensor.shape == wanted and tensor.dtype == x.dtype and tensor.device == x.device:
-            return
+    is_dense = isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout == torch.strided
+    if is_dense and tensor.shape == wanted and tensor.dtype == x.dtype and tensor.device == x.device:  # almost always
+        return
     _shape(name, tensor, wanted, meaning)
     _device(name, tensor, x, "x")
     fits = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)

@@ -175,7 +175,7 @@ def _update_running(running: Tensor, steps: Tensor, momenta: Sequence[float], fa
             "running_mean, running_var: got the same for every call of vmap, wanted None, or one per call with vmap "
             "over them too: they are updated in place"
         )
-    # Not by lerp, which turns an infinite variance into NaN. Each frame's weight is its momentum times what later frames
+    # Not by lerp, which turns an infinite variance into NaN. A frame's weight is its momentum times what later frames
     # leave of it.
     left, weights = 1.0, []
     for momentum in reversed(momenta):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rru_fast
 from rru_fast.testing import relative_error
+from tests import test_errors
 from tests.helpers import third_party
 from tests.helpers.modules import every_unit, first_two, maps
 
@@ -152,7 +153,7 @@ def run_without_kernels(folder: Path, script: str) -> subprocess.CompletedProces
         )
     shutil.copytree(tests_.parent / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     shutil.copytree(tests_.parent / "build_tools", folder / "build_tools")
-    code = f"import torch; from tests.test_works_with_graphs import *; {script}"
+    code = f"import torch; from tests.test_works_with_graphs import *\n{script}"
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -180,6 +181,18 @@ def test_a_program_exported_with_kernels_runs_without_them(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for got, right in zip(torch.load(tmp_path / "results.pt"), wanted, strict=True):
         assert relative_error(got, right) <= 1e-6
+
+
+@needs_kernels
+def test_autograd_without_kernels_raises_the_errors_of_the_kernels(tmp_path: Path) -> None:
+    raised = []
+    for call in (test_errors.second_order, test_errors.backward_without_save):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        raised.append(str(caught.value))
+    calls = "(test_errors.second_order, test_errors.backward_without_save)"
+    done = run_without_kernels(tmp_path, f"for call in {calls}: print(pytest.raises(RuntimeError, call).value)")
+    assert done.stdout.splitlines() == raised, done.stderr
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -61,7 +62,7 @@ def cases() -> dict[str, tuple[Run, Tensor]]:
                 return loss
 
             found[f"batch_hard, {at}"] = fast, features
-            found[f"eager, {at}"] = lambda f, labels=labels, metric=metric: eager(f, labels, metric), features
+            found[f"eager, {at}"] = partial(eager, labels=labels, metric=metric), features
     return found
 
 

@@ -1,9 +1,9 @@
 // rru_fast::batch_hard, eq. 8 and 10: mining tile by tile; the N x M matrix of distances is never formed.
 //
 // Features are packed once into panels, for cosine as unit vectors. A micro-tile is a few anchors by one panel of
-// candidates: its inner products leave the registers as ranks and are mined at once. Ranks only choose the two partners;
-// the distances that enter the loss are computed from differences of features, so that near points lose no digits. One
-// task has the whole row of an anchor, in one order, so results do not depend on the number of threads.
+// candidates: its inner products leave the registers as ranks and are mined at once. Ranks only choose the two
+// partners; the distances that enter the loss are computed from differences of features, so that near points lose no
+// digits. One task has the whole row of an anchor, in one order, so results do not depend on the number of threads.
 
 #include "batch_hard.h"
 
@@ -97,7 +97,8 @@ class Forward {
     return (size + kN - 1) / kN;
   }
 
-  // A group has the candidates' panels (panels, D, kN), their offsets (panels, kN), and with a gallery the anchors' panels.
+  // A group has the candidates' panels (panels, D, kN), their offsets (panels, kN), and with a gallery the anchors'
+  // panels.
   int64_t candidate_elements() const {
     return panels_ * (D_ + 1) * kN;
   }

@@ -1,8 +1,8 @@
 // Backward of rru_fast::batch_hard: gradients are nonzero only for active anchors and their two partners.
 //
-// An anchor's gradient is a sum over its two pairs, a candidate's over the pairs of the anchors that chose it, which are
-// listed by candidate. A task sums all pairs of one feature, in the order of their anchors. Nothing is scattered: there are
-// no atomics, and results do not depend on the number of threads.
+// An anchor's gradient is a sum over its two pairs, a candidate's over the pairs of the anchors that chose it, which
+// are listed by candidate. A task sums all pairs of one feature, in the order of their anchors. Nothing is scattered:
+// there are no atomics, and results do not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>

@@ -15,7 +15,8 @@ namespace CPU_CAPABILITY {
 template <typename Acc>
 using LaneIndex = std::conditional_t<std::is_same_v<Acc, double>, int64_t, int32_t>;
 
-// Labels of anchors and candidates as consecutive integers, in the candidates' order of appearance; -1 past the last one.
+// Labels of anchors and candidates as consecutive integers, in the candidates' order of appearance; -1 past the last
+// one.
 template <typename Acc>
 class LabelCodes {
   using Code = LaneIndex<Acc>;

@@ -36,9 +36,9 @@ struct Panels {
         offsets(Array<Acc>::empty({groups, panels, kWidth<Acc>})) {}
 };
 
-// Finds a vector (D,) that most of a group's features share, or 0: subtracting it leaves distances as they are, and ranks
-// no longer cancel. It is the median of three medians of three features, used where its square exceeds 16 times that of
-// their range: outliers neither shift nor hide it, and NaN compares false.
+// Finds a vector (D,) that most of a group's features share, or 0: subtracting it leaves distances as they are, and
+// ranks no longer cancel. It is the median of three medians of three features, used where its square exceeds 16 times
+// that of their range: outliers neither shift nor hide it, and NaN compares false.
 template <typename Acc>
 inline void find_shared_vector(const Features<Acc>& features, int64_t group, Acc* shared) {
   using Vec = at::vec::Vectorized<Acc>;
@@ -95,9 +95,9 @@ inline void transpose(const Acc* from, int64_t stride, int64_t lanes, int64_t co
   }
 }
 
-// Packs features n0 to n0 + kWidth, zero past the last one: for cosine normalized, given the group's norms (N,), else (norms
-// null) less its shared vector (D,). `offsets`, unless null, gets what each adds to a rank: |b|^2, summed in the order of
-// the inner products, or 0 for cosine.
+// Packs features n0 to n0 + kWidth, zero past the last one: for cosine normalized, given the group's norms (N,), else
+// (norms null) less its shared vector (D,). `offsets`, unless null, gets what each adds to a rank: |b|^2, summed in the
+// order of the inner products, or 0 for cosine.
 template <typename Acc>
 inline void pack(
     const Features<Acc>& features, int64_t group, int64_t n0, const Acc* shared, const Acc* norms, Acc* panel,

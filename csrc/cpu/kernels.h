@@ -94,7 +94,7 @@ struct RefineGradients {
 struct BatchHardArguments {
   Tensor features;                       // (G, N, D) anchors; float64, float32, float16 or bfloat16
   Tensor labels;                         // (N,) int64, contiguous
-  std::optional<Tensor> gallery;         // (G, M, D) in features' dtype, the candidates; none for the features themselves
+  std::optional<Tensor> gallery;         // (G, M, D) in features' dtype, the candidates; none: the features
   std::optional<Tensor> gallery_labels;  // (M,) int64, contiguous; with the gallery or not at all
   double margin;                         // of the hinge
   bool soft;                             // softplus instead of the hinge with its margin

@@ -156,8 +156,8 @@ RefineSaved refine_saved(
       .h = h.contiguous()};
 }
 
-// The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments, written
-// there alone, after the gradients and the saved tensors.
+// The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments,
+// written there alone, after the gradients and the saved tensors.
 template <typename F>
 struct Refine;
 

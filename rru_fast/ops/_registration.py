@@ -13,7 +13,7 @@ from torch import Tensor
 from rru_fast import backends, native, triton
 from rru_fast.ops import _autograd
 
-LIBRARY = torch.library.Library("rru_fast", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("rru_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Kernels(Protocol):
@@ -75,7 +75,7 @@ def register(name: str, forward: str, backward: str, functions: tuple[Callable[.
         LIBRARY.define(f"{op}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(op, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rru_fast::{op}", fake, lib=LIBRARY)
-        if native.missing() is None:  # csrc/ops has the operator for tensors on a CPU, and calls this for other backends
+        if native.missing() is None:  # csrc/ops serves tensors on a CPU, and calls this for other backends
             LIBRARY.define(f"{op}_python{schema}")
             LIBRARY.impl(f"{op}_python", function, "CompositeExplicitAutograd")
     if native.missing() is not None:
