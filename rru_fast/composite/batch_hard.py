@@ -44,7 +44,7 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
     anchors = args.features.to(dtype)
     candidates = anchors if args.gallery is None else args.gallery.to(dtype)
     mine = _mine_cosine if args.metric == "cosine" else _mine_euclidean
-    partners = mine(anchors, candidates, args.labels[:, None], args.candidate_labels)
+    partners = mine(anchors, candidates, args.labels, args.candidate_labels)
     gap = partners.d_pos - partners.d_neg
     loss = F.softplus(gap) if args.soft else F.relu(args.margin + gap)
     return BatchHardOutputs(loss, *flatten(partners))
@@ -163,7 +163,8 @@ def _mine_euclidean(a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tens
         ranks = _mine_tiles(near_a, near_b, labels, candidate_labels, offset, -2)
         others = _partners(b, *_pairs(ranks.positive, ranks.negative))
         partners = _with_distances((a[:, :, None] - others).square().sum(-1).sqrt_().clamp_(min=FLOOR), ranks)
-    return partners if a is b else _mark_no_positive(partners, ranks)
+    has_positives = a is b and labels is candidate_labels  # itself
+    return partners if has_positives else _mark_no_positive(partners, ranks)
 
 
 def _mine_cosine(a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tensor) -> BatchHardSaved:
@@ -182,7 +183,8 @@ def _mine_cosine(a: Tensor, b: Tensor, labels: Tensor, candidate_labels: Tensor)
         distances = (unit_a[:, :, None] - _partners(unit_b, *pairs)).square_().sum(-1, keepdim=True)
         distances.add_(shortfall_a[:, :, None]).add_(_partners(shortfall_b, *pairs)).mul_(0.5)
         partners = _with_distances(distances[..., 0], ranks)
-    return partners if a is b else _mark_no_positive(partners, ranks)
+    has_positives = a is b and labels is candidate_labels  # itself
+    return partners if has_positives else _mark_no_positive(partners, ranks)
 
 
 def _mark_no_positive(partners: BatchHardSaved, ranks: BatchHardSaved) -> BatchHardSaved:
@@ -201,7 +203,7 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
 
 def _mine_all(tile: Tensor, labels: Tensor, candidate_labels: Tensor) -> BatchHardSaved:
     """Select partners by distances of all pairs (G, N, M), which are overwritten."""
-    same = labels == candidate_labels
+    same = labels[:, None] == candidate_labels
     d_pos, positive = torch.where(same, tile, -INF).max(-1)
     # A distance that overflows still ranks before the masked ones.
     d_neg, negative = tile.clamp_(max=torch.finfo(tile.dtype).max).masked_fill_(same, INF).min(-1)
@@ -236,7 +238,7 @@ def _mine_tiles(
         tile = torch.baddbmm(offset, a[:, anchors], b.mT, alpha=factor)
         # A rank that overflows still orders before the masked ones.
         tile.clamp_(-largest, largest)
-        same = labels[anchors] == candidate_labels
+        same = labels[anchors, None] == candidate_labels
         torch.max(torch.where(same, tile, -INF), -1, out=(farthest[:, anchors], positive[:, anchors]))
         torch.min(tile.masked_fill_(same, INF), -1, out=(nearest[:, anchors], negative[:, anchors]))
     return BatchHardSaved(farthest, nearest, positive, negative)

@@ -136,6 +136,16 @@ def test_features_as_their_own_gallery_equal_no_gallery(copied: bool, metric: st
 
 @every_backend
 @pytest.mark.parametrize("metric", METRICS)
+def test_features_under_other_labels_are_a_gallery(metric: str, backend: str) -> None:
+    features, labels, *_ = random_batch((3, 20, 6))
+    options = {"metric": metric, "return_indices": True, "backend": backend}
+    mined_in = {"gallery": features, "gallery_labels": labels + 100}
+    loss, positive, negative = rru_fast.batch_hard_triplet(features, labels, **mined_in, **options)
+    assert loss == 0 and (positive == -1).all() and torch.equal(negative[0], torch.arange(20))
+
+
+@every_backend
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("margin", [5.0, "soft"])
 def test_an_anchor_without_a_positive_or_a_negative_has_no_loss(margin: Any, metric: str, backend: str) -> None:
     batch = random_batch()

@@ -176,6 +176,7 @@ CLAIMS = [
         for value in (float("nan"), float("inf"))
         for metric in galleries.METRICS
     ),
+    *(partial(galleries.test_features_under_other_labels_are_a_gallery, metric) for metric in galleries.METRICS),
     galleries.test_small_integer_points_match_the_definition_including_ties,
     *(
         partial(cosines.test_short_and_zero_vectors_have_distances_and_gradients_of_normalize, which, length, gallery)
