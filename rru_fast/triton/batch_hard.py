@@ -121,10 +121,12 @@ def _candidates(args: BatchHardArguments, precision: str, vectorized: bool) -> C
     groups, n, _ = features.shape
     tensor_cores = uses_tensor_cores(features.dtype, precision)
     num_sms = _device.num_sms(features)
+    # A third stage of tiles that are only multiplied would spill registers.
+    num_stages = 2 if args.metric == "cosine" else 3
 
     def config(block_m: int, block_n: int, num_warps: int) -> KernelConfig:
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k(features.dtype, precision, vectorized)}
-        return {**blocks, "num_warps": num_warps, "num_stages": 3, **ALL_REGISTERS}
+        return {**blocks, "num_warps": num_warps, "num_stages": num_stages, **ALL_REGISTERS}
 
     rows = 16
     while rows < 64 and groups * cdiv(n, 2 * rows) >= num_sms:
@@ -134,8 +136,7 @@ def _candidates(args: BatchHardArguments, precision: str, vectorized: bool) -> C
     if not tensor_cores:
         tiles += [(32, 64, 4)] if vectorized else []
     elif vectorized:
-        # With 4 warps, cosine would spill registers.
-        tiles += [(16, 128, 8 if args.metric == "cosine" else 4), (64, 128, 8), (128, 64, 8)]
+        tiles += [(16, 128, 4), (64, 128, 8), (128, 64, 8)]
     default = config(rows, 64 if args.candidates.shape[1] > 32 else 32, warps)
     return Candidates({"batch_hard": default}, {"batch_hard": [config(*tile) for tile in tiles]})
 
