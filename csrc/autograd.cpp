@@ -19,9 +19,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace rru {
@@ -190,6 +193,16 @@ struct Node : torch::autograd::CppNode<Function> {
   const std::string name_;
 };
 
+// A node of the graph: nodes are counted by std::shared_ptr in PyTorch 2.11, by c10::intrusive_ptr in 2.14.
+template <typename T, typename... Args>
+auto make_node(Args&&... args) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+  } else {
+    return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* node) { deleteNode(node); });
+  }
+}
+
 // Below autograd, as PyTorch's own operators are called.
 void call_below(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -218,6 +231,12 @@ bool any_requires_grad(const OperatorHandle& op, const Stack& stack) {
 
 // The Autograd kernel of a forward.
 void differentiate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  for (const IValue& argument : last(*stack, op.schema().arguments().size())) {
+    TORCH_CHECK(
+        !argument.isTensor() || !torch::autograd::isFwGradDefined(argument.toTensor()), op.schema().name(),
+        ": got a backend whose forward-mode and torch.func derivatives are not implemented, wanted "
+        "backend='reference'");
+  }
   if (!any_requires_grad(op, *stack)) {
     return call_below(op, keys, stack);
   }
@@ -233,7 +252,7 @@ void differentiate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* st
     inputs.push_back(arguments[index].isNone() ? Tensor() : arguments[index].toTensor());
   }
   // Not torch::autograd::Function::apply, which refuses to run within vmap.
-  const std::shared_ptr<Node> node(new Node(name + "_backward"), torch::autograd::deleteNode);
+  const auto node = make_node<Node>(name + "_backward");
   node->set_ctx_grad_fn(node);
   node->is_variable_input_.assign(inputs.size(), true);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
@@ -254,7 +273,7 @@ void refuse_second_order(const OperatorHandle& op, c10::DispatchKeySet keys, Sta
   const std::string name = op.schema().name().substr(0, op.schema().name().rfind("_backward"));
   const variable_list inputs = tensors_of(last(*stack, op.schema().arguments().size()));
   call_below(op, keys, stack);
-  const auto node = std::make_shared<torch::autograd::Error>(
+  const auto node = make_node<torch::autograd::Error>(
       name + ": got a backend whose second-order gradients are not implemented, wanted backend='reference'",
       torch::autograd::collect_next_edges(inputs));
   for (const Tensor& result : tensors_of(last(*stack, op.schema().returns().size()))) {

@@ -244,7 +244,7 @@ def _check_momentum(momentum: float | Sequence[float], frames: int) -> None:
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     _shape("lengths", lengths, (x.shape[0],), "(B,)")
-    _integers("lengths", lengths)
+    check_integers("lengths", lengths)
     if lengths.device.type != "cpu":
         _device("lengths", lengths, x, "x")
     # Reading the values would synchronize with a GPU, and break a graph of torch.compile.
@@ -255,7 +255,8 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
             raise ValueError(f"lengths: got values from {shortest} to {longest}, wanted 1 to T={x.shape[1]}")
 
 
-def _integers(name: str, tensor: Tensor) -> None:
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless a tensor's dtype is one of integers."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted an integer dtype")
 
@@ -353,5 +354,5 @@ def check_features(name: str, features: Any, labels_name: str, labels: Any, *, m
 
 def _labels(name: str, labels: Tensor, features: Tensor, features_name: str, meaning: str) -> None:
     _shape(name, labels, (features.shape[-2],), meaning)
-    _integers(name, labels)
+    check_integers(name, labels)
     _device(name, labels, features, features_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from rru_fast import backends, checks, ops, reference
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.reference.equations import last_state, momenta
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
+
+_T = TypeVar("_T", Tensor, Tensor | None)
 
 
 def refine(
@@ -106,7 +108,7 @@ def refine(
         in_dtypes: dict[str, Any] = {name: v if v is None else v.to(dtypes[name]) for name, v in weights.items()}
         return reference.refine(x, **in_dtypes, **options | {"eps": eps, "bn_groups": bn_groups})
     if lengths is not None:
-        lengths = lengths.to(x.device, torch.int64)
+        lengths = _saveable(lengths.to(x.device, torch.int64))
     state_x, state_s = (None, None) if state is None else map(_saveable, state)
     differentiable = (x, *weights.values(), state_x, state_s)
     checks.check_derivatives("rru_fast.refine", *differentiable)
@@ -158,9 +160,9 @@ def _may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
     return any(v is not None and unwrap(v).requires_grad for v in tensors)
 
 
-def _saveable(tensor: Tensor) -> Tensor:
+def _saveable(tensor: _T) -> _T:
     """Clone a tensor from inference mode, which autograd cannot save for a backward; return any other unchanged."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if tensor is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
@@ -225,9 +227,10 @@ def batch_hard_triplet(
     D_pos is an anchor's distance to its farthest positive, D_neg to its nearest negative, both among the features, the
     anchor itself included, or in a gallery. Ties go to the lowest index; an anchor without a positive, which takes a
     gallery, or without a negative has loss 0; coincident points have gradient 0. Hardest positives and negatives are
-    selected by matrix products; before Euclidean ones a large vector common to most candidates is subtracted, which
-    would cancel their digits. The two distances in the loss are computed from differences, for "cosine" of unit
-    vectors, so that small ones keep their digits.
+    selected by matrix products, up to rounding; before Euclidean ones a large vector common to most candidates is
+    subtracted, which would cancel their digits. The two distances in the loss are computed from differences, for
+    "cosine" of unit vectors, so that small ones keep their digits; but cosine distances that differ by less than the
+    rounding of 1, 1e-7 in fp32, may select one partner for the other.
 
     Args:
         features: anchors, (N, D) or (G, N, D); float64, float32, float16 or bfloat16. Not normalized before use.
@@ -310,6 +313,7 @@ def _batch_hard(
     checks.check_derivatives("rru_fast.batch_hard_triplet", features, gallery)
     if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
         labels, gallery_labels = labels.long(), gallery_labels.long()
+    labels, gallery, gallery_labels = _saveable(labels), _saveable(gallery), _saveable(gallery_labels)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
     found: tuple[Tensor, ...] = ops.batch_hard.batch_hard(
         features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend

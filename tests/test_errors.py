@@ -231,6 +231,10 @@ OF_OTHERS: Calls = {
     f"ValueError: backend: got ['auto'], wanted 'auto' or one of {USABLE}": lambda: refine(backend=["auto"]),
     f"ValueError: backend: got 'cuda', wanted 'auto' or one of {USABLE}: CUDA kernels are not part of version "
     f"{rru_fast.__version__}": lambda: triplet(backend="cuda"),
+    "ValueError: backend: got 'reference' for an operator's kernels in Python, wanted one of "
+    + ", ".join(map(repr, ops.strip_pool.KERNELS)): lambda: ops.strip_pool.strip_pool(
+        torch.randn(B, T, C, H, W), "reference"
+    ),
     "RuntimeError: rru_fast::strip_pool: got a backend whose second-order gradients are not implemented, wanted "
     "backend='reference'": second_order,
     "RuntimeError: rru_fast.strip_pool: got a backend whose forward-mode and torch.func derivatives are not "

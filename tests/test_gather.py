@@ -96,9 +96,9 @@ class Mined(TorchDispatchMode):
 
 
 def bank_and_low_precision(rank: int) -> dict[str, Any]:
-    """Return what is mined in a memory bank without gradients, and a loss in bfloat16 beside that of all in one."""
+    """Return what is mined in a memory bank without gradients, and a loss in bfloat16 next to that of all in one."""
     g = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(16, 6, generator=g).bfloat16(), torch.arange(16) // 4
+    features, labels = torch.randn(16, 6, generator=g).bfloat16(), (torch.arange(16) // 4).short()
     mine = slice(4 * rank, 4 + 12 * rank)
     leaf = features[mine].requires_grad_()
     with Mined() as mined:

@@ -196,6 +196,13 @@ def test_autograd_without_kernels_raises_the_errors_of_the_kernels(tmp_path: Pat
 
 
 @needs_kernels
+def test_autograd_without_kernels_passes_the_tests_of_the_kernels(tmp_path: Path) -> None:
+    run = "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/ops/test_autograd.py']))"
+    done = run_without_kernels(tmp_path, f"import sys; {run}")
+    assert done.returncode == 0, done.stdout
+
+
+@needs_kernels
 def test_a_program_exported_without_kernels_uses_them_where_available(tmp_path: Path) -> None:
     write = "x = maps(4), torch.tensor([0, 0, 1, 1]); program = torch.export.export(EveryOperator().eval(), x); "
     done = run_without_kernels(tmp_path, f"{write} torch.export.save(program, 'model.pt2')")

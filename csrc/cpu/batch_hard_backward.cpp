@@ -110,8 +110,9 @@ class Backward {
       Acc of_pair[2] = {d_d_pos_ ? d_d_pos_(group)[n] : Acc(0), d_d_neg_ ? d_d_neg_(group)[n] : Acc(0)};
       if (d_loss_) {
         const Acc gap = d_pos_(group)[n] - d_neg_(group)[n];
-        const Acc slope = soft_ ? 1 / (1 + std::exp(-gap)) : margin_ + gap <= 0 ? Acc(0) : Acc(1);
-        const Acc d_gap = d_loss_(group)[n] * slope;
+        const bool inactive = !soft_ && margin_ + gap <= 0;  // its gradient is 0 even if the loss's is not finite
+        const Acc slope = soft_ ? 1 / (1 + std::exp(-gap)) : Acc(1);
+        const Acc d_gap = inactive ? Acc(0) : d_loss_(group)[n] * slope;
         of_pair[0] += d_gap;
         of_pair[1] -= d_gap;
       }

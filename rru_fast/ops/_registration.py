@@ -42,7 +42,11 @@ def choose(kernels: dict[str, Kernels], backend: str, device: torch.device) -> K
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.
     """
-    return kernels[backends.choose(backend, device)]
+    name = backends.choose(backend, device)
+    if name not in kernels:  # past the public functions
+        wanted = ", ".join(map(repr, kernels))
+        raise ValueError(f"backend: got {backend!r} for an operator's kernels in Python, wanted one of {wanted}")
+    return kernels[name]
 
 
 class _Lazy:

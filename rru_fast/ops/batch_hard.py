@@ -30,10 +30,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     args, reduction, backend = unflatten(arguments, BatchHardArguments)
     with without_autocast(args.features):
         outputs = choose(KERNELS, backend, args.features.device).forward(_in_groups(args))
-        loss, *saved = (value.view(args.features.shape[:-1]) for value in flatten(outputs))
+        loss, *saved = (_reshaped(value, args.features.shape[:-1]) for value in flatten(outputs))
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
         return loss.to(args.features.dtype), *saved
+
+
+def _reshaped(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a fresh tensor in another shape, not as a view: users may change an operator's outputs in place."""
+    return value if value.shape == shape else torch.ops.aten._unsafe_view(value, shape)  # type: ignore[no-any-return]
 
 
 def _in_groups(args: BatchHardArguments) -> BatchHardArguments:
@@ -71,7 +76,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         kernels = choose(KERNELS, backend, args.features.device)
         gradients = kernels.backward(upstream, saved, grouped, BatchHardNeed(*need))
         d_features, d_gallery = (
-            args.features.new_empty(0) if d is None else d.view_as(v)
+            args.features.new_empty(0) if d is None else _reshaped(d, v.shape)
             for d, v in ((gradients.features, args.features), (gradients.gallery, args.gallery))
         )
     return d_features, d_gallery

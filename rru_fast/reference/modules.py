@@ -20,6 +20,7 @@ from rru_fast.checks import (
     check_features,
     check_flags,
     check_gallery,
+    check_integers,
     check_layer,
     check_loss,
     check_number,
@@ -256,11 +257,13 @@ class BatchHardTripletLoss(nn.Module):
         if gallery is None or gallery_labels is None:
             gallery, gallery_labels = features, labels
         check_gallery(gallery, features)
+        check_integers("labels", labels)
+        check_integers("gallery_labels", gallery_labels)
         gallery = gather_rows(gallery, gallery_counts, -2)
-        gallery_labels = gather_rows(gallery_labels, gallery_counts, -1)
+        labels, gallery_labels = labels.long(), gather_rows(gallery_labels.long(), gallery_counts, -1)
         count = features.shape[-2]
         if count == 0:  # take part, with the arguments' errors and in the backward, by an anchor that is dropped
-            features, labels = torch.cat((features, gallery[..., :1, :]), -2), gallery_labels[:1].to(labels.dtype)
+            features, labels = torch.cat((features, gallery[..., :1, :]), -2), gallery_labels[:1]
         own = torch.stack(self._distances(features, labels, gallery, gallery_labels))[..., :count]  # (2, ..., N)
         d_pos, d_neg = gather_rows(own, counts, -1)
         loss = reduce(loss_of_gap(d_pos - d_neg, self.margin), self.reduction)
