@@ -73,7 +73,8 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
             labels=StridedVector(labels, labels.stride(0)),
             gallery_labels=None if gallery_labels is None else StridedVector(gallery_labels, gallery_labels.stride(0)),
             ranked=ranked,
-            norms=norms,
+            inverse_norms=inverse_norms,
+            common=common,
             n=n,
             m=m,
             margin=args.margin,
@@ -85,9 +86,9 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
         return BatchHardOutputs(loss, d_pos, d_neg, positive, negative)
 
     with _device.on_device(features):
-        ranked, norms = None, None
+        ranked, inverse_norms, common = None, None, None
         if args.metric == "cosine":
-            norms = _norms(args)
+            inverse_norms, common = _inverse_norms(args)
             vectorized = vectorizable(features, 2) and vectorizable(args.candidates, 2)
         else:
             ranked = _subtract_common(args)
@@ -168,25 +169,27 @@ def _subtract_common(args: BatchHardArguments) -> Tensor:
     return ranked
 
 
-def _norms(args: BatchHardArguments) -> Tensor:
-    """Return the norms of features and gallery, (G, N + M)."""
+def _inverse_norms(args: BatchHardArguments) -> tuple[Tensor, Tensor]:
+    """Return the inverse norms of features and gallery, (G, N + M), and a unit vector near most candidates, (G, D)."""
     features = args.features
     groups, n, d = features.shape
     rows = _num_rows(args)
-    norms = features.new_empty((groups, rows), dtype=acc_dtype(features.dtype))
+    inverse_norms, common = (features.new_empty((groups, v), dtype=acc_dtype(features.dtype)) for v in (rows, d))
     _launch.launch(
-        kernels.norms_kernel,
-        (cdiv(rows, 4), groups),
-        norms=norms,
+        kernels.inverse_norms_kernel,
+        (cdiv(rows, 4) + 1, groups),
+        inverse_norms=inverse_norms,
+        common=common,
         **_rows(features, args.gallery),
         n=n,
         rows=rows,
         D=d,
         BLOCK_N=4,
-        BLOCK_K=min(512, next_power_of_2(d)),
+        BLOCK_K=min(256, next_power_of_2(d)),
         num_warps=4,
+        **ALL_REGISTERS,
     )
-    return norms
+    return inverse_norms, common
 
 
 def backward(
@@ -195,7 +198,7 @@ def backward(
     """Return the gradients, nonzero only for anchors with a gradient and their hardest positive and negative."""
     features, gallery = args.features, args.gallery
     groups, n, d = features.shape
-    columns = min(1024, next_power_of_2(d))
+    columns = min(512, next_power_of_2(d))
 
     def gather(like: Tensor, as_anchor: bool, as_partner: bool) -> Tensor:
         """Return the gradient of the rows of `like` as anchors or as partners or both."""
@@ -210,7 +213,7 @@ def backward(
             upstream=Upstream(*(None if v is None else StridedAnchors(v, *v.stride()) for v in flatten(upstream))),
             saved=Partners(*flatten(saved)),
             **_rows(features, gallery),
-            norms=norms,
+            inverse_norms=inverse_norms,
             partners=partners,
             choices=choices,
             n=n,
@@ -223,11 +226,12 @@ def backward(
             BLOCK_A=8,
             BLOCK_K=columns,
             num_warps=4,
+            **ALL_REGISTERS,
         )
         return gradient
 
     with _device.on_device(features):
-        norms = _norms(args) if args.metric == "cosine" else None
+        inverse_norms = _inverse_norms(args)[0] if args.metric == "cosine" else None
         return BatchHardGradients(
             features=gather(features, True, gallery is None) if need.features else None,
             gallery=gather(gallery, False, True) if need.gallery and gallery is not None else None,

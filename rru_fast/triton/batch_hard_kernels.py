@@ -1,4 +1,4 @@
-"""Kernels of `batch_hard_triplet`: norms or the common vector, mining and loss in one, and the gradient.
+"""Kernels of `batch_hard_triplet`: the common vector and norms, mining and loss in one, and the gradient.
 
 Rows of features and gallery are numbered in one sequence, the N features first; without a gallery the features are the
 candidates.
@@ -14,8 +14,8 @@ from rru_fast.triton._primitives import cast_rn, dot
 # Distances are sqrt(max(d2, FLOOR)). At the floor, up to rounding, their gradient is 0: coincident points have none.
 FLOOR = tl.constexpr(1e-12)
 AT_FLOOR = tl.constexpr(1e-6 * (1 + 1e-6))
-# Norm up to which a vector is scaled by 1 / SHORT in place of its inverse norm, as by F.normalize.
-SHORT = tl.constexpr(1e-12)
+# Limit of inverse norms: F.normalize divides by a norm of at least 1e-12. Vectors with a larger one are short.
+MAX_INVERSE = tl.constexpr(1e12)
 NO_INDEX = tl.constexpr(2**31 - 1)
 SEARCH_WIDTH = tl.constexpr(128)
 
@@ -65,16 +65,16 @@ def _load_both(features, gallery, group, i, k, n, rows, D: tl.constexpr):
 
 
 @triton.jit
-def _unit_scale(norm):
-    """Return the factor of vectors of these norms to unit vectors; a norm that overflowed gives 0, as F.normalize."""
-    return tl.where(norm <= SHORT, tl.full([1], 1 / SHORT, norm.dtype), 1.0 / norm)
+def _unit_scale(inverse):
+    """Return the factor of vectors to unit vectors as by F.normalize, from their inverse norms."""
+    return tl.where(inverse >= MAX_INVERSE, tl.full([1], MAX_INVERSE, inverse.dtype), inverse)
 
 
 @triton.jit
-def _unit_square(norm):
-    """Return the square norm of unit vectors: 1, but less if `norm` is SHORT, and 0 if it overflowed."""
-    v = norm * (1 / SHORT)
-    return tl.where(norm <= SHORT, v * v, tl.where(norm == float("inf"), 0.0, 1.0))
+def _unit_square(inverse):
+    """Return the square norm of unit vectors: 1, but less if the vector is short, and 0 if its norm overflowed."""
+    v = tl.full([1], MAX_INVERSE, inverse.dtype) / inverse
+    return tl.where(inverse >= MAX_INVERSE, v * v, tl.where(inverse == 0.0, 0.0, 1.0))
 
 
 @triton.jit
@@ -83,31 +83,9 @@ def _euclidean_distance(square):
 
 
 @triton.jit
-def _cosine_distance(square, norm_a, norm_b):
+def _cosine_distance(square, inverse_a, inverse_b):
     """Return 1 - cos from the square norm of the difference of unit vectors."""
-    return 0.5 * square + (1.0 - 0.5 * (_unit_square(norm_a) + _unit_square(norm_b)))
-
-
-@triton.jit
-def norms_kernel(
-    norms,  # (G, ROWS), out
-    features,  # StridedFeatures (G, N, D)
-    gallery,  # StridedFeatures (G, M, D), or None
-    n,
-    rows,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Compute the Euclidean norms of features and gallery, NaN for infinite features; a program has BLOCK_N rows."""
-    ACC: tl.constexpr = norms.dtype.element_ty
-    group = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    square = tl.zeros([BLOCK_N, BLOCK_K], ACC)
-    for k0 in range(0, D, BLOCK_K):
-        v = _load_both(features, gallery, group, i, k0 + tl.arange(0, BLOCK_K), n, rows, D).to(ACC)
-        square += v * v + 0.0 * v
-    tl.store(norms + group * rows + i, tl.sqrt(tl.sum(square, 1)), i < rows)
+    return 0.5 * square + (1.0 - 0.5 * (_unit_square(inverse_a) + _unit_square(inverse_b)))
 
 
 @triton.jit
@@ -138,6 +116,18 @@ def _median_and_range(p_group, row, column, n, k, D: tl.constexpr, ACC: tl.const
 
 
 @triton.jit
+def _common_squares(p_group, row, column, n, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Return the squares of `_median_and_range` of a group's candidates, of which there are n."""
+    square_median = tl.zeros([BLOCK_D], ACC)
+    square_range = tl.zeros([BLOCK_D], ACC)
+    for d0 in range(0, D, BLOCK_D):
+        b_median, b_range = _median_and_range(p_group, row, column, n, d0 + tl.arange(0, BLOCK_D), D, ACC)
+        square_median += b_median * b_median
+        square_range += b_range * b_range
+    return tl.sum(square_median), tl.sum(square_range)
+
+
+@triton.jit
 def subtract_common_kernel(
     ranked,  # (G, ROWS, D), out, contiguous
     features,  # StridedFeatures (G, N, D)
@@ -163,21 +153,57 @@ def subtract_common_kernel(
         candidates = gallery
         m = rows - n
     p_group = candidates.ptr + group * candidates.group
-    square_median = tl.zeros([BLOCK_D], ACC)
-    square_range = tl.zeros([BLOCK_D], ACC)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        b_median, b_range = _median_and_range(p_group, candidates.row, candidates.column, m, d, D, ACC)
-        square_median += b_median * b_median
-        square_range += b_range * b_range
+    square_median, square_range = _common_squares(p_group, candidates.row, candidates.column, m, D, BLOCK_D, ACC)
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     b_median, _ = _median_and_range(p_group, candidates.row, candidates.column, m, k, D, ACC)
-    common = tl.where(16 * tl.sum(square_range) < tl.sum(square_median), b_median, 0.0)
+    common = tl.where(16 * square_range < square_median, b_median, 0.0)
     v = _load_both(features, gallery, group, i, k, n, rows, D).to(ACC)
     v = v - common[None, :] + 0.0 * v  # makes infinite features NaN, and so their distances
     o = (group * rows + i[:, None]) * D + k[None, :]
     tl.store(ranked + o, cast_rn(v, ranked.dtype.element_ty), (i < rows)[:, None] & (k < D)[None, :])
+
+
+@triton.jit
+def inverse_norms_kernel(
+    inverse_norms,  # (G, ROWS), out
+    common,  # (G, D), out
+    features,  # StridedFeatures (G, N, D)
+    gallery,  # StridedFeatures (G, M, D), or None
+    n,
+    rows,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute the inverse Euclidean norms of features and gallery, and a unit vector near most candidates, or 0.
+
+    A program has BLOCK_N rows, and the last one the vector. Norms are NaN for infinite features; their inverse is 0
+    where the square overflows, as in F.normalize.
+    """
+    ACC: tl.constexpr = inverse_norms.dtype.element_ty
+    group = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) < tl.num_programs(0) - 1:
+        i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        square = tl.zeros([BLOCK_N, BLOCK_K], ACC)
+        for k0 in range(0, D, BLOCK_K):
+            v = _load_both(features, gallery, group, i, k0 + tl.arange(0, BLOCK_K), n, rows, D).to(ACC)
+            square += v * v + 0.0 * v
+        tl.store(inverse_norms + group * rows + i, 1.0 / tl.sqrt(tl.sum(square, 1)), i < rows)
+    else:
+        if gallery is None:
+            candidates = features
+            m = n
+        else:
+            candidates = gallery
+            m = rows - n
+        p_group = candidates.ptr + group * candidates.group
+        square_median, square_range = _common_squares(p_group, candidates.row, candidates.column, m, D, BLOCK_K, ACC)
+        dominates = (16 * square_range < square_median) & (square_median < float("inf"))
+        for d0 in range(0, D, BLOCK_K):
+            d = d0 + tl.arange(0, BLOCK_K)
+            b_median, _ = _median_and_range(p_group, candidates.row, candidates.column, m, d, D, ACC)
+            tl.store(common + group * D + d, tl.where(dominates, b_median / tl.sqrt(square_median), 0.0), d < D)
 
 
 @triton.jit
@@ -192,7 +218,8 @@ def batch_hard_fwd_kernel(
     labels,  # StridedVector (N,)
     gallery_labels,  # StridedVector (M,), with the gallery
     ranked,  # (G, ROWS, D), the common vector subtracted, for mining alone; None for cosine
-    norms,  # (G, ROWS), for cosine; or None
+    inverse_norms,  # (G, ROWS), for cosine; or None
+    common,  # (G, D), for cosine: subtracted from unit candidates for mining
     n,
     m,
     margin: tl.float64,
@@ -205,7 +232,9 @@ def batch_hard_fwd_kernel(
 ):
     """Mine the two partners and compute the loss; a program has BLOCK_M anchors of a group, against all candidates."""
     ACC: tl.constexpr = loss.dtype.element_ty
-    COSINE: tl.constexpr = norms is not None
+    COSINE: tl.constexpr = inverse_norms is not None
+    # Products of 16-bit operands are exact; their differences would not be.
+    CENTERED: tl.constexpr = COSINE and features.ptr.dtype.element_ty == ACC
     group = tl.program_id(1).to(tl.int64)
     if gallery is None:
         candidates = features
@@ -223,9 +252,10 @@ def batch_hard_fwd_kernel(
     m_a = a < n
     b_label = tl.load(labels.ptr + a.to(tl.int64) * labels.element, m_a, 0)
     if COSINE:
-        p_norms = norms + group * rows
-        a_norm = tl.load(p_norms + a, m_a, 1.0)
-        a_scale = _unit_scale(a_norm)
+        p_inverse = inverse_norms + group * rows
+        a_inverse = tl.load(p_inverse + a, m_a, 1.0)
+        a_scale = _unit_scale(a_inverse)
+        a_sign = tl.where(a_inverse > 0.0, -1.0, a_scale)
     else:
         p_ranked = ranked + group * rows * D
         p_ranked_candidates = ranked + (group * rows + first) * D
@@ -238,11 +268,15 @@ def batch_hard_fwd_kernel(
         m_b = b < m
         inner = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         square = tl.zeros([BLOCK_N], ACC)
+        if COSINE:
+            b_scale = _unit_scale(tl.load(p_inverse + first + b, m_b, 1.0))
         for k0 in range(0, D, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             if COSINE:
                 v = _load_rows(p_features, features.row, features.column, a, k, m_a, D)
                 w = _load_rows(p_candidates, candidates.row, candidates.column, b, k, m_b, D)
+                if CENTERED:
+                    w = w * b_scale[:, None] - tl.load(common + group * D + k, k < D, 0.0)[None, :]
             else:
                 v = _load_rows(p_ranked, D, 1, a, k, m_a, D)
                 w = _load_rows(p_ranked_candidates, D, 1, b, k, m_b, D)
@@ -250,11 +284,11 @@ def batch_hard_fwd_kernel(
             if not COSINE:
                 w = w.to(ACC)
                 square += tl.sum(w * w, 1)
-        # The distance's order, up to a constant of the anchor: |b|^2 - 2 ab, or -ab of unit vectors.
+        # The distance's order, up to a constant and a factor of the anchor: |b|^2 - 2 ab, or -ab of a unit vector b.
         if COSINE:
-            # Products of vectors whose norm overflows are 0, as of F.normalize; those of infinite vectors stay NaN.
-            inner = tl.where(tl.abs(inner) < float("inf"), inner, 0.0)
-            key = -inner * a_scale[:, None] * _unit_scale(tl.load(p_norms + first + b, m_b, 1.0))[None, :]
+            # Vectors whose norm overflows are 0 after F.normalize; those that are infinite are NaN.
+            inner = tl.where(tl.abs(inner) < float("inf"), inner, 0.0) * a_sign[:, None]
+            key = inner + 0.0 * b_scale[None, :] if CENTERED else inner * b_scale[None, :]
         else:
             key = square[None, :] - 2.0 * inner
         same = b_label[:, None] == tl.load(candidate_labels.ptr + b.to(tl.int64) * candidate_labels.element, m_b, 0)
@@ -269,10 +303,10 @@ def batch_hard_fwd_kernel(
     pos_square = tl.zeros([BLOCK_M], ACC)
     neg_square = tl.zeros([BLOCK_M], ACC)
     if COSINE:
-        pos_norm = tl.load(p_norms + first + i_farthest, m_pos, 1.0)
-        neg_norm = tl.load(p_norms + first + i_nearest, m_neg, 1.0)
-        pos_scale = _unit_scale(pos_norm)
-        neg_scale = _unit_scale(neg_norm)
+        pos_inverse = tl.load(p_inverse + first + i_farthest, m_pos, 1.0)
+        neg_inverse = tl.load(p_inverse + first + i_nearest, m_neg, 1.0)
+        pos_scale = _unit_scale(pos_inverse)
+        neg_scale = _unit_scale(neg_inverse)
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         v = _load_rows(p_features, features.row, features.column, a, k, m_a, D).to(ACC)
@@ -285,8 +319,8 @@ def batch_hard_fwd_kernel(
         pos_square += tl.sum((v - w) * (v - w), 1)
         neg_square += tl.sum((v - u) * (v - u), 1)
     if COSINE:
-        b_pos = _cosine_distance(pos_square, a_norm, pos_norm)
-        b_neg = _cosine_distance(neg_square, a_norm, neg_norm)
+        b_pos = _cosine_distance(pos_square, a_inverse, pos_inverse)
+        b_neg = _cosine_distance(neg_square, a_inverse, neg_inverse)
     else:
         b_pos = _euclidean_distance(pos_square)
         b_neg = _euclidean_distance(neg_square)
@@ -337,21 +371,21 @@ def _pairs(upstream, saved, group, a, m_a, n, margin, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _distance_gradient(v, w, p_norms, i_v, i_w, m_row, distance, weight, COSINE: tl.constexpr):
+def _distance_gradient(v, w, p_inverse, i_v, i_w, m_row, distance, weight, COSINE: tl.constexpr):
     """Return `weight` times the gradient of the distances of rows v to rows w, [R, K], in v; 0 outside of m_row.
 
     Args:
-        p_norms: norms of the group, if COSINE.
+        p_inverse: inverse norms of the group, if COSINE.
         i_v, i_w: rows' numbers among them.
         distance, weight: [R].
     """
     if COSINE:
-        v_norm = tl.load(p_norms + i_v)
-        v_scale = _unit_scale(v_norm)
+        v_inverse = tl.load(p_inverse + i_v)
+        v_scale = _unit_scale(v_inverse)
         v = v * v_scale[:, None]
-        w = w * _unit_scale(tl.load(p_norms + i_w, m_row, 1.0))[:, None]
+        w = w * _unit_scale(tl.load(p_inverse + i_w, m_row, 1.0))[:, None]
         # A short vector is scaled by a constant, so its gradient is -w, without the projection.
-        along = tl.where(v_norm <= SHORT, 1.0, distance)
+        along = tl.where(v_inverse >= MAX_INVERSE, 1.0, distance)
         d_v = ((v - w) - along[:, None] * v) * (weight * v_scale)[:, None]
     else:
         d_v = (v - w) * tl.where(distance <= AT_FLOOR, 0.0, weight / distance)[:, None]  # keeps a NaN
@@ -380,7 +414,7 @@ def batch_hard_bwd_kernel(
     saved,  # Partners
     features,  # StridedFeatures (G, N, D), the anchors
     gallery,  # StridedFeatures (G, M, D), or None
-    norms,  # (G, ROWS), for cosine; or None
+    inverse_norms,  # (G, ROWS), for cosine; or None
     partners,  # (G, 2 N), sorted: each anchor's positive and negative; or None
     choices,  # (G, 2 N): anchors that selected these as positive, and N + those that did as negative; or None
     n,
@@ -398,7 +432,7 @@ def batch_hard_bwd_kernel(
     Without `choices`, all anchors are scanned for those that selected the row.
     """
     ACC: tl.constexpr = saved.d_pos.dtype.element_ty
-    COSINE: tl.constexpr = norms is not None
+    COSINE: tl.constexpr = inverse_norms is not None
     group = tl.program_id(1).to(tl.int64)
     if gallery is None:
         candidates = features
@@ -410,9 +444,9 @@ def batch_hard_bwd_kernel(
         rows = n + m
     p_features = features.ptr + group * features.group
     p_candidates = candidates.ptr + group * candidates.group
-    p_norms = norms
+    p_inverse = inverse_norms
     if COSINE:
-        p_norms += group * rows
+        p_inverse += group * rows
     i = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     there = tl.full([1], True, tl.int1)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -423,9 +457,9 @@ def batch_hard_bwd_kernel(
         i_pos = tl.load(saved.positive + group * n + i)
         i_neg = tl.load(saved.negative + group * n + i)
         w = _load_rows(p_candidates, candidates.row, candidates.column, i_pos, k, i_pos >= 0, D).to(ACC)
-        acc += _distance_gradient(v, w, p_norms, i, first + i_pos, i_pos >= 0, b_pos, to_pos, COSINE)
+        acc += _distance_gradient(v, w, p_inverse, i, first + i_pos, i_pos >= 0, b_pos, to_pos, COSINE)
         w = _load_rows(p_candidates, candidates.row, candidates.column, i_neg, k, i_neg >= 0, D).to(ACC)
-        acc += _distance_gradient(v, w, p_norms, i, first + i_neg, i_neg >= 0, b_neg, to_neg, COSINE)
+        acc += _distance_gradient(v, w, p_inverse, i, first + i_neg, i_neg >= 0, b_neg, to_neg, COSINE)
     if AS_PARTNER:
         v = _load_rows(p_candidates, candidates.row, candidates.column, i, k, there, D).to(ACC)
         p_positive = saved.positive + group * n
@@ -446,12 +480,12 @@ def batch_hard_bwd_kernel(
             else:
                 choice = tl.load(choices + group * (2 * n) + choice, m_e, 0)
             if tl.sum(m_e.to(tl.int32)) > 0:
-                a = choice % n
+                a = tl.where(choice < n, choice, choice - n)
                 b_anchor = _load_rows(p_features, features.row, features.column, a, k, m_e, D).to(ACC)
                 d_pos, d_neg, as_pos, as_neg = _pairs(upstream, saved, group, a, m_e, n, margin, SOFT)
                 distance = tl.where(choice < n, d_pos, d_neg)
                 weight = tl.where(choice < n, as_pos, as_neg)
-                d_e = _distance_gradient(v, b_anchor, p_norms, first + i, a, m_e, distance, weight, COSINE)
+                d_e = _distance_gradient(v, b_anchor, p_inverse, first + i, a, m_e, distance, weight, COSINE)
                 acc += tl.sum(d_e, 0)[None, :]
     count = n if AS_ANCHOR else m
     o = (group * count + i[:, None]) * D + k[None, :]

@@ -15,6 +15,7 @@ interpreted = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_
 
 SORT = ["cat", "sort"]
 GATHER = "batch_hard_bwd_kernel"
+NORMS = "inverse_norms_kernel"
 
 
 def launches(metric: str, n: int, m: int, need: BatchHardNeed, groups: int = 8) -> tuple[list[str], list[str]]:
@@ -36,12 +37,14 @@ def launches(metric: str, n: int, m: int, need: BatchHardNeed, groups: int = 8) 
 
 
 @pytest.mark.parametrize("m", [0, 50])
-@pytest.mark.parametrize(("metric", "first"), [("euclidean", "subtract_common_kernel"), ("cosine", "norms_kernel")])
+@pytest.mark.parametrize(
+    ("metric", "first"), [("euclidean", "subtract_common_kernel"), ("cosine", "inverse_norms_kernel")]
+)
 def test_a_forward_takes_two_launches_and_a_small_backward_one_per_gradient(metric: str, first: str, m: int) -> None:
     forward, backward = launches(metric, 20, m, BatchHardNeed(True, m > 0))
     assert forward == [first, "batch_hard_fwd_kernel"]
     gathers = [GATHER, GATHER] if m else [GATHER]
-    assert backward == (["norms_kernel", *gathers] if metric == "cosine" else gathers)
+    assert backward == (["inverse_norms_kernel", *gathers] if metric == "cosine" else gathers)
 
 
 def test_only_the_gradient_of_many_anchors_partners_takes_a_sort() -> None:
