@@ -18,6 +18,8 @@ namespace {
 
 // Positions per task, over as many channels as have them: their maps of one frame fit the first-level cache.
 constexpr int64_t kPositionsPerTask = 2048;
+// An element takes as long as so many multiplications of a matrix product.
+constexpr int64_t kWork = 8;
 
 // Calls body(clip, c0, c1) in parallel for each clip and block of channels.
 template <typename F>
@@ -87,12 +89,14 @@ Tensor backward(const Tensor& d_strips, int64_t frames, int64_t width) {
 
 Tensor strip_pool(const Tensor& s) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, s.scalar_type(), "strip_pool", [&] { return forward<scalar_t>(s); });
+      at::kHalf, at::kBFloat16, s.scalar_type(), "strip_pool",
+      [&] { return with_threads_for(kWork * s.numel(), [&] { return forward<scalar_t>(s); }); });
 }
 
 Tensor strip_pool_backward(const Tensor& d_strips, int64_t frames, int64_t width) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, d_strips.scalar_type(), "strip_pool_backward", [&] {
-    return backward<scalar_t>(d_strips, frames, width);
+    const int64_t work = kWork * d_strips.numel() * frames * width;
+    return with_threads_for(work, [&] { return backward<scalar_t>(d_strips, frames, width); });
   });
 }
 
