@@ -32,55 +32,47 @@ class Forward {
 
  public:
   explicit Forward(const BatchHardArguments& a)
-      : G_(a.features.size(0)),
-        N_(a.features.size(1)),
-        M_(a.candidates().size(1)),
-        D_(a.features.size(2)),
-        panels_(panels_of(M_)),
-        anchor_panels_(a.gallery ? panels_of(N_) : 0),
+      : batch_(a),
+        panels_(panels_of(batch_.M)),
+        anchor_panels_(a.gallery ? panels_of(batch_.N) : 0),
         margin_(static_cast<Acc>(a.margin)),
         soft_(a.soft),
-        cosine_(a.cosine),
-        features_(a.features),
-        gallery_(a.gallery ? std::make_optional<Features<Acc>>(*a.gallery) : std::nullopt),
-        candidates_(gallery_ ? *gallery_ : features_),
-        norms_(cosine_ ? features_.norms() : Array<Acc>()),
-        candidate_norms_(cosine_ && gallery_ ? gallery_->norms() : norms_),
         codes_(a, panels_ * kN),
-        loss_(Array<Acc>::empty({G_, N_})),
-        d_pos_(Array<Acc>::empty({G_, N_})),
-        d_neg_(Array<Acc>::empty({G_, N_})),
-        positive_(Array<int64_t>::empty({G_, N_})),
-        negative_(Array<int64_t>::empty({G_, N_})) {}
+        loss_(Array<Acc>::empty({batch_.G, batch_.N})),
+        d_pos_(Array<Acc>::empty({batch_.G, batch_.N})),
+        d_neg_(Array<Acc>::empty({batch_.G, batch_.N})),
+        positive_(Array<int64_t>::empty({batch_.G, batch_.N})),
+        negative_(Array<int64_t>::empty({batch_.G, batch_.N})) {}
 
   BatchHardOutputs run() const {
     const int64_t threads = at::get_num_threads(), all_panels = panels_ + anchor_panels_;
-    const int64_t size = candidate_elements() + anchor_panels_ * D_ * kN;
-    if (N_ <= kAnchorsPerTask && (G_ >= threads || G_ * N_ * M_ * D_ <= kGrain)) {
+    const int64_t size = candidate_elements() + anchor_panels_ * batch_.D * kN;
+    const int64_t per_group = batch_.N * batch_.M * batch_.D;  // multiplications
+    if (batch_.N <= kAnchorsPerTask && (batch_.G >= threads || batch_.G * per_group <= kGrain)) {
       // One task per group: each thread packs into panels of its own, which stay in its cache.
-      at::parallel_for(0, G_, std::max<int64_t>(1, kGrain / (N_ * M_ * D_)), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, batch_.G, std::max<int64_t>(1, kGrain / per_group), [&](int64_t begin, int64_t end) {
         const auto panels = Array<Acc>::empty({size});
-        std::vector<Acc> shared(D_);
+        std::vector<Acc> shared(batch_.D);
         for (int64_t group = begin; group < end; group++) {
           find_shared(group, shared.data());
           for (int64_t i = 0; i < all_panels; i++) {
             pack_one(group, i, shared.data(), panels());
           }
-          mine(group, 0, N_, panels());
+          mine(group, 0, batch_.N, panels());
         }
       });
     } else {
-      const Array<Acc> panels = Array<Acc>::empty({G_, size}), shared = Array<Acc>::empty({G_, D_});
-      parallel(G_, [&](int64_t group) { find_shared(group, shared(group)); });
-      parallel(G_ * all_panels, [&](int64_t i) {
+      const Array<Acc> panels = Array<Acc>::empty({batch_.G, size}), shared = Array<Acc>::empty({batch_.G, batch_.D});
+      parallel(batch_.G, [&](int64_t group) { find_shared(group, shared(group)); });
+      parallel(batch_.G * all_panels, [&](int64_t i) {
         const int64_t group = i / all_panels;
         pack_one(group, i % all_panels, shared(group), panels(group));
       });
-      const int64_t share = round_up((G_ * N_ + threads - 1) / threads, kAnchors);
-      const int64_t anchors = std::min(share, kAnchorsPerTask), tasks = (N_ + anchors - 1) / anchors;
-      parallel(G_ * tasks, [&](int64_t i) {
+      const int64_t share = round_up((batch_.G * batch_.N + threads - 1) / threads, kAnchors);
+      const int64_t anchors = std::min(share, kAnchorsPerTask), tasks = (batch_.N + anchors - 1) / anchors;
+      parallel(batch_.G * tasks, [&](int64_t i) {
         const int64_t group = i / tasks, a0 = i % tasks * anchors;
-        mine(group, a0, std::min(N_, a0 + anchors), panels(group));
+        mine(group, a0, std::min(batch_.N, a0 + anchors), panels(group));
       });
     }
     return {
@@ -100,38 +92,41 @@ class Forward {
   // A group has the candidates' panels (panels, D, kN), their offsets (panels, kN), and with a gallery the anchors'
   // panels.
   int64_t candidate_elements() const {
-    return panels_ * (D_ + 1) * kN;
+    return panels_ * (batch_.D + 1) * kN;
   }
 
   void find_shared(int64_t group, Acc* shared) const {
-    if (!cosine_) {
-      find_shared_vector(candidates_, group, shared);
+    if (!batch_.cosine) {
+      find_shared_vector(batch_.candidates, group, shared);
     }
   }
 
   void pack_one(int64_t group, int64_t i, const Acc* shared, Acc* panels) const {
     if (i < panels_) {
-      const Acc* norms = cosine_ ? candidate_norms_(group) : nullptr;
-      Acc* offsets = panels + panels_ * D_ * kN + i * kN;
-      pack<Acc>(candidates_, group, i * kN, shared, norms, panels + i * D_ * kN, offsets);
+      const Acc* norms = batch_.cosine ? batch_.candidate_norms(group) : nullptr;
+      Acc* offsets = panels + panels_ * batch_.D * kN + i * kN;
+      pack<Acc>(batch_.candidates, group, i * kN, shared, norms, panels + i * batch_.D * kN, offsets);
     } else {
       const int64_t n = i - panels_;
-      const Acc* norms = cosine_ ? norms_(group) : nullptr;
-      pack<Acc>(features_, group, n * kN, shared, norms, panels + candidate_elements() + n * D_ * kN, nullptr);
+      const Acc* norms = batch_.cosine ? batch_.norms(group) : nullptr;
+      Acc* panel = panels + candidate_elements() + n * batch_.D * kN;
+      pack<Acc>(batch_.anchors, group, n * kN, shared, norms, panel, nullptr);
     }
   }
 
   // The partners of anchors a0 to a1 among all candidates of the group, given its panels, and their losses.
   void mine(int64_t group, int64_t a0, int64_t a1, const Acc* panels) const {
     std::vector<HardestPartners<Acc>> hardest(a1 - a0);
-    const Acc *offsets = panels + panels_ * D_ * kN, *anchors = gallery_ ? panels + candidate_elements() : panels;
+    const Acc* offsets = panels + panels_ * batch_.D * kN;
+    const Acc* anchors = batch_.gallery ? panels + candidate_elements() : panels;
     const auto* codes = codes_.candidates();
     alignas(64) Acc products[kAnchors * kN];
     for (int64_t j = 0; j < panels_; j++) {
       for (int64_t a = a0; a < a1; a += kAnchors) {
-        multiply_tile(D_, anchors + a / kN * D_ * kN + a % kN, panels + j * D_ * kN, products);
+        multiply_tile(batch_.D, anchors + a / kN * batch_.D * kN + a % kN, panels + j * batch_.D * kN, products);
         for (int64_t i = a; i < std::min(a1, a + kAnchors); i++) {
-          hardest[i - a0].add(products + (i - a) * kN, offsets + j * kN, codes + j * kN, codes_.anchor(i), j, cosine_);
+          hardest[i - a0].add(
+              products + (i - a) * kN, offsets + j * kN, codes + j * kN, codes_.anchor(i), j, batch_.cosine);
         }
       }
     }
@@ -161,18 +156,18 @@ class Forward {
     if (partner.rank != partner.rank) {
       return partner.rank;
     }
-    const Acc *x = features_.row(group, a), *y = candidates_.row(group, partner.index);
-    if (!cosine_) {
-      const Acc square = sum_over_row<Acc>(D_, [&](Vec sum, int64_t d, int64_t count) {
+    const Acc *x = batch_.anchors.row(group, a), *y = batch_.candidates.row(group, partner.index);
+    if (!batch_.cosine) {
+      const Acc square = sum_over_row<Acc>(batch_.D, [&](Vec sum, int64_t d, int64_t count) {
         const Vec difference = Vec::loadu(x + d, count) - Vec::loadu(y + d, count);
         return at::vec::fmadd(difference, difference, sum);
       });
       return std::sqrt(square < kMinDistance2 ? static_cast<Acc>(kMinDistance2) : square);
     }
     // 1 - cos(x, y) from the difference of unit vectors keeps the digits of near parallel ones.
-    const Length<Acc> of_x(norms_(group)[a]), of_y(candidate_norms_(group)[partner.index]);
+    const Length<Acc> of_x(batch_.norms(group)[a]), of_y(batch_.candidate_norms(group)[partner.index]);
     const Vec scale_x(of_x.inverse), scale_y(of_y.inverse);
-    const Acc square = sum_over_row<Acc>(D_, [&](Vec sum, int64_t d, int64_t count) {
+    const Acc square = sum_over_row<Acc>(batch_.D, [&](Vec sum, int64_t d, int64_t count) {
       const Vec difference = Vec::loadu(x + d, count) * scale_x - Vec::loadu(y + d, count) * scale_y;
       return at::vec::fmadd(difference, difference, sum);
     });
@@ -187,14 +182,10 @@ class Forward {
     return x > 20 ? x : std::log1p(std::exp(x));  // with torch's threshold
   }
 
-  const int64_t G_, N_, M_, D_;           // groups, anchors, candidates, width
+  const Batch<Acc> batch_;
   const int64_t panels_, anchor_panels_;  // of the candidates; of the anchors, if they are not the candidates
   const Acc margin_;
-  const bool soft_, cosine_;
-  const Features<Acc> features_;
-  const std::optional<Features<Acc>> gallery_;
-  const Features<Acc>& candidates_;
-  const Array<Acc> norms_, candidate_norms_;  // (G, N), (G, M); for cosine only
+  const bool soft_;
   const LabelCodes<Acc> codes_;
   const Array<Acc> loss_, d_pos_, d_neg_;     // (G, N)
   const Array<int64_t> positive_, negative_;  // (G, N)

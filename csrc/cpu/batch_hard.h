@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "array.h"
 #include "kernels.h"
@@ -88,6 +89,30 @@ class Features {
   const Tensor tensor_;
   const Acc* const data_;
   const int64_t group_stride_, row_stride_;
+};
+
+// The features of one call, G groups (strips) of N anchors and M candidates of width D, and their norms for cosine.
+template <typename Acc>
+struct Batch {
+  const int64_t G, N, M, D;
+  const bool cosine;
+  const Features<Acc> anchors;
+  const std::optional<Features<Acc>> gallery;
+  const Features<Acc>& candidates;          // the gallery, or the anchors themselves
+  const Array<Acc> norms, candidate_norms;  // (G, N), (G, M); for cosine only
+
+  explicit Batch(const BatchHardArguments& a)
+      : G(a.features.size(0)),
+        N(a.features.size(1)),
+        M(a.candidates().size(1)),
+        D(a.features.size(2)),
+        cosine(a.cosine),
+        anchors(a.features),
+        gallery(a.gallery ? std::make_optional<Features<Acc>>(*a.gallery) : std::nullopt),
+        candidates(gallery ? *gallery : anchors),
+        norms(cosine ? anchors.norms() : Array<Acc>()),
+        candidate_norms(cosine && gallery ? gallery->norms() : norms) {}
+  Batch(const Batch&) = delete;  // `candidates` refers to another member
 };
 
 // A vector's length and what follows from it for the cosine. Vectors shorter than kMinNorm do not reach length 1, and

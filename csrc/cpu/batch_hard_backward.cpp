@@ -23,23 +23,13 @@ namespace {
 template <typename T>
 class Backward {
   using Acc = at::opmath_type<T>;
-  using Vec = at::vec::Vectorized<Acc>;
   static constexpr int64_t kGrain = 8192;  // elements; fewer are not worth a thread
 
  public:
   Backward(const BatchHardUpstream& upstream, const BatchHardSaved& saved, const BatchHardArguments& a)
-      : G_(a.features.size(0)),
-        N_(a.features.size(1)),
-        M_(a.candidates().size(1)),
-        D_(a.features.size(2)),
+      : batch_(a),
         margin_(static_cast<Acc>(a.margin)),
         soft_(a.soft),
-        cosine_(a.cosine),
-        features_(a.features),
-        gallery_(a.gallery ? std::make_optional<Features<Acc>>(*a.gallery) : std::nullopt),
-        candidates_(gallery_ ? *gallery_ : features_),
-        norms_(cosine_ ? features_.norms() : Array<Acc>()),
-        candidate_norms_(cosine_ && gallery_ ? gallery_->norms() : norms_),
         d_loss_(upstream.d_loss ? Array<const Acc>(*upstream.d_loss) : Array<const Acc>()),
         d_d_pos_(upstream.d_d_pos ? Array<const Acc>(*upstream.d_d_pos) : Array<const Acc>()),
         d_d_neg_(upstream.d_d_neg ? Array<const Acc>(*upstream.d_d_neg) : Array<const Acc>()),
@@ -47,13 +37,13 @@ class Backward {
         d_neg_(saved.d_neg),
         positive_(saved.positive),
         negative_(saved.negative),
-        weights_(G_ * N_ * 2),
-        starts_(G_ * (M_ + 1)),
-        pairs_(G_ * N_ * 2) {}
+        weights_(batch_.G * batch_.N * 2),
+        starts_(batch_.G * (batch_.M + 1)),
+        pairs_(batch_.G * batch_.N * 2) {}
 
   BatchHardGradients run(BatchHardNeed need) {
-    const bool of_candidates = gallery_ ? need.gallery : need.features;
-    at::parallel_for(0, G_, std::max<int64_t>(1, kGrain / N_), [&](int64_t begin, int64_t end) {
+    const bool of_candidates = batch_.gallery ? need.gallery : need.features;
+    at::parallel_for(0, batch_.G, std::max<int64_t>(1, kGrain / batch_.N), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; group++) {
         weigh_pairs(group);
         if (of_candidates) {
@@ -63,15 +53,16 @@ class Backward {
     });
     BatchHardGradients gradients;
     if (need.features) {
-      gradients.features = sum_rows(N_, [&](int64_t group, int64_t n, Acc* sum) {
+      gradients.features = sum_rows(batch_.N, [&](int64_t group, int64_t n, Acc* sum) {
         add_own_pairs(group, n, sum);
-        if (!gallery_) {
+        if (!batch_.gallery) {
           add_chosen_pairs(group, n, sum);
         }
       });
     }
-    if (need.gallery && gallery_) {
-      gradients.gallery = sum_rows(M_, [&](int64_t group, int64_t m, Acc* sum) { add_chosen_pairs(group, m, sum); });
+    if (need.gallery && batch_.gallery) {
+      gradients.gallery =
+          sum_rows(batch_.M, [&](int64_t group, int64_t m, Acc* sum) { add_chosen_pairs(group, m, sum); });
     }
     return gradients;
   }
@@ -80,13 +71,13 @@ class Backward {
   // The gradient (G, size, D) whose rows `add` sums up.
   template <typename F>
   Tensor sum_rows(int64_t size, const F& add) const {
-    const auto gradient = Array<T>::empty({G_, size, D_});
-    at::parallel_for(0, G_ * size, std::max<int64_t>(1, kGrain / D_), [&](int64_t begin, int64_t end) {
-      std::vector<Acc> sum(round_up(D_, kMaxRow));
+    const auto gradient = Array<T>::empty({batch_.G, size, batch_.D});
+    at::parallel_for(0, batch_.G * size, std::max<int64_t>(1, kGrain / batch_.D), [&](int64_t begin, int64_t end) {
+      std::vector<Acc> sum(round_up(batch_.D, kMaxRow));
       for (int64_t i = begin; i < end; i++) {
-        std::fill_n(sum.data(), D_, Acc(0));
+        std::fill_n(sum.data(), batch_.D, Acc(0));
         add(i / size, i % size, sum.data());
-        store(sum.data(), D_, gradient(i / size, i % size));
+        store(sum.data(), batch_.D, gradient(i / size, i % size));
       }
     });
     return gradient.tensor();
@@ -97,7 +88,7 @@ class Backward {
     return (pair % 2 == 0 ? positive_ : negative_)(group)[pair / 2];
   }
   Acc weight(int64_t group, int64_t pair) const {
-    return weights_[group * 2 * N_ + pair];
+    return weights_[group * 2 * batch_.N + pair];
   }
   Acc distance(int64_t group, int64_t pair) const {
     return (pair % 2 == 0 ? d_pos_ : d_neg_)(group)[pair / 2];
@@ -105,8 +96,8 @@ class Backward {
 
   // Stores the gradient of each pair's distance, 0 without a partner, for the Euclidean metric over the distance.
   void weigh_pairs(int64_t group) {
-    Acc* weights = &weights_[group * 2 * N_];
-    for (int64_t n = 0; n < N_; n++) {
+    Acc* weights = &weights_[group * 2 * batch_.N];
+    for (int64_t n = 0; n < batch_.N; n++) {
       Acc of_pair[2] = {d_d_pos_ ? d_d_pos_(group)[n] : Acc(0), d_d_neg_ ? d_d_neg_(group)[n] : Acc(0)};
       if (d_loss_) {
         const Acc gap = d_pos_(group)[n] - d_neg_(group)[n];
@@ -118,7 +109,7 @@ class Backward {
       }
       for (int64_t i = 0; i < 2; i++) {
         const Acc length = distance(group, 2 * n + i);
-        if (!cosine_) {
+        if (!batch_.cosine) {
           of_pair[i] *= (length > kMinDistance ? Acc(1) : Acc(0)) / length;
         }
         weights[2 * n + i] = partner(group, 2 * n + i) < 0 ? Acc(0) : of_pair[i];
@@ -129,9 +120,9 @@ class Backward {
   // Lists the group's pairs with a nonzero or NaN weight by candidate: those of candidate m are from starts[m] to
   // starts[m + 1].
   void list_pairs(int64_t group) {
-    int64_t *starts = &starts_[group * (M_ + 1)], *pairs = &pairs_[group * 2 * N_];
+    int64_t *starts = &starts_[group * (batch_.M + 1)], *pairs = &pairs_[group * 2 * batch_.N];
     const auto each_pair = [&](const auto& visit) {
-      for (int64_t pair = 0; pair < 2 * N_; pair++) {
+      for (int64_t pair = 0; pair < 2 * batch_.N; pair++) {
         if (weight(group, pair) != 0) {
           visit(pair, partner(group, pair));
         }
@@ -139,7 +130,7 @@ class Backward {
     };
     each_pair([&](int64_t, int64_t m) { starts[m]++; });
     int64_t end = 0;
-    for (int64_t m = 0; m <= M_; m++) {
+    for (int64_t m = 0; m <= batch_.M; m++) {
       end += starts[m];
       starts[m] = end;
     }
@@ -153,20 +144,28 @@ class Backward {
       if (weight(group, pair) != 0) {
         const int64_t m = partner(group, pair);
         add_pair(
-            group, pair, features_.row(group, n), norms_ ? norms_(group)[n] : Acc(1), candidates_.row(group, m),
-            norms_ ? candidate_norms_(group)[m] : Acc(1), sum);
+            group, pair, batch_.anchors.row(group, n), anchor_norm(group, n), batch_.candidates.row(group, m),
+            candidate_norm(group, m), sum);
       }
     }
   }
 
   void add_chosen_pairs(int64_t group, int64_t m, Acc* sum) const {
-    const int64_t* starts = &starts_[group * (M_ + 1)];
+    const int64_t* starts = &starts_[group * (batch_.M + 1)];
     for (int64_t i = starts[m + 1] - 1; i >= starts[m]; i--) {
-      const int64_t pair = pairs_[group * 2 * N_ + i], n = pair / 2;
+      const int64_t pair = pairs_[group * 2 * batch_.N + i], n = pair / 2;
       add_pair(
-          group, pair, candidates_.row(group, m), norms_ ? candidate_norms_(group)[m] : Acc(1), features_.row(group, n),
-          norms_ ? norms_(group)[n] : Acc(1), sum);
+          group, pair, batch_.candidates.row(group, m), candidate_norm(group, m), batch_.anchors.row(group, n),
+          anchor_norm(group, n), sum);
     }
+  }
+
+  // Read for cosine only.
+  Acc anchor_norm(int64_t group, int64_t n) const {
+    return batch_.norms ? batch_.norms(group)[n] : Acc(1);
+  }
+  Acc candidate_norm(int64_t group, int64_t m) const {
+    return batch_.norms ? batch_.candidate_norms(group)[m] : Acc(1);
   }
 
   // sum (D,) += the gradient of one of a pair's features: weight (self - other), or for cosine, with unit vectors,
@@ -174,8 +173,8 @@ class Backward {
   void add_pair(
       int64_t group, int64_t pair, const Acc* self, Acc self_norm, const Acc* other, Acc other_norm, Acc* sum) const {
     const Acc w = weight(group, pair);
-    if (!cosine_) {
-      for (int64_t d = 0; d < D_; d++) {
+    if (!batch_.cosine) {
+      for (int64_t d = 0; d < batch_.D; d++) {
         sum[d] += w * (self[d] - other[d]);
       }
       return;
@@ -183,24 +182,20 @@ class Backward {
     const Length<Acc> length(self_norm);
     const Acc unit = length.projected ? length.inverse : Acc(0), other_unit = Length<Acc>(other_norm).inverse;
     const Acc along = distance(group, pair), scale = w * length.inverse;
-    for (int64_t d = 0; d < D_; d++) {
+    for (int64_t d = 0; d < batch_.D; d++) {
       const Acc own = self[d] * unit;
       sum[d] += scale * (own - other[d] * other_unit - along * own);
     }
   }
 
-  const int64_t G_, N_, M_, D_;
+  const Batch<Acc> batch_;
   const Acc margin_;
-  const bool soft_, cosine_;
-  const Features<Acc> features_;
-  const std::optional<Features<Acc>> gallery_;
-  const Features<Acc>& candidates_;
-  const Array<Acc> norms_, candidate_norms_;              // (G, N), (G, M); for cosine only
-  const Array<const Acc> d_loss_, d_d_pos_, d_d_neg_;     // (G, N), or none
-  const Array<const Acc> d_pos_, d_neg_;                  // (G, N)
-  const Array<const int64_t> positive_, negative_;        // (G, N)
-  std::vector<Acc> weights_;                              // (G, 2 N), of the pairs
-  std::vector<int64_t> starts_, pairs_;                   // (G, M + 1), (G, 2 N)
+  const bool soft_;
+  const Array<const Acc> d_loss_, d_d_pos_, d_d_neg_;  // (G, N), or none
+  const Array<const Acc> d_pos_, d_neg_;               // (G, N)
+  const Array<const int64_t> positive_, negative_;     // (G, N)
+  std::vector<Acc> weights_;                           // (G, 2 N), of the pairs
+  std::vector<int64_t> starts_, pairs_;                // (G, M + 1), (G, 2 N)
 };
 
 }  // namespace
