@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -149,3 +150,23 @@ def _fork_after_use(backend: str) -> None:
         for name, value in wanted.items():
             assert torch.equal(torch.from_numpy(got[name]), value), name
             assert torch.equal(again[name], value), name
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_small_calls_start_no_threads_and_large_ones_do() -> None:
+    script = """
+import os, torch, rru_fast
+torch.set_num_threads(2)
+def threads(clips, channels):
+    unit = rru_fast.RRU(channels, (4, 4), hidden=16)
+    x = torch.ones(clips, 3, channels, 4, 4, requires_grad=True)
+    (unit(x).strips + rru_fast.strip_pool(x)).sum().backward()
+    features = torch.randn(clips, channels, requires_grad=True)
+    rru_fast.batch_hard_triplet(features, torch.arange(clips) // 2).backward()
+    return len(os.listdir("/proc/self/task"))
+before = len(os.listdir("/proc/self/task"))
+print(threads(4, 8) - before, threads(64, 512) - before > 0)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "True"], done.stderr
