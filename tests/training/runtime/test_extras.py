@@ -31,8 +31,13 @@ def without(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-# They need torch, triton, numpy and pytest, which no extra brings together.
-WITHOUT_EXTRA = ("benchmarks.gpu.__main__", "benchmarks.gpu.sanitizer", "benchmarks.host_time")
+# They need torch, triton, numpy and pytest, which no extra brings together, or, the last, torch and the library alone.
+WITHOUT_EXTRA = (
+    "benchmarks.gpu.__main__",
+    "benchmarks.gpu.sanitizer",
+    "benchmarks.host_time",
+    "benchmarks.implementations.floors",
+)
 
 
 def module_of(path: Path) -> str:
