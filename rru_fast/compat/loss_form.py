@@ -24,8 +24,9 @@ KINDS: dict[Kind, Callable[[Tensor, float], Tensor]] = {  # loss of gap = D_pos 
 }
 NORMS: dict[Norm, Callable[[Tensor], Tensor]] = {  # features (N, D) as their distances are taken
     "none": lambda features: features,
-    "clamped": lambda features: F.normalize(features, dim=-1),
-    "added": lambda features: features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-12),
+    # F.normalize; the gradient of a product passes over the matrix less often than that of a quotient.
+    "clamped": lambda features: features * _norms(features).clamp_min(1e-12).reciprocal(),
+    "added": lambda features: features * (_norms(features) + 1e-12).reciprocal(),
 }
 # The operator's least Euclidean distance, up to rounding; other libraries have none.
 AT_FLOOR = 1e-6 * (1 + 1e-6)
@@ -41,6 +42,11 @@ EXTRAS: dict[str, Callable[[Tensor, Tensor], Any]] = {  # further return values,
     "int count": lambda d_pos, d_neg: (d_neg > d_pos).sum().item(),
     "int count with ties": lambda d_pos, d_neg: (d_neg >= d_pos).sum().item(),
 }
+
+
+def _norms(features: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return norms
 
 
 class Formula(NamedTuple):
