@@ -105,7 +105,7 @@ PAGE ?= $(RESULTS)/README.md
 MACHINE ?= here
 
 bench: setup
-	@set -e; for op in refine scaling strip_pool batch_hard losses memory train_step; do \
+	@set -e; for op in refine scaling strip_pool batch_hard floors losses memory train_step; do \
 		"$(BIN)/python" -m benchmarks.$$op --json "$(RESULTS)/$$op-$(MACHINE).json"; done
 	"$(BIN)/python" -m benchmarks.report --results "$(RESULTS)" --readme "$(PAGE)"
 

@@ -3,9 +3,9 @@
     python -m benchmarks.floors
     python -m benchmarks.floors --against ../before
 
-In microseconds on a CPU, float32. With `--against`, both checkouts are measured in turn in processes of their own; the
-other one's kernels must be built. A row's speed-up over eager PyTorch, written with one matrix of distances for all
-groups, is of forward with backward.
+In microseconds on a CPU, float32; each is first held to float64. With `--against`, both checkouts are measured in turn
+in processes of their own; the other one's kernels must be built. A row's speed-up over eager PyTorch, written with one
+matrix of distances for all groups, is of forward with backward.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def main(options: Options) -> list[Row]:
     """Measure and print; returns a row per case, in microseconds.
 
     Raises:
-        SystemExit: the other checkout cannot be measured.
+        SystemExit: a checkout cannot be measured, or its results are wrong.
     """
-    checkouts = {"": ROOT} if options.against is None else {"": ROOT, " before": options.against.resolve()}
+    checkouts = {"": ROOT} if options.against is None else {" before": options.against.resolve(), "": ROOT}
     runs: dict[str, list[Times]] = {suffix: [] for suffix in checkouts}
     for _ in range(options.repeats):
         for suffix, checkout in checkouts.items():
@@ -74,7 +74,7 @@ def _measure(checkout: Path) -> Times:
     variables = {**os.environ, "PYTHONPATH": str(checkout)}
     done = subprocess.run(command, env=variables, cwd=checkout, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"against: got {checkout}, which failed: {done.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"checkout: got {checkout}, which failed: {done.stderr.strip().splitlines()[-1]}")
     found: Times = json.loads(done.stdout)
     return found
 
@@ -87,9 +87,9 @@ def _row(name: str, times: dict[str, Times]) -> Row:
     """Return a case's times here and, where measured, before, and the speed-ups over eager PyTorch."""
     row: Row = {"implementation": name}
     for column in COLUMNS:
-        row |= {f"{column}{suffix} us": times[suffix][name][column] for suffix in reversed(times)}
+        row |= {f"{column}{suffix} us": times[suffix][name][column] for suffix in times}
     peer = name.replace("batch_hard", "eager", 1)
-    for suffix in reversed(times):
+    for suffix in times:
         if peer != name:
             row[f"x eager{suffix}"] = times[suffix][peer][BACKWARD] / times[suffix][name][BACKWARD]
     return row

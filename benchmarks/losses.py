@@ -1,7 +1,7 @@
 """Published batch-hard losses: their own statement in eager PyTorch against the same swapped by `rru_fast.accelerate`.
 
     python -m benchmarks.losses
-    python -m benchmarks.losses --sizes 64 256 --d 128
+    python -m benchmarks.losses --shapes 64 128 256 128
 
 Forward with backward in float32, of batches with 4 features of each identity. The swapped loss is first held to its own
 forward in float64. As many rounds are timed as take `BUDGET` seconds, one at least. Of losses that loop over anchors,
@@ -45,10 +45,8 @@ EVERY_SIZE = "torchreid"  # the loop that the others have, too
 class Options(BenchArgs):
     """Measure published losses, as they are and swapped."""
 
-    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
-    """Numbers of features."""
-    d: int = 256
-    """Their width."""
+    shapes: tuple[tuple[int, int], ...] = ((64, 256), (64, 2048), (256, 256), (1024, 256), (4096, 256))
+    """Numbers of features and their widths, N D N D ..."""
     repeats: int = 5
     """Rounds; each runs the eager loss and the swapped one once."""
     largest_loop: int = 1024
@@ -66,25 +64,25 @@ def main(options: Options) -> list[Row]:
     device = torch.device(options.device)
     backend = backends.choose(options.backend, device)
     losses = pairs(backend)
-    by_size: dict[int, list[Row]] = {}
-    for n in options.sizes:
+    by_shape: dict[tuple[int, int], list[Row]] = {}
+    for n, d in options.shapes:
         torch.manual_seed(0)
-        features, labels = batch(n, options.d, device)
-        by_size[n] = [
-            {"implementation": name, "n": n}
+        features, labels = batch(n, d, device)
+        by_shape[n, d] = [
+            {"implementation": name, "n": n, "d": d}
             | (
                 dict.fromkeys(COLUMNS)
                 if FORMS[name].loops and n > options.largest_loop and name != EVERY_SIZE
-                else _measure(f"{backend}, {name}, N {n}", pair, features, labels, options.repeats)
+                else _measure(f"{backend}, {name}, N {n}, D {d}", pair, features, labels, options.repeats)
             )
             for name, pair in losses.items()
         ]
     found = environment(device, torch.float32)
-    for n, rows in by_size.items():
-        terminal.show(f"losses, N {n}, D {options.d}, forward + backward", found, rows, hide=["n"])
-    rows = [row for size in by_size.values() for row in size]
+    for (n, d), rows in by_shape.items():
+        terminal.show(f"losses, N {n}, D {d}, forward + backward", found, rows, hide=["n", "d"])
+    rows = [row for shape in by_shape.values() for row in shape]
     if options.json is not None:
-        write(options.json, {**found, "op": "losses", "d": options.d, "backend": backend}, rows)
+        write(options.json, {**found, "op": "losses", "backend": backend}, rows)
     return rows
 
 

@@ -45,7 +45,7 @@ from build_tools.pages import check_markers, replace_section
 CAPTION = ("hardware", "threads", "dtype", "backend", "torch", "commit", "date", "roofline")
 OWN_PAGE = "losses"  # its tables have a row for every published loss
 DRAWN = {"refine": drawing.refine, "scaling": drawing.scaling, "memory": drawing.memory}
-PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "memory", "train_step", "gpu")
+PLACES = ("speed_up", "refine", "scaling", "batch_hard", "strip_pool", "floors", "memory", "train_step", "gpu")
 AUTOTUNED = "-autotune"  # suffix of files of autotuned configs that benchmarks.gpu writes next to its runs
 Run = dict[str, Any]
 
@@ -171,8 +171,10 @@ def caption(runs: Sequence[Run]) -> str:
 def _title(environment: Row, row: Row) -> str:
     if environment["op"] == "memory":
         return f"`{row['op']}`, peak of forward + backward"
+    if environment["op"] == "floors":
+        return "Microseconds of a call; x eager: forward + backward"
     if environment["op"] == "losses":
-        return f"N {row['n']}, D {environment['d']}, forward + backward; -: not measured"
+        return f"N {row['n']}, D {row['d']}, forward + backward; -: not measured"
     shape = row.get("shape", environment.get("shape"))
     shape = environment["shapes"][shape] if isinstance(shape, str) else shape
     words = [f"`{row.get('op', environment['op'])}`", table.cell("shape", shape), row.get("mode")]
@@ -180,7 +182,7 @@ def _title(environment: Row, row: Row) -> str:
 
 
 def _hidden(run: Run) -> tuple[str, ...]:
-    return {"scaling": (), "memory": ("op",), "losses": ("n",)}.get(_op(run), table.SHARED)
+    return {"scaling": (), "memory": ("op",), "losses": ("n", "d")}.get(_op(run), table.SHARED)
 
 
 def _machines(runs: dict[Path, Run]) -> dict[Path, list[Run]]:

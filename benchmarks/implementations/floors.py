@@ -6,6 +6,7 @@ Run as a program, with a checkout of the library first on PYTHONPATH, it prints 
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,15 @@ Run = Callable[[Tensor], Tensor]
 
 EVAL, FORWARD, BACKWARD = "no gradients", "forward", "forward + backward"
 ROUNDS, SECONDS = 15, 0.02  # rounds of each case; of calls per round, about
+TOLERANCE = 1e-5  # of results in float32, relative to the largest
+
+
+class Case(NamedTuple):
+    """A small call: a function of `input` that returns a scalar or the strips, and one that gives the same exactly."""
+
+    run: Run
+    oracle: Run
+    input: Tensor
 
 
 def eager(features: Tensor, labels: Tensor, metric: str = "euclidean") -> Tensor:
@@ -40,16 +50,15 @@ def eager(features: Tensor, labels: Tensor, metric: str = "euclidean") -> Tensor
     return F.relu(0.3 + d_pos - d.masked_fill(same, float("inf")).amin(-1)).mean()
 
 
-def cases() -> dict[str, tuple[Run, Tensor]]:
-    """Return a function of one tensor, which returns a scalar or the strips, and the tensor, by name."""
+def cases() -> dict[str, Case]:
+    """Return all cases by name."""
     torch.manual_seed(0)
-    unit = rru_fast.RRU(16, (2, 2), hidden=16)
-    frozen = rru_fast.RRU(16, (2, 2), hidden=16).eval()
     clips = torch.randn(2, 2, 16, 2, 2)
-    found: dict[str, tuple[Run, Tensor]] = {
-        "refine, eval, 2 x 2 x 16 x 2 x 2": (lambda x: frozen(x).strips, clips),
-        "refine, training, 2 x 2 x 16 x 2 x 2": (lambda x: unit(x).strips, clips),
-        "strip_pool, 2 x 2 x 16 x 2 x 2": (rru_fast.strip_pool, clips),
+    pooled = partial(rru_fast.strip_pool, backend="reference")
+    found = {
+        "refine, eval, 2 x 2 x 16 x 2 x 2": _refine(rru_fast.RRU(16, (2, 2), hidden=16).eval(), clips),
+        "refine, training, 2 x 2 x 16 x 2 x 2": _refine(rru_fast.RRU(16, (2, 2), hidden=16), clips),
+        "strip_pool, 2 x 2 x 16 x 2 x 2": Case(rru_fast.strip_pool, pooled, clips),
     }
     for shape, per_identity in (((8, 16), 4), ((64, 2048), 4), ((8, 20, 2048), 2)):
         features, labels = torch.randn(shape), torch.arange(shape[-2]) // per_identity
@@ -61,13 +70,40 @@ def cases() -> dict[str, tuple[Run, Tensor]]:
                 assert isinstance(loss, Tensor)
                 return loss
 
-            found[f"batch_hard, {at}"] = fast, features
-            found[f"eager, {at}"] = partial(eager, labels=labels, metric=metric), features
+            plain = partial(eager, labels=labels, metric=metric)
+            found[f"batch_hard, {at}"] = Case(fast, plain, features)
+            found[f"eager, {at}"] = Case(plain, plain, features)
     return found
 
 
-def calls(run: Run, tensor: Tensor) -> dict[str, Callable[[], object]]:
+def _refine(unit: rru_fast.RRU, clips: Tensor) -> Case:
+    oracle = copy.deepcopy(unit).double()
+    oracle.backend = "reference"
+    return Case(lambda x: unit(x).strips, lambda x: oracle(x).strips, clips)
+
+
+def check(name: str, case: Case) -> None:
+    """Hold a case's results and gradient to its oracle in float64.
+
+    Raises:
+        SystemExit: they are off.
+    """
+    found = []
+    for run, dtype in ((case.run, torch.float32), (case.oracle, torch.float64)):
+        leaf = case.input.detach().to(dtype).requires_grad_()
+        out = run(leaf)
+        torch.autograd.backward(out.sum())
+        assert leaf.grad is not None
+        found.append((out.detach(), leaf.grad))
+    for what, got, wanted in zip(("forward", "gradient"), *found, strict=True):
+        error = float((got - wanted).abs().max() / wanted.abs().max())
+        if not error <= TOLERANCE:
+            raise SystemExit(f"parity: {name}, {what} is off by {error:.1e}, wanted at most {TOLERANCE:.0e}")
+
+
+def calls(case: Case) -> dict[str, Callable[[], object]]:
     """Return what is timed of a case, by column."""
+    run, tensor = case.run, case.input
     leaf = tensor.clone().requires_grad_()
     upstream = torch.ones_like(run(tensor))
 
@@ -99,10 +135,17 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure every case and print the times as JSON."""
+    """Check parity, measure every case and print the times as JSON.
+
+    Raises:
+        SystemExit: one is wrong; nothing is measured.
+    """
+    of = cases()
+    for name, case in of.items():
+        check(name, case)
     gc.collect()
     gc.freeze()
-    found = {name: {column: microseconds(fn) for column, fn in calls(*case).items()} for name, case in cases().items()}
+    found = {name: {column: microseconds(fn) for column, fn in calls(case).items()} for name, case in of.items()}
     json.dump(found, sys.stdout)
 
 

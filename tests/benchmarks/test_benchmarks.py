@@ -145,7 +145,7 @@ COMMANDS = {
     "scaling": "--base 2 3 16 4 4 --clips 2 --frames 3 --channels 16 --threads 1 --repeats 1",
     "strip_pool": "--shape 2 3 16 4 4 --repeats 1",
     "batch_hard": "--n 64 --d 8 --repeats 1",
-    "losses": "--sizes 16 32 --d 8 --repeats 1 --largest-loop 16 --backend composite",
+    "losses": "--shapes 16 8 32 8 --repeats 1 --largest-loop 16 --backend composite",
     "memory": "--maps 2 3 16 4 4 --frames 2 3 --features 16 64 --d 8",
 }
 every_command = pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_command_whose_kernel_is_wrong_prints_no_figure_of_it_and_ends_with_an
     exact_strips = strip_pool_kernel.forward
     monkeypatch.setattr(strip_pool_kernel, "forward", lambda s: exact_strips(s) * 1.001)
     path = tmp_path / "rows.json"
-    with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d|, torchreid, N 16)? is off") as ended:
+    with pytest.raises(SystemExit, match=r"parity: composite(, float\d\d|, torchreid, N 16, D 8)? is off") as ended:
         _run(command, path, monkeypatch)
     assert isinstance(ended.value.code, str)  # the interpreter prints it and exits with 1
     if command == "scaling":  # the others are measured at each point

@@ -1,0 +1,42 @@
+"""Times of small calls, here and in another checkout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floors
+from benchmarks.harness.results import ROOT
+from benchmarks.implementations import floors as worker
+
+
+@pytest.mark.exhaustive  # half a minute
+def test_both_checkouts_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = floors.main(floors.Options(against=ROOT, repeats=1, json=path))
+    assert [row["implementation"] for row in rows] == [name for name in worker.cases() if not name.startswith("eager")]
+    for row in rows:
+        assert all(0 < row[f"{column}{suffix} us"] < 1e6 for column in floors.COLUMNS for suffix in (" before", ""))
+        assert row["forward us"] < row["forward + backward us"]
+        assert ("x eager" in row) == ("x eager before" in row) == row["implementation"].startswith("batch_hard")
+    assert json.loads(path.read_text())["environment"]["op"] == "floors"
+
+
+def test_a_checkout_that_cannot_be_measured_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "rru_fast.py").write_text("raise OSError('no kernels')\n")
+    with pytest.raises(SystemExit, match=rf"^checkout: got {tmp_path}, which failed: OSError: no kernels$"):
+        floors.main(floors.Options(against=tmp_path))
+
+
+def test_a_case_that_is_wrong_is_not_measured() -> None:
+    right = worker.cases()["strip_pool, 2 x 2 x 16 x 2 x 2"]
+    worker.check("right", right)
+    with pytest.raises(SystemExit, match=r"^parity: wrong, forward is off by 1\.0e-03, wanted at most 1e-05$"):
+        worker.check("wrong", right._replace(run=lambda x: 1.001 * right.run(x)))
+    with pytest.raises(SystemExit, match=r"^parity: wrong, gradient is off by"):
+        worker.check("wrong", right._replace(run=lambda x: right.run(x) + 1e-3 * (x - x.detach()).sum()))
+    with pytest.raises(SystemExit, match=r"^parity: wrong, forward is off by nan"):
+        worker.check("wrong", right._replace(run=lambda x: torch.nan * right.run(x)))
