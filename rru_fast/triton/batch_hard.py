@@ -88,7 +88,8 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
     with _device.on_device(features):
         ranked, inverse_norms, common = None, None, None
         if args.metric == "cosine":
-            inverse_norms, common = _inverse_norms(args)
+            common = features.new_empty((groups, d), dtype=acc_dtype(features.dtype))
+            inverse_norms = _inverse_norms(args, common)
             vectorized = vectorizable(features, 2) and vectorizable(args.candidates, 2)
         else:
             ranked = _subtract_common(args)
@@ -169,15 +170,18 @@ def _subtract_common(args: BatchHardArguments) -> Tensor:
     return ranked
 
 
-def _inverse_norms(args: BatchHardArguments) -> tuple[Tensor, Tensor]:
-    """Return the inverse norms of features and gallery, (G, N + M), and a unit vector near most candidates, (G, D)."""
+def _inverse_norms(args: BatchHardArguments, common: Tensor | None) -> Tensor:
+    """Return the inverse norms of features and gallery, (G, N + M).
+
+    `common` (G, D) gets a unit vector near most candidates of a group.
+    """
     features = args.features
     groups, n, d = features.shape
     rows = _num_rows(args)
-    inverse_norms, common = (features.new_empty((groups, v), dtype=acc_dtype(features.dtype)) for v in (rows, d))
+    inverse_norms = features.new_empty((groups, rows), dtype=acc_dtype(features.dtype))
     _launch.launch(
         kernels.inverse_norms_kernel,
-        (cdiv(rows, 4) + 1, groups),
+        (cdiv(rows, 4) + (common is not None), groups),
         inverse_norms=inverse_norms,
         common=common,
         **_rows(features, args.gallery),
@@ -189,7 +193,7 @@ def _inverse_norms(args: BatchHardArguments) -> tuple[Tensor, Tensor]:
         num_warps=4,
         **ALL_REGISTERS,
     )
-    return inverse_norms, common
+    return inverse_norms
 
 
 def backward(
@@ -231,7 +235,7 @@ def backward(
         return gradient
 
     with _device.on_device(features):
-        inverse_norms = _inverse_norms(args)[0] if args.metric == "cosine" else None
+        inverse_norms = _inverse_norms(args, None) if args.metric == "cosine" else None
         return BatchHardGradients(
             features=gather(features, True, gallery is None) if need.features else None,
             gallery=gather(gallery, False, True) if need.gallery and gallery is not None else None,

@@ -167,7 +167,7 @@ def subtract_common_kernel(
 @triton.jit
 def inverse_norms_kernel(
     inverse_norms,  # (G, ROWS), out
-    common,  # (G, D), out
+    common,  # (G, D), out; or None
     features,  # StridedFeatures (G, N, D)
     gallery,  # StridedFeatures (G, M, D), or None
     n,
@@ -178,19 +178,19 @@ def inverse_norms_kernel(
 ):
     """Compute the inverse Euclidean norms of features and gallery, and a unit vector near most candidates, or 0.
 
-    A program has BLOCK_N rows, and the last one the vector. Norms are NaN for infinite features; their inverse is 0
+    A program has BLOCK_N rows, and one after them the vector. Norms are NaN for infinite features; their inverse is 0
     where the square overflows, as in F.normalize.
     """
     ACC: tl.constexpr = inverse_norms.dtype.element_ty
     group = tl.program_id(1).to(tl.int64)
-    if tl.program_id(0) < tl.num_programs(0) - 1:
+    if tl.program_id(0) * BLOCK_N < rows:
         i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         square = tl.zeros([BLOCK_N, BLOCK_K], ACC)
         for k0 in range(0, D, BLOCK_K):
             v = _load_both(features, gallery, group, i, k0 + tl.arange(0, BLOCK_K), n, rows, D).to(ACC)
             square += v * v + 0.0 * v
         tl.store(inverse_norms + group * rows + i, 1.0 / tl.sqrt(tl.sum(square, 1)), i < rows)
-    else:
+    elif common is not None:
         if gallery is None:
             candidates = features
             m = n
