@@ -24,9 +24,8 @@ KINDS: dict[Kind, Callable[[Tensor, float], Tensor]] = {  # loss of gap = D_pos 
 }
 NORMS: dict[Norm, Callable[[Tensor], Tensor]] = {  # features (N, D) as their distances are taken
     "none": lambda features: features,
-    # F.normalize; the gradient of a product passes over the matrix less often than that of a quotient.
-    "clamped": lambda features: features * _norms(features).clamp_min(1e-12).reciprocal(),
-    "added": lambda features: features * (_norms(features) + 1e-12).reciprocal(),
+    "clamped": lambda features: _divide(features, _norms(features).clamp_min(1e-12)),  # as F.normalize
+    "added": lambda features: _divide(features, _norms(features) + 1e-12),
 }
 # The operator's least Euclidean distance, up to rounding; other libraries have none.
 AT_FLOOR = 1e-6 * (1 + 1e-6)
@@ -47,6 +46,11 @@ EXTRAS: dict[str, Callable[[Tensor, Tensor], Any]] = {  # further return values,
 def _norms(features: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     return norms
+
+
+def _divide(features: Tensor, norms: Tensor) -> Tensor:
+    """Return features / norms; as a product, whose gradient passes over the matrix less often, where 1 / norms fits."""
+    return features / norms if features.dtype == torch.float16 else features * norms.reciprocal()
 
 
 class Formula(NamedTuple):

@@ -49,6 +49,25 @@ def test_loss_distances_and_gradients_are_the_familys(
         assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_features_of_any_length_are_normalized_in_their_dtype(dtype: torch.dtype, length: float) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(16) // 4
+    features = torch.randn(16, 64, dtype=torch.float64)
+    features = (features * (length / features.norm(dim=1, keepdim=True))).to(dtype)
+    found = []
+    for leaf in (features.clone().requires_grad_(), features.double().requires_grad_()):
+        loss, _, _ = TripletLoss(0.3)(leaf, labels, normalize_feature=True)
+        (100 * loss).backward()  # gradients that float16 resolves at every length
+        assert leaf.grad is not None
+        found.append((loss.detach().double(), leaf.grad.double()))
+    (loss, gradient), (wanted, wanted_gradient) = found
+    rounding = torch.finfo(dtype).eps
+    assert abs(loss - wanted) <= rounding
+    assert (gradient - wanted_gradient).norm() <= 2 * rounding * wanted_gradient.norm()
+
+
 @pytest.mark.parametrize(
     "labels",
     [torch.arange(12) // 3 + 0.5, torch.arange(12) // 6 == 1, (torch.arange(12) // 3)[:, None], torch.zeros(12) - 0.0],
