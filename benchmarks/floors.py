@@ -52,8 +52,12 @@ def main(options: Options) -> list[Row]:
     """Measure and print; returns a row per case, in microseconds.
 
     Raises:
-        SystemExit: a checkout cannot be measured, or its results are wrong.
+        SystemExit: an option is wrong, a checkout cannot be measured, or its results are wrong.
     """
+    if options.repeats < 1:
+        raise SystemExit(f"repeats: got {options.repeats}, wanted at least 1")
+    if options.against is not None and not options.against.is_dir():
+        raise SystemExit(f"against: got {options.against}, wanted a folder")
     checkouts = {"": ROOT} if options.against is None else {" before": options.against.resolve(), "": ROOT}
     runs: dict[str, list[Times]] = {suffix: [] for suffix in checkouts}
     for _ in range(options.repeats):
@@ -70,11 +74,12 @@ def main(options: Options) -> list[Row]:
 
 def _measure(checkout: Path) -> Times:
     """Return the times by case and column that a process with this checkout's library measures."""
-    command = [sys.executable, str(Path(floors.__file__).resolve())]
+    command = [sys.executable, str(Path(floors.__file__).resolve()), str(checkout)]
     variables = {**os.environ, "PYTHONPATH": str(checkout)}
     done = subprocess.run(command, env=variables, cwd=checkout, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"checkout: got {checkout}, which failed: {done.stderr.strip().splitlines()[-1]}")
+        last = ["", *done.stderr.strip().splitlines()][-1]
+        raise SystemExit(f"checkout: got {checkout}, which ended with {done.returncode}: {last}")
     found: Times = json.loads(done.stdout)
     return found
 

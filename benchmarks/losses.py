@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.harness import measure
 from benchmarks.harness.results import BenchArgs, environment, write
-from benchmarks.implementations.batch_hard import batch, results
+from benchmarks.implementations.batch_hard import CLIPS_PER_IDENTITY, batch, results
 from benchmarks.implementations.losses import FORMS, Pair, check, pairs
 from benchmarks.reports import terminal
 from benchmarks.reports.table import Row
@@ -46,7 +46,7 @@ class Options(BenchArgs):
     """Measure published losses, as they are and swapped."""
 
     shapes: tuple[tuple[int, int], ...] = ((64, 256), (64, 2048), (256, 256), (1024, 256), (4096, 256))
-    """Numbers of features and their widths, N D N D ..."""
+    """Numbers of features, multiples of 4 from 8, and their widths, N D N D ..."""
     repeats: int = 5
     """Rounds; each runs the eager loss and the swapped one once."""
     largest_loop: int = 1024
@@ -59,8 +59,12 @@ def main(options: Options) -> list[Row]:
     """Check parity, measure and print; returns the rows of every size, in the order of FORMS.
 
     Raises:
-        SystemExit: one is not swapped, or is wrong; nothing more is measured.
+        SystemExit: a shape does not fit, or a loss is not swapped or wrong; nothing more is measured.
     """
+    for n, d in options.shapes:
+        if n < 2 * CLIPS_PER_IDENTITY or n % CLIPS_PER_IDENTITY or d < 1:
+            wanted = f"N a multiple of {CLIPS_PER_IDENTITY} from {2 * CLIPS_PER_IDENTITY}, and D from 1"
+            raise SystemExit(f"shapes: got N {n}, D {d}, wanted {wanted}")
     device = torch.device(options.device)
     backend = backends.choose(options.backend, device)
     losses = pairs(backend)

@@ -1,7 +1,7 @@
 """Times of small calls: of the operators where most of a call is not its kernel, and of eager PyTorch at some of them.
 
-Run as a program, with a checkout of the library first on PYTHONPATH, it prints the microseconds as JSON:
-`benchmarks.floors` runs it with two checkouts in turn. So it imports nothing but torch and the library.
+Run as a program, with a checkout of the library as its argument and first on PYTHONPATH, it prints the microseconds as
+JSON: `benchmarks.floors` runs it with two checkouts in turn. So it imports nothing but torch and the library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -135,11 +136,15 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Check parity, measure every case and print the times as JSON.
+    """Check that the checkout's kernels run, and parity; measure every case and print the times as JSON.
 
     Raises:
-        SystemExit: one is wrong; nothing is measured.
+        SystemExit: they do not, or one is wrong; nothing is measured.
     """
+    found_in = Path(rru_fast.__file__).resolve().parents[1]
+    if found_in != Path(sys.argv[1]).resolve():
+        raise SystemExit(f"rru_fast: got that of {found_in}, wanted that of {sys.argv[1]}")
+    rru_fast.backends.choose("cpu", torch.device("cpu"))  # an error says what builds them
     of = cases()
     for name, case in of.items():
         check(name, case)

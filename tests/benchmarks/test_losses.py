@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from benchmarks import losses
 from benchmarks.implementations.losses import FORMS, check, pairs
 
 N = 12
@@ -21,6 +22,13 @@ class _Indexings(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += function is Tensor.__getitem__
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 8), (0, 8), (-4, 8), (8, 0)], ids=str)
+def test_a_shape_that_does_not_fit_is_an_error(shape: tuple[int, int]) -> None:
+    n, d = shape
+    with pytest.raises(SystemExit, match=rf"^shapes: got N {n}, D {d}, wanted N a multiple of 4 from 8, and D from 1$"):
+        losses.main(losses.Options(shapes=((16, 8), shape)))
 
 
 @pytest.mark.parametrize("name", FORMS)
