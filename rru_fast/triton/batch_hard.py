@@ -88,7 +88,8 @@ def forward(args: BatchHardArguments) -> BatchHardOutputs:
     with _device.on_device(features):
         ranked, inverse_norms, common = None, None, None
         if args.metric == "cosine":
-            common = features.new_empty((groups, d), dtype=acc_dtype(features.dtype))
+            # Products of 16-bit operands are exact; their differences would not be.
+            common = features.new_empty((groups, d)) if features.dtype == acc_dtype(features.dtype) else None
             inverse_norms = _inverse_norms(args, common)
             vectorized = vectorizable(features, 2) and vectorizable(args.candidates, 2)
         else:

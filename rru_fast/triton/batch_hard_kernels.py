@@ -219,7 +219,7 @@ def batch_hard_fwd_kernel(
     gallery_labels,  # StridedVector (M,), with the gallery
     ranked,  # (G, ROWS, D), the common vector subtracted, for mining alone; None for cosine
     inverse_norms,  # (G, ROWS), for cosine; or None
-    common,  # (G, D), for cosine: subtracted from unit candidates for mining
+    common,  # (G, D), for cosine: subtracted from unit candidates for mining; or None
     n,
     m,
     margin: tl.float64,
@@ -233,8 +233,7 @@ def batch_hard_fwd_kernel(
     """Mine the two partners and compute the loss; a program has BLOCK_M anchors of a group, against all candidates."""
     ACC: tl.constexpr = loss.dtype.element_ty
     COSINE: tl.constexpr = inverse_norms is not None
-    # Products of 16-bit operands are exact; their differences would not be.
-    CENTERED: tl.constexpr = COSINE and features.ptr.dtype.element_ty == ACC
+    CENTERED: tl.constexpr = common is not None
     group = tl.program_id(1).to(tl.int64)
     if gallery is None:
         candidates = features
