@@ -26,7 +26,7 @@ from statistics import median
 import torch
 import tyro
 
-from benchmarks.harness.results import ROOT, environment, write
+from benchmarks.harness.results import ROOT, check_numbers, environment, write
 from benchmarks.implementations import floors
 from benchmarks.implementations.floors import BACKWARD, EVAL, FORWARD
 from benchmarks.reports import terminal
@@ -54,8 +54,7 @@ def main(options: Options) -> list[Row]:
     Raises:
         SystemExit: an option is wrong, a checkout cannot be measured, or its results are wrong.
     """
-    if options.repeats < 1:
-        raise SystemExit(f"repeats: got {options.repeats}, wanted at least 1")
+    check_numbers(options)
     if options.against is not None and not options.against.is_dir():
         raise SystemExit(f"against: got {options.against}, wanted a folder")
     checkouts = {"": ROOT} if options.against is None else {" before": options.against.resolve(), "": ROOT}

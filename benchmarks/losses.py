@@ -56,7 +56,7 @@ class Options(BenchArgs):
 
 
 def main(options: Options) -> list[Row]:
-    """Check parity, measure and print; returns the rows of every size, in the order of FORMS.
+    """Check parity, measure and print; returns the rows of every shape, in the order of FORMS.
 
     Raises:
         SystemExit: a shape does not fit, or a loss is not swapped or wrong; nothing more is measured.

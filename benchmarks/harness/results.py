@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,23 @@ class BenchArgs:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     json: Path | None = None
     """File to write the rows to."""
+
+    def __post_init__(self) -> None:
+        """Raise SystemExit if a number is below 1."""
+        check_numbers(self)
+
+
+def check_numbers(options: Any) -> None:
+    """Check that the integers among a dataclass's options, and in tuples of integers, are at least 1.
+
+    Raises:
+        SystemExit: one is not.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and not isinstance(number, bool) and number < 1 for number in numbers):
+            raise SystemExit(f"{field.name}: got {value}, wanted at least 1")
 
 
 def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import runpy
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -15,6 +19,7 @@ import pytest
 import torch
 
 from benchmarks import refine, scaling
+from benchmarks.harness.results import ROOT
 from benchmarks.implementations import refine as unit
 from benchmarks.implementations.losses import FORMS
 from rru_fast import backends
@@ -206,3 +211,23 @@ def test_a_command_whose_kernel_is_wrong_prints_no_figure_of_it_and_ends_with_an
     else:
         assert not path.exists()
         assert "┏" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_that_is_no_positive_number_is_an_error(command: str) -> None:
+    options = importlib.import_module(f"benchmarks.{command}").Options
+    numbers = [f.name for f in fields(options) if "int" in str(f.type) or f.type == "Shape"]
+    assert numbers
+    for name in numbers:
+        given = getattr(options(), name)
+        if isinstance(given, tuple) and isinstance(given[0], tuple):
+            continue  # of losses, which checks more
+        wrong = (*given[:-1], 0) if isinstance(given, tuple) else -3
+        with pytest.raises(SystemExit, match=rf"^{name}: got {re.escape(str(wrong))}, wanted at least 1$"):
+            options(**{name: wrong})
+
+
+def test_a_command_ends_with_a_line_where_a_number_is_not_positive() -> None:
+    command = [sys.executable, "-m", "benchmarks.strip_pool", "--repeats", "0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "repeats: got 0, wanted at least 1\n")

@@ -65,5 +65,5 @@ def test_a_case_that_is_wrong_is_not_measured() -> None:
         worker.check("wrong", right._replace(run=lambda x: 1.001 * right.run(x)))
     with pytest.raises(SystemExit, match=r"^parity: wrong, gradient is off by"):
         worker.check("wrong", right._replace(run=lambda x: right.run(x) + 1e-3 * (x - x.detach()).sum()))
-    with pytest.raises(SystemExit, match=r"^parity: wrong, forward is off by nan"):
+    with pytest.raises(SystemExit, match=r"^parity: wrong, forward is off by inf"):
         worker.check("wrong", right._replace(run=lambda x: torch.nan * right.run(x)))
