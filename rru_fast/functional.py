@@ -225,13 +225,14 @@ def batch_hard_triplet(
     """Batch-hard triplet loss, eq. 8, or eq. 10 for G groups (strips) at once: mean of relu(margin + D_pos - D_neg).
 
     D_pos is an anchor's distance to its farthest positive, D_neg to its nearest negative, both among the features, the
-    anchor itself included, or in a gallery. Ties go to the lowest index; an anchor without a positive, which takes a
-    gallery, or without a negative has loss 0; coincident points have gradient 0. Hardest positives and negatives are
-    selected by matrix products, up to rounding, by which "composite" and "reference", whose products are a BLAS's, may
-    also tell equal candidates apart; before Euclidean ones a large vector common to most candidates is subtracted,
-    which would cancel their digits. The two distances in the loss are computed from differences, for "cosine" of unit
-    vectors, so that small ones keep their digits; but cosine distances that differ by less than the rounding of 1, 1e-7
-    in fp32, may select one partner for the other.
+    anchor itself included, or in a gallery. An anchor without a positive, which takes a gallery, or without a negative
+    has loss 0; coincident points have gradient 0. Ties go to the lowest index; "composite" and "reference" may break a
+    tie of equal candidates by the rounding of their matrix products.
+
+    Hardest positives and negatives are selected by matrix products, up to rounding. Before Euclidean ones a large
+    vector common to most candidates is subtracted, which would cancel their digits; cosine distances that differ by
+    less than the rounding of 1, 1e-7 in fp32, may select one partner for the other. The two distances in the loss are
+    computed from differences, for "cosine" of unit vectors, so that small ones keep their digits.
 
     Args:
         features: anchors, (N, D) or (G, N, D); float64, float32, float16 or bfloat16. Not normalized before use.

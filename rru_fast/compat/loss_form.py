@@ -49,7 +49,7 @@ def _norms(features: Tensor) -> Tensor:
 
 
 def _divide(features: Tensor, norms: Tensor) -> Tensor:
-    """Return features / norms; as a product, whose gradient passes over the matrix less often, where 1 / norms fits."""
+    """Return features / norms. A product with 1 / norms has the cheaper gradient, but overflows float16."""
     return features / norms if features.dtype == torch.float16 else features * norms.reciprocal()
 
 
