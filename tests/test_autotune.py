@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from rru_fast import cache
 from rru_fast.triton import _autotune
 from rru_fast.triton._autotune import Candidates, LaunchConfig, autotune
 
@@ -140,7 +141,7 @@ def test_a_result_on_disk_serves_the_next_process_until_a_kernel_changes(monkeyp
 def test_a_damaged_file_is_written_anew(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 16}]}
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
-    (file,) = _autotune.folder().iterdir()
+    (file,) = cache.folder("autotune").iterdir()
     whole = file.read_text()
     file.write_text(text.replace("KIND", json.dumps(*json.loads(whole))))
     monkeypatch.setattr(_autotune, "_known", {})
@@ -167,8 +168,8 @@ def test_every_candidate_of_every_operator_is_read_back(monkeypatch: pytest.Monk
     for op, own in seen:
         for change in _autotune._changes(own):
             config = own.default | change
-            _autotune._write(op, "kind", config)
-            assert _autotune._usable(_autotune._read(_autotune._path(op, "kind")), "kind", own) == config
+            cache.write_json(_autotune._path(op, "kind"), {"kind": config})
+            assert _autotune._usable(cache.read_json(_autotune._path(op, "kind")), "kind", own) == config
 
 
 class Clock:
@@ -225,7 +226,7 @@ def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPa
 def test_configs_that_are_shipped_for_a_card_are_its_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 16}]}
     tune(monkeypatch, lambda c: 0.5 if c == FASTER else 1.0, others)
-    entries = [json.loads(file.read_text()) for file in _autotune.folder().iterdir()]
+    entries = [json.loads(file.read_text()) for file in cache.folder("autotune").iterdir()]
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "card.json").write_text(json.dumps(entries))
     _autotune._shipped.cache_clear()
@@ -252,7 +253,7 @@ def test_parallel_processes_lose_no_result_of_one_another(tmp_path: Path) -> Non
         for number in range(3)
     ]
     assert [process.wait() for process in processes] == [0, 0, 0]
-    files = list(_autotune.folder().iterdir())
+    files = list(cache.folder("autotune").iterdir())
     assert len(files) == 75
     configs = [config for file in files for config in json.loads(file.read_text()).values()]
     assert {config["gate"]["B"] for config in configs} == set(range(25))

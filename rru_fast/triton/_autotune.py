@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache as cached
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from rru_fast import cache
 from rru_fast.triton import _device
 
 KernelConfig = dict[str, int]
@@ -96,10 +96,11 @@ def autotune(
     try:
         own = candidates()
         kind = _kind(op, sizes, tensor)
-        config = _usable(_read(_path(op, kind)), kind, own) or _usable(_shipped(), kind, own)
+        config = _usable(cache.read_json(_path(op, kind)), kind, own) or _usable(_shipped(), kind, own)
         if config is None:
             config = _best(own, run, tensor.is_cuda)
-            _write(op, kind, config)
+            # A folder that is not writable: the next process tunes again.
+            cache.write_json(_path(op, kind), {kind: config})
     finally:
         _tuning.release()
     _known[key] = config
@@ -180,12 +181,6 @@ def _wall_seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -
     return time.perf_counter() - begin
 
 
-def folder() -> Path:
-    """Return the folder of cached configs."""
-    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(parent) / "rru_fast" / "autotune"
-
-
 def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
     """Return all that a config depends on, as text."""
     device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
@@ -193,7 +188,7 @@ def _kind(op: str, sizes: tuple[Any, ...], tensor: Tensor) -> str:
     return f"{op} {' '.join(map(str, sizes))} {dtype}, {device}, triton {triton.__version__}, kernels {_sources()}"
 
 
-@cache
+@cached
 def _sources() -> str:
     """Hash the kernels' code."""
     files = [*Path(__file__).parent.rglob("*_kernels.py"), Path(__file__).with_name("_primitives.py")]
@@ -201,7 +196,7 @@ def _sources() -> str:
 
 
 def _path(op: str, kind: str) -> Path:
-    return folder() / f"{op}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
+    return cache.folder("autotune") / f"{op}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
 
 
 def _usable(entries: Any, kind: str, candidates: Candidates) -> LaunchConfig | None:
@@ -217,26 +212,8 @@ def _usable(entries: Any, kind: str, candidates: Candidates) -> LaunchConfig | N
     return None
 
 
-@cache
+@cached
 def _shipped() -> dict[str, LaunchConfig]:
     """Read the configs that are shipped with the library as defaults of their GPUs."""
     lists = (json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json")))
     return {kind: config for entries in lists for entry in entries for kind, config in entry.items()}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None  # missing or damaged: tune again
-
-
-def _write(op: str, kind: str, config: LaunchConfig) -> None:
-    path = _path(op, kind)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({kind: config}, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # the cache folder is not writable: tune again in the next process
