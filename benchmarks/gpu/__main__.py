@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import groups
 from benchmarks.gpu.parts import PARTS, Context, LeftOutError
 from benchmarks.gpu.results import Findings, Results
 from benchmarks.harness.parity import format_error
 from benchmarks.harness.results import ROOT, environment
 from benchmarks.reports import table
 from rru_fast import triton
+from rru_fast.auto import processes
 
 LEAST = 5  # seconds that must be left for a part to begin
 SHOWN = 1500  # characters of a part's findings to print
@@ -109,9 +109,9 @@ def _measure(
     if not part.interpreted:
         env.pop("TRITON_INTERPRET", None)
     begin = time.monotonic()
-    ended = groups.run(
-        command(name, findings.path, results.stem, seconds, options), seconds, results.log, ROOT, env, merge
-    )
+    words = command(name, findings.path, results.stem, seconds, options)
+    with results.log.open("ab") as log:
+        ended = processes.run(words, seconds, log, cwd=ROOT, env=env, poll=merge)
     merge()
     if ended != "ok" or of_part["ended"] == "is running":
         of_part["ended"] = ended
@@ -136,7 +136,7 @@ def command(name: str, findings: Path, stem: Path, seconds: float, options: argp
 
 def _run_part(options: argparse.Namespace) -> int:
     """Run a part in this process and write a line per finding; returns the exit status."""
-    groups.end_with_parent()
+    processes.end_with_parent()
     device = torch.device("cuda" if torch.cuda.is_available() and not triton.interpreted() else "cpu")
     context = Context(device, options.toy, options.repeats, options.seconds, options.stem)
     torch.manual_seed(0)

@@ -11,37 +11,48 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 POLL = 0.1  # seconds
 ENDING = 10  # seconds that a killed process may take to end
 
 
 def run(
-    command: Sequence[str], seconds: float, log: Path, cwd: Path, env: Mapping[str, str], poll: Callable[[], object]
+    command: Sequence[str],
+    seconds: float,
+    output: IO[bytes],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    poll: Callable[[], object] = lambda: None,
+    inherit: Sequence[int] = (),
 ) -> str:
-    """Run a command with its output appended to `log`; no process of its group survives.
+    """Run a command; no process of its group survives.
 
     Args:
         command: program and arguments; the program may call `end_with_parent`.
         seconds: time limit, at which the group is killed.
-        log: file of the output.
-        cwd: working directory.
-        env: environment.
+        output: open file that its standard output and error go to.
+        cwd, env: working directory and environment; those of this process by default.
         poll: called every 0.1 s while the command runs.
+        inherit: file descriptors that it may use too.
 
     Returns:
-        "ok", "exit status N" or "stopped after N s".
+        "ok", "exit status N", negative for a signal, or "stopped after N s".
+
+    Raises:
+        OSError: the command cannot be started.
     """
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # nothing is written; the command reads the end of file when this process ends
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=cwd,
-            env=env,
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # nothing is written; the command reads the end of file when this process ends
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=cwd,
+        env=env,
+        start_new_session=True,
+        pass_fds=inherit,
+    )
     try:
         end = time.monotonic() + seconds
         # WNOWAIT: a process that is not reaped keeps its ID, so killpg below cannot hit another group.

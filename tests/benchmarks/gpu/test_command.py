@@ -259,10 +259,10 @@ def test_a_part_that_crashes_or_hangs_does_not_affect_the_others(
 ORPHAN = """
 import sys, os
 from pathlib import Path
-from benchmarks.gpu import groups
-part = "import os, subprocess, sys, time; from benchmarks.gpu.groups import end_with_parent; end_with_parent(); "
+from rru_fast.auto import processes
+part = "import os, subprocess, sys, time; from rru_fast.auto.processes import end_with_parent; end_with_parent(); "
 part += "child = subprocess.Popen(['sleep', '600']); print(os.getpid(), child.pid, flush=True); time.sleep(600)"
-groups.run([sys.executable, "-c", part], 600, Path(sys.argv[1]), Path.cwd(), os.environ, lambda: None)
+processes.run([sys.executable, "-c", part], 600, open(sys.argv[1], "ab"))
 """
 
 
