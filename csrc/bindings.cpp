@@ -1,4 +1,4 @@
-// The extension module: a record of the build. Importing it registers what csrc/ops and csrc/autograd.cpp have.
+// The extension module: records of the build and of what has run. Importing it registers what csrc/ops and csrc/autograd.cpp have.
 
 #include <pybind11/pybind11.h>
 
@@ -30,14 +30,33 @@ pybind11::dict build_info() {
   return info;
 }
 
+pybind11::list ran_operators() {
+  pybind11::list list;
+  const auto add = [&](const char* name, bool has_run) {
+    if (has_run) {
+      list.append(name);
+    }
+  };
+  add("refine", ran().refine);
+  add("strip_pool", ran().strip_pool);
+  add("batch_hard", ran().batch_hard);
+  return list;
+}
+
+void forget_runs() {
+  ran().refine = ran().strip_pool = ran().batch_hard = false;
+}
+
 }  // namespace
 }  // namespace rru
 
-// mod_gil_not_used: free-threaded Python may leave its lock off, as no state here changes after its first use.
+// mod_gil_not_used: free-threaded Python may leave its lock off, as the only state that changes here is atomic.
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "C++ kernels of rru_fast; importing it registers them with PyTorch's dispatcher.";
   m.def(
       "build_info", &rru::build_info,
       "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, whether "
       "bfloat16 is multiplied in bfloat16, and the CUDA architectures built for.");
+  m.def("ran", &rru::ran_operators, "The operators that these kernels have run in this process, since forget_runs.");
+  m.def("forget_runs", &rru::forget_runs, "Have ran begin anew.");
 }

@@ -1,9 +1,6 @@
-"""Available backends, the choice of one for a call, and reasons why others are not available."""
+"""Available backends, the default of each device, reasons why others are not available, and which have run."""
 
 from __future__ import annotations
-
-import os
-import platform
 
 import torch
 
@@ -20,6 +17,9 @@ BACKENDS: dict[str, str | None] = {
     "cuda": f"CUDA kernels are not part of version {__version__}",
 }
 
+OPERATORS = ("refine", "strip_pool", "batch_hard")
+_run: dict[str, set[str]] = {op: set() for op in OPERATORS}
+
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or an available backend."""
@@ -32,10 +32,12 @@ def check_backend(backend: str) -> None:
 
 
 def choose(backend: str, device: torch.device) -> str:
-    """Return the backend that runs a call with argument `backend` and tensors on `device`."""
+    """Return the backend that runs a call with argument `backend` and tensors on `device`.
+
+    For "auto" that is the default of the device: `rru_fast.auto` knows what has been measured to be faster.
+    """
     check_backend(backend)
     if backend == "auto":
-        # On a GPU the Triton kernels are opt-in until they have been run, and timed, on one.
         return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
     if not _serves(backend, device):
         major, minor = triton.CAPABILITY
@@ -56,39 +58,27 @@ def serving(device: torch.device) -> list[str]:
     return [name for name, why in BACKENDS.items() if why is None and _serves(name, device)]
 
 
-def report() -> str:
-    """Return versions, devices and backends as `show_config` prints them."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    lines = [
-        f"rru_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
-        f"threads: {torch.get_num_threads()}, CPU: {torch.backends.cpu.get_cpu_capability()}, GPU: {gpu}",
-        *native.describe(),
-        f"auto runs: {choose('auto', torch.device('cpu'))} on a CPU, {choose('auto', torch.device('cuda'))} on a GPU",
-        f"fp32 products on a GPU: {_fp32_precision()}",
-    ]
-    lines += [
-        f"  {name:<10} {'available' if why is None else 'not available: ' + why}" for name, why in BACKENDS.items()
-    ]
-    return "\n".join(lines)
+def note_run(op: str, backend: str) -> None:
+    """Note that a backend has run an operator; the C++ kernels note it themselves."""
+    _run[op].add(backend)
 
 
-def _fp32_precision() -> str:
-    """Precision of the operators' fp32 products on a GPU, and the settings that decide it."""
-    conv, matmul = (
-        "TF32" if setting.fp32_precision == "tf32" else "fp32"
-        for setting in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    )
-    asked = os.environ.get("RRU_FAST_FLOAT32")
-    return f"{conv} in refine (torch.backends.cudnn.conv), {matmul} in batch_hard (torch.backends.cuda.matmul)" + (
-        f", {asked} in both by triton (RRU_FAST_FLOAT32)" if asked else ""
-    )
+def ran() -> dict[str, list[str]]:
+    """Return the backends that have run each operator in this process, since `forget_runs`, by the operator's name.
 
-
-def show_config() -> None:
-    """Print versions, devices, available backends, and why others are not available.
-
-    >>> import rru_fast
-    >>> rru_fast.show_config()  # doctest: +ELLIPSIS
-    rru_fast ...
+    >>> import rru_fast, torch
+    >>> _ = rru_fast.strip_pool(torch.zeros(1, 1, 1, 1, 1), backend="composite")
+    >>> "composite" in ran()["strip_pool"]
+    True
     """
-    print(report())
+    noted = {op: set(names) for op, names in _run.items()}
+    for op in native.ran():
+        noted[op].add("cpu")
+    return {op: [name for name in BACKENDS if name in names] for op, names in noted.items() if names}
+
+
+def forget_runs() -> None:
+    """Have `ran` begin anew."""
+    for noted in _run.values():
+        noted.clear()
+    native.forget_runs()

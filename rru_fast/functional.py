@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rru_fast import backends, checks, ops, reference
+from rru_fast.auto import choice, kinds
 from rru_fast.distributed import GRAPH_BREAK_ERROR, count_values, spans_ranks
 from rru_fast.reference.equations import last_state, momenta
 from rru_fast.types import Inputs, Metric, Reduction, Refined, State
@@ -100,8 +101,8 @@ def refine(
     checks.check_refine(x, **weights, **options)
     # The schema takes only Python numbers; eval mode has no groups.
     eps, bn_groups = float(eps), int(bn_groups) if training else 1
-    # "auto" is passed on unresolved, so that a traced or exported program uses the best backend where it runs.
     if backends.choose(backend, x.device) == "reference":
+        backends.note_run("refine", "reference")
         # F.conv2d and F.linear take weights in x's dtype, F.batch_norm its own four in one dtype.
         norm_dtype = gamma.dtype if running_mean is None else running_mean.dtype
         dtypes = {name: norm_dtype if name in ("gamma", "beta") else x.dtype for name in weights}
@@ -118,6 +119,13 @@ def refine(
         if torch.compiler.is_compiling():
             raise RuntimeError(GRAPH_BREAK_ERROR)
         group_name, elements_per_rank = process_group.group_name, count_values(x, w.shape[0], process_group)
+    save = _may_need_gradients(differentiable)
+    if backend == "auto" and group_name:
+        backend = backends.choose(backend, x.device)  # ranks, whose numbers of clips may differ, have to agree
+    # A traced or exported program has "auto" unresolved, and uses the best backend where it runs.
+    if backend == "auto" and choice.decides(x):
+        key = kinds.refine_key(x, w, w_s1, w_c, inputs, training, save)
+        backend = choice.choose(key, kinds.RefineKind.from_key)
     features, strips, mean, var, *_ = ops.refine.refine(
         x,
         **weights,
@@ -133,7 +141,7 @@ def refine(
         bn_groups=bn_groups,
         process_group=group_name,
         elements_per_rank=elements_per_rank,
-        save=_may_need_gradients(differentiable),
+        save=save,
         backend=backend,
     )
     if not training:
@@ -145,6 +153,27 @@ def refine(
             _update_running(running_mean, mean, by_frame, 1)
             _update_running(running_var, var, by_frame, count / (count - 1))
     return Refined(features, strips, None)
+
+
+def choose_for_graph(
+    x: Tensor,
+    *,
+    w: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_s1: Tensor | None,
+    w_s2: Tensor | None,
+    w_c: Tensor | None,
+    inputs: Inputs,
+    training: bool,
+    **_: object,
+) -> str:
+    """Return the backend of `refine` for a CUDA graph of a call with backend="auto" and these arguments, checked."""
+    if not choice.decides(x):
+        return backends.choose("auto", x.device)
+    save = _may_need_gradients((x, w, gamma, beta, w_s1, w_s2, w_c))
+    key = kinds.refine_key(x, w, w_s1, w_c, inputs, training, save, graphed=True)
+    return choice.choose(key, kinds.RefineKind.from_key)
 
 
 def _may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
@@ -204,8 +233,12 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
     """
     checks.check_strip_pool(s)
     if backends.choose(backend, s.device) == "reference":
+        backends.note_run("strip_pool", "reference")
         return reference.strip_pool(s)
     checks.check_derivatives("rru_fast.strip_pool", s)
+    if backend == "auto" and choice.decides(s):
+        key = kinds.strip_pool_key(s.device, s.dtype, s.shape, s.stride(), _may_need_gradients((s,)))
+        backend = choice.choose(key, kinds.StripPoolKind.from_key)
     return cast(Tensor, ops.strip_pool.strip_pool(s, backend))
 
 
@@ -262,6 +295,7 @@ def batch_hard_triplet(
     checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, reduction)
     checks.check_flags(return_indices=return_indices, return_distances=return_distances)
     if backends.choose(backend, features.device) == "reference":
+        backends.note_run("batch_hard", "reference")
         return reference.batch_hard_triplet(
             features,
             labels,
@@ -296,6 +330,7 @@ def hardest_distances(
     """Return D_pos and D_neg of `batch_hard_triplet` in the arithmetic dtype, fp32 at least."""
     checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, "none")
     if backends.choose(backend, features.device) == "reference":
+        backends.note_run("batch_hard", "reference")
         return reference.hardest_distances(features, labels, gallery, gallery_labels, metric=metric)
     _, d_pos, d_neg, _, _ = _batch_hard(features, labels, gallery, gallery_labels, margin, metric, "none", backend)
     return d_pos, d_neg
@@ -316,6 +351,9 @@ def _batch_hard(
     if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
         labels, gallery_labels = labels.long(), gallery_labels.long()
     labels, gallery, gallery_labels = _saveable(labels), _saveable(gallery), _saveable(gallery_labels)
+    if backend == "auto" and choice.decides(features):
+        key = kinds.batch_hard_key(features, gallery, metric, _may_need_gradients((features, gallery)))
+        backend = choice.choose(key, kinds.BatchHardKind.from_key)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
     found: tuple[Tensor, ...] = ops.batch_hard.batch_hard(
         features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend

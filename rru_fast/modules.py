@@ -79,7 +79,7 @@ class RRU(reference.RRU):
         replayable = not isinstance(arguments["momentum"], list)
         graphs = self.cuda_graph and replayable and not torch.compiler.is_compiling()
         if graphs and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self._graphs.refine(functional.refine, x, arguments)
+            return self._graphs.refine(functional.refine, functional.choose_for_graph, x, arguments)
         return functional.refine(x, **arguments)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

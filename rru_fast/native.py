@@ -48,9 +48,25 @@ def missing() -> str | None:
     return _MISSING
 
 
+def binary() -> Path:
+    """Return the file of the compiled kernels."""
+    return _BINARY_PATH
+
+
 def multiplies_bfloat16() -> bool:
     """Return True if `refine` multiplies bf16 maps in bf16 on this processor, False if in fp32."""
     return bool(importlib.import_module("rru_fast._C").build_info()["bfloat16_here"])
+
+
+def ran() -> list[str]:
+    """List the operators that the native kernels have run in this process, since `forget_runs`."""
+    return [] if _MISSING is not None else list(importlib.import_module("rru_fast._C").ran())
+
+
+def forget_runs() -> None:
+    """Have `ran` begin anew."""
+    if _MISSING is None:
+        importlib.import_module("rru_fast._C").forget_runs()
 
 
 def describe() -> list[str]:

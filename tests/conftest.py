@@ -6,12 +6,15 @@ import getpass
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
 
 from rru_fast import arguments, triton
+from rru_fast.auto import choice, decisions
 
 # Starting a pool of compile workers takes longer than compiling a test's few small graphs.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -37,6 +40,17 @@ def shared_dir() -> Path:
 def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn off autotuning, whose configs differ from machine to machine."""
     monkeypatch.setenv("RRU_FAST_AUTOTUNE", "0")
+
+
+@pytest.fixture(autouse=True)
+def _undecided(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have `auto` run the defaults: no decisions of this machine's, and none made."""
+    path = tmp_path_factory.getbasetemp() / f"decisions-{uuid4().hex}"
+    monkeypatch.setenv("RRU_FAST_CALIBRATE", "0")
+    monkeypatch.setattr(decisions, "folder", lambda: path)
+    choice.forget()
+    yield
+    choice.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rru_fast
-from rru_fast import backends
+from rru_fast import backends, report
 
 # Without the extension: only rru_fast.native loads it, after its checks.
 MODULES = ["rru_fast", *(m.name for m in pkgutil.walk_packages(rru_fast.__path__, "rru_fast.") if m.name[-3:] != "._C")]
@@ -30,7 +30,7 @@ def test_show_config_names_versions_and_every_backend_with_its_reason(capsys: py
 
 def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def line() -> str:
-        (found,) = (line for line in backends.report().splitlines() if line.startswith("fp32 products on a GPU: "))
+        (found,) = (line for line in report.report().splitlines() if line.startswith("fp32 products on a GPU: "))
         return found.partition(": ")[2]
 
     conv, matmul = "(torch.backends.cudnn.conv)", "(torch.backends.cuda.matmul)"
@@ -109,12 +109,16 @@ MAY_IMPORT = {
     "checks.py": {"types", "distributed"},
     "reference": FOOT,
     "composite": {"arguments", "distributed"},
-    "triton": {"arguments", "distributed"},
+    "cache.py": set(),
+    "triton": {"arguments", "cache", "distributed"},
     "native.py": {"install_hint"},
     "backends.py": {"native", "triton"},
-    "ops": {"arguments", "backends", "composite", "native", "triton"},
+    "auto": {"backends", "cache", "native"},
+    "ops": {"arguments", "auto", "backends", "composite", "native", "triton"},
     "cuda_graphs.py": FOOT,
-    "functional.py": FOOT | {"arguments", "backends", "ops", "reference"},
+    "functional.py": FOOT | {"arguments", "auto", "backends", "ops", "reference"},
+    "calibrate": {"auto", "backends", "functional", "modules", "testing"},
+    "report.py": {"auto", "backends", "native"},
     "modules.py": FOOT | {"backends", "cuda_graphs", "functional", "reference"},
     "compat": FOOT | {"functional", "modules", "reference"},
     "contrib": FOOT | {"backends", "compat", "functional", "modules", "reference"},

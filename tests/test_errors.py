@@ -417,7 +417,18 @@ OF_OFFICIAL_WEIGHTS: Calls = {
     ),
 }
 
+NO_OPERATOR = (
+    'RuntimeError: function: got a call that reached no operator of rru_fast with backend="auto", '
+    "wanted one that does, outside of torch.compile"
+)
+OF_CALIBRATE: Calls = {
+    "ValueError: function: got int, wanted a module or another callable": lambda: rru_fast.calibrate(3),
+    "ValueError: seconds: got 0, wanted a number above 0": lambda: rru_fast.calibrate(print, seconds=0),
+    NO_OPERATOR: lambda: rru_fast.calibrate(torch.zeros, 1),
+}
+
 ERRORS = [
+    *OF_CALIBRATE.items(),
     *OF_REFINE.items(),
     *OF_OTHERS.items(),
     *OF_GALLERY.items(),
@@ -447,6 +458,11 @@ ELSEWHERE = {
     "got relative error": "tests/test_testing.py: an AssertionError, as tests raise",
     "RRU_FAST_FLOAT32": "tests/test_triton.py: the Triton kernels",
     "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",
+    "RRU_FAST_CALIBRATE": "tests/auto/test_choice.py: a variable of the environment",
+    "decision: got": "tests/auto/test_decisions.py: a damaged file",
+    "WrongError(": "tests/auto/test_calibrate.py: the reason of a decision",
+    "--device: got": "tests/auto/test_command.py: the command's",
+    "ArgumentTypeError(": "tests/auto/test_command.py: the command's",
     "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
     "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
     "got no pytorch-metric-learning": "tests/contrib/test_pml.py: without it",

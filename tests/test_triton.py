@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rru_fast
-from rru_fast import backends, cuda_graphs, triton
+from rru_fast import backends, cuda_graphs, report, triton
 from rru_fast.arguments import RefineNeed, RefineUpstream
 from rru_fast.testing import EXACT, relative_error
 from tests import parity
@@ -38,7 +38,7 @@ def in_another_process(code: str, **environment: str) -> subprocess.CompletedPro
 def test_without_a_gpu_it_says_how_the_kernels_can_be_run() -> None:
     with pytest.raises(ValueError, match=r"got 'triton', wanted .*: no NVIDIA GPU is seen; TRITON_INTERPRET=1 runs"):
         rru_fast.RRU(6, (3, 2), backend="triton")
-    assert "triton     not available: no NVIDIA GPU is seen" in backends.report()
+    assert "triton     not available: no NVIDIA GPU is seen" in report.report()
 
 
 def test_importing_the_library_imports_no_triton_and_starts_no_cuda() -> None:

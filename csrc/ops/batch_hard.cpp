@@ -64,6 +64,7 @@ Tensors5 batch_hard(
         backend);
   }
   check_reduction(reduction);
+  ran().batch_hard = true;
   const auto [loss, saved] = RRU_KERNEL(batch_hard)(
       batch_hard_arguments(features, labels, gallery, gallery_labels, margin, soft, metric));
   const auto per_anchor = [&](const Tensor& tensor) { return features.dim() == 2 ? tensor.squeeze(0) : tensor; };

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
@@ -50,6 +51,15 @@ template <typename R, typename... Args>
 struct Signature<R (*)(Args...)> {
   using type = R(Args...);
 };
+
+// Whether the CPU kernels have run an operator in this process; see rru_fast.backends.ran.
+struct Ran {
+  std::atomic<bool> refine{false}, strip_pool{false}, batch_hard{false};
+};
+inline Ran& ran() {
+  static Ran instance;
+  return instance;
+}
 
 // True if a call with tensors on the CPU is for these kernels.
 inline bool is_for_cpu_kernels(c10::string_view backend) {

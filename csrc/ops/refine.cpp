@@ -156,6 +156,22 @@ RefineSaved refine_saved(
       .h = h.contiguous()};
 }
 
+// True if maps are so narrow that composite's products of all clips at once are faster than these kernels' products of
+// each clip, whose columns fill less than two vectors. Measured on processors with AVX-512 and with AVX2 by
+// python -m rru_fast.calibrate --device cpu; small calls are fastest here at any width.
+bool is_faster_in_composite(const Tensor& x, const Tensor& w, bool training) {
+  if (x.dim() != 5 || w.dim() != 2) {
+    return false;  // an error, which the checks below report
+  }
+  const int64_t positions = x.size(3) * x.size(4), work = x.size(0) * x.size(2) * w.size(0);
+  const bool in_bf16 = x.scalar_type() == at::kBFloat16 && RRU_KERNEL(multiplies_bfloat16)();
+  static const bool avx512 = at::get_cpu_capability() == "AVX512";
+  const int64_t widest = x.scalar_type() == at::kDouble ? 8 : avx512 ? (in_bf16 && training ? 16 : 32) : 16;
+  constexpr int64_t kLittle = 1 << 20, kMuch = 1 << 22;
+  const bool soon = positions < 4 || (!training && !in_bf16 && x.size(0) >= 4);
+  return positions < widest && work >= (soon ? kLittle : kMuch);
+}
+
 // The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments,
 // written there alone, after the gradients and the saved tensors.
 template <typename F>
@@ -163,10 +179,23 @@ struct Refine;
 
 template <typename... Parameters>
 struct Refine<RefineArguments(Parameters...)> {
-  static Tensors8 forward(Parameters... parameters, bool save, c10::string_view backend) {
-    if (!is_for_cpu_kernels(backend)) {
-      return call_python<&forward>("rru_fast::refine_python", parameters..., save, backend);
+  // The backend of a call; the same for its backward, whose arguments are the same. Ranks have to agree.
+  static c10::string_view choose(c10::string_view backend, const Parameters&... parameters) {
+    const auto all = std::tie(parameters...);
+    const Tensor &x = std::get<0>(all), &w = std::get<1>(all);
+    const bool training = std::get<const bool&>(all), has_ranks = !std::get<const at::IntArrayRef&>(all).empty();
+    if (backend != "auto") {
+      return backend;
     }
+    return !has_ranks && is_faster_in_composite(x, w, training) ? "composite" : "cpu";
+  }
+
+  static Tensors8 forward(Parameters... parameters, bool save, c10::string_view backend) {
+    const c10::string_view chosen = choose(backend, parameters...);
+    if (chosen != "cpu") {
+      return call_python<&forward>("rru_fast::refine_python", parameters..., save, chosen);
+    }
+    ran().refine = true;
     const auto [saved, strips] = RRU_KERNEL(refine)(refine_arguments(parameters...), save);
     return {saved.features, strips, saved.mean, saved.var, saved.u, saved.z_s, saved.z_c, saved.h};
   }
@@ -175,10 +204,11 @@ struct Refine<RefineArguments(Parameters...)> {
       const OptionalTensor& d_features, const OptionalTensor& d_strips, const Tensor& features, const Tensor& mean,
       const Tensor& var, const Tensor& u, const Tensor& z_s, const Tensor& z_c, const Tensor& h,
       Parameters... parameters, c10::List<bool> need, c10::string_view backend) {
-    if (!is_for_cpu_kernels(backend)) {
+    const c10::string_view chosen = choose(backend, parameters...);
+    if (chosen != "cpu") {
       return call_python<&backward>(
           "rru_fast::refine_backward_python", d_features, d_strips, features, mean, var, u, z_s, z_c, h, parameters...,
-          need, backend);
+          need, chosen);
     }
     TORCH_CHECK_VALUE(need.size() == 9, "need: got ", need.size(), " values, wanted 9, one per gradient");
     const auto arguments = refine_arguments(parameters...);

@@ -13,6 +13,7 @@ Tensor strip_pool(const Tensor& s, c10::string_view backend) {
     return call_python<&strip_pool>("rru_fast::strip_pool_python", s, backend);
   }
   check_floating("s", s, 5);
+  ran().strip_pool = true;
   return RRU_KERNEL(strip_pool)(s);
 }
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rru_fast import backends, native, triton
+from rru_fast.auto import choice
+from rru_fast.auto.kinds import KINDS, Key
 from rru_fast.ops import _autograd
 
 LIBRARY: Any = torch.library.Library("rru_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -36,16 +38,24 @@ def kernels(op: str, composite: Any) -> dict[str, Kernels]:
     return found
 
 
-def choose(kernels: dict[str, Kernels], backend: str, device: torch.device) -> Kernels:
+def choose(op: str, kernels: dict[str, Kernels], backend: str, device: torch.device, key: Callable[[], Key]) -> Kernels:
     """Choose the kernels of a call when it runs: the backends may differ from those where a program was exported.
+
+    Args:
+        op: the operator's name.
+        kernels: by backend.
+        backend: as the caller passed it.
+        device: of the tensors.
+        key: returns the key of the call, that of its forward in its backward.
 
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.
     """
-    name = backends.choose(backend, device)
+    name = choice.recorded(key(), KINDS[op].from_key) if backend == "auto" else backends.choose(backend, device)
     if name not in kernels:  # past the public functions
         wanted = ", ".join(map(repr, kernels))
         raise ValueError(f"backend: got {backend!r} for an operator's kernels in Python, wanted one of {wanted}")
+    backends.note_run(op, name)
     return kernels[name]
 
 

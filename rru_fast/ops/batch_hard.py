@@ -18,8 +18,9 @@ from rru_fast.arguments import (
     schema,
     unflatten,
 )
+from rru_fast.auto.kinds import batch_hard_key
 from rru_fast.composite import batch_hard as composite
-from rru_fast.ops._registration import choose, kernels, register, without_autocast
+from rru_fast.ops._registration import Kernels, choose, kernels, register, without_autocast
 
 KERNELS = kernels("batch_hard", composite)
 BACKWARD = (BatchHardUpstream, BatchHardSaved, BatchHardArguments)
@@ -29,11 +30,21 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Return the loss in features' dtype, reduced, and `BatchHardSaved`; features are (N, D) or (G, N, D)."""
     args, reduction, backend = unflatten(arguments, BatchHardArguments)
     with without_autocast(args.features):
-        outputs = choose(KERNELS, backend, args.features.device).forward(_in_groups(args))
+        outputs = _choose(backend, args).forward(_in_groups(args))
         loss, *saved = (_reshaped(value, args.features.shape[:-1]) for value in flatten(outputs))
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
         return loss.to(args.features.dtype), *saved
+
+
+def _choose(backend: str, args: BatchHardArguments) -> Kernels:
+    return choose(
+        "batch_hard",
+        KERNELS,
+        backend,
+        args.features.device,
+        lambda: batch_hard_key(args.features, args.gallery, args.metric, gradients=True),
+    )
 
 
 def _reshaped(value: Tensor, shape: torch.Size) -> Tensor:
@@ -73,7 +84,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
             *(d if d is None else d.reshape(groups) for d in (d_loss, upstream.d_d_pos, upstream.d_d_neg))
         )
         saved = BatchHardSaved(*(value.view(groups) for value in flatten(saved)))
-        kernels = choose(KERNELS, backend, args.features.device)
+        kernels = _choose(backend, args)
         gradients = kernels.backward(upstream, saved, grouped, BatchHardNeed(*need))
         d_features, d_gallery = (
             args.features.new_empty(0) if d is None else _reshaped(d, v.shape)

@@ -23,8 +23,9 @@ from rru_fast.arguments import (
     schema,
     unflatten,
 )
+from rru_fast.auto.kinds import refine_key
 from rru_fast.composite import refine as composite
-from rru_fast.ops._registration import choose, kernels, register, without_autocast
+from rru_fast.ops._registration import Kernels, choose, kernels, register, without_autocast
 
 KERNELS = kernels("refine", composite)
 DIFFERENTIABLE = tuple(field.name for field in fields(RefineGradients))
@@ -34,14 +35,24 @@ BACKWARD = (RefineUpstream, RefineSaved, RefineArguments)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     args, save, backend = unflatten(arguments, RefineArguments)
     with without_autocast(args.x):
-        outputs = choose(KERNELS, backend, args.x.device).forward(args, save)
+        outputs = _choose(backend, args, save).forward(args, save)
     return flatten(outputs)
+
+
+def _choose(backend: str, args: RefineArguments, gradients: bool) -> Kernels:
+    return choose(
+        "refine",
+        KERNELS,
+        backend,
+        args.x.device,
+        lambda: refine_key(args.x, args.w, args.w_s1, args.w_c, args.inputs, args.training, gradients),
+    )
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     upstream, saved, args, need, backend = unflatten(arguments, *BACKWARD)
     with without_autocast(args.x):
-        gradients = choose(KERNELS, backend, args.x.device).backward(upstream, saved, args, _need(need))
+        gradients = _choose(backend, args, True).backward(upstream, saved, args, _need(need))
     return tuple(args.x.new_empty(0) if gradient is None else gradient for gradient in flatten(gradients))
 
 

@@ -1,0 +1,97 @@
+"""Devices on which decisions hold: hardware, versions and kernels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rru_fast import backends, native
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# Device types on which `auto` calibrates by itself; on others when asked.
+AUTOMATIC = frozenset({"cuda"})
+
+
+def card_of(device: torch.device) -> dict[str, str]:
+    """Return all that a decision depends on apart from the call. Decisions of another card are not used."""
+    return dict(_card(device.type, _index(device), torch.get_num_threads() if device.type == "cpu" else 0))
+
+
+@cache
+def _card(kind: str, index: int, threads: int) -> dict[str, str]:
+    card = {"torch": torch.__version__, "kernels": _sources(kind)}
+    if kind == "cuda":
+        of_device = torch.device(kind, index)
+        major, minor = torch.cuda.get_device_capability(of_device)
+        return card | {
+            "device": torch.cuda.get_device_name(of_device),
+            "capability": f"{major}.{minor}",
+            "cuda": str(torch.version.cuda),
+            "triton": _version("triton"),
+        }
+    return card | {"device": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": str(threads)}
+
+
+def uuid_of(device: torch.device) -> str:
+    """Return what tells a GPU from others of its name; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def describe(card: dict[str, str]) -> str:
+    """Return a card in words."""
+    versions = [f"{name} {card[name]}" for name in ("torch", "triton", "cuda") if name in card]
+    return ", ".join([card["device"], *([f"{card['threads']} threads"] if "threads" in card else []), *versions])
+
+
+def candidates(device: torch.device, default: str) -> list[str]:
+    """List the backends that may replace `default` on a device."""
+    return [name for name in backends.serving(device) if name not in ("reference", default)]
+
+
+def calibrates(device: torch.device) -> bool:
+    """Return True if `auto` calibrates on this device without being asked."""
+    return device.type in AUTOMATIC and len(backends.serving(device)) > len(("reference", "composite"))
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _sources(kind: str) -> str:
+    """Hash the kernels: a decision compares their speed."""
+    files = [*(_PACKAGE / "composite").rglob("*.py"), *(_PACKAGE / "triton").rglob("*.py")]
+    if kind == "cpu" and native.missing() is None:
+        files.append(native.binary())
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else f"{platform.machine()}, {os.cpu_count()} cores"

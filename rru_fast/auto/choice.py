@@ -1,0 +1,297 @@
+"""The choice of a backend for a call with `backend="auto"`: looked up, or measured at the first call of a kind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache as cached
+from math import log2
+
+import torch
+from torch import Tensor
+
+from rru_fast import backends
+from rru_fast.auto import cards, decisions, spawn
+from rru_fast.auto.decisions import Card, Decision, Entry
+from rru_fast.auto.kinds import Key, Kind, across_passes
+
+MOST_KINDS = 4
+"""Kinds that a process calibrates by itself; further ones take the decision on the nearest kind."""
+RETRY = 10.0
+"""Seconds after which a kind is looked up again that another process was calibrating."""
+MOST_KEYS = 4096
+
+logger = logging.getLogger("rru_fast")
+
+_backends: dict[Key, str] = {}
+"""Backend by key: what a call looks up."""
+_traced: dict[Key, str] = {}
+"""The same for calls in traced programs."""
+_known: dict[tuple[str, Kind], Decision] = {}
+"""Decisions of this process by card and kind, those not kept on disk too."""
+_retry: dict[Key, float] = {}
+"""When to look up a key again that nothing was decided on."""
+_calibrated: list[Kind] = []
+_calibrating = threading.Lock()
+_collecting = threading.local()
+
+
+def decides(tensor: Tensor) -> bool:
+    """Return True if a call is to look up a decision; else "auto" is passed on to the operator, unresolved.
+
+    So it is on a CPU without decisions, and in traced programs, whose operators ask `recorded` where they run.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _decided_on(tensor.device.type)
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def choose(key: Key, kind_of: Callable[[Key], Kind]) -> str:
+    """Return the backend that runs a call; calibrates its kind first if this is its first call.
+
+    Args:
+        key: of the call.
+        kind_of: makes the exact kind of the key.
+    """
+    found = _backends.get(key)
+    if found is not None:
+        return found
+    if time.monotonic() < _retry.get(key, 0):
+        return backends.choose("auto", key[0])
+    return _look_up(key, kind_of(key))
+
+
+def recorded(key: Key, kind_of: Callable[[Key], Kind]) -> str:
+    """Return the backend that runs a call of a traced program: by the decisions there are, which it never makes.
+
+    A key's first answer stays, so that a backward meets the backend whose forward saved its tensors.
+    """
+    device: torch.device = key[0]
+    if not _decided_on(device.type):
+        return backends.choose("auto", device)
+    sticky = across_passes(key)
+    found = _traced.get(sticky)
+    if found is None:
+        decision = _decision(cards.card_of(device), kind_of(key).rounded())
+        found = _traced[sticky] = backends.choose("auto", device) if decision is None else decision.backend
+    return found
+
+
+@contextmanager
+def collecting() -> Iterator[dict[Kind, torch.device]]:
+    """Collect the exact kinds that are called with "auto" in this thread, with their devices; nothing is decided."""
+    found: dict[Kind, torch.device] = {}
+    _collecting.kinds = found
+    _clear_answers()
+    try:
+        yield found
+    finally:
+        del _collecting.kinds
+        _clear_answers()
+
+
+def calibrate(kind: Kind, device: torch.device, *, again: bool = False, seconds: float = spawn.SECONDS) -> Decision:
+    """Return the decision on a call's kind: the one there is, or else a new one, measured in a process of its own.
+
+    Args:
+        kind: the call, with exact sizes.
+        device: where it runs.
+        again: measure even if there is a decision.
+        seconds: time limit.
+    """
+    card, rounded = cards.card_of(device), kind.rounded()
+    if not again and (found := _decision(card, rounded)) is not None:
+        return found
+    default = backends.choose("auto", device)
+    found = spawn.measure(kind, device, default, cards.candidates(device, default), seconds=seconds)
+    if found.keep and (failure := decisions.write(card, rounded, found)) is not None:
+        logger.warning("rru_fast: the decision on %s is not kept: %s", rounded, failure)
+    _remember(card, rounded, found)
+    return found
+
+
+def forget() -> None:
+    """Forget what this process has looked up and decided; files stay."""
+    for memory in (_traced, _known, _calibrated):
+        memory.clear()
+    _clear_answers()
+
+
+def _clear_answers() -> None:
+    _backends.clear()
+    _retry.clear()
+    _decided_on.cache_clear()
+
+
+def entries(device: torch.device) -> tuple[list[Entry], int]:
+    """Return the decisions on a device, those of this process first, and the number of those of other cards on disk."""
+    card = cards.card_of(device)
+    own = [Entry(card, kind, found) for (of, kind), found in _known.items() if of == _name(card)]
+    on_disk, others = decisions.read_all(card)
+    known = {entry.kind for entry in own}
+    return own + [entry for entry in on_disk if entry.kind not in known], others
+
+
+def _look_up(key: Key, kind: Kind) -> str:
+    device: torch.device = key[0]
+    default = backends.choose("auto", device)
+    kinds = getattr(_collecting, "kinds", None)
+    if kinds is not None:
+        kinds.setdefault(kind, device)
+        return default
+    if _is_capturing(device):
+        return default  # what the calls before a capture ran is in `_backends`, and has been compiled
+    found = _find(kind, device)
+    if found is None:
+        if _has_ranks():  # which have to agree for as long as they run
+            found = default
+        else:
+            _retry[key] = time.monotonic() + RETRY
+            return default
+    if len(_backends) >= MOST_KEYS:
+        _clear_answers()
+    _backends[key] = found
+    return found
+
+
+def _find(kind: Kind, device: torch.device) -> str | None:
+    """Return the backend that is decided on, now at the latest if that may be; None if nothing is."""
+    card = cards.card_of(device)
+    decision = _decision(card, kind.rounded())
+    if decision is None:
+        if _why_not(device) is not None:
+            return None
+        if len(_calibrated) >= MOST_KINDS:
+            return _nearest(card, kind.rounded())
+        decision = _calibrate_first(kind, device, card)
+    return None if decision is None else decision.backend
+
+
+def _calibrate_first(kind: Kind, device: torch.device, card: Card) -> Decision | None:
+    """Calibrate at the first call of a kind; None if another process or thread does."""
+    rounded = kind.rounded()
+    if not _calibrating.acquire(blocking=False):
+        return None
+    try:
+        with decisions.lock(card) as free:
+            if not free:
+                return None
+            found = decisions.read(card, rounded)  # another process may just have written it
+            if found is not None:
+                return _remember(card, rounded, found)
+            _calibrated.append(rounded)
+            logger.warning(
+                "rru_fast: measuring which backend is the fastest for %s on %s, once, for at most %.0f s in a process "
+                "of its own; RRU_FAST_CALIBRATE=0 turns this off",
+                rounded,
+                card["device"],
+                spawn.SECONDS,
+            )
+            begin = time.monotonic()
+            try:
+                found = calibrate(kind, device)
+            except Exception as error:  # the call itself must go on
+                default = backends.choose("auto", device)
+                reason = f"the measurement failed: {type(error).__name__}: {error}"
+                found = _remember(card, rounded, Decision(default, reason, keep=False, default=default))
+            logger.warning(
+                "rru_fast: auto runs %s for %s: %s (%.1f s, %.0f MiB)",
+                found.backend,
+                rounded,
+                found.reason,
+                time.monotonic() - begin,
+                found.peak_mib,
+            )
+            return found
+    finally:
+        _calibrating.release()
+
+
+def _decision(card: Card, rounded: Kind) -> Decision | None:
+    """Return the decision on a kind: of this process, on disk or shipped."""
+    found = _known.get((_name(card), rounded))
+    if found is None and (found := decisions.read(card, rounded)) is not None:
+        _remember(card, rounded, found)
+    return found
+
+
+def _remember(card: Card, rounded: Kind, decision: Decision) -> Decision:
+    _known[_name(card), rounded] = decision
+    _clear_answers()
+    return decision
+
+
+def _why_not(device: torch.device) -> str | None:
+    """Return the reason why nothing is calibrated now without being asked, or None."""
+    if not calibration_enabled():
+        return "RRU_FAST_CALIBRATE=0"
+    if not cards.calibrates(device):
+        return f"no other backend on {device.type}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms"
+    if _has_ranks():
+        return "several ranks"
+    return None
+
+
+def calibration_enabled() -> bool:
+    """Return False if RRU_FAST_CALIBRATE turns automatic calibration off.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    asked = os.environ.get("RRU_FAST_CALIBRATE", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"RRU_FAST_CALIBRATE: got {asked!r}, wanted 0 or 1")
+    return asked != "0"
+
+
+def _has_ranks() -> bool:
+    world = os.environ.get("WORLD_SIZE", "1")  # torchrun's, which is set before its ranks meet
+    dist = torch.distributed
+    return world != "1" or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return True if a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _nearest(card: Card, rounded: Kind) -> str | None:
+    """Return the backend of the nearest kind of the same category that has been decided."""
+
+    def distance(kind: Kind) -> float:
+        return sum(abs(log2(max(a, 1)) - log2(max(b, 1))) for a, b in zip(kind.sizes, rounded.sizes, strict=True))
+
+    same = {
+        kind: found for (of, kind), found in _known.items() if of == _name(card) and kind.category == rounded.category
+    }
+    return same[min(same, key=distance)].backend if same else None
+
+
+def _name(card: Card) -> str:
+    return repr(card)
+
+
+@cached
+def _decided_on(device_type: str) -> bool:
+    """Return True if decisions are looked up on devices of this type: on a CPU only if there are any."""
+    if device_type in cards.AUTOMATIC:
+        return True
+    if device_type != "cpu":
+        return False
+    if getattr(_collecting, "kinds", None) is not None:
+        return True
+    # The card of a CPU takes 10 ms to describe.
+    maybe = _known or any(decisions.folder().glob("*.json"))
+    return bool(maybe and entries(torch.device("cpu"))[0])

@@ -1,0 +1,250 @@
+"""Calibration by request: of a module's or function's own calls, on the CPU, in real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rru_fast
+from rru_fast import backends, functional, native, report
+from rru_fast.auto import choice
+from rru_fast.auto.kinds import BatchHardKind, Kind, RefineKind, StripPoolKind
+from rru_fast.calibrate import cases, measure
+
+CPU = torch.device("cpu")
+REFINE = RefineKind(
+    "float32", True, "contiguous", "float32", "", True, "appearance+motion", "both", 3, 4, 6, 3, 2, 5, 4
+)
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+
+
+class Model(nn.Module):
+    """A unit, twice, and a loss, behind a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.drop = nn.Linear(2, 2), nn.Dropout()
+        self.unit = rru_fast.RRU(6, (3, 2), hidden=4, spatial_hidden=3)
+        self.loss = rru_fast.BatchHardTripletLoss()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        out = self.unit(self.drop(self.stem(x)))
+        self.unit(x[:1])
+        return self.loss(out.features.mean((1, 3, 4)), labels) + self.loss(out.strips.permute(2, 0, 1), labels)
+
+
+@pytest.mark.exhaustive
+@needs_kernels
+def test_all_kinds_of_a_model_are_measured_and_then_run_by_auto(folder: Path) -> None:
+    model, x, labels = Model(), torch.randn(4, 3, 6, 3, 2), torch.tensor([0, 0, 1, 1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = rru_fast.calibrate(model, x, labels)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert [(kind.op, kind.sizes) for kind in found] == [
+        ("refine", (4, 3, 6, 3, 2, 4, 3)),
+        ("refine", (1, 3, 6, 3, 2, 4, 3)),
+        ("batch_hard", (1, 4, 0, 6)),
+        ("batch_hard", (3, 4, 0, 6)),
+    ]
+    assert {decision.backend for decision in found.values()} == {"cpu"}  # at such sizes Python takes all the time
+    assert all(decision.ratio is not None and decision.ratio < 1 for decision in found.values())
+    assert len(list(folder.glob("*.json"))) == 4
+    backends.forget_runs()
+    model(x, labels).backward()
+    assert backends.ran() == {"refine": ["cpu"], "batch_hard": ["cpu"]}
+    assert len(choice._backends) == 4
+    lines = report.report().splitlines()
+    assert (
+        sum(line.startswith("  refine, training, float32, ") and ": cpu: composite is" in line for line in lines) == 2
+    )
+    # What has been decided is not measured again, unless asked.
+    assert rru_fast.calibrate(model, x, labels) == found
+    (again,) = rru_fast.calibrate(rru_fast.strip_pool, x, again=True).values()
+    assert again.backend == "cpu" and again.date
+
+
+@needs_kernels
+def test_a_cpu_runs_what_was_decided_for_it(folder: Path) -> None:
+    s = torch.randn(2, 3, 5, 4, 2)
+    backends.forget_runs()
+    rru_fast.strip_pool(s)
+    assert backends.ran() == {"strip_pool": ["cpu"]}
+    kind = StripPoolKind("float32", False, "contiguous", 2, 4, 5, 4, 2)
+    card = rru_fast.auto.cards.card_of(CPU)
+    rru_fast.auto.decisions.write(card, kind, rru_fast.auto.decisions.Decision("composite", "measured"))
+    choice.forget()
+    backends.forget_runs()
+    rru_fast.strip_pool(s)
+    assert backends.ran() == {"strip_pool": ["composite"]}
+
+
+def test_a_process_that_hangs_is_killed_and_the_default_serves(folder: Path) -> None:
+    (decision,) = rru_fast.calibrate(rru_fast.strip_pool, torch.zeros(1, 1, 1, 1, 1), seconds=0.01).values()
+    assert decision.reason == "stopped after 0 s, in its start" and not decision.keep
+    assert decision.backend == backends.choose("auto", CPU)
+
+
+@pytest.mark.parametrize("seconds", ["1", float("nan"), -1, True])
+def test_a_wrong_time_limit_is_an_error(seconds: Any) -> None:
+    with pytest.raises(ValueError, match=f"^seconds: got {seconds!r}, wanted a number above 0$"):
+        rru_fast.calibrate(print, seconds=seconds)
+
+
+def test_a_call_of_another_backend_is_nothing_to_calibrate() -> None:
+    with pytest.raises(RuntimeError, match="reached no operator"):
+        rru_fast.calibrate(rru_fast.strip_pool, torch.zeros(1, 1, 1, 1, 1), backend="reference")
+
+
+def test_an_error_of_the_function_passes_through_and_restores_its_buffers() -> None:
+    unit = rru_fast.RRU(6, (3, 2), hidden=4, spatial_hidden=3)
+    before = unit.transition_norm.running_mean.clone()
+
+    def forward(x: Tensor) -> None:
+        unit(x)
+        raise KeyError("mine")
+
+    holder = nn.Module()
+    holder.unit = unit
+    holder.forward = forward  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyError, match="mine"):
+        rru_fast.calibrate(holder, torch.randn(2, 3, 6, 3, 2))
+    assert torch.equal(unit.transition_norm.running_mean, before)
+    with pytest.raises(RuntimeError, match="reached no operator"):  # nothing is collected any more
+        rru_fast.calibrate(lambda: None)
+
+
+# The measurement itself, in this process
+
+KINDS = [
+    REFINE,
+    RefineKind("bfloat16", False, "channels last", "float32", "", False, "raw", "channel", 2, 5, 6, 3, 2, 5, 0),
+    RefineKind("float16", True, "strided", "float16", "", False, "appearance", "spatial", 2, 3, 6, 3, 2, 5, 4),
+    RefineKind("float64", True, "contiguous", "float64", "", True, "raw", "both", 2, 3, 6, 3, 2, 5, 4),
+    StripPoolKind("bfloat16", True, "channels last", 2, 3, 5, 4, 2),
+    StripPoolKind("float32", False, "strided", 2, 3, 5, 4, 2),
+    BatchHardKind("float32", True, "contiguous", "", "euclidean", 3, 12, 0, 7),
+    BatchHardKind("float64", False, "strided", "", "cosine", 1, 12, 0, 7),
+    BatchHardKind("float16", True, "contiguous", "", "cosine", 2, 12, 20, 7),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=map(str, KINDS))
+def test_a_random_call_is_of_the_kind_that_was_asked_for(kind: Kind) -> None:
+    with choice.collecting() as found:
+        cases.make_case(kind, CPU, seed=0).caller("auto")()
+    assert list(found) == [kind]
+    one, other, third = (cases.make_case(kind, CPU, seed).results("composite") for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], third[name]) for name in one)
+    assert kind.gradients == any(name.startswith("d_") for name in one)
+    small = list(cases.parity_kinds(kind))
+    assert len(small) == 5 and small[-1] == kind
+    assert {of.category for of in small} == {kind.category}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=map(str, KINDS))
+@pytest.mark.parametrize("backend", ["composite", pytest.param("cpu", marks=needs_kernels)])
+def test_backends_that_are_right_pass(kind: Kind, backend: str) -> None:
+    parity = measure.hold(kind, CPU, backend, lambda stage, of: None)
+    assert 0 <= parity.error <= parity.allowed
+
+
+def test_parity_is_cut_to_what_fits_in_memory() -> None:
+    paper = RefineKind("float32", True, "contiguous", "float32", "", True, "raw", "both", 20, 8, 2048, 8, 8, 256, 128)
+    assert cases.cut(paper) == paper
+    for kind in (
+        RefineKind("float32", False, "contiguous", "float32", "", False, "raw", "both", 64, 675, 2048, 16, 8, 256, 128),
+        BatchHardKind("float32", True, "contiguous", "", "euclidean", 8, 16384, 65536, 2048),
+    ):
+        assert cases._elements(cases.cut(kind)) <= cases.MOST_ELEMENTS < cases._elements(kind)
+
+
+def test_a_call_too_large_for_the_oracle_is_held_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "MOST_ELEMENTS", 200)
+    kind = StripPoolKind("float32", True, "contiguous", 4, 16, 5, 4, 2)
+    pool = functional.strip_pool
+
+    def wrong_where_large(s: Tensor, *, backend: str) -> Tensor:
+        out = pool(s, backend=backend)
+        return out * 1.001 if backend == "composite" and s.shape[1] == 16 else out
+
+    monkeypatch.setattr(functional, "strip_pool", wrong_where_large)
+    found = measure.measure(kind, CPU, "reference", ["composite"], note=lambda *_: None, clock=lambda call, of: 1.0)
+    assert found.backend == "reference"
+    assert "composite fails: out is off reference's by 1.0e-03 at full size, allowed" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("ratios", "undecided", "ratio"),
+    [
+        ([2.0] * 11, False, 2.0),
+        ([1.0, 1.05, 1.09] * 4, False, 1.05),
+        ([0.1, *[1.2] * 9, 9.0], False, 1.2),  # the largest and the smallest do not count
+        ([4.0, 2.0] * 6, False, 4.0),  # whichever is right, it is faster
+        ([0.9, 0.5] * 6, False, 0.9),
+        ([1.3, 0.8] * 6, True, 1.3),
+        ([1.15, 1.05] * 6, False, 1.15),
+    ],
+)
+def test_the_median_of_rounds_decides_unless_they_contradict_each_other(
+    ratios: list[float], undecided: bool, ratio: float
+) -> None:
+    calls = {"reference": 0, "composite": 0}
+
+    def clock(call: Callable[[], object], of: str) -> float:
+        calls[of] += 1
+        # The first call of each tells how many make a round.
+        return 1.0 if of == "composite" or calls[of] == 1 else ratios[calls[of] - 2]
+
+    kind = StripPoolKind("float32", True, "contiguous", 2, 3, 5, 4, 2)
+    timing = measure.time_pair(kind, CPU, "reference", "composite", {}, clock)
+    assert (timing.undecided, timing.ratio) == (undecided, ratio)
+    assert calls == {"reference": 12, "composite": 12}
+
+
+def test_a_default_that_is_wrong_is_replaced_by_composite(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = measure.hold
+
+    def of_backend(kind: Kind, device: torch.device, backend: str, note: measure.Note) -> measure.Parity:
+        if backend == "reference":
+            raise measure.WrongError("out is off by 1, allowed 0")
+        return hold(kind, device, backend, note)
+
+    monkeypatch.setattr(measure, "hold", of_backend)
+    found = measure.measure(REFINE, CPU, "reference", ["composite"], note=lambda *_: None)
+    assert (found.backend, found.reason) == ("composite", "reference fails: out is off by 1, allowed 0")
+
+
+SHADOWED = """
+import sys
+sys.path[:0] = [{root!r}]
+import torch, rru_fast
+from rru_fast.auto import kinds, spawn
+kind = kinds.StripPoolKind("float32", False, "contiguous", 2, 3, 5, 4, 2)
+print(spawn.measure(kind, torch.device("cpu"), "composite", []).reason)
+"""
+
+
+def test_modules_in_the_working_directory_are_not_imported_by_the_process(tmp_path: Path) -> None:
+    for name in ("json", "torch", "resource", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    script = tmp_path / "user" / "script.py"
+    script.parent.mkdir()
+    root = str(Path(rru_fast.__file__).parents[1])
+    script.write_text(SHADOWED.format(root=root))
+    env = {**os.environ, "RRU_FAST_CALIBRATE": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "nothing to compare it with\n", done.stderr

@@ -1,0 +1,283 @@
+"""When `auto` looks up a decision, when it makes one, and when it does neither."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rru_fast
+from rru_fast import backends, functional
+from rru_fast.auto import cards, choice, decisions, kinds, spawn
+from rru_fast.auto.decisions import Decision
+from rru_fast.auto.kinds import Kind, StripPoolKind
+from rru_fast.ops import strip_pool as operator
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Measurements:
+    """Measurements that have been asked for, and what comes of them."""
+
+    kinds: list[Kind] = field(default_factory=list)
+    backend: str = "triton"
+    keep: bool = True
+    during: Callable[[], object] = lambda: None
+
+    def measure(self, kind: Kind, device: torch.device, default: str, candidates: Any, **_: object) -> Decision:
+        assert (device, default, candidates) == (CPU, "composite", ["triton"])
+        self.kinds.append(kind)
+        self.during()
+        return Decision(self.backend, "as the test says", keep=self.keep, default=default)
+
+
+@pytest.fixture
+def measured(card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Measurements:
+    """A card on which nothing has been decided; measurements take no time."""
+    card("")
+    found = Measurements()
+    monkeypatch.setattr(spawn, "measure", found.measure)
+    return found
+
+
+def key_of(clips: int, frames: int, gradients: bool = True) -> kinds.Key:
+    s = torch.empty(clips, frames, 3, 4, 2)
+    return kinds.strip_pool_key(CPU, s.dtype, s.shape, s.stride(), gradients)
+
+
+def chosen(clips: int, frames: int, gradients: bool = True) -> str:
+    """Return the backend of a call of `strip_pool`."""
+    return choice.choose(key_of(clips, frames, gradients), StripPoolKind.from_key)
+
+
+def write(clips: int, frames: int) -> None:
+    """Decide on triton, as another process does."""
+    kind = StripPoolKind.from_key(key_of(clips, frames)).rounded()
+    assert decisions.write(cards.card_of(CPU), kind, Decision("triton", "by another process")) is None
+
+
+def test_a_kind_is_measured_once_at_the_size_of_its_first_call(measured: Measurements, folder: Path) -> None:
+    assert [chosen(3, 5), chosen(3, 5), chosen(4, 8), chosen(3, 7)] == ["triton"] * 4
+    (kind,) = measured.kinds
+    assert isinstance(kind, StripPoolKind) and (kind.clips, kind.frames) == (3, 5)
+    choice.forget()  # as in another process
+    assert chosen(4, 6) == "triton"
+    assert len(measured.kinds) == 1
+    measured.backend = "composite"
+    assert chosen(5, 5) == "composite" and chosen(4, 6) == "triton"
+    assert len(measured.kinds) == 2 == len(list(folder.glob("*.json")))
+
+
+def test_what_is_not_kept_holds_for_the_process(measured: Measurements, folder: Path) -> None:
+    measured.keep, measured.backend = False, "composite"
+    assert chosen(3, 5) == chosen(4, 5) == "composite"
+    assert len(measured.kinds) == 1
+    choice.forget()
+    assert chosen(3, 5) == "composite"
+    assert len(measured.kinds) == 2
+    assert not list(folder.glob("*.json"))
+
+
+def test_a_variable_turns_measurements_off_but_not_what_they_found(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(3, 5) == "triton"
+    monkeypatch.setenv("RRU_FAST_CALIBRATE", "0")
+    choice.forget()
+    assert chosen(3, 5) == "triton"
+    assert chosen(30, 5) == "composite"
+    assert len(measured.kinds) == 1
+    monkeypatch.setenv("RRU_FAST_CALIBRATE", "no")
+    with pytest.raises(ValueError, match=r"^RRU_FAST_CALIBRATE: got 'no', wanted 0 or 1$"):
+        chosen(90, 5)
+
+
+def _with_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+
+
+def _with_ranks_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def _with_a_group_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+def _while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_is_capturing", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [_with_deterministic_algorithms, _with_ranks_of_torchrun, _with_a_group_of_ranks, _while_a_graph_is_captured],
+)
+def test_nothing_is_measured_there_and_what_is_known_serves(
+    begin: Callable[[pytest.MonkeyPatch], None], measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(3, 5) == "triton"
+    with monkeypatch.context() as patch:
+        begin(patch)
+        assert chosen(3, 5) == "triton"
+        assert chosen(30, 5) == chosen(30, 5) == "composite"
+    assert len(measured.kinds) == 1
+    monkeypatch.setattr(choice, "RETRY", 0)
+    choice.forget()
+    assert chosen(30, 5) == "triton"
+
+
+def test_a_graph_that_is_captured_runs_what_the_calls_before_it_ran(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what another process has found meanwhile: its kernels would be compiled during the capture."""
+    assert chosen(3, 5) == "triton"
+    choice.forget()
+    monkeypatch.setattr(choice, "_is_capturing", lambda device: True)
+    assert chosen(3, 5) == "composite"
+    monkeypatch.setattr(choice, "_is_capturing", lambda device: False)
+    assert chosen(3, 5) == "triton"
+
+
+def test_ranks_hold_on_to_what_they_found_first(measured: Measurements, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(choice, "RETRY", 0)
+    assert chosen(3, 5) == "composite"
+    write(3, 5)
+    assert chosen(3, 5) == "composite"
+    assert chosen(4, 5) == "triton"
+
+
+def test_after_a_few_kinds_the_nearest_one_serves(measured: Measurements) -> None:
+    for clips in (1, 8, 64):
+        assert chosen(clips, 1) == "triton"
+    measured.backend = "composite"
+    assert chosen(1024, 1) == "composite"
+    assert [chosen(2, 1), chosen(150, 1), chosen(512, 1), chosen(1024, 8)] == ["triton", "triton", *["composite"] * 2]
+    assert chosen(2, 1, gradients=False) == "composite"  # no kind of its category has been decided
+    assert len(measured.kinds) == choice.MOST_KINDS == 4
+
+
+def test_while_another_process_calibrates_composite_serves_and_its_decision_is_found_later(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(choice.time, "monotonic", lambda: now[0])
+    with decisions.lock(cards.card_of(CPU)) as free:
+        assert free
+        assert chosen(3, 5) == "composite"
+        now[0] = 9.0
+        assert chosen(3, 5) == "composite"
+        write(3, 5)
+    assert chosen(3, 5) == "composite"  # not asked again at every call
+    now[0] = 11.0
+    assert chosen(3, 5) == "triton"
+    assert measured.kinds == []
+
+
+def test_while_another_thread_calibrates_composite_serves(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def during() -> None:
+        thread = threading.Thread(target=lambda: found.append(chosen(3, 5)))
+        thread.start()
+        thread.join()
+
+    measured.during = during
+    assert chosen(3, 5) == "triton"
+    assert found == ["composite"] and len(measured.kinds) == 1
+    assert chosen(3, 5) == "triton"
+
+
+def test_a_measurement_that_raises_costs_the_call_nothing(
+    measured: Measurements, caplog: pytest.LogCaptureFixture
+) -> None:
+    def during() -> None:
+        raise RuntimeError("no such thing")
+
+    measured.during = during
+    assert chosen(3, 5) == chosen(3, 5) == "composite"
+    assert len(measured.kinds) == 1
+    assert "the measurement failed: RuntimeError: no such thing" in caplog.records[-1].getMessage()
+
+
+def test_interrupts_pass_through(measured: Measurements) -> None:
+    def during() -> None:
+        raise KeyboardInterrupt
+
+    measured.during = during
+    with pytest.raises(KeyboardInterrupt):
+        chosen(3, 5)
+    measured.during = lambda: None
+    assert chosen(3, 5) == "triton"
+
+
+def test_a_graph_of_a_module_is_a_kind_of_its_own(measured: Measurements) -> None:
+    module = rru_fast.RRU(6, (3, 2), hidden=4, spatial_hidden=3)
+    x = torch.zeros(2, 3, 6, 3, 2)
+    from rru_fast.reference.modules import gate_arguments
+
+    norm = {"gamma": module.transition_norm.weight, "beta": module.transition_norm.bias, "training": True}
+    assert functional.choose_for_graph(x, **gate_arguments(module), **norm) == "triton"
+    (kind,) = measured.kinds
+    assert isinstance(kind, kinds.RefineKind) and kind.graphed and kind.gradients
+
+
+# Traced programs
+
+
+def test_a_traced_program_looks_up_decisions_where_it_runs_and_makes_none(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, other = key_of(3, 5), key_of(9, 5)
+    assert choice.recorded(key, StripPoolKind.from_key) == "composite"
+    assert measured.kinds == []
+    assert choice.choose(other, StripPoolKind.from_key) == "triton"
+    assert choice.recorded(other, StripPoolKind.from_key) == "triton"
+    # A forward's backward gets its answer, whatever has been decided between them.
+    assert choice.choose(key, StripPoolKind.from_key) == "triton"
+    backward = (key[0], None, *key[2:])
+    assert choice.recorded(backward, StripPoolKind.from_key) == "composite"
+
+
+def test_a_compiled_or_exported_call_keeps_auto(measured: Measurements) -> None:
+    s = torch.ones(3, 5, 3, 4, 2)
+
+    class Pool(torch.nn.Module):
+        def forward(self, s: torch.Tensor) -> torch.Tensor:
+            return rru_fast.strip_pool(s)
+
+    program = torch.export.export(Pool(), (s,))
+    assert "'auto'" in program.graph_module.code
+    torch.testing.assert_close(program.module()(s), torch.ones(3, 3, 4))
+    traced = torch.jit.trace(Pool(), (s,), check_trace=False)
+    assert "auto" in str(traced.graph)
+    compiled = torch.compile(Pool(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(s), torch.ones(3, 3, 4))
+    torch.func.vmap(rru_fast.strip_pool)(s[None])
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert rru_fast.strip_pool(torch.empty(3, 5, 3, 4, 2)).shape == (3, 3, 4)
+    assert measured.kinds == []
+
+
+def test_the_backend_that_saved_the_tensors_runs_the_backward(measured: Measurements) -> None:
+    """A decision between forward and backward does not change the backend of a call."""
+    s = torch.ones(3, 5, 3, 4, 2, requires_grad=True)
+    measured.backend = "composite"
+    backends.forget_runs()
+    out = rru_fast.strip_pool(s)
+    card = cards.card_of(CPU)
+    choice._remember(card, measured.kinds[0].rounded(), Decision("triton", "now"))
+    out.sum().backward()
+    assert backends.ran() == {"strip_pool": ["composite"]}
+    assert operator.KERNELS  # the operator itself was asked for composite by name
