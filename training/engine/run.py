@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from rru_fast import backends
 from training.config.settings import Settings
 from training.config.step import eager_mode
 from training.data import load_split, workers
@@ -37,6 +38,8 @@ from training.runtime.errors import UserError
 from training.runtime.fields import differing
 from training.runtime.terminal import say
 
+BACKENDS = "backends"
+"""Key of a run's record: the backends that ran each operator in training and evaluation, known after an epoch."""
 Draw: TypeAlias = Callable[[Network, Split, EmbeddedSplit, Resize], Mapping[str, Figure]]
 """Pictures of a network after an evaluation, by name."""
 
@@ -79,6 +82,7 @@ def train_run(
 
     step.check(device, recipe)
     config = run_record(settings, split, device)
+    backends.forget_runs()
     if resumed and (earlier := _earlier(resumed, settings, config)):
         config["earlier"] = earlier
     trainer = make_trainer(settings, people, device, resumed)
@@ -102,6 +106,7 @@ def train_run(
             set_learning_rates(trainer.optimizer, recipe.optim, trainer.epoch, recipe.epochs)
             trainer.run_epoch(loader, log)
             if log:
+                _record_backends(run, config)
                 checkpoint.save(run, trainer.network, trainer.state_dict(), config)
         _evaluate(trainer, settings, split, log, draw)
     if log is None:
@@ -119,9 +124,16 @@ def _earlier(resumed: Checkpoint, settings: Settings, config: dict[str, Any]) ->
     before = settings_of(resumed)  # with another resize it could not be resumed
     was = {name: value for name, (value, _) in differing(before.step, settings.step).items()}
     if resumed.config.get("environment") != config["environment"]:
-        was["environment"] = resumed.config.get("environment")
+        was |= {name: resumed.config.get(name) for name in ("environment", BACKENDS)}
     earlier: list[dict[str, Any]] = resumed.config.get("earlier", [])
     return [*earlier, {"to_epoch": resumed.training["epoch"], **was}] if was else earlier
+
+
+def _record_backends(run: Path, config: dict[str, Any]) -> None:
+    """Add to a run's record which backends have run each operator, as far as is known now."""
+    if config.get(BACKENDS) != (ran := backends.ran()):
+        config[BACKENDS] = ran
+        write_atomic(run / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager
