@@ -17,6 +17,7 @@ from torch import Tensor
 
 import rru_fast
 from rru_fast import backends, reference
+from rru_fast.auto import choice, decisions
 from rru_fast.testing import EXACT, assert_parity, gradients, poisoned_memory, relative_error
 from tests import parity
 from tests.parity import GROUPS, ODD_SHAPES, VARIANTS, Call, Case
@@ -347,3 +348,19 @@ def test_strip_pool(dtype: torch.dtype, backend: str) -> None:
     assert relative_error(strips, wanted) <= rounding
     spread = (upstream.double() / 64)[:, None, :, :, None].expand(s.shape)
     assert relative_error(gradient, spread) <= rounding
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the Triton kernels")
+def test_auto_measures_the_first_call_of_a_kind_and_keeps_what_it_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(decisions, "folder", lambda: tmp_path)
+    monkeypatch.delenv("RRU_FAST_CALIBRATE")
+    s = torch.randn(20, 8, 2048, 8, 8, device="cuda")
+    for _ in range(2):
+        strips = rru_fast.strip_pool(s)
+        assert relative_error(strips, reference.strip_pool(s.double())) <= torch.finfo(s.dtype).eps
+    (entry,), _ = choice.entries(CUDA)
+    assert (entry.decision.keep, entry.decision.error is not None) == (True, True), entry.decision
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    assert sum(record.name == "rru_fast" for record in caplog.records) == 2

@@ -4,10 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu --toy --results FOLDER    # without a GPU: toy shapes
 
 Needs torch, triton, numpy and pytest. Each part runs in its own process group with a time limit; its findings are
-written at once. FOLDER gets <gpu>-<date>.json with the rows and every part's findings, .log, -parity.xml, -rest.xml and
--autotune.json. Float32 is measured at PyTorch's defaults (convolutions in TF32, matmuls in fp32) and at "high" (both in
-TF32), with parity against eager at the same precision. Exits with an error if a part fails, but not if one is left out
-or the time is over.
+written at once. FOLDER gets <gpu>-<date>.json with the rows and every part's findings, .log, -parity.xml, -rest.xml,
+-autotune.json and -auto.json. Float32 is measured at PyTorch's defaults (convolutions in TF32, matmuls in fp32) and at
+"high" (both in TF32), with parity against eager at the same precision. Exits with an error if a part fails, but not if
+one is left out or the time is over.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _measure(
                 results.add(name, finding)
             results.write()
 
-    env = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "PYTHONUNBUFFERED": "1", "RRU_FAST_CALIBRATE": "0"}
     if not part.interpreted:
         env.pop("TRITON_INTERPRET", None)
     begin = time.monotonic()
@@ -121,7 +121,7 @@ def _measure(
         results.add(name, {"failed": of_part.get("error", ended)})
     of_part["seconds"] = round(time.monotonic() - begin, 1)
     results.write()
-    results.gather_autotuned(scratch / "cache")
+    results.gather(scratch / "cache")
     _show(name, results, results.rows[before:])
     if "failed" in of_part:
         print(results.log.read_bytes()[log_begin:].decode(errors="replace")[-SHOWN:])

@@ -135,6 +135,15 @@ def kernels(context: Context) -> Iterator[Finding]:
             yield {f"{key}, {name}": by_kernel(impl.step)}
 
 
+def calibrate(context: Context) -> Iterator[Finding]:
+    """Decide which backend `auto` runs at the paper's shapes."""
+    from rru_fast.auto import choice
+    from rru_fast.calibrate import __main__ as command
+
+    for kind in command.kinds(command.parse([]), context.device):
+        yield {str(kind.rounded()): choice.calibrate(kind, context.device).to_json()}
+
+
 def parity(context: Context) -> Iterator[Finding]:
     """Run the core of the parity suite."""
     from benchmarks.gpu import suite
@@ -176,6 +185,7 @@ PARTS = {
         75,
     ),
     "strips": Part(sections("forward + backward"), 30),
+    "calibrate": Part(calibrate, 180, needs_gpu=True),
     "sanitizer": Part(sanitizer, 80, needs_gpu=True),
     "compile": Part(
         sections("training, float32, torch.compile", "training, bfloat16 autocast, torch.compile"), 200, needs_gpu=True

@@ -1,4 +1,4 @@
-"""Files of a run: a JSON, rewritten at each finding, the log, the suite's XML and the autotuned configs."""
+"""Files of a run: a JSON, rewritten at each finding, the log, the suite's XML, and what the library has kept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reports.table import Row
+
+CACHED = ("autotune", "auto")
+"""Folders of the library's cache: configs of its kernels, and decisions of `auto`."""
 
 
 class Results:
@@ -50,15 +53,16 @@ class Results:
             elif key != "row":
                 of_part[key] = value
 
-    def gather_autotuned(self, cache: Path) -> None:
-        """Write all configs that autotuning has cached in `cache` to one file, if there are any."""
-        found = []
-        for path in sorted((cache / "rru_fast" / "autotune").glob("*.json")):
-            with suppress(ValueError):  # a part was killed while it wrote the file
-                found.append(json.loads(path.read_text()))
-        if found:
-            path = self.stem.with_name(f"{self.stem.name}-autotune.json")
-            path.write_text(json.dumps(found, indent=1) + "\n")
+    def gather(self, cache: Path) -> None:
+        """Write what has been kept in the library's cache, a file for all configs and one for all decisions, if any."""
+        for name in CACHED:
+            found = []
+            for path in sorted((cache / "rru_fast" / name).glob("*.json")):
+                with suppress(ValueError):  # a part was killed while it wrote the file
+                    found.append(json.loads(path.read_text()))
+            if found:
+                path = self.stem.with_name(f"{self.stem.name}-{name}.json")
+                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 class Findings:

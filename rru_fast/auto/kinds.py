@@ -93,7 +93,7 @@ class RefineKind(Kind):
     @classmethod
     def from_key(cls, key: Key) -> RefineKind:
         """Return the exact kind of a key made by `refine_key`."""
-        device, stride, precision, dtype, shape, weight_dtype, w_shape, spatial_hidden, channel, *rest = key
+        device, stride, setting, dtype, shape, weight_dtype, w_shape, spatial_hidden, channel, *rest = key
         inputs, training, gradients, graphed = rest
         clips, frames, channels, height, width = shape
         return cls(
@@ -101,7 +101,7 @@ class RefineKind(Kind):
             gradients=gradients,
             layout=layout_of(shape, stride),
             weight_dtype=dtype_name(weight_dtype),
-            precision=product_precision(device, dtype, *precision),
+            precision=product_precision(device, dtype, setting),
             training=training,
             inputs=inputs,
             attention="channel" if spatial_hidden == 0 else "both" if channel else "spatial",
@@ -176,12 +176,12 @@ class BatchHardKind(Kind):
     @classmethod
     def from_key(cls, key: Key) -> BatchHardKind:
         """Return the exact kind of a key made by `batch_hard_key`."""
-        device, stride, precision, dtype, shape, gallery_shape, metric, gradients = key
+        device, stride, setting, dtype, shape, gallery_shape, metric, gradients = key
         return cls(
             dtype=dtype_name(dtype),
             gradients=gradients,
             layout="contiguous" if stride[-1] == 1 or shape[-1] == 1 else "strided",
-            precision=product_precision(device, dtype, *precision),
+            precision=product_precision(device, dtype, setting),
             metric=metric,
             groups=shape[0] if len(shape) == 3 else 1,
             anchors=shape[-2],
@@ -217,7 +217,7 @@ def refine_key(
     return (
         x.device,
         x.stride(),
-        _precision("conv"),
+        _setting("conv"),
         x.dtype,
         x.shape,
         w.dtype,
@@ -243,7 +243,7 @@ def batch_hard_key(features: Tensor, gallery: Tensor | None, metric: str, gradie
     return (
         features.device,
         features.stride(),
-        _precision("matmul"),
+        _setting("matmul"),
         features.dtype,
         features.shape,
         None if gallery is None else gallery.shape,
@@ -268,22 +268,20 @@ def from_json(values: Any) -> Kind:
     return kind
 
 
-def _precision(op: str) -> tuple[str, str | None]:
-    """Return PyTorch's precision of fp32 products on a GPU, and RRU_FAST_FLOAT32.
-
-    The public `torch.backends.cudnn.conv.fp32_precision` takes five times as long.
-    """
-    setting = torch._C._get_fp32_precision_getter("cuda", op)  # type: ignore[attr-defined]
-    return setting, os.environ.get("RRU_FAST_FLOAT32")
+def _setting(op: str) -> str:
+    """Return PyTorch's precision of fp32 products; `torch.backends.cudnn.conv.fp32_precision` takes 1 us."""
+    return torch._C._get_fp32_precision_getter("cuda", op)  # type: ignore[attr-defined,no-any-return]
 
 
-def product_precision(device: torch.device, dtype: torch.dtype, setting: str, asked: str | None) -> str:
+def product_precision(device: torch.device, dtype: torch.dtype, setting: str) -> str:
     """Precision of fp32 products on a GPU: "tf32" or "ieee", after a slash triton's if RRU_FAST_FLOAT32 asks for one.
 
     16-bit dtypes are multiplied in fp32 by composite, and so have one too. "" where there is no choice.
     """
     if dtype == torch.float64 or device.type != "cuda":
         return ""
+    # Not part of a key, to save its time: Triton's kernels follow a change, the decision on a known call does not.
+    asked = os.environ.get("RRU_FAST_FLOAT32")
     return ("tf32" if setting == "tf32" else "ieee") + (f"/{asked}" if asked else "")
 
 

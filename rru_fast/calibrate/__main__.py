@@ -11,7 +11,6 @@ decided from then on. Prints a table of all kinds asked for, with what was decid
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: an argument is wrong.
     """
-    options = _options(arguments)
+    options = parse(arguments)
     device = _device(options.device)
     default = backends.choose("auto", device)
     if not cards.candidates(device, default):
@@ -51,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{len(rows)} kinds in {time.monotonic() - begin:.0f} s")
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="python -m rru_fast.calibrate",
         description=__doc__,
@@ -109,16 +109,15 @@ def kinds(options: argparse.Namespace, device: torch.device) -> Iterator[Kind]:
         setting.fp32_precision
         for setting in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     )
-    asked = os.environ.get("RRU_FAST_FLOAT32")
     for name in options.dtype:
         dtype = getattr(torch, name)
         shape = {"channels": options.channels, "height": height, "width": width}
         if "refine" in options.op:
-            yield from _refine_kinds(options, device, name, product_precision(device, dtype, conv, asked), shape)
+            yield from _refine_kinds(options, device, name, product_precision(device, dtype, conv), shape)
         if "strip_pool" in options.op:
             yield StripPoolKind(name, True, "contiguous", options.clips, options.frames, **shape)
         if "batch_hard" in options.op:
-            precision = product_precision(device, dtype, matmul, asked)
+            precision = product_precision(device, dtype, matmul)
             for groups in (1, height):
                 sizes = {"groups": groups, "anchors": options.clips, "gallery": 0, "columns": options.channels}
                 yield BatchHardKind(name, True, "contiguous", precision, options.metric, **sizes)

@@ -97,15 +97,16 @@ def test_the_precision_is_that_of_pytorchs_settings(op: str, monkeypatch: pytest
     try:
         for value in ("tf32", "ieee"):
             setting.fp32_precision = value
-            assert kinds._precision(op) == (value, None)
-            assert kinds.product_precision(gpu, torch.float32, *kinds._precision(op)) == value
-            assert kinds.product_precision(gpu, torch.bfloat16, *kinds._precision(op)) == value
-            assert kinds.product_precision(gpu, torch.float64, *kinds._precision(op)) == ""
-            assert kinds.product_precision(torch.device("cpu"), torch.float32, *kinds._precision(op)) == ""
+            assert kinds._setting(op) == value
     finally:
         setting.fp32_precision = before
+    for value in ("tf32", "ieee"):
+        assert kinds.product_precision(gpu, torch.float32, value) == value
+        assert kinds.product_precision(gpu, torch.bfloat16, value) == value
+        assert kinds.product_precision(gpu, torch.float64, value) == ""
+        assert kinds.product_precision(torch.device("cpu"), torch.float32, value) == ""
     monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
-    assert kinds.product_precision(gpu, torch.float32, "ieee", kinds._precision(op)[1]) == "ieee/tf32x3"
+    assert kinds.product_precision(gpu, torch.float32, "none") == "ieee/tf32x3"
 
 
 @pytest.mark.parametrize("kind", [refine_kind(), strip_pool_kind(MAPS), batch_hard_kind(torch.zeros(4, 3))])

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rru_fast import backends
 from tests.helpers.forked import command
 from tests.helpers.small_runs import last, metrics, options
 from training.engine import checkpoint
@@ -110,7 +111,11 @@ def test_a_run_leaves_its_metrics_config_and_tensorboard_events(trained: Path, b
     step = records[1]
     assert step["loss"] == pytest.approx(step["identity"] + step["video"] + step["part"])
     assert (records[-1]["probes"], records[-1]["chance"]) == (4, 0.25)
-    assert json.loads((trained / "config.json").read_text())["settings"]["people"] == 4
+    config = json.loads((trained / "config.json").read_text())
+    assert config["settings"]["people"] == 4
+    default = backends.choose("auto", torch.device("cpu"))
+    assert config["backends"] == {"refine": [default], "batch_hard": [default]}
+    assert json.loads((last(trained) / "config.json").read_text()) == config
     board = EventAccumulator(str(trained)).Reload()
     assert {"train/loss", "train/data_wait", "evaluation/mAP"} <= set(board.Tags()["scalars"])
     for name in ("evaluation/ranking", "evaluation/gate"):

@@ -72,13 +72,13 @@ def test_calls_are_profiled_after_all_have_been_timed_each_at_its_precision(
 
 def test_autotuned_configs_come_back_in_one_file(tmp_path: Path) -> None:
     results, configs = Results(tmp_path / "results", "toy", {}), tmp_path / "cache" / "rru_fast" / "autotune"
-    results.gather_autotuned(tmp_path / "cache")
+    results.gather(tmp_path / "cache")
     assert list(results.path.parent.iterdir()) == [results.path]
     configs.mkdir(parents=True)
     for name in ("a", "b"):
         (configs / f"{name}.json").write_text(json.dumps({"kind": name}))
     (configs / "c.json").write_text('{"half')
-    results.gather_autotuned(tmp_path / "cache")
+    results.gather(tmp_path / "cache")
     (gathered,) = results.path.parent.glob("*-autotune.json")
     assert json.loads(gathered.read_text()) == [{"kind": "a"}, {"kind": "b"}]
 
