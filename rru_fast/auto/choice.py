@@ -169,7 +169,7 @@ def _find(kind: Kind, device: torch.device) -> str | None:
     card = cards.card_of(device)
     decision = _decision(card, kind.rounded())
     if decision is None:
-        if _why_not(device) is not None:
+        if _why_not(kind, device) is not None:
             return None
         if len(_calibrated) >= MOST_KINDS:
             return _nearest(card, kind.rounded())
@@ -231,12 +231,14 @@ def _remember(card: Card, rounded: Kind, decision: Decision) -> Decision:
     return decision
 
 
-def _why_not(device: torch.device) -> str | None:
+def _why_not(kind: Kind, device: torch.device) -> str | None:
     """Return the reason why nothing is calibrated now without being asked, or None."""
     if not calibration_enabled():
         return "RRU_FAST_CALIBRATE=0"
     if not cards.calibrates(device):
         return f"no other backend on {device.type}"
+    if kind.dtype == "float64":
+        return "float64, which is for checks"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms"
     if _has_ranks():

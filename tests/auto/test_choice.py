@@ -46,8 +46,8 @@ def measured(card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Me
     return found
 
 
-def key_of(clips: int, frames: int, gradients: bool = True) -> kinds.Key:
-    s = torch.empty(clips, frames, 3, 4, 2)
+def key_of(clips: int, frames: int, gradients: bool = True, dtype: torch.dtype = torch.float32) -> kinds.Key:
+    s = torch.empty(clips, frames, 3, 4, 2, dtype=dtype)
     return kinds.strip_pool_key(CPU, s.dtype, s.shape, s.stride(), gradients)
 
 
@@ -131,6 +131,19 @@ def test_nothing_is_measured_there_and_what_is_known_serves(
     monkeypatch.setattr(choice, "RETRY", 0)
     choice.forget()
     assert chosen(30, 5) == "triton"
+
+
+def test_float64_is_not_measured_unless_asked(measured: Measurements) -> None:
+    """It is what implementations are compared in, in shapes that no training has."""
+    key = key_of(3, 5, dtype=torch.float64)
+    assert choice.choose(key, StripPoolKind.from_key) == "composite"
+    assert measured.kinds == []
+    (decision,) = rru_fast.calibrate(rru_fast.strip_pool, torch.zeros(3, 5, 3, 4, 2, dtype=torch.float64)).values()
+    assert decision.backend == "triton"
+    assert choice.choose(key, StripPoolKind.from_key) == "composite"  # without gradients, the kind was another
+    s = torch.zeros(3, 5, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    rru_fast.calibrate(rru_fast.strip_pool, s)
+    assert choice.choose(key, StripPoolKind.from_key) == "triton"
 
 
 def test_a_graph_that_is_captured_runs_what_the_calls_before_it_ran(
