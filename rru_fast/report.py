@@ -36,10 +36,9 @@ def report() -> str:
 def _auto() -> str:
     on_cpu = backends.choose("auto", torch.device("cpu"))
     narrow = "" if on_cpu != "cpu" else " (composite for refine on narrow maps)"
-    kept = f"decisions in {decisions.folder()}"
-    off = "" if choice.calibration_enabled() else ", where nothing is measured unless asked: RRU_FAST_CALIBRATE=0"
-    on_gpu = f"what was measured to be the fastest on a GPU ({kept}){off}"
-    return f"{on_cpu} on a CPU{narrow}, {on_gpu}; else {backends.choose('auto', torch.device('cuda'))}"
+    on_gpu = f"{backends.choose('auto', torch.device('cuda'))} on a GPU until another is measured to be faster"
+    off = "" if choice.calibration_enabled() else "; RRU_FAST_CALIBRATE=0: nothing is measured unless asked"
+    return f"{on_cpu} on a CPU{narrow}, {on_gpu}; decisions are kept in {decisions.folder()}{off}"
 
 
 def _decisions() -> list[str]:
@@ -51,7 +50,8 @@ def _decisions() -> list[str]:
         if card in seen:
             continue
         seen.append(card)
-        entries, others = choice.entries(device)
+        found, others = choice.entries(device)
+        entries = sorted(found, key=lambda entry: str(entry.kind))
         if entries:
             lines.append(f"decisions for {cards.describe(card)}")
         lines += [f"  {entry.kind}: {describe(entry.decision)}" for entry in entries[:SHOWN]]

@@ -163,13 +163,13 @@ bool is_faster_in_composite(const Tensor& x, const Tensor& w, bool training) {
   if (x.dim() != 5 || w.dim() != 2) {
     return false;  // an error, which the checks below report
   }
-  const int64_t positions = x.size(3) * x.size(4), work = x.size(0) * x.size(2) * w.size(0);
+  const int64_t clips = x.size(0), positions = x.size(3) * x.size(4), work = clips * x.size(2) * w.size(0);
   const bool in_bf16 = x.scalar_type() == at::kBFloat16 && RRU_KERNEL(multiplies_bfloat16)();
   static const bool avx512 = at::get_cpu_capability() == "AVX512";
-  const int64_t widest = x.scalar_type() == at::kDouble ? 8 : avx512 ? (in_bf16 && training ? 16 : 32) : 16;
-  constexpr int64_t kLittle = 1 << 20, kMuch = 1 << 22;
-  const bool soon = positions < 4 || (!training && !in_bf16 && x.size(0) >= 4);
-  return positions < widest && work >= (soon ? kLittle : kMuch);
+  const int64_t widest = x.scalar_type() == at::kDouble ? 8 : !avx512 || (in_bf16 && training) ? 16 : 32;
+  const bool narrowest = positions < 4, many = clips >= 4 && !in_bf16;
+  const int log2_least = training ? (narrowest ? 20 : 22) : (narrowest ? 19 : many ? 20 : 22);
+  return positions < widest && work >= int64_t{1} << log2_least;
 }
 
 // The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments,

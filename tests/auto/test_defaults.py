@@ -28,6 +28,7 @@ NARROW = [
     (64, 256, (1, 1), 64, False, torch.float32),
     (64, 256, (1, 1), 64, False, torch.bfloat16),
     (64, 256, (3, 1), 64, False, torch.float64),
+    (1, 2048, (3, 1), 256, False, torch.float32),
     (64, 256, (5, 3), 64, False, torch.float32),
     (64, 512, (5, 3), 128, True, torch.float16),
 ]
@@ -37,6 +38,7 @@ WIDE = [
     (64, 256, (8, 4), 64, False, torch.float32),
     (64, 512, (8, 4), 128, True, torch.float32),
     (64, 256, (4, 2), 64, False, torch.float64),
+    (1, 2048, (4, 1), 256, False, torch.float32),
     (2, 2048, (5, 3), 256, False, torch.float32),
 ]
 
