@@ -21,11 +21,13 @@ AUTOMATIC = frozenset({"cuda"})
 
 def card_of(device: torch.device) -> dict[str, str]:
     """Return all that a decision depends on apart from the call. Decisions of another card are not used."""
-    return dict(_card(device.type, _index(device), torch.get_num_threads() if device.type == "cpu" else 0))
+    on_cpu = device.type == "cpu"
+    setting = str(torch.get_num_threads()) if on_cpu else os.environ.get("RRU_FAST_AUTOTUNE") or "1"
+    return dict(_card(device.type, _index(device), setting))
 
 
 @cache
-def _card(kind: str, index: int, threads: int) -> dict[str, str]:
+def _card(kind: str, index: int, setting: str) -> dict[str, str]:
     card = {"torch": torch.__version__, "kernels": _sources(kind)}
     if kind == "cuda":
         of_device = torch.device(kind, index)
@@ -35,8 +37,9 @@ def _card(kind: str, index: int, threads: int) -> dict[str, str]:
             "capability": f"{major}.{minor}",
             "cuda": str(torch.version.cuda),
             "triton": _version("triton"),
+            "autotune": setting,
         }
-    return card | {"device": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": str(threads)}
+    return card | {"device": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": setting}
 
 
 def uuid_of(device: torch.device) -> str:

@@ -136,7 +136,7 @@ def _clear_answers() -> None:
 def entries(device: torch.device) -> tuple[list[Entry], int]:
     """Return the decisions on a device, those of this process first, and the number of those of other cards on disk."""
     card = cards.card_of(device)
-    own = [Entry(card, kind, found) for (of, kind), found in _known.items() if of == _name(card)]
+    own = [Entry(card, kind, found) for kind, found in _known_on(card).items()]
     on_disk, others = decisions.read_all(card)
     known = {entry.kind for entry in own}
     return own + [entry for entry in on_disk if entry.kind not in known], others
@@ -156,10 +156,12 @@ def _look_up(key: Key, kind: Kind) -> str:
         if _has_ranks():  # which have to agree for as long as they run
             found = default
         else:
+            if len(_retry) >= MOST_KEYS:
+                _retry.clear()
             _retry[key] = time.monotonic() + RETRY
             return default
     if len(_backends) >= MOST_KEYS:
-        _clear_answers()
+        _backends.clear()
     _backends[key] = found
     return found
 
@@ -279,6 +281,11 @@ def _nearest(card: Card, rounded: Kind) -> str | None:
         kind: found for (of, kind), found in _known.items() if of == _name(card) and kind.category == rounded.category
     }
     return same[min(same, key=distance)].backend if same else None
+
+
+def _known_on(card: Card) -> dict[Kind, Decision]:
+    """Return this process's decisions on a card, while other threads may add to them."""
+    return {kind: found for (of, kind), found in list(_known.items()) if of == _name(card)}
 
 
 def _name(card: Card) -> str:
