@@ -43,6 +43,15 @@ pybind11::list ran_operators() {
   return list;
 }
 
+bool is_faster_in_composite_by_name(
+    const std::string& dtype, int64_t clips, int64_t channels, int64_t positions, int64_t hidden, bool training) {
+  const auto type = dtype == "float64" ? at::kDouble
+      : dtype == "bfloat16"            ? at::kBFloat16
+      : dtype == "float16"             ? at::kHalf
+                                       : at::kFloat;
+  return is_faster_in_composite(type, clips, channels, positions, hidden, training);
+}
+
 void forget_runs() {
   ran().refine = ran().strip_pool = ran().batch_hard = false;
 }
@@ -58,5 +67,8 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
       "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, whether "
       "bfloat16 is multiplied in bfloat16, and the CUDA architectures built for.");
   m.def("ran", &rru::ran_operators, "The operators that these kernels have run in this process, since forget_runs.");
+  m.def(
+      "is_faster_in_composite", &rru::is_faster_in_composite_by_name,
+      "Whether refine on maps of so few positions runs in composite with \"auto\".");
   m.def("forget_runs", &rru::forget_runs, "Have ran begin anew.");
 }

@@ -21,9 +21,13 @@ OPERATORS = ("refine", "strip_pool", "batch_hard")
 _run: dict[str, set[str]] = {op: set() for op in OPERATORS}
 
 
+CHOSEN = "auto:"
+"""Prefix of a backend that `auto` has chosen: its kernels are not tuned in this process."""
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or an available backend."""
-    if isinstance(backend, str) and (backend == "auto" or BACKENDS.get(backend, "unknown") is None):
+    if isinstance(backend, str) and (backend == "auto" or BACKENDS.get(backend.removeprefix(CHOSEN), "") is None):
         return
     usable = ", ".join(repr(name) for name, reason in BACKENDS.items() if reason is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
@@ -39,6 +43,7 @@ def choose(backend: str, device: torch.device) -> str:
     check_backend(backend)
     if backend == "auto":
         return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
+    backend = backend.removeprefix(CHOSEN)
     if not _serves(backend, device):
         major, minor = triton.CAPABILITY
         on = {"cpu": "the CPU", "triton": f"an NVIDIA GPU of compute capability {major}.{minor} or newer"}[backend]

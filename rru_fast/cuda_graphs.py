@@ -43,12 +43,8 @@ class Graphs:
         """Copy as an empty cache: a copied module captures its own graphs."""
         return Graphs, ()
 
-    def refine(
-        self, refine: Callable[..., Refined], choose: Callable[..., str], x: Tensor, arguments: dict[str, Any]
-    ) -> Refined:
+    def refine(self, refine: Callable[..., Refined], x: Tensor, arguments: dict[str, Any]) -> Refined:
         """Run refine(x, **arguments) as a graph, captured at the first call with its key.
-
-        With backend="auto", choose(x, **arguments) tells the backend of a graph when it is captured.
 
         Raises:
             ValueError, TypeError: x is not on a GPU, ranks share statistics, or an argument does not fit.
@@ -83,8 +79,6 @@ class Graphs:
         if key not in self._captured:
             while len(self._captured) >= MAX_GRAPHS:
                 del self._captured[next(iter(self._captured))]
-            if settings["backend"] == "auto":
-                settings["backend"] = choose(x, **arguments)
             samples = [v.detach() for v in weights.values()] + [v.detach().clone() for v in maps.values()]
             for sample, v in zip(samples, (*weights.values(), *maps.values()), strict=True):
                 sample.requires_grad_(differentiable and v.requires_grad)

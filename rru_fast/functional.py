@@ -102,7 +102,7 @@ def refine(
     # The schema takes only Python numbers; eval mode has no groups.
     eps, bn_groups = float(eps), int(bn_groups) if training else 1
     if backends.choose(backend, x.device) == "reference":
-        backends.note_run("refine", "reference")
+        _note_reference("refine")
         # F.conv2d and F.linear take weights in x's dtype, F.batch_norm its own four in one dtype.
         norm_dtype = gamma.dtype if running_mean is None else running_mean.dtype
         dtypes = {name: norm_dtype if name in ("gamma", "beta") else x.dtype for name in weights}
@@ -123,27 +123,33 @@ def refine(
     if backend == "auto" and group_name:
         backend = backends.choose(backend, x.device)  # ranks, whose numbers of clips may differ, have to agree
     # A traced or exported program has "auto" unresolved, and uses the best backend where it runs.
+    key = None
     if backend == "auto" and choice.decides(x):
         key = kinds.refine_key(x, w, w_s1, w_c, inputs, training, save)
         backend = choice.choose(key, kinds.RefineKind.from_key)
-    features, strips, mean, var, *_ = ops.refine.refine(
-        x,
-        **weights,
-        # Read in eval mode only; in training they are changed below, which must not invalidate the saved tensors.
-        running_mean=None if training else running_mean,
-        running_var=None if training else running_var,
-        lengths=lengths,
-        state_x=state_x,
-        state_s=state_s,
-        inputs=inputs,
-        training=training,
-        eps=eps,
-        bn_groups=bn_groups,
-        process_group=group_name,
-        elements_per_rank=elements_per_rank,
-        save=save,
-        backend=backend,
-    )
+    try:
+        features, strips, mean, var, *_ = ops.refine.refine(
+            x,
+            **weights,
+            # Read in eval mode only; in training they are changed below, which must not invalidate the saved tensors.
+            running_mean=None if training else running_mean,
+            running_var=None if training else running_var,
+            lengths=lengths,
+            state_x=state_x,
+            state_s=state_s,
+            inputs=inputs,
+            training=training,
+            eps=eps,
+            bn_groups=bn_groups,
+            process_group=group_name,
+            elements_per_rank=elements_per_rank,
+            save=save,
+            backend=backend,
+        )
+    except RuntimeError as error:
+        if key is None:
+            raise
+        return refine(x, **weights, **options, backend=choice.demote(key, error))
     if not training:
         return Refined(features, strips, last_state(x, features, lengths))
     if running_mean is not None and running_var is not None:
@@ -155,25 +161,29 @@ def refine(
     return Refined(features, strips, None)
 
 
-def choose_for_graph(
-    x: Tensor,
-    *,
-    w: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w_s1: Tensor | None,
-    w_s2: Tensor | None,
-    w_c: Tensor | None,
-    inputs: Inputs,
-    training: bool,
-    **_: object,
-) -> str:
-    """Return the backend of `refine` for a CUDA graph of a call with backend="auto" and these arguments, checked."""
+def _note_reference(op: str) -> None:
+    """Note that the reference has run an operator; not within torch.compile, which would trace it."""
+    if not torch.compiler.is_compiling():
+        backends.note_run(op, "reference")
+
+
+def choose_for_graph(x: Tensor, arguments: dict[str, Any]) -> str:
+    """Return the backend of `refine(x, **arguments)`, for which "auto" was asked, as a CUDA graph of a module.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; checked where nothing is known of the call.
+    """
+    w, w_s1, w_c = (arguments[name] for name in ("w", "w_s1", "w_c"))
+    save = _may_need_gradients([x, w, w_s1, w_c, *(arguments[name] for name in ("gamma", "beta", "w_s2"))])
+
+    def kind_of(key: kinds.Key) -> kinds.RefineKind:
+        checks.check_refine(x, **{name: value for name, value in arguments.items() if name != "backend"})
+        return kinds.RefineKind.from_key(key)
+
     if not choice.decides(x):
         return backends.choose("auto", x.device)
-    save = _may_need_gradients((x, w, gamma, beta, w_s1, w_s2, w_c))
-    key = kinds.refine_key(x, w, w_s1, w_c, inputs, training, save, graphed=True)
-    return choice.choose(key, kinds.RefineKind.from_key)
+    key = kinds.refine_key(x, w, w_s1, w_c, arguments["inputs"], arguments["training"], save, graphed=True)
+    return choice.choose(key, kind_of)
 
 
 def _may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
@@ -233,13 +243,19 @@ def strip_pool(s: Tensor, *, backend: str = "auto") -> Tensor:
     """
     checks.check_strip_pool(s)
     if backends.choose(backend, s.device) == "reference":
-        backends.note_run("strip_pool", "reference")
+        _note_reference("strip_pool")
         return reference.strip_pool(s)
     checks.check_derivatives("rru_fast.strip_pool", s)
+    key = None
     if backend == "auto" and choice.decides(s):
         key = kinds.strip_pool_key(s.device, s.dtype, s.shape, s.stride(), _may_need_gradients((s,)))
         backend = choice.choose(key, kinds.StripPoolKind.from_key)
-    return cast(Tensor, ops.strip_pool.strip_pool(s, backend))
+    try:
+        return cast(Tensor, ops.strip_pool.strip_pool(s, backend))
+    except RuntimeError as error:
+        if key is None:
+            raise
+        return strip_pool(s, backend=choice.demote(key, error))
 
 
 def batch_hard_triplet(
@@ -295,7 +311,7 @@ def batch_hard_triplet(
     checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, reduction)
     checks.check_flags(return_indices=return_indices, return_distances=return_distances)
     if backends.choose(backend, features.device) == "reference":
-        backends.note_run("batch_hard", "reference")
+        _note_reference("batch_hard")
         return reference.batch_hard_triplet(
             features,
             labels,
@@ -330,7 +346,7 @@ def hardest_distances(
     """Return D_pos and D_neg of `batch_hard_triplet` in the arithmetic dtype, fp32 at least."""
     checks.check_batch_hard_triplet(features, labels, gallery, gallery_labels, margin, metric, "none")
     if backends.choose(backend, features.device) == "reference":
-        backends.note_run("batch_hard", "reference")
+        _note_reference("batch_hard")
         return reference.hardest_distances(features, labels, gallery, gallery_labels, metric=metric)
     _, d_pos, d_neg, _, _ = _batch_hard(features, labels, gallery, gallery_labels, margin, metric, "none", backend)
     return d_pos, d_neg
@@ -351,11 +367,17 @@ def _batch_hard(
     if gallery_labels is not None and gallery_labels.dtype != labels.dtype:
         labels, gallery_labels = labels.long(), gallery_labels.long()
     labels, gallery, gallery_labels = _saveable(labels), _saveable(gallery), _saveable(gallery_labels)
+    key = None
     if backend == "auto" and choice.decides(features):
         key = kinds.batch_hard_key(features, gallery, metric, _may_need_gradients((features, gallery)))
         backend = choice.choose(key, kinds.BatchHardKind.from_key)
     number, soft = (0.0, True) if margin == "soft" else (float(margin), False)
-    found: tuple[Tensor, ...] = ops.batch_hard.batch_hard(
-        features, labels, gallery, gallery_labels, number, soft, metric, reduction, backend
-    )
+    arguments = (features, labels, gallery, gallery_labels, number, soft, metric, reduction)
+    found: tuple[Tensor, ...]
+    try:
+        found = ops.batch_hard.batch_hard(*arguments, backend)
+    except RuntimeError as error:
+        if key is None:
+            raise
+        found = ops.batch_hard.batch_hard(*arguments, choice.demote(key, error))
     return found

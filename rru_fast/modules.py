@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rru_fast import backends, functional, reference
+from rru_fast.auto import choice
 from rru_fast.cuda_graphs import Graphs
 from rru_fast.types import Refined
 
@@ -79,7 +80,10 @@ class RRU(reference.RRU):
         replayable = not isinstance(arguments["momentum"], list)
         graphs = self.cuda_graph and replayable and not torch.compiler.is_compiling()
         if graphs and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self._graphs.refine(functional.refine, functional.choose_for_graph, x, arguments)
+            if self.backend == "auto":  # before the graph, whose key has the backend
+                arguments["backend"] = functional.choose_for_graph(x, arguments)
+            if not choice.is_collecting():
+                return self._graphs.refine(functional.refine, x, arguments)
         return functional.refine(x, **arguments)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

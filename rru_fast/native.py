@@ -58,6 +58,12 @@ def multiplies_bfloat16() -> bool:
     return bool(importlib.import_module("rru_fast._C").build_info()["bfloat16_here"])
 
 
+def is_faster_in_composite(dtype: str, clips: int, channels: int, positions: int, hidden: int, training: bool) -> bool:
+    """Return True if `refine` with "auto" runs composite on a CPU, for maps so narrow that the kernels are slower."""
+    module = importlib.import_module("rru_fast._C")
+    return bool(module.is_faster_in_composite(dtype, clips, channels, positions, hidden, training))
+
+
 def ran() -> list[str]:
     """List the operators that the native kernels have run in this process, since `forget_runs`."""
     return [] if _MISSING is not None else list(importlib.import_module("rru_fast._C").ran())

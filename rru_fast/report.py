@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from datetime import date
 
 import torch
 
 from rru_fast import backends, native
 from rru_fast.auto import cards, choice, decisions
-from rru_fast.auto.decisions import Decision
+from rru_fast.auto.decisions import HOUR, Decision
 
 SHOWN = 40
 """Decisions of a device that are listed."""
@@ -44,20 +45,20 @@ def _auto() -> str:
 def _decisions() -> list[str]:
     """Describe the decisions for this machine's devices, a line each."""
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    lines, seen = [], []
+    lines: list[str] = []
+    seen: list[decisions.Card] = []
     for device in [torch.device("cpu"), *gpus]:
         card = cards.card_of(device)
         if card in seen:
             continue
         seen.append(card)
-        found, others = choice.entries(device)
-        entries = sorted(found, key=lambda entry: str(entry.kind))
+        entries = sorted(choice.entries(device), key=lambda entry: str(entry.kind))
         if entries:
             lines.append(f"decisions for {cards.describe(card)}")
         lines += [f"  {entry.kind}: {describe(entry.decision)}" for entry in entries[:SHOWN]]
         if len(entries) > SHOWN:
             lines.append(f"  and {len(entries) - SHOWN} more")
-    if others:
+    if others := sum(entry.card not in seen for entry in decisions.read_folder()):
         lines.append(f"decisions for other devices, versions or kernels, not used here: {others}")
     return lines
 
@@ -69,9 +70,10 @@ def describe(decision: Decision) -> str:
         words.append(f"spread {100 * decision.spread:.0f} %")
     if decision.error is not None and decision.allowed is not None:
         words.append(f"error {decision.error:.1e} of {decision.allowed:.1e}")
-    words += [f"{decision.seconds:.1f} s, {decision.peak_mib:.0f} MiB", decision.date]
-    if not decision.keep:
-        words.append("for this process only")
+    words.append(f"{decision.seconds:.1f} s, {decision.peak_mib:.0f} MiB")
+    words.append(date.fromtimestamp(decision.measured).isoformat())
+    if decision.lasts is not None:
+        words.append(f"valid for {decision.lasts / HOUR:.0f} h")
     return ", ".join(word for word in words if word)
 
 

@@ -58,6 +58,18 @@ def test_a_candidate_replaces_the_default_only_if_it_is_three_percent_faster(
     assert found == wanted
 
 
+def test_without_tuning_a_config_that_was_tuned_before_serves_or_else_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = {"gate": [{"BLOCK": 16}]}
+    assert tune(monkeypatch, lambda c: 1.0 if c == FASTER else 2.0, others)[0] == FASTER
+    _autotune._known.clear()
+    with _autotune.without_tuning():
+        assert tune(monkeypatch, lambda c: 1.0, others) == (FASTER, [])
+        assert tune(monkeypatch, lambda c: 1.0, others, sizes=(3,)) == (DEFAULT, [])
+    assert tune(monkeypatch, lambda c: 1.0 if c == FASTER else 2.0, others, sizes=(4,))[0] == FASTER
+
+
 def test_equal_candidates_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"gate": [{"BLOCK": 32}, {"BLOCK": 16}, {"BLOCK": 16}], "maps": [{"BLOCK": 64}]}
     _, tried = tune(monkeypatch, lambda c: 1.0, others)

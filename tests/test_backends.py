@@ -119,7 +119,7 @@ MAY_IMPORT = {
     "functional.py": FOOT | {"arguments", "auto", "backends", "ops", "reference"},
     "calibrate": {"auto", "backends", "functional", "modules", "testing"},
     "report.py": {"auto", "backends", "native"},
-    "modules.py": FOOT | {"backends", "cuda_graphs", "functional", "reference"},
+    "modules.py": FOOT | {"auto", "backends", "cuda_graphs", "functional", "reference"},
     "compat": FOOT | {"functional", "modules", "reference"},
     "contrib": FOOT | {"backends", "compat", "functional", "modules", "reference"},
 }

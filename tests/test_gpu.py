@@ -360,7 +360,7 @@ def test_auto_measures_the_first_call_of_a_kind_and_keeps_what_it_decides(
     for _ in range(2):
         strips = rru_fast.strip_pool(s)
         assert relative_error(strips, reference.strip_pool(s.double())) <= torch.finfo(s.dtype).eps
-    (entry,), _ = choice.entries(CUDA)
-    assert (entry.decision.keep, entry.decision.error is not None) == (True, True), entry.decision
+    (entry,) = choice.entries(torch.device("cuda", 0))
+    assert (entry.decision.lasts, entry.decision.error is not None) == (None, True), entry.decision
     assert len(list(tmp_path.glob("*.json"))) == 1
     assert sum(record.name == "rru_fast" for record in caplog.records) == 2

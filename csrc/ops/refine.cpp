@@ -10,6 +10,17 @@
 #include "ops/operators.h"
 
 namespace rru {
+
+bool is_faster_in_composite(
+    at::ScalarType dtype, int64_t clips, int64_t channels, int64_t positions, int64_t hidden, bool training) {
+  const bool in_bf16 = dtype == at::kBFloat16 && RRU_KERNEL(multiplies_bfloat16)();
+  static const bool avx512 = at::get_cpu_capability() == "AVX512";
+  const int64_t widest = dtype == at::kDouble ? 8 : !avx512 || (in_bf16 && training) ? 16 : 32;
+  const bool narrowest = positions < 4, many = clips >= 4 && !in_bf16;
+  const int log2_least = training ? (narrowest ? 20 : 22) : (narrowest ? 19 : many ? 20 : 22);
+  return positions < widest && clips * channels * hidden >= int64_t{1} << log2_least;
+}
+
 namespace {
 
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -156,22 +167,6 @@ RefineSaved refine_saved(
       .h = h.contiguous()};
 }
 
-// True if maps are so narrow that composite's products of all clips at once are faster than these kernels' products of
-// each clip, whose columns fill less than two vectors. Measured on processors with AVX-512 and with AVX2 by
-// python -m rru_fast.calibrate --device cpu; small calls are fastest here at any width.
-bool is_faster_in_composite(const Tensor& x, const Tensor& w, bool training) {
-  if (x.dim() != 5 || w.dim() != 2) {
-    return false;  // an error, which the checks below report
-  }
-  const int64_t clips = x.size(0), positions = x.size(3) * x.size(4), work = clips * x.size(2) * w.size(0);
-  const bool in_bf16 = x.scalar_type() == at::kBFloat16 && RRU_KERNEL(multiplies_bfloat16)();
-  static const bool avx512 = at::get_cpu_capability() == "AVX512";
-  const int64_t widest = x.scalar_type() == at::kDouble ? 8 : !avx512 || (in_bf16 && training) ? 16 : 32;
-  const bool narrowest = positions < 4, many = clips >= 4 && !in_bf16;
-  const int log2_least = training ? (narrowest ? 20 : 22) : (narrowest ? 19 : many ? 20 : 22);
-  return positions < widest && work >= int64_t{1} << log2_least;
-}
-
 // The operators, whose signatures the dispatcher holds to the schemas: they take the parameters of refine_arguments,
 // written there alone, after the gradients and the saved tensors.
 template <typename F>
@@ -187,7 +182,12 @@ struct Refine<RefineArguments(Parameters...)> {
     if (backend != "auto") {
       return backend;
     }
-    return !has_ranks && is_faster_in_composite(x, w, training) ? "composite" : "cpu";
+    if (has_ranks || x.dim() != 5 || w.dim() != 2) {
+      return "cpu";
+    }
+    const int64_t positions = x.size(3) * x.size(4);
+    const bool narrow = is_faster_in_composite(x.scalar_type(), x.size(0), x.size(2), positions, w.size(0), training);
+    return narrow ? "composite" : "cpu";
   }
 
   static Tensors8 forward(Parameters... parameters, bool save, c10::string_view backend) {

@@ -6,7 +6,7 @@ A call is first looked up by its key, a tuple of what is at hand; only an unknow
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -46,9 +46,8 @@ class Kind:
 
     @property
     def category(self) -> tuple[Any, ...]:
-        """All that is not a size: kinds of one category run the same kernels."""
-        sizes = (*self.rounded_sizes, *self.exact_sizes)
-        return self.op, *(value for name, value in asdict(self).items() if name not in sizes)
+        """All but the sizes that vary: kinds of one category run the same kernels."""
+        return self.op, *(value for name, value in asdict(self).items() if name not in self.rounded_sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the kind as JSON values; `from_json` reads them."""
@@ -265,6 +264,10 @@ def from_json(values: Any) -> Kind:
     """
     rest = dict(values)
     kind: Kind = KINDS[rest.pop("op")](**rest)
+    types = {"str": str, "bool": bool, "int": int, "Layout": str}
+    for field in fields(kind):
+        if type(getattr(kind, field.name)) is not types[str(field.type)]:
+            raise TypeError(f"kind: got {field.name} {getattr(kind, field.name)!r}, wanted {field.type}")
     return kind
 
 

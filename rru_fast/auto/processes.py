@@ -53,6 +53,7 @@ def run(
         start_new_session=True,
         pass_fds=inherit,
     )
+    reaped = False
     try:
         end = time.monotonic() + seconds
         # WNOWAIT: a process that is not reaped keeps its ID, so killpg below cannot hit another group.
@@ -61,9 +62,12 @@ def run(
                 return f"stopped after {seconds:.0f} s"
             poll()
             time.sleep(POLL)
+    except ChildProcessError:  # it has ended, and another part of this program has reaped it, or SIGCHLD is ignored
+        reaped = True
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            if not reaped:
+                os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a hanging driver blocks the end of its process
             process.wait(ENDING)
         assert process.stdin is not None

@@ -65,13 +65,19 @@ def calibrate(
 @contextmanager
 def _restored(function: Callable[..., object]) -> Iterator[None]:
     """Restore a module's buffers and the state of random numbers afterwards."""
-    buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    modules = list(function.modules()) if isinstance(function, nn.Module) else []
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, buffer in buffers.items():
-                    buffer.copy_(before[name])
+                for module, name, buffer, value in before:
+                    module._buffers[name] = buffer  # the module may hold another one now
+                    buffer.copy_(value)

@@ -11,6 +11,7 @@ decided from then on. Prints a table of all kinds asked for, with what was decid
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -79,26 +80,36 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the maps and features; a module's weights stay in float32 with 16-bit maps",
     )
     parser.add_argument("--op", nargs="+", choices=backends.OPERATORS, default=backends.OPERATORS)
-    parser.add_argument("--seconds", type=float, default=spawn.SECONDS, help="time limit per kind")
+    parser.add_argument("--seconds", type=_seconds, default=spawn.SECONDS, help="time limit per kind")
     parser.add_argument("--again", action="store_true", help="measure kinds again that have been decided")
     return parser.parse_args(arguments)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, wanted at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0")
     return number
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only the CPU and CUDA have other backends")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(
-            f"--device: got {name!r}, wanted a device that is here: {str(error).splitlines()[0]}"
-        ) from error
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"--device: got {name!r}, wanted a device that is here: {why}") from error
     return device
 
 
@@ -118,7 +129,7 @@ def kinds(options: argparse.Namespace, device: torch.device) -> Iterator[Kind]:
             yield StripPoolKind(name, True, "contiguous", options.clips, options.frames, **shape)
         if "batch_hard" in options.op:
             precision = product_precision(device, dtype, matmul)
-            for groups in (1, height):
+            for groups in dict.fromkeys((1, height)):
                 sizes = {"groups": groups, "anchors": options.clips, "gallery": 0, "columns": options.channels}
                 yield BatchHardKind(name, True, "contiguous", precision, options.metric, **sizes)
 

@@ -29,8 +29,11 @@ class Case(Protocol):
     def results(self, backend: str, *, exact: bool = False) -> Results:
         """Return the outputs, and the gradients "d_..." if the kind has them; in fp64 throughout if exact."""
 
-    def caller(self, backend: str) -> Callable[[], object]:
-        """Return a function that calls a backend as a user would, with the backward if the kind has one."""
+    def caller(self, backend: str) -> Callable[[], tuple[Tensor, ...]]:
+        """Return a function that calls a backend as a user would, with the backward if the kind has one.
+
+        It returns the gradients, if there are any, else the outputs, in the order of `results`.
+        """
 
 
 def make_case(kind: Kind, device: torch.device, seed: int) -> Case:
@@ -143,11 +146,11 @@ class _RefineCase:
         found = gradients(out, upstream, {"x": x, **dict(module.named_parameters())})
         return {**{name: value.detach() for name, value in zip(_OUTPUTS, out, strict=True)}, **found}
 
-    def caller(self, backend: str) -> Callable[[], object]:
+    def caller(self, backend: str) -> Callable[[], tuple[Tensor, ...]]:
         module = self._module(backend)
         module.cuda_graph = self.kind.graphed
         if not self.kind.gradients:
-            return torch.no_grad()(lambda: module(self.x))
+            return torch.no_grad()(lambda: tuple(module(self.x)[:2]))
         x = self.x.detach().requires_grad_()
         inputs = [x, *module.parameters()]
         return lambda: torch.autograd.grad(module(x)[:2], inputs, self.upstream)
@@ -173,9 +176,9 @@ class _FunctionCase:
         out = self.function(x, backend=backend)
         return {"out": out.detach(), **gradients([out], [upstream], {"x": x})}
 
-    def caller(self, backend: str) -> Callable[[], object]:
+    def caller(self, backend: str) -> Callable[[], tuple[Tensor, ...]]:
         if not self.kind.gradients:
-            return torch.no_grad()(lambda: self.function(self.x, backend=backend))
+            return torch.no_grad()(lambda: (self.function(self.x, backend=backend),))
         x = self.x.detach().requires_grad_()
         return lambda: torch.autograd.grad([self.function(x, backend=backend)], [x], [self.upstream])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rru_fast.auto import cards, kinds, processes
-from rru_fast.auto.decisions import Decision
+from rru_fast.auto.decisions import HOUR, Decision
 from rru_fast.auto.kinds import Kind
 from rru_fast.calibrate import measure
 
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     if (uuid := cards.uuid_of(device)) != request["uuid"]:
         reason = f"another GPU is {device} in a new process: {uuid}, wanted {request['uuid']}"
-        write(decision=Decision(request["default"], reason, keep=False, default=request["default"]).to_json())
+        write(decision=Decision(request["default"], reason, request["default"], lasts=HOUR).to_json())
         return
     set_precision(kind)
     found = measure.measure(

@@ -21,8 +21,11 @@ LIBRARY: Any = torch.library.Library("rru_fast", "FRAGMENT")  # type: ignore[no-
 class Kernels(Protocol):
     """A backend's kernels of one operator."""
 
-    forward: Any
-    backward: Any
+    @property
+    def forward(self) -> Any: ...
+
+    @property
+    def backward(self) -> Any: ...
 
 
 def kernels(op: str, composite: Any) -> dict[str, Kernels]:
@@ -51,11 +54,15 @@ def choose(op: str, kernels: dict[str, Kernels], backend: str, device: torch.dev
     Raises:
         ValueError: `backend` is not "auto", and cannot serve here.
     """
-    name = choice.recorded(key(), KINDS[op].from_key) if backend == "auto" else backends.choose(backend, device)
+    if backend == "auto":
+        backend = choice.recorded(key(), KINDS[op].from_key)
+    name = backends.choose(backend, device)
     if name not in kernels:  # past the public functions
         wanted = ", ".join(map(repr, kernels))
         raise ValueError(f"backend: got {backend!r} for an operator's kernels in Python, wanted one of {wanted}")
     backends.note_run(op, name)
+    if backend.startswith(backends.CHOSEN):
+        return _Untuned(kernels[name])
     return kernels[name]
 
 
@@ -67,6 +74,27 @@ class _Lazy:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
+
+
+class _Untuned:
+    """Kernels of Triton with the configs that there are: nothing is tried out in a process that asked for "auto"."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def forward(self, *args: Any) -> Any:
+        with self._without_tuning():
+            return self._kernels.forward(*args)
+
+    def backward(self, *args: Any) -> Any:
+        with self._without_tuning():
+            return self._kernels.backward(*args)
+
+    @staticmethod
+    def _without_tuning() -> AbstractContextManager[None]:
+        autotune: Any = importlib.import_module("rru_fast.triton._autotune")
+        context: AbstractContextManager[None] = autotune.without_tuning()
+        return context
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

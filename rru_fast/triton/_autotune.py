@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache as cached
 from pathlib import Path
 from statistics import median
@@ -58,6 +59,18 @@ SHIPPED = Path(__file__).parent / "tuned"
 _known: dict[tuple[Any, ...], LaunchConfig] = {}
 _defaults: dict[tuple[Any, ...], LaunchConfig] = {}
 _tuning = threading.Lock()
+_this_thread = threading.local()
+
+
+@contextmanager
+def without_tuning() -> Iterator[None]:
+    """Use configs that have been tuned before, in this thread, and no others but the defaults."""
+    before = getattr(_this_thread, "untuned", False)
+    _this_thread.untuned = True
+    try:
+        yield
+    finally:
+        _this_thread.untuned = before
 
 
 def enabled(tensor: Tensor) -> bool:
@@ -87,6 +100,11 @@ def autotune(
     """
     key = op, sizes, tensor.dtype, tensor.device, _device.num_sms(tensor)
     if key in _known:
+        return _known[key]
+    if getattr(_this_thread, "untuned", False) and enabled(tensor):
+        own, kind = candidates(), _kind(op, sizes, tensor)
+        found = _usable(cache.read_json(_path(op, kind)), kind, own) or _usable(_shipped(), kind, own)
+        _known[key] = found or own.default
         return _known[key]
     if not enabled(tensor) or not _tuning.acquire(blocking=False):
         if key not in _defaults:

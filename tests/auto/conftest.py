@@ -17,7 +17,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "rru_fast" / "auto"
     monkeypatch.setattr(decisions, "folder", lambda: path)
     monkeypatch.delenv("RRU_FAST_CALIBRATE")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "CUDA_MPS_PIPE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
     return path
 
 

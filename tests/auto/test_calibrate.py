@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import rru_fast
 from rru_fast import backends, functional, native, report
-from rru_fast.auto import choice
+from rru_fast.auto import choice, spawn
 from rru_fast.auto.kinds import BatchHardKind, Kind, RefineKind, StripPoolKind
 from rru_fast.calibrate import cases, measure
 
@@ -71,7 +72,7 @@ def test_all_kinds_of_a_model_are_measured_and_then_run_by_auto(folder: Path) ->
     # What has been decided is not measured again, unless asked.
     assert rru_fast.calibrate(model, x, labels) == found
     (again,) = rru_fast.calibrate(rru_fast.strip_pool, x, again=True).values()
-    assert again.backend == "cpu" and again.date
+    assert again.backend == "cpu" and again.measured > 0
 
 
 @needs_kernels
@@ -82,16 +83,45 @@ def test_a_cpu_runs_what_was_decided_for_it(folder: Path) -> None:
     assert backends.ran() == {"strip_pool": ["cpu"]}
     kind = StripPoolKind("float32", False, "contiguous", 2, 4, 5, 4, 2)
     card = rru_fast.auto.cards.card_of(CPU)
-    rru_fast.auto.decisions.write(card, kind, rru_fast.auto.decisions.Decision("composite", "measured"))
+    rru_fast.auto.decisions.write(card, kind, rru_fast.auto.decisions.Decision("composite", "measured", "cpu"))
     choice.forget()
     backends.forget_runs()
     rru_fast.strip_pool(s)
     assert backends.ran() == {"strip_pool": ["composite"]}
 
 
+@needs_kernels
+def test_a_decision_on_one_kind_leaves_the_default_of_others(folder: Path) -> None:
+    card, kind = rru_fast.auto.cards.card_of(CPU), StripPoolKind("float32", False, "contiguous", 2, 4, 5, 4, 2)
+    rru_fast.auto.decisions.write(card, kind, rru_fast.auto.decisions.Decision("composite", "measured", "cpu"))
+    choice.forget()
+    unit = rru_fast.RRU(256, (1, 1), hidden=64, spatial_hidden=2)
+    for clips, wanted in ((64, ["composite"]), (8, ["cpu"])):  # narrow maps, with much work and with little
+        backends.forget_runs()
+        unit(torch.randn(clips, 2, 256, 1, 1)).features.sum().backward()
+        assert backends.ran() == {"refine": wanted}
+
+
+@needs_kernels
+def test_what_is_measured_is_compared_with_the_default_of_its_shape(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def measured(kind: Kind, device: torch.device, default: str, candidates: list[str], **_: object) -> Any:
+        asked.append((default, candidates))
+        return rru_fast.auto.decisions.Decision(default, "", default)
+
+    monkeypatch.setattr(spawn, "measure", measured)
+    unit = rru_fast.RRU(256, (1, 1), hidden=64, spatial_hidden=2)
+    for clips in (64, 8):
+        rru_fast.calibrate(unit, torch.randn(clips, 2, 256, 1, 1))
+    assert asked == [("composite", ["cpu"]), ("cpu", ["composite"])]
+
+
 def test_a_process_that_hangs_is_killed_and_the_default_serves(folder: Path) -> None:
     (decision,) = rru_fast.calibrate(rru_fast.strip_pool, torch.zeros(1, 1, 1, 1, 1), seconds=0.01).values()
-    assert decision.reason == "stopped after 0 s, in its start" and not decision.keep
+    assert decision.reason == "stopped after 0 s, in its start" and decision.lasts == 86400
     assert decision.backend == backends.choose("auto", CPU)
 
 
@@ -124,6 +154,24 @@ def test_an_error_of_the_function_passes_through_and_restores_its_buffers() -> N
         rru_fast.calibrate(lambda: None)
 
 
+def test_buffers_that_the_call_replaces_are_restored_too() -> None:
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(2, 3))
+
+        def forward(self, s: Tensor) -> None:
+            self.rows += 1
+            self.rows = torch.cat((self.rows, self.rows))
+            raise KeyError(rru_fast.strip_pool(s))
+
+    bank = Bank()
+    rows = bank.rows
+    with pytest.raises(KeyError):
+        rru_fast.calibrate(bank, torch.zeros(1, 1, 1, 1, 1))
+    assert bank.rows is rows and not rows.any()
+
+
 # The measurement itself, in this process
 
 KINDS = [
@@ -150,7 +198,8 @@ def test_a_random_call_is_of_the_kind_that_was_asked_for(kind: Kind) -> None:
     assert kind.gradients == any(name.startswith("d_") for name in one)
     small = list(cases.parity_kinds(kind))
     assert len(small) == 5 and small[-1] == kind
-    assert {of.category for of in small} == {kind.category}
+    sizes = {name: getattr(kind, name) for name in (*kind.rounded_sizes, *kind.exact_sizes)}
+    assert {replace(of, **sizes) for of in small} == {kind}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=map(str, KINDS))
@@ -218,7 +267,7 @@ def test_a_default_that_is_wrong_is_replaced_by_composite(monkeypatch: pytest.Mo
 
     def of_backend(kind: Kind, device: torch.device, backend: str, note: measure.Note) -> measure.Parity:
         if backend == "reference":
-            raise measure.WrongError("out is off by 1, allowed 0")
+            raise measure.BackendError("out is off by 1, allowed 0")
         return hold(kind, device, backend, note)
 
     monkeypatch.setattr(measure, "hold", of_backend)
@@ -226,8 +275,53 @@ def test_a_default_that_is_wrong_is_replaced_by_composite(monkeypatch: pytest.Mo
     assert (found.backend, found.reason) == ("composite", "reference fails: out is off by 1, allowed 0")
 
 
+@pytest.mark.parametrize("where", ["reference", "allocation"])
+def test_what_fails_in_every_backend_is_no_failure_of_one(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = functional.strip_pool
+
+    def failing(s: Tensor, *, backend: str) -> Tensor:
+        if where == "reference" and backend == "reference":
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED\nmore")
+        if where == "allocation" and backend == "cpu":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return pool(s, backend="reference")
+
+    monkeypatch.setattr(functional, "strip_pool", failing)
+    kind = StripPoolKind("float32", True, "contiguous", 4, 16, 5, 4, 2)
+    found = measure.measure(kind, CPU, "composite", ["cpu"], note=lambda *_: None)
+    assert (found.backend, found.lasts) == ("composite", 3600)
+    assert found.reason.startswith("the measurement fails: RuntimeError: ")
+
+
+def test_a_call_that_cannot_be_is_blamed_on_no_backend() -> None:
+    kind = replace(REFINE, clips=1, height=1, width=1)
+    found = measure.measure(kind, CPU, "cpu", ["composite"], note=lambda *_: None)
+    assert found.backend == "cpu" and found.lasts == 3600
+    assert found.reason.startswith("the measurement fails: ValueError: Expected more than 1 value per channel")
+
+
+CRASHES = """
+import os, sys
+sys.path.insert(0, {root!r})
+from rru_fast.calibrate import measure, worker
+def hold(kind, device, backend, note):
+    note("parity", backend)
+    os.abort()
+measure.hold = hold
+worker.main()
+"""
+
+
+def test_a_default_that_crashes_is_replaced_by_composite(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(Path(rru_fast.__file__).parents[1])
+    monkeypatch.setattr(spawn, "command", lambda: [sys.executable, "-c", CRASHES.format(root=root)])
+    found = spawn.measure(REFINE, CPU, "cpu", [])
+    assert (found.backend, found.reason, found.lasts) == ("composite", "ended by SIGABRT, in parity", None)
+
+
 SHADOWED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 sys.path[:0] = [{root!r}]
 import torch, rru_fast
 from rru_fast.auto import kinds, spawn
@@ -236,7 +330,7 @@ print(spawn.measure(kind, torch.device("cpu"), "composite", []).reason)
 """
 
 
-def test_modules_in_the_working_directory_are_not_imported_by_the_process(tmp_path: Path) -> None:
+def test_the_process_imports_this_library_and_no_modules_of_the_working_directory(tmp_path: Path) -> None:
     for name in ("json", "torch", "resource", "types"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     script = tmp_path / "user" / "script.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from rru_fast import backends, functional
 from rru_fast.auto import cards, choice, decisions, kinds, spawn
 from rru_fast.auto.decisions import Decision
 from rru_fast.auto.kinds import Kind, StripPoolKind
+from rru_fast.cuda_graphs import Graphs
 from rru_fast.ops import strip_pool as operator
+from rru_fast.types import Refined
 
 CPU = torch.device("cpu")
 
@@ -27,14 +30,14 @@ class Measurements:
 
     kinds: list[Kind] = field(default_factory=list)
     backend: str = "triton"
-    keep: bool = True
+    lasts: float | None = None
     during: Callable[[], object] = lambda: None
 
     def measure(self, kind: Kind, device: torch.device, default: str, candidates: Any, **_: object) -> Decision:
         assert (device, default, candidates) == (CPU, "composite", ["triton"])
         self.kinds.append(kind)
         self.during()
-        return Decision(self.backend, "as the test says", keep=self.keep, default=default)
+        return Decision(self.backend, "as the test says", default, lasts=self.lasts, measured=time.time())
 
 
 @pytest.fixture
@@ -53,13 +56,13 @@ def key_of(clips: int, frames: int, gradients: bool = True, dtype: torch.dtype =
 
 def chosen(clips: int, frames: int, gradients: bool = True) -> str:
     """Return the backend of a call of `strip_pool`."""
-    return choice.choose(key_of(clips, frames, gradients), StripPoolKind.from_key)
+    return choice.choose(key_of(clips, frames, gradients), StripPoolKind.from_key).removeprefix(backends.CHOSEN)
 
 
 def write(clips: int, frames: int) -> None:
     """Decide on triton, as another process does."""
     kind = StripPoolKind.from_key(key_of(clips, frames)).rounded()
-    assert decisions.write(cards.card_of(CPU), kind, Decision("triton", "by another process")) is None
+    assert decisions.write(cards.card_of(CPU), kind, Decision("triton", "by another process", "composite")) is None
 
 
 def test_a_kind_is_measured_once_at_the_size_of_its_first_call(measured: Measurements, folder: Path) -> None:
@@ -74,14 +77,25 @@ def test_a_kind_is_measured_once_at_the_size_of_its_first_call(measured: Measure
     assert len(measured.kinds) == 2 == len(list(folder.glob("*.json")))
 
 
-def test_what_is_not_kept_holds_for_the_process(measured: Measurements, folder: Path) -> None:
-    measured.keep, measured.backend = False, "composite"
+def test_what_does_not_last_is_measured_again_when_it_is_over_or_when_asked(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured.lasts, measured.backend = decisions.HOUR, "composite"
     assert chosen(3, 5) == chosen(4, 5) == "composite"
+    choice.forget()
+    assert chosen(3, 5) == "composite"
     assert len(measured.kinds) == 1
+    now = time.time()
+    monkeypatch.setattr(decisions.time, "time", lambda: now + 1.1 * decisions.HOUR)
+    assert chosen(3, 5) == "composite"  # this process stays with it
     choice.forget()
     assert chosen(3, 5) == "composite"
     assert len(measured.kinds) == 2
-    assert not list(folder.glob("*.json"))
+    s = torch.zeros(3, 5, 3, 4, 2, requires_grad=True)
+    measured.lasts = None
+    rru_fast.calibrate(rru_fast.strip_pool, s)
+    rru_fast.calibrate(rru_fast.strip_pool, s)
+    assert len(measured.kinds) == 3
 
 
 def test_a_variable_turns_measurements_off_but_not_what_they_found(
@@ -111,13 +125,23 @@ def _with_a_group_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
 
+def _with_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/pipes")
+
+
 def _while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_is_capturing", lambda device: True)
 
 
 @pytest.mark.parametrize(
     "begin",
-    [_with_deterministic_algorithms, _with_ranks_of_torchrun, _with_a_group_of_ranks, _while_a_graph_is_captured],
+    [
+        _with_deterministic_algorithms,
+        _with_ranks_of_torchrun,
+        _with_a_group_of_ranks,
+        _with_mps,
+        _while_a_graph_is_captured,
+    ],
 )
 def test_nothing_is_measured_there_and_what_is_known_serves(
     begin: Callable[[pytest.MonkeyPatch], None], measured: Measurements, monkeypatch: pytest.MonkeyPatch
@@ -143,19 +167,22 @@ def test_float64_is_not_measured_unless_asked(measured: Measurements) -> None:
     assert choice.choose(key, StripPoolKind.from_key) == "composite"  # without gradients, the kind was another
     s = torch.zeros(3, 5, 3, 4, 2, dtype=torch.float64, requires_grad=True)
     rru_fast.calibrate(rru_fast.strip_pool, s)
-    assert choice.choose(key, StripPoolKind.from_key) == "triton"
+    assert choice.choose(key, StripPoolKind.from_key) == "auto:triton"
 
 
 def test_a_graph_that_is_captured_runs_what_the_calls_before_it_ran(
     measured: Measurements, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not what another process has found meanwhile: its kernels would be compiled during the capture."""
-    assert chosen(3, 5) == "triton"
-    choice.forget()
+    write(3, 5)
+    write(30, 5)
+    assert [chosen(3, 5), chosen(30, 5)] == ["triton", "triton"]  # read one after the other
+    write(90, 5)
     monkeypatch.setattr(choice, "_is_capturing", lambda device: True)
-    assert chosen(3, 5) == "composite"
+    assert [chosen(3, 5), chosen(30, 5), chosen(90, 5)] == ["triton", "triton", "composite"]
     monkeypatch.setattr(choice, "_is_capturing", lambda device: False)
-    assert chosen(3, 5) == "triton"
+    assert chosen(90, 5) == "triton"
+    assert measured.kinds == []
 
 
 def test_ranks_hold_on_to_what_they_found_first(measured: Measurements, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +192,7 @@ def test_ranks_hold_on_to_what_they_found_first(measured: Measurements, monkeypa
     write(3, 5)
     assert chosen(3, 5) == "composite"
     assert chosen(4, 5) == "triton"
+    assert chosen(3, 5) == "composite"  # though another kind has been read, whose answers are new
 
 
 def test_after_a_few_kinds_the_nearest_one_serves(measured: Measurements) -> None:
@@ -174,6 +202,9 @@ def test_after_a_few_kinds_the_nearest_one_serves(measured: Measurements) -> Non
     assert chosen(1024, 1) == "composite"
     assert [chosen(2, 1), chosen(150, 1), chosen(512, 1), chosen(1024, 8)] == ["triton", "triton", *["composite"] * 2]
     assert chosen(2, 1, gradients=False) == "composite"  # no kind of its category has been decided
+    narrow = torch.empty(2, 1, 3, 4, 1)
+    key = kinds.strip_pool_key(CPU, narrow.dtype, narrow.shape, narrow.stride(), True)
+    assert choice.choose(key, StripPoolKind.from_key) == "composite"  # nor where other kernels run
     assert len(measured.kinds) == choice.MOST_KINDS == 4
 
 
@@ -239,9 +270,35 @@ def test_a_graph_of_a_module_is_a_kind_of_its_own(measured: Measurements) -> Non
     from rru_fast.reference.modules import gate_arguments
 
     norm = {"gamma": module.transition_norm.weight, "beta": module.transition_norm.bias, "training": True}
-    assert functional.choose_for_graph(x, **gate_arguments(module), **norm) == "triton"
+    buffers = {"running_mean": module.transition_norm.running_mean, "running_var": module.transition_norm.running_var}
+    rest = {"momentum": 0.1, "eps": 1e-3, "bn_groups": 1, "lengths": None, "state": None, "process_group": None}
+    arguments = {**gate_arguments(module), **norm, **buffers, **rest, "backend": "auto"}
+    assert functional.choose_for_graph(x, arguments) == "auto:triton"
     (kind,) = measured.kinds
     assert isinstance(kind, kinds.RefineKind) and kind.graphed and kind.gradients
+    with pytest.raises(ValueError, match=r"^eps: got -1"):  # before anything is measured
+        functional.choose_for_graph(x[:1], {**arguments, "eps": -1})
+    assert len(measured.kinds) == 1
+
+
+def test_a_module_captures_graphs_of_the_backend_that_is_decided_on_by_then(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[object] = []
+
+    def capture(self: Graphs, refine: Callable[..., Refined], x: torch.Tensor, arguments: dict[str, Any]) -> Refined:
+        captured.append(arguments["backend"])
+        return refine(x, **{**arguments, "backend": "composite"})
+
+    monkeypatch.setattr(Graphs, "refine", capture)
+    unit = rru_fast.RRU(6, (3, 2), hidden=4, spatial_hidden=3, cuda_graph=True)
+    x = torch.randn(2, 3, 6, 3, 2)
+    (decision,) = rru_fast.calibrate(unit, x).values()
+    assert decision.backend == "triton" and captured == []
+    unit(x)
+    assert captured == ["auto:triton"]
+    (kind,) = measured.kinds
+    assert isinstance(kind, kinds.RefineKind) and kind.graphed
 
 
 # Traced programs
@@ -253,10 +310,10 @@ def test_a_traced_program_looks_up_decisions_where_it_runs_and_makes_none(
     key, other = key_of(3, 5), key_of(9, 5)
     assert choice.recorded(key, StripPoolKind.from_key) == "composite"
     assert measured.kinds == []
-    assert choice.choose(other, StripPoolKind.from_key) == "triton"
-    assert choice.recorded(other, StripPoolKind.from_key) == "triton"
+    assert choice.choose(other, StripPoolKind.from_key) == "auto:triton"
+    assert choice.recorded(other, StripPoolKind.from_key) == "auto:triton"
     # A forward's backward gets its answer, whatever has been decided between them.
-    assert choice.choose(key, StripPoolKind.from_key) == "triton"
+    assert choice.choose(key, StripPoolKind.from_key) == "auto:triton"
     backward = (key[0], None, *key[2:])
     assert choice.recorded(backward, StripPoolKind.from_key) == "composite"
 
@@ -285,12 +342,57 @@ def test_a_compiled_or_exported_call_keeps_auto(measured: Measurements) -> None:
 
 def test_the_backend_that_saved_the_tensors_runs_the_backward(measured: Measurements) -> None:
     """A decision between forward and backward does not change the backend of a call."""
-    s = torch.ones(3, 5, 3, 4, 2, requires_grad=True)
+    unit = rru_fast.RRU(6, (3, 2), hidden=4, spatial_hidden=3)
     measured.backend = "composite"
     backends.forget_runs()
-    out = rru_fast.strip_pool(s)
-    card = cards.card_of(CPU)
-    choice._remember(card, measured.kinds[0].rounded(), Decision("triton", "now"))
-    out.sum().backward()
-    assert backends.ran() == {"strip_pool": ["composite"]}
-    assert operator.KERNELS  # the operator itself was asked for composite by name
+    out = unit(torch.randn(2, 3, 6, 3, 2))
+    choice._remember(cards.card_of(CPU), measured.kinds[0].rounded(), Decision("triton", "now", "composite"))
+    out.features.sum().backward()
+    assert backends.ran() == {"refine": ["composite"]}
+
+
+def test_a_chosen_kernel_that_cannot_be_launched_is_replaced_with_a_warning(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        @staticmethod
+        def forward(*args: object) -> None:
+            raise RuntimeError(
+                "backend: got 'triton', whose strip_pool_fwd_kernel failed: OutOfResources: shared memory"
+            )
+
+    s = torch.ones(3, 5, 3, 4, 2)
+    monkeypatch.setitem(operator.KERNELS, "triton", Failing)
+    for _ in range(2):
+        torch.testing.assert_close(rru_fast.strip_pool(s), torch.ones(3, 3, 4))
+    (line,) = (record.getMessage() for record in caplog.records if "from now on" in record.getMessage())
+    assert line.startswith("rru_fast: auto runs composite from now on, in calls of this shape: backend: got 'triton'")
+    with pytest.raises(RuntimeError, match="whose strip_pool_fwd_kernel failed"):  # by name, it is an error
+        rru_fast.strip_pool(s, backend="triton")
+
+    def forward(*args: object) -> None:
+        raise RuntimeError("another")
+
+    Failing.forward = staticmethod(forward)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"^another$"):
+        rru_fast.strip_pool(torch.ones(30, 5, 3, 4, 2))
+
+
+def test_a_chosen_backend_tunes_nothing_in_this_process(
+    measured: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from rru_fast.triton import _autotune
+
+    seen: list[bool] = []
+
+    class Kernels:
+        @staticmethod
+        def forward(s: torch.Tensor) -> torch.Tensor:
+            seen.append(getattr(_autotune._this_thread, "untuned", False))
+            return s.mean((1, 4))
+
+    monkeypatch.setitem(operator.KERNELS, "triton", Kernels)
+    rru_fast.strip_pool(torch.ones(3, 5, 3, 4, 2))
+    rru_fast.strip_pool(torch.ones(3, 5, 3, 4, 2), backend="triton")
+    assert seen == [True, False]

@@ -54,9 +54,12 @@ def test_a_table_says_what_was_decided_for_each_kind_and_why(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--clips", "0"], "argument --clips: got 0, wanted at least 1"),
+        (["--clips", "0"], "argument --clips: got '0', wanted an integer of at least 1"),
+        (["--clips", "many"], "argument --clips: got 'many', wanted an integer of at least 1"),
         (["--op", "conv"], "argument --op: invalid choice: 'conv'"),
-        (["--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
+        (["--seconds", "soon"], "argument --seconds: got 'soon', wanted a number above 0"),
+        (["--seconds", "nan"], "argument --seconds: got 'nan', wanted a number above 0"),
+        (["--seconds", "-3"], "argument --seconds: got '-3', wanted a number above 0"),
     ],
 )
 def test_a_wrong_option_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +68,7 @@ def test_a_wrong_option_is_one_line(words: list[str], message: str, capsys: pyte
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:77"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:77", "mps", "meta"])
 def test_a_device_that_is_not_here_is_one_line(device: str) -> None:
     with pytest.raises(SystemExit, match=f"^--device: got '{device}', wanted a device that is here: .+$"):
         command.main(["--device", device])

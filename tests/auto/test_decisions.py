@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +14,14 @@ from typing import Any
 
 import pytest
 
-from rru_fast import backends
+from rru_fast import backends, cache
 from rru_fast.auto import decisions
 from rru_fast.auto.decisions import Decision
 from rru_fast.auto.kinds import StripPoolKind
 
 CARD = {"device": "a card", "torch": "2.11", "triton": "3.6", "kernels": "abc"}
 KIND = StripPoolKind("float32", True, "contiguous", 4, 8, 2048, 8, 8)
-DECISION = Decision(
-    "composite", "triton is slower", ratio=0.5, spread=0.1, seconds=3.5, peak_mib=512, date="2026-11-30"
-)
+DECISION = Decision("composite", "triton is slower", "composite", ratio=0.5, spread=0.1, seconds=3.5)
 
 
 def test_a_decision_is_read_back_for_its_kind_and_card_alone(folder: Path) -> None:
@@ -31,10 +31,9 @@ def test_a_decision_is_read_back_for_its_kind_and_card_alone(folder: Path) -> No
     assert decisions.read(CARD, replace(KIND, clips=8)) is None
     for name in CARD:  # another torch, another source of kernels
         assert decisions.read({**CARD, name: "another"}, KIND) is None
-    (entry,), others = decisions.read_all(CARD)
-    assert entry == (CARD, KIND, DECISION) and others == 0
+    assert decisions.read_all(CARD) == [(CARD, KIND, DECISION)]
     decisions.write({**CARD, "torch": "2.14"}, KIND, DECISION)
-    assert decisions.read_all({**CARD, "torch": "2.14"})[1] == 1
+    assert len(decisions.read_folder()) == 2 and len(decisions.read_all(CARD)) == 1
     assert decisions.read(CARD, KIND) == DECISION
     assert not list(folder.glob("*.tmp"))
 
@@ -54,6 +53,9 @@ def test_a_decision_is_read_back_for_its_kind_and_card_alone(folder: Path) -> No
         lambda content: json.dumps({**content, "decision": {**content["decision"], "backend": "cuda"}}),
         lambda content: json.dumps({**content, "decision": {"backend": "composite"}}),
         lambda content: "\0" * 100,
+        lambda content: "[" * 100_000,
+        lambda content: json.dumps({**content, "kind": {**content["kind"], "clips": [2]}}),
+        lambda content: json.dumps({**content, "kind": {**content["kind"], "gradients": 1}}),
     ],
 )
 def test_a_damaged_file_is_no_decision_and_is_written_anew(damage: Callable[[Any], str], folder: Path) -> None:
@@ -61,7 +63,7 @@ def test_a_damaged_file_is_no_decision_and_is_written_anew(damage: Callable[[Any
     (file,) = folder.iterdir()
     file.write_text(damage(json.loads(file.read_text())))
     assert decisions.read(CARD, KIND) is None
-    assert decisions.read_all(CARD)[0] == []
+    assert decisions.read_all(CARD) == decisions.read_folder() == []
     decisions.write(CARD, KIND, DECISION)
     assert decisions.read(CARD, KIND) == DECISION
 
@@ -74,11 +76,28 @@ def test_a_decision_for_a_backend_that_is_not_here_is_not_used(folder: Path, mon
     assert decisions.read(CARD, KIND) is None
 
 
+def test_a_decision_that_does_not_last_is_used_for_its_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decisions.write(CARD, KIND, replace(DECISION, measured=1000.0, lasts=decisions.HOUR))
+    for now, valid in ((1000.0, True), (4599.0, True), (4601.0, False)):
+        monkeypatch.setattr(decisions.time, "time", lambda now=now: now)
+        assert (decisions.read(CARD, KIND) is not None) == valid
+        assert len(decisions.read_all(CARD)) == valid
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "replace", full)
+    assert decisions.write(CARD, KIND, DECISION) == f"No space left on device: {folder}"
+    assert list(folder.iterdir()) == []
+
+
 def test_where_nothing_can_be_written_the_reason_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decisions, "folder", lambda: Path("/proc/no such folder"))
     assert decisions.write(CARD, KIND, DECISION) == "No such file or directory: /proc/no such folder"
     assert decisions.read(CARD, KIND) is None
-    assert decisions.read_all(CARD) == ([], 0)
+    assert decisions.read_all(CARD) == []
     with decisions.lock(CARD) as free:
         assert free
 
@@ -96,11 +115,11 @@ def test_decisions_that_are_shipped_are_used_until_there_are_others(
     decisions._shipped.cache_clear()
     try:
         assert decisions.read(CARD, KIND) == DECISION
-        assert [entry.decision for entry in decisions.read_all(CARD)[0]] == [DECISION]
+        assert [entry.decision for entry in decisions.read_all(CARD)] == [DECISION]
         own = replace(DECISION, reason="measured here")
         decisions.write(CARD, KIND, own)
         assert decisions.read(CARD, KIND) == own
-        assert [entry.decision for entry in decisions.read_all(CARD)[0]] == [own]
+        assert [entry.decision for entry in decisions.read_all(CARD)] == [own]
     finally:
         decisions._shipped.cache_clear()
 
@@ -125,6 +144,28 @@ def test_the_lock_of_a_card_ends_with_its_process(folder: Path) -> None:
             assert not free
         with decisions.lock({**CARD, "device": "another"}) as free:
             assert free
-        other.kill()
+        threading.Timer(0.3, other.kill).start()
+        with decisions.lock(CARD, wait=True) as free:
+            assert free
+        assert other.wait(10) != 0
     with decisions.lock(CARD) as free:
         assert free
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_meanwhile_does_not_hold_the_lock(folder: Path) -> None:
+    read, write = os.pipe()
+    with decisions.lock(CARD) as free:
+        assert free
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0)
+    try:
+        with decisions.lock(CARD) as free:
+            assert free
+    finally:
+        os.write(write, b".")
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)

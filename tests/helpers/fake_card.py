@@ -67,6 +67,12 @@ def changed(scenario: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             os.kill(os.getpid(), signal.SIGSEGV)
         elif scenario == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif scenario == "is told to end":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif scenario == "is wrong once":
+            out *= 3 if next(calls) == 2 else 1  # the first draw takes two calls
+        elif scenario == "meets a busy card":
+            raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
         elif scenario == "hangs":
             time.sleep(600)
         elif scenario == "writes NaN":

@@ -109,6 +109,8 @@ def train_run(
                 _record_backends(run, config)
                 checkpoint.save(run, trainer.network, trainer.state_dict(), config)
         _evaluate(trainer, settings, split, log, draw)
+        if log:
+            _record_backends(run, config)
     if log is None:
         return []
     if recipe.eval.compare_ops:
