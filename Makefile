@@ -64,7 +64,7 @@ test-latest:
 # The interpreter replaces the kernels of a whole process. A test takes seconds there, the longest of them first.
 test-triton: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto -k triton \
-		tests/benchmarks tests/ops tests/test_triton.py $(ARGS)
+		tests/auto tests/benchmarks tests/ops tests/test_triton.py $(ARGS)
 
 # Sets up nothing: it needs torch, triton, numpy and pytest. Compiling takes most of the time: in 8 processes, where
 # pytest-xdist is installed.

@@ -19,8 +19,8 @@ from rru_fast.auto import cards, decisions, spawn
 from rru_fast.auto.decisions import Card, Decision, Entry
 from rru_fast.auto.kinds import Key, Kind, RefineKind, across_passes
 
-MOST_KINDS = 4
-"""Kinds that a process calibrates by itself; further ones take the decision on the nearest kind."""
+MOST_KINDS, MOST_ALIKE = 6, 2
+"""Kinds that a process calibrates by itself, in all and of one category; others take the nearest kind's decision."""
 RETRY = 10.0
 """Seconds after which a kind is looked up again that another process was calibrating."""
 MOST_KEYS = 4096
@@ -227,7 +227,8 @@ def _find(kind: Kind, device: torch.device) -> str | None:
     if decision is None:
         if _why_not(kind, device) is not None:
             return None
-        if len(_calibrated) >= MOST_KINDS:
+        alike = sum(of.category == kind.category for of in list(_calibrated))
+        if len(_calibrated) >= MOST_KINDS or alike >= MOST_ALIKE:
             decision = _nearest(card, kind.rounded())
         else:
             decision = _calibrate_first(kind, device, card)

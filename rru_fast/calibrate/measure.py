@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
@@ -35,8 +36,6 @@ FACTOR = 4
 ROUNDING = 1e-6
 ROUND_SECONDS = 5e-3  # of one backend in one round, in as many calls as that takes
 MOST_CALLS = 20
-
-
 # One draw of a small call may exceed its bound by this much, or err by so many roundings of a product, by chance.
 LUCK, LUCKY_ROUNDINGS = 25, 16
 # At sizes too large for the oracle: errors against the default, times the bound of parity; of gradients, in which ReLUs
@@ -160,7 +159,8 @@ def hold(kind: Kind, device: torch.device, backend: str, note: Note) -> Parity:
             case = cases.draw_case(of, device, seed=100 * number + draw)
             eager, oracle = case.results("reference"), case.results("reference", exact=True)
             note(f"parity of {backend}, {of}", backend)
-            with _blaming(backend, device):
+            # Small calls are not worth the compilation of all configs.
+            with _blaming(backend, device), _untuned() if number < len(small) else nullcontext():
                 got = case.results(backend)
                 if draw == 0:
                     _check_repeatable(case, backend, got)
@@ -178,6 +178,19 @@ def hold(kind: Kind, device: torch.device, backend: str, note: Note) -> Parity:
             if error / allowed > worst.error / worst.allowed:
                 worst = Parity(error, allowed)
     return worst
+
+
+@contextmanager
+def _untuned() -> Iterator[None]:
+    """Turn autotuning off."""
+    before = os.environ.get("RRU_FAST_AUTOTUNE")
+    os.environ["RRU_FAST_AUTOTUNE"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("RRU_FAST_AUTOTUNE")
+        if before is not None:
+            os.environ["RRU_FAST_AUTOTUNE"] = before
 
 
 def _parity(got: Tensor, eager: Tensor, oracle: Tensor) -> Parity:

@@ -195,17 +195,27 @@ def test_ranks_hold_on_to_what_they_found_first(measured: Measurements, monkeypa
     assert chosen(3, 5) == "composite"  # though another kind has been read, whose answers are new
 
 
-def test_after_a_few_kinds_the_nearest_one_serves(measured: Measurements) -> None:
-    for clips in (1, 8, 64):
-        assert chosen(clips, 1) == "triton"
+def test_after_two_kinds_that_differ_in_clips_or_frames_the_nearest_one_serves(measured: Measurements) -> None:
+    """An evaluation of tracklets of all lengths leaves room for the kinds of training."""
+    assert chosen(1, 8) == "triton"
     measured.backend = "composite"
-    assert chosen(1024, 1) == "composite"
-    assert [chosen(2, 1), chosen(150, 1), chosen(512, 1), chosen(1024, 8)] == ["triton", "triton", *["composite"] * 2]
-    assert chosen(2, 1, gradients=False) == "composite"  # no kind of its category has been decided
-    narrow = torch.empty(2, 1, 3, 4, 1)
-    key = kinds.strip_pool_key(CPU, narrow.dtype, narrow.shape, narrow.stride(), True)
-    assert choice.choose(key, StripPoolKind.from_key) == "composite"  # nor where other kernels run
-    assert len(measured.kinds) == choice.MOST_KINDS == 4
+    assert chosen(1, 512) == "composite"
+    assert [chosen(1, 16), chosen(2, 31), chosen(1, 400), chosen(8, 900)] == ["triton"] * 2 + ["composite"] * 2
+    assert len(measured.kinds) == choice.MOST_ALIKE == 2
+    measured.backend = "triton"
+    assert chosen(1, 8, gradients=False) == "triton"
+    assert len(measured.kinds) == 3
+
+
+def test_a_process_measures_few_kinds_in_all(measured: Measurements) -> None:
+    def with_channels(channels: int) -> str:
+        s = torch.empty(3, 5, channels, 4, 2)
+        key = kinds.strip_pool_key(CPU, s.dtype, s.shape, s.stride(), True)
+        return choice.choose(key, StripPoolKind.from_key).removeprefix(backends.CHOSEN)
+
+    assert [with_channels(channels) for channels in range(1, 9)] == ["triton"] * 6 + ["composite"] * 2
+    assert len(measured.kinds) == choice.MOST_KINDS == 6
+    assert chosen(2, 5) == "triton"  # near one of them
 
 
 def test_while_another_process_calibrates_composite_serves_and_its_decision_is_found_later(
