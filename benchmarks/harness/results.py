@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from build_tools.provenance import commit_of
+from rru_fast.auto import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[
         dtype: where all rows share one.
     """
     return {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cards.processor(),
         "threads": torch.get_num_threads(),
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
         "torch": torch.__version__,
@@ -58,17 +59,6 @@ def environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
-
-
-def _processor() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = f"{names[0]}, {len(names)} cores" if names else model
-    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # the name may not say which instructions are used
-        model += f", {torch.backends.cpu.get_cpu_capability()}"
-    return model
 
 
 def _commit() -> str:

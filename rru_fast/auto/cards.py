@@ -39,7 +39,7 @@ def _card(kind: str, index: int, setting: str) -> dict[str, str]:
             "triton": _version("triton"),
             "autotune": setting,
         }
-    return card | {"device": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": setting}
+    return card | {"device": processor(), "threads": setting}
 
 
 def uuid_of(device: torch.device) -> str:
@@ -91,10 +91,13 @@ def _version(package: str) -> str:
 
 
 @cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else f"{platform.machine()}, {os.cpu_count()} cores"
+def processor() -> str:
+    """Return the processor's name, its number of cores, and the SIMD capability that PyTorch uses on it."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = f"{names[0]}, {len(names)} cores" if names else model
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # the name may not say which instructions are used
+        model += f", {torch.backends.cpu.get_cpu_capability()}"
+    return model
