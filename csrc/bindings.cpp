@@ -1,4 +1,5 @@
-// The extension module: records of the build and of what has run. Importing it registers what csrc/ops and csrc/autograd.cpp have.
+// The extension module: records of the build and of what has run. Importing it registers what csrc/ops and
+// csrc/autograd.cpp have.
 
 #include <pybind11/pybind11.h>
 

@@ -61,9 +61,9 @@ inline Ran& ran() {
   return instance;
 }
 
-// True if maps of so few positions are faster in composite, which multiplies the columns of all clips at once, than in the
-// CPU kernels' products of each clip, whose columns fill less than two vectors. Measured on processors with AVX-512 and
-// with AVX2 by python -m rru_fast.calibrate --device cpu; with little work the kernels are faster at any width.
+// True if maps of so few positions are faster in composite, which multiplies the columns of all clips at once, than in
+// the CPU kernels' products of each clip, whose columns fill less than two vectors. Measured on processors with AVX-512
+// and with AVX2 by python -m rru_fast.calibrate --device cpu; with little work the kernels are faster at any width.
 bool is_faster_in_composite(
     at::ScalarType dtype, int64_t clips, int64_t channels, int64_t positions, int64_t hidden, bool training);
 
