@@ -113,7 +113,7 @@ MAY_IMPORT = {
     "triton": {"arguments", "cache", "distributed"},
     "native.py": {"install_hint"},
     "backends.py": {"native", "triton"},
-    "auto": {"backends", "cache", "native"},
+    "auto": {"backends", "cache", "native", "triton"},
     "ops": {"arguments", "auto", "backends", "composite", "native", "triton"},
     "cuda_graphs.py": FOOT,
     "functional.py": FOOT | {"arguments", "auto", "backends", "ops", "reference"},

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from rru_fast.triton._launch import next_power_of_2
+
 Layout = Literal["contiguous", "channels last", "strided"]
 Key = tuple[Any, ...]
 """Device, strides and settings of precision, then all else that a kind is made of."""
@@ -36,7 +38,8 @@ class Kind:
 
     def rounded(self: _K) -> _K:
         """Return the kind of which this is a call: varying sizes rounded up to powers of 2."""
-        sizes = {name: _next_power_of_2(getattr(self, name)) for name in self.rounded_sizes}
+        sizes = {name: getattr(self, name) for name in self.rounded_sizes}
+        sizes = {name: next_power_of_2(size) if size else 0 for name, size in sizes.items()}
         return replace(self, **sizes)  # type: ignore[arg-type]
 
     @property
@@ -303,7 +306,3 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...] | None) -> Layout:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n > 0 else 0
