@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from statistics import median
 from typing import NamedTuple
 
@@ -90,12 +91,9 @@ def _decide(
     clock: Clock,
     failures: dict[str, str],
 ) -> Decision:
-    passed: dict[str, Parity] = {}
-    for name in (*candidates, default):
-        if name == default == "composite":  # what serves where others are wrong
-            continue
-        with _noting_failure(name, failures):
-            passed[name] = hold(kind, device, name, note)
+    # Composite as the default is what serves where others are wrong.
+    held = [*candidates, *([default] if default != "composite" else [])]
+    passed = _hold_all(kind, device, held, note, failures)
     base = "composite" if default in failures and "composite" not in failures else default
     timings: list[Timing] = []
     for name in candidates:
@@ -142,7 +140,28 @@ def _blaming(backend: str, device: torch.device) -> Iterator[None]:
         raise BackendError(f"{type(error).__name__}: {line}") from error
 
 
-def hold(kind: Kind, device: torch.device, backend: str, note: Note) -> Parity:
+Draw = Callable[[Kind, int], tuple[cases.Case, cases.Results, cases.Results]]
+"""Returns a random call of a kind by its seed, its results in eager PyTorch, and those of the oracle."""
+
+
+def _hold_all(
+    kind: Kind, device: torch.device, names: Sequence[str], note: Note, failures: dict[str, str]
+) -> dict[str, Parity]:
+    """Hold backends to the oracle, which runs once for all of them; return the parities of those that pass."""
+    draw = cache(partial(_draw, device))
+    passed: dict[str, Parity] = {}
+    for name in names:
+        with _noting_failure(name, failures):
+            passed[name] = hold(kind, device, name, note, draw)
+    return passed
+
+
+def _draw(device: torch.device, kind: Kind, seed: int) -> tuple[cases.Case, cases.Results, cases.Results]:
+    case, oracle = cases.draw_case(kind, device, seed)
+    return case, case.results("reference"), oracle
+
+
+def hold(kind: Kind, device: torch.device, backend: str, note: Note, draw: Draw | None = None) -> Parity:
     """Hold a backend to the float64 oracle, and two of its runs to each other.
 
     Returns the error nearest its bound.
@@ -150,19 +169,18 @@ def hold(kind: Kind, device: torch.device, backend: str, note: Note) -> Parity:
     Raises:
         BackendError: it fails, an error exceeds its bound, a result is not finite, or two runs differ.
     """
-    worst = Parity(0.0, 1.0)
+    worst, draw = Parity(0.0, 1.0), draw or partial(_draw, device)
     *small, whole = cases.parity_kinds(kind)
     for number, of in enumerate((*small, whole)):
         errors: dict[str, list[Parity]] = {}
-        for draw in range(DRAWS if number < len(small) else 1):
+        for turn in range(DRAWS if number < len(small) else 1):
             note("the oracle", "")
-            case = cases.draw_case(of, device, seed=100 * number + draw)
-            eager, oracle = case.results("reference"), case.results("reference", exact=True)
+            case, eager, oracle = draw(of, 100 * number + turn)
             note(f"parity of {backend}, {of}", backend)
             # Small calls are not worth the compilation of all configs.
             with _blaming(backend, device), _untuned() if number < len(small) else nullcontext():
                 got = case.results(backend)
-                if draw == 0:
+                if turn == 0:
                     _check_repeatable(case, backend, got)
             for name, value in got.items():
                 if not value.isfinite().all() and oracle[name].isfinite().all():

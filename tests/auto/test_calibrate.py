@@ -265,10 +265,12 @@ def test_the_median_of_rounds_decides_unless_they_contradict_each_other(
 def test_a_default_that_is_wrong_is_replaced_by_composite(monkeypatch: pytest.MonkeyPatch) -> None:
     hold = measure.hold
 
-    def of_backend(kind: Kind, device: torch.device, backend: str, note: measure.Note) -> measure.Parity:
+    def of_backend(
+        kind: Kind, device: torch.device, backend: str, note: measure.Note, draw: measure.Draw
+    ) -> measure.Parity:
         if backend == "reference":
             raise measure.BackendError("out is off by 1, allowed 0")
-        return hold(kind, device, backend, note)
+        return hold(kind, device, backend, note, draw)
 
     monkeypatch.setattr(measure, "hold", of_backend)
     found = measure.measure(REFINE, CPU, "reference", ["composite"], note=lambda *_: None)
@@ -304,7 +306,7 @@ CRASHES = """
 import os, sys
 sys.path.insert(0, {root!r})
 from rru_fast.calibrate import measure, worker
-def hold(kind, device, backend, note):
+def hold(kind, device, backend, note, draw):
     note("parity", backend)
     os.abort()
 measure.hold = hold
