@@ -15,6 +15,7 @@ import torch
 import rru_fast
 from rru_fast import backends, cuda_graphs, report, triton
 from rru_fast.arguments import RefineNeed, RefineUpstream
+from rru_fast.precision import conv_precision, matmul_precision
 from rru_fast.testing import EXACT, relative_error
 from tests import parity
 from tests.parity import Case
@@ -55,34 +56,32 @@ def test_on_a_cpu_auto_does_not_choose_the_interpreter() -> None:
 
 
 def test_distances_are_multiplied_as_matmuls_and_transitions_as_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    precisions = pytest.importorskip("rru_fast.triton._precision")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for asked, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             for allowed in (True, False):
                 torch.set_float32_matmul_precision(asked)
                 torch.backends.cudnn.allow_tf32 = allowed
-                assert precisions.matmul_precision(torch.float32) == wanted
-                assert precisions.conv_precision(torch.float32) == ("tf32" if allowed else "ieee")
-                for precision in (precisions.matmul_precision, precisions.conv_precision):
-                    assert precision(torch.float64) == precision(torch.bfloat16) == "ieee"
+                assert matmul_precision(torch.float32) == wanted
+                assert conv_precision(torch.float32) == ("tf32" if allowed else "ieee")
+                for rule in (matmul_precision, conv_precision):
+                    assert rule(torch.float64) == rule(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-    for precision in (precisions.matmul_precision, precisions.conv_precision):
+    for rule in (matmul_precision, conv_precision):
         monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
-        assert precision(torch.float32) == "tf32x3"
+        assert rule(torch.float32) == "tf32x3"
         monkeypatch.setenv("RRU_FAST_FLOAT32", "fast")
         with pytest.raises(ValueError, match="RRU_FAST_FLOAT32: got 'fast', wanted one of ieee, tf32, tf32x3"):
-            precision(torch.float32)
+            rule(torch.float32)
 
 
 def test_by_default_transitions_are_multiplied_in_tf32_and_distances_in_float32() -> None:
     code = (
-        "import torch; from rru_fast.triton import _precision; "
-        "print(_precision.conv_precision(torch.float32), _precision.matmul_precision(torch.float32))"
+        "import torch; from rru_fast.precision import conv_precision, matmul_precision; "
+        "print(conv_precision(torch.float32), matmul_precision(torch.float32))"
     )
-    pytest.importorskip("triton")
     assert in_another_process(code, RRU_FAST_FLOAT32="").stdout.split() == ["tf32", "ieee"]
 
 

@@ -1,14 +1,14 @@
-"""Dtypes and precision of matrix products, and the depth of a tile that suits them."""
+"""Operand dtypes of matrix products, and the depth of a tile that suits them."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import triton.language as tl
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+from rru_fast.precision import conv_precision
+
 TL_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -20,25 +20,6 @@ TL_DTYPES = {
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the accumulation dtype: fp64 for fp64, fp32 otherwise."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def matmul_precision(dtype: torch.dtype) -> str:
-    """Precision of fp32 products in place of a torch.matmul: PyTorch's setting, or RRU_FAST_FLOAT32."""
-    return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
-
-
-def conv_precision(dtype: torch.dtype) -> str:
-    """Precision of fp32 products in place of an nn.Conv2d: cuDNN's setting, TF32 by default, or RRU_FAST_FLOAT32."""
-    return _precision(dtype, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
-
-
-def _precision(dtype: torch.dtype, setting: str) -> str:
-    if dtype != torch.float32:
-        return "ieee"  # other dtypes have one precision
-    requested = os.environ.get("RRU_FAST_FLOAT32", "")
-    if requested and requested not in PRECISIONS:
-        raise ValueError(f"RRU_FAST_FLOAT32: got {requested!r}, wanted one of {', '.join(PRECISIONS)}")
-    return requested or ("tf32" if setting == "tf32" else "ieee")
 
 
 def grad_operand_dtype(dtype: torch.dtype) -> tuple[Any, str]:

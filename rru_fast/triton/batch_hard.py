@@ -22,11 +22,12 @@ from rru_fast.arguments import (
     BatchHardUpstream,
     flatten,
 )
+from rru_fast.precision import matmul_precision
 from rru_fast.triton import _device, _launch
 from rru_fast.triton import batch_hard_kernels as kernels
 from rru_fast.triton._autotune import ALL_REGISTERS, Candidates, KernelConfig, autotune
 from rru_fast.triton._launch import cdiv, next_power_of_2
-from rru_fast.triton._precision import TL_DTYPES, acc_dtype, block_k, matmul_precision, uses_tensor_cores
+from rru_fast.triton._precision import TL_DTYPES, acc_dtype, block_k, uses_tensor_cores
 from rru_fast.triton._strided import StridedAnchors, StridedFeatures, StridedVector, vectorizable
 
 # Up to this many anchors, a program that scans them all takes less time than the launches that sort them: an estimate.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rru_fast.arguments import RefineArguments
+from rru_fast.precision import conv_precision
 from rru_fast.triton._launch import Slices
-from rru_fast.triton._precision import acc_dtype, conv_precision
+from rru_fast.triton._precision import acc_dtype
 from rru_fast.triton._strided import StridedMaps, StridedMatrix, as_strided_maps, needs_int64, vectorizable
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from rru_fast.arguments import RefineOutputs
 from rru_fast.distributed import Ranks
+from rru_fast.precision import conv_precision
 from rru_fast.triton import _device
 from rru_fast.triton._autotune import ALL_REGISTERS, Candidates, KernelConfig, LaunchConfig
 from rru_fast.triton._launch import Counter, Launches, Slices, cdiv, launch_cached, next_power_of_2
-from rru_fast.triton._precision import block_k, conv_precision, uses_tensor_cores
+from rru_fast.triton._precision import block_k, uses_tensor_cores
 from rru_fast.triton._strided import StridedMaps, StridedMatrix, as_strided_maps
 from rru_fast.triton.refine import forward_kernels as kernels
 from rru_fast.triton.refine.arguments import AttentionVectors, Call, Operand, Statistics, frame_slices, one_frame
