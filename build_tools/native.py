@@ -6,6 +6,7 @@ into the package.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ def build(package: Path, keep_last: bool = False) -> None:
             if keep_last and (package / BINARY).is_file() and disabled_reason() is None:
                 raise SystemExit(f"rru_fast: the last build is kept, the kernels cannot be built again: {reason}")
             raise BuildError(reason)
-        record |= _build_extension(package / BINARY, toolchain.capabilities_to_build(package == ROOT / "rru_fast"))
+        record |= _build_extension(package / BINARY, in_place=package == ROOT / "rru_fast")
     except (BuildError, OSError) as error:
         if required:
             raise SystemExit(f"rru_fast: {required[0]}=1, but the kernels cannot be built: {error}") from None
@@ -98,15 +99,21 @@ def _replace_file(path: Path, content: bytes) -> None:
     temp_path.replace(path)
 
 
-def _build_extension(binary: Path, capabilities: list[str]) -> dict[str, Any]:
-    """Build `binary`, with CUDA if possible, and return its part of the record."""
+def _build_extension(binary: Path, in_place: bool) -> dict[str, Any]:
+    """Build `binary`, with CUDA if possible, and return its part of the record.
+
+    Args:
+        binary: path of the file.
+        in_place: build for this checkout, whose tests run the CUDA kernels emulated, on this machine.
+    """
     import fcntl  # missing on Windows, where this module is imported too
 
     config = BuildConfig(
         toolchain.find_torch(),
         toolchain.find_compiler(),
-        capabilities,
+        toolchain.capabilities_to_build(in_place),
         sanitize=bool(toolchain.read_switch("RRU_FAST_SANITIZE")),
+        emulation=in_place and bool(cuda_sources()),
     )
     folder = CACHE / (config.torch.version + "-sanitized" * config.sanitize)
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
@@ -134,11 +141,20 @@ def _build_extension(binary: Path, capabilities: list[str]) -> dict[str, Any]:
         "torch": config.torch.version,
         "compiler": config.compiler.version,
         "flags": " ".join(config.flags),
-        "capabilities": capabilities,
+        "capabilities": config.capabilities,
         "cuda": no_cuda_reason,
         "nvcc": None if config.cuda is None else config.cuda.version,
         "cuda_architectures": config.cuda_architectures,
+        "cuda_sources": _hash_cuda_sources(),
     }
+
+
+def _hash_cuda_sources() -> str:
+    """Hash the CUDA kernels' sources: measurements of one build hold for another of the same sources."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc/cuda").glob("*.[ch]*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _find_cuda(torch: Torch) -> tuple[Cuda, list[str]]:
@@ -147,7 +163,7 @@ def _find_cuda(torch: Torch) -> tuple[Cuda, list[str]]:
     if required is False:
         raise CudaBuildError("RRU_FAST_CUDA=0 when it was installed")
     if not cuda_sources():
-        raise CudaBuildError("csrc/cuda holds no kernels yet")
+        raise CudaBuildError("csrc/cuda holds no kernels")
     try:
         cuda, architectures = toolchain.find_cuda(), toolchain.cuda_architectures()
     except BuildError as error:

@@ -25,6 +25,9 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # -O1 with frame pointers for readable stacks. Overflow in code inlined from torch's headers is reported too.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
+# CUDA sources as C++. They run to be tested, not to be fast: optimizing them more takes longer than running them.
+EMULATED = ["-O1", "-x", "c++"]
+
 
 @dataclass(frozen=True)
 class BuildConfig:
@@ -34,6 +37,7 @@ class BuildConfig:
     compiler: Compiler
     capabilities: list[str]  # SIMD, the lowest first
     sanitize: bool
+    emulation: bool = False  # of the CUDA kernels on a CPU, for tests
     cuda: Cuda | None = None
     cuda_architectures: list[str] = field(default_factory=list)
 
@@ -52,7 +56,7 @@ class CompileStep:
     """One compilation of one source. `command` is without -MF, -o and -c, which the ninja rule adds."""
 
     source: Path
-    variant: str  # a SIMD capability, "CUDA" or ""
+    variant: str  # a SIMD capability, "CUDA", "emulated" or ""
     command: list[str]
 
 
@@ -77,12 +81,16 @@ def _cpp_steps(config: BuildConfig) -> list[CompileStep]:
     bindings += [f'-DRRU_FLAGS="{" ".join(config.flags)}"', f'-DRRU_CAPABILITIES="{capabilities}"']
     bindings += [f"-DRRU_HAS_{capability}" for capability in config.capabilities]
     bindings += [f'-DRRU_CUDA_ARCHITECTURES="{architectures}"'] + ["-DRRU_HAS_CUDA"] * bool(architectures)
+    bindings += ["-DRRU_HAS_EMULATION"] * config.emulation
     steps = [CompileStep(source, "", bindings) for source in [*_sources("csrc/*.cpp"), *_sources("csrc/ops/*.cpp")]]
     # The lowest capability first: the linker takes an inline function from the first object that has it.
     for capability in config.capabilities:
         defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
         command = [*common, *CAPABILITIES[capability], *defines]
         steps += [CompileStep(source, capability, command) for source in _sources("csrc/cpu/*.cpp")]
+    if config.emulation:
+        command = [*config.compiler.command, *config.flags, *EMULATED, "-MMD", "-Icsrc"]
+        steps += [CompileStep(s, "emulated", command) for s in [*cuda_sources(), *_sources("csrc/cuda/*.cpp")]]
     return steps
 
 

@@ -194,12 +194,15 @@ def find_cuda() -> Cuda:
 
 
 def cuda_architectures() -> list[str]:
-    """CUDA architectures, as "90" or "90+PTX": TORCH_CUDA_ARCH_LIST, else those of the GPUs present, else 80 and 90."""
+    """CUDA architectures, as "90" or "90+PTX": TORCH_CUDA_ARCH_LIST, else those of the GPUs present, else 90.
+
+    90 is the first that has clusters of CTAs, without which there are no kernels.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     words = listed.replace(";", " ").replace(",", " ").split()
     if not words:
         output = _run_for_output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
-        words = sorted({w for w in output.split() if re.fullmatch(r"\d+\.\d", w)}, key=float) or ["8.0", "9.0"]
+        words = sorted({w for w in output.split() if re.fullmatch(r"\d+\.\d", w)}, key=float) or ["9.0"]
     for word in words:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
             raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {listed!r}, wanted numbers such as '8.0;9.0+PTX'")

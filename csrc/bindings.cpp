@@ -28,6 +28,11 @@ pybind11::dict build_info() {
   info["simd_here"] = at::get_cpu_capability();
   info["bfloat16_here"] = RRU_KERNEL(multiplies_bfloat16)();
   info["cuda_architectures"] = words(RRU_CUDA_ARCHITECTURES);
+#ifdef RRU_HAS_EMULATION
+  info["emulation"] = true;
+#else
+  info["emulation"] = false;
+#endif
   return info;
 }
 
@@ -66,7 +71,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def(
       "build_info", &rru::build_info,
       "The compiler and its flags, the PyTorch built for, the SIMD capabilities built and the one in use, whether "
-      "bfloat16 is multiplied in bfloat16, and the CUDA architectures built for.");
+      "bfloat16 is multiplied in bfloat16, the CUDA architectures built for, and whether CUDA kernels can be emulated.");
   m.def("ran", &rru::ran_operators, "The operators that these kernels have run in this process, since forget_runs.");
   m.def(
       "is_faster_in_composite", &rru::is_faster_in_composite_by_name,

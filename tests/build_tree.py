@@ -58,10 +58,12 @@ STAND_IN_SOURCES = {
     "csrc/cpu/second.cpp": "namespace rru::CPU_CAPABILITY { int second() { return 2; } }",
 }
 STAND_IN_CUDA = """
+    #ifdef __CUDACC__
     #include <cuda_runtime.h>
     __global__ void twice_kernel(float* x) { x[threadIdx.x] *= 2; }
     int cuda_runtime() { int version = 0; cudaRuntimeGetVersion(&version); return version; }
     void twice(float* x, cudaStream_t stream) { twice_kernel<<<1, 32, 0, stream>>>(x); }
+    #endif
 """
 STAND_IN_TORCH = """
     from torch.version import __version__

@@ -236,7 +236,8 @@ def test_build_info_describes_the_build() -> None:
     assert info["simd_here"] in info["simd"]
     assert "-std=c++20" in info["flags"]
     assert info["compiler"]
-    assert info["cuda_architectures"] == []
+    assert info["cuda_architectures"] == native.cuda_architectures()
+    assert info["emulation"] is True  # in a checkout
 
 
 def test_the_module_leaves_the_lock_of_a_free_threaded_python_off() -> None:

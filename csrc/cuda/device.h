@@ -1,0 +1,324 @@
+// What a kernel may use: CUDA under nvcc; under another compiler the same on a CPU, see emulation.h.
+//
+// Inline assembly is here alone. A synchronization is labelled with its purpose, its site, by which tests leave it out.
+#pragma once
+
+#ifndef __CUDACC__
+#include "emulation.h"
+#define RRU_PLATFORM emulated
+#else
+#define RRU_PLATFORM cuda
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+
+#define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#define RRU_PARAMETER __grid_constant__
+#define UNROLL _Pragma("unroll")
+#define UNROLL_BY_4 _Pragma("unroll 4")
+#define RRU_GLOBAL(threads) __global__ void __launch_bounds__(threads, 1)
+#define RRU_MUTANT(name) false
+#if __CUDA_ARCH__ >= 900
+#define RRU_HAS_CLUSTERS
+#endif
+
+namespace rru::cuda::dev {
+
+DEVICE uint32_t float_as_uint(float v) {
+  return __float_as_uint(v);
+}
+DEVICE float uint_as_float(uint32_t v) {
+  return __uint_as_float(v);
+}
+
+DEVICE int thread() {
+  return threadIdx.x;
+}
+DEVICE int cta() {
+  return blockIdx.x;
+}
+DEVICE int rank() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+DEVICE int cluster_size() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+  return r;
+}
+
+// The inboxes' mbarriers come first in shared memory. Swizzled rows after them are aligned to their length.
+constexpr int kInboxBytes = 256;
+
+DEVICE unsigned char* smem_base() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+DEVICE unsigned char* smem() {
+  return smem_base() + kInboxBytes;
+}
+DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+DEVICE uint32_t inbox_address(int box) {
+  return shared_address(smem_base()) + 8 * box;
+}
+
+DEVICE void sync(const char*) {
+  __syncthreads();
+}
+
+// Drains the CTA's stores to global memory and empties L1: not for the inside of a loop.
+DEVICE void cluster_arrive(const char*) {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait(const char*) {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// By one thread, before a cluster barrier that precedes all pushes.
+DEVICE void inbox_init(int count) {
+  for (int box = 0; box < count; box++) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(inbox_address(box)) : "memory");
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Sets how many bytes the phase receives. By one thread, once per phase; pushes may be ahead of it.
+DEVICE void inbox_arm(int box, int bytes, const char*) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(inbox_address(box)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has received its bytes, which can be read then.
+DEVICE void inbox_wait(int box, int parity, const char*) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra WAIT_%=;\n}" ::"r"(
+          inbox_address(box)),
+      "r"(parity)
+      : "memory");
+}
+// A CTA of this cluster. Volatile, so that addresses in it are not computed before a loop and kept in registers.
+struct Peer {
+  uint32_t base;  // of its shared memory
+};
+DEVICE Peer peer(int rank) {
+  Peer p;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(p.base) : "r"(shared_address(smem_base())), "r"(rank));
+  return p;
+}
+// Stores a value at this offset of a CTA's smem(), and counts its bytes in an inbox there.
+DEVICE void push(Peer to, int offset, float value, int box) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                   to.base + kInboxBytes + offset),
+               "f"(value), "r"(to.base + 8 * box)
+               : "memory");
+}
+DEVICE void push(Peer to, int offset, float2 value, int box) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   to.base + kInboxBytes + offset),
+               "f"(value.x), "f"(value.y), "r"(to.base + 8 * box)
+               : "memory");
+}
+DEVICE void inbox_retire(float*, int) {}
+
+// All lanes of the warp take part.
+DEVICE float shfl_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8), fragments as in the PTX ISA.
+DEVICE void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+DEVICE void mma_f16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+// d (16 x 8) += a (16 x 8) b (8 x 8). The low 13 bits of an operand may be dropped: to round is the caller's.
+DEVICE void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+// Four transposed 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+DEVICE float bf16_low(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+DEVICE float bf16_high(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+DEVICE float f16_low(uint32_t pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+}
+DEVICE float f16_high(uint32_t pair) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+}
+DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+DEVICE float exp_(float v) {
+  return __expf(v);
+}
+DEVICE float div_(float a, float b) {
+  return __fdividef(a, b);
+}
+
+// Of memory that nobody writes during the launch.
+template <class T>
+DEVICE T load_const(const T* p) {
+  return __ldg(p);
+}
+// Of memory that is read or written once.
+template <class T>
+DEVICE T load_stream(const T* p) {
+  return __ldcs(p);
+}
+template <class T>
+DEVICE void store_stream(T* p, T v) {
+  __stcs(p, v);
+}
+
+// Where and how a kernel is launched.
+struct Launch {
+  int device;      // of the tensors
+  void* stream;    // a cudaStream_t
+  int ctas;        // a multiple of the cluster's
+  int cluster;     // CTAs of a cluster
+  int threads;     // of a CTA
+  size_t shared;   // bytes of shared memory of a CTA, without the inboxes'
+};
+
+// Makes a device current, and the one before again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) {
+      cudaSetDevice(device);
+    }
+    device_ = device;
+  }
+  ~OnDevice() {
+    if (before_ != device_) {
+      cudaSetDevice(before_);
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0, device_ = 0;
+};
+
+inline std::string reason(const char* call, cudaError_t error) {
+  cudaGetLastError();  // the next call must not find it
+  return std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
+}
+
+inline int max_shared(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes - kInboxBytes;
+}
+
+// Returns the clusters that can be on the chip at once; 0 with the reason if none can. Prepares the kernel for them.
+template <class Arguments>
+inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string* error) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, size_t>, std::pair<int, std::string>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const auto [entry, is_new] = known.try_emplace({function, l.device, l.cluster, l.shared});
+  auto& [clusters, why] = entry->second;
+  if (is_new) {
+    const OnDevice guard(l.device);
+    const auto run = [&](const char* call, cudaError_t status) {
+      if (why.empty() && status != cudaSuccess) {
+        why = reason(call, status);
+      }
+    };
+    const int bytes = static_cast<int>(l.shared) + kInboxBytes;
+    cudaFuncAttributes attributes{};
+    run("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, function));
+    if (why.empty() && attributes.ptxVersion < 90) {
+      why = "the kernel was compiled for compute capability " + std::to_string(attributes.ptxVersion / 10) + "." +
+          std::to_string(attributes.ptxVersion % 10) + ", which has no clusters";
+    }
+    if (why.empty()) {
+      run("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    }
+    if (why.empty() && l.cluster > 8) {
+      run("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    }
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(l.cluster);
+    config.blockDim = dim3(l.threads);
+    config.dynamicSmemBytes = bytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    if (why.empty()) {
+      run("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, &config));
+    }
+    if (why.empty() && clusters == 0) {
+      why = "no cluster of " + std::to_string(l.cluster) + " CTAs with " + std::to_string(bytes) +
+          " bytes of shared memory each fits on this GPU";
+    }
+    if (!why.empty()) {
+      clusters = 0;
+    }
+  }
+  *error = why;
+  return clusters;
+}
+
+// Launches a kernel that max_clusters has prepared; returns what went wrong, or "".
+template <class Arguments>
+inline std::string launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
+  const OnDevice guard(l.device);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.ctas);
+  config.blockDim = dim3(l.threads);
+  config.dynamicSmemBytes = l.shared + kInboxBytes;
+  config.stream = static_cast<cudaStream_t>(l.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments);
+  return status == cudaSuccess ? "" : reason("cudaLaunchKernelEx", status);
+}
+
+}  // namespace rru::cuda::dev
+#endif

@@ -1,0 +1,674 @@
+// The fibers behind emulation.h. Compiled without ThreadSanitizer, which is told of what orders memory alone: with
+// RRU_THREAD_SANITIZER it is, and then nothing is allocated or freed by a fiber.
+
+#include "emulation.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#if defined(RRU_THREAD_SANITIZER)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace rru::emulated::dev {
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr int kMaxSites = 64, kBoxes = 4, kSlotWords = 8;
+
+struct Cta;
+
+struct Fiber {
+  ucontext_t context{};
+  char* stack = nullptr;
+  Cta* cta = nullptr;
+  int thread = 0;
+  int passes[kMaxSites] = {};
+  const char* waits_at = nullptr;
+  int64_t cluster_generation = -1;
+  bool done = false;
+  void* tsan = nullptr;
+};
+
+using Waiters = std::vector<Fiber*>;  // with room for all that may wait
+
+struct Barrier {
+  int arrived = 0;
+  int64_t generation = 0;
+  char order[2] = {};  // by whose addresses ThreadSanitizer knows two consecutive generations
+  Waiters waiters;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t slots[2][32][kSlotWords];
+  const char* operation[2] = {};
+};
+
+struct Push {
+  float* to;
+  float value[2];
+  int count;
+};
+
+// An mbarrier of one arrival per phase.
+struct Box {
+  bool initialized = false;
+  int64_t bytes = 0;  // expected and not received yet; negative while pushes are ahead of inbox_arm
+  bool armed = false;
+  int64_t phase = 0;
+  char order = 0;
+  std::vector<Push> late;
+  Waiters waiters;
+};
+
+struct Cluster {
+  Barrier barrier;
+  std::vector<Cta*> ctas;
+};
+
+struct Cta {
+  int index = 0, rank = 0, threads = 0, finished = 0;
+  Cluster* cluster = nullptr;
+  unsigned char* memory = nullptr;
+  size_t bytes = 0;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  Box boxes[kBoxes];
+};
+
+struct Scheduler {
+  std::vector<Fiber*> ready;  // a ring
+  size_t first = 0, count = 0;
+  Waiters held;
+  Fiber* current = nullptr;
+  Fiber host;
+  std::string error;
+  const std::function<void()>* kernel = nullptr;
+  char begin = 0, end = 0;  // what orders the host's memory before the kernel's, and after
+};
+
+Scheduler scheduler;
+#if defined(__SANITIZE_ADDRESS__)
+const void* host_stack;
+size_t host_stack_bytes;
+#endif
+Adversary the_adversary;
+Site the_sites[kMaxSites];
+
+void release([[maybe_unused]] char* order) {
+#if defined(RRU_THREAD_SANITIZER)
+  __tsan_release(order);
+#endif
+}
+
+void acquire([[maybe_unused]] char* order) {
+#if defined(RRU_THREAD_SANITIZER)
+  __tsan_acquire(order);
+#endif
+}
+
+Fiber& self() {
+  return *scheduler.current;
+}
+
+void make_ready(Fiber* fiber) {
+  Scheduler& s = scheduler;
+  s.ready[(s.first + s.count++) % s.ready.size()] = fiber;
+}
+
+Fiber* take_ready() {
+  Scheduler& s = scheduler;
+  --s.count;
+  if (the_adversary.last_first) {
+    return s.ready[(s.first + s.count) % s.ready.size()];
+  }
+  Fiber* fiber = s.ready[s.first];
+  s.first = (s.first + 1) % s.ready.size();
+  return fiber;
+}
+
+void switch_to(Fiber* next) {
+  Fiber* previous = scheduler.current;
+  scheduler.current = next;
+#if defined(RRU_THREAD_SANITIZER)
+  __tsan_switch_to_fiber(next->tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  const bool to_host = next == &scheduler.host;
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(
+      previous->done ? nullptr : &fake, to_host ? host_stack : next->stack, to_host ? host_stack_bytes : kStack);
+  swapcontext(&previous->context, &next->context);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  swapcontext(&previous->context, &next->context);
+#endif
+}
+
+// Runs another fiber; the current one runs again once it is ready. The host runs when no fiber can.
+void yield() {
+  Scheduler& s = scheduler;
+  if (s.count == 0 && s.error.empty()) {
+    std::for_each(s.held.begin(), s.held.end(), make_ready);
+    s.held.clear();
+  }
+  Fiber* next = s.count > 0 && s.error.empty() ? take_ready() : &s.host;
+  if (next != s.current) {
+    switch_to(next);
+  }
+}
+
+[[noreturn]] void fail(const std::string& reason) {
+  scheduler.error = reason;
+  for (;;) {
+    yield();
+  }
+}
+
+void wait(Waiters& waiters, const char* site) {
+  self().waits_at = site;
+  waiters.push_back(&self());
+  yield();
+  self().waits_at = nullptr;
+}
+
+void wake(Waiters& waiters) {
+  std::for_each(waiters.begin(), waiters.end(), make_ready);
+  waiters.clear();
+}
+
+// Arrives at a barrier of `count` fibers; returns the generation to wait for.
+int64_t arrive(Barrier& barrier, int count) {
+  const int64_t generation = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    wake(barrier.waiters);
+  }
+  return generation;
+}
+
+void await(Barrier& barrier, int64_t generation, const char* site) {
+  while (barrier.generation == generation) {
+    wait(barrier.waiters, site);
+  }
+}
+
+int site_index(const char* name, const char* kind) {
+  for (int i = 0; i < kMaxSites; i++) {
+    if (the_sites[i].name == nullptr) {
+      the_sites[i] = {name, kind, 0};
+    }
+    if (std::strcmp(the_sites[i].name, name) == 0) {
+      return i;
+    }
+  }
+  fail("a kernel has more sites than the emulation has room for");
+}
+
+// Notes that the current fiber passes a site, and holds it if the adversary says so.
+void pass(const char* name, const char* kind) {
+  Fiber& fiber = self();
+  const Adversary& a = the_adversary;
+  const int index = site_index(name, kind), passes = fiber.passes[index]++;
+  the_sites[index].passes = std::max(the_sites[index].passes, passes + 1);
+  if (a.cta == fiber.cta->index && a.pass == passes && (a.warp < 0 || a.warp == fiber.thread / 32) && a.hold == name) {
+    fiber.waits_at = name;
+    scheduler.held.push_back(&fiber);
+    yield();
+    fiber.waits_at = nullptr;
+  }
+}
+
+// Publishes this lane's words to its warp; returns all lanes' words once they have published theirs.
+const uint64_t (*exchange(const char* operation, const uint64_t* words, int count))[kSlotWords] {
+  Fiber& fiber = self();
+  Warp& warp = fiber.cta->warps[fiber.thread / 32];
+  const int turn = static_cast<int>(warp.barrier.generation & 1);
+  if (warp.barrier.arrived == 0) {
+    warp.operation[turn] = operation;
+  } else if (std::strcmp(warp.operation[turn], operation) != 0) {
+    fail(std::string("lanes of a warp run ") + operation + " and " + warp.operation[turn] + " at once");
+  }
+  std::copy_n(words, count, warp.slots[turn][fiber.thread % 32]);
+  await(warp.barrier, arrive(warp.barrier, 32), operation);
+  return warp.slots[turn];
+}
+
+float approximated(float value) {
+  uint32_t& noise = the_adversary.noise;
+  if (noise == 0 || !std::isfinite(value)) {
+    return value;
+  }
+  noise = noise * 1664525u + 1013904223u;
+  const int ulp = static_cast<int>(noise >> 16) % 5 - 2;
+  return value * (1 + static_cast<float>(ulp) * std::numeric_limits<float>::epsilon());
+}
+
+void receive(Box& box, int count) {
+  box.bytes -= static_cast<int64_t>(sizeof(float)) * count;
+  if (box.armed && box.bytes < 0) {
+    fail("an inbox has received more bytes than it expects");
+  }
+}
+
+void complete(Box& box) {
+  if (box.armed && box.bytes == 0) {
+    box.armed = false;
+    ++box.phase;
+    wake(box.waiters);
+  }
+}
+
+void deliver_late(Box& box) {
+  for (; !box.late.empty(); box.late.pop_back()) {
+    const Push& push = box.late.back();
+    std::copy_n(push.value, push.count, push.to);
+    receive(box, push.count);
+  }
+}
+
+void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* stack;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  if (host_stack == nullptr) {  // the host runs the first fiber
+    host_stack = stack;
+    host_stack_bytes = bytes;
+  }
+#endif
+  acquire(&scheduler.begin);
+  pass("begin", "begin");
+  (*scheduler.kernel)();
+  release(&scheduler.end);
+  ++self().cta->finished;
+  self().done = true;
+  for (;;) {
+    yield();
+  }
+}
+
+void start(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  makecontext(&fiber.context, run_fiber, 0);
+#if defined(RRU_THREAD_SANITIZER)
+  fiber.tsan = __tsan_create_fiber(0);
+#endif
+  make_ready(&fiber);
+}
+
+std::string where_they_wait(const std::vector<Fiber>& fibers) {
+  std::map<std::string, int> counts;
+  for (const Fiber& fiber : fibers) {
+    if (!fiber.done) {
+      ++counts[fiber.waits_at == nullptr ? "nowhere" : fiber.waits_at];
+    }
+  }
+  std::string text = "deadlock:";
+  for (const auto& [site, count] : counts) {
+    text += " " + std::to_string(count) + " threads wait at '" + site + "'";
+  }
+  return text;
+}
+
+// Runs whole clusters, CTAs `first` to `end` (exclusive), at once.
+std::string run_clusters(int first, int end, int size, int threads, size_t bytes, const std::function<void()>& kernel) {
+  static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch
+  Scheduler& s = scheduler;
+  std::vector<Fiber> fibers(static_cast<size_t>(end - first) * threads);
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<std::unique_ptr<float4[]>> memory;
+  for (int i = first; i < end; i++) {
+    if (i % size == 0) {
+      clusters.push_back(std::make_unique<Cluster>());
+      clusters.back()->barrier.waiters.reserve(static_cast<size_t>(size) * threads);
+    }
+    memory.push_back(std::make_unique<float4[]>((bytes + sizeof(float4) - 1) / sizeof(float4)));
+    ctas.push_back(std::make_unique<Cta>());
+    Cta& cta = *ctas.back();
+    cta.index = i;
+    cta.rank = i % size;
+    cta.threads = threads;
+    cta.cluster = clusters.back().get();
+    cta.memory = reinterpret_cast<unsigned char*>(memory.back().get());
+    cta.bytes = bytes;
+    std::memset(cta.memory, 0xff, bytes);
+    cta.warps.resize(threads / 32);
+    for (Warp& warp : cta.warps) {
+      warp.barrier.waiters.reserve(32);
+    }
+    cta.barrier.waiters.reserve(threads);
+    for (Box& box : cta.boxes) {
+      box.waiters.reserve(threads);
+    }
+    cta.cluster->ctas.push_back(&cta);
+  }
+  while (stacks.size() < fibers.size()) {
+    stacks.emplace_back(new char[kStack]);
+  }
+  s.ready.assign(fibers.size() + 1, nullptr);
+  s.first = s.count = 0;
+  s.held.clear();
+  s.held.reserve(fibers.size());
+  s.error.clear();
+  s.kernel = &kernel;
+  s.current = &s.host;
+  s.host.done = false;
+#if defined(RRU_THREAD_SANITIZER)
+  s.host.tsan = __tsan_get_current_fiber();
+#endif
+  for (size_t i = 0; i < fibers.size(); i++) {
+    fibers[i].cta = ctas[i / threads].get();
+    fibers[i].thread = static_cast<int>(i % threads);
+    fibers[i].stack = stacks[i].get();
+    start(fibers[i]);
+  }
+  release(&s.begin);
+  yield();
+  acquire(&s.end);
+  std::string error = s.error;
+  if (error.empty() && !std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) {
+    error = where_they_wait(fibers);
+  }
+#if defined(RRU_THREAD_SANITIZER)
+  for (Fiber& fiber : fibers) {
+    __tsan_destroy_fiber(fiber.tsan);
+  }
+#endif
+  return error;
+}
+
+float bf16_to_float(uint32_t bits) {
+  return uint_as_float(bits << 16);
+}
+
+float f16_to_float(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 0x1f, mantissa = bits & 0x3ff;
+  if (exponent == 0) {
+    const float size = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign != 0 ? -size : size;
+  }
+  return uint_as_float(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13);
+}
+
+uint32_t float_to_bf16(float value) {
+  const uint32_t bits = float_as_uint(value);
+  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+uint32_t float_to_f16(float value) {
+  const uint32_t sign = float_as_uint(value) >> 16 & 0x8000;
+  const float size = std::fabs(value);
+  if (std::isnan(value)) {
+    return 0x7fff;
+  }
+  if (size >= 65520) {
+    return sign | 0x7c00;
+  }
+  if (size < 0x1p-14f) {  // subnormal, in units of 2^-24
+    return sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 24)));
+  }
+  const uint32_t bits = float_as_uint(size);
+  return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
+}
+
+// d += a b of fragments as the PTX ISA lays them out; `value` reads an element of an operand's word.
+template <int K, int PER_WORD, class Value>
+void mma(const char* name, float (&d)[4], uint4 a, uint32_t b0, uint32_t b1, Value value) {
+  const uint64_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  const auto* lanes = exchange(name, words, 6);
+  const int lane = thread() % 32;
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < K; k++) {  // four lanes hold half of the k
+      const int of_lane = k % (K / 2) / PER_WORD, half = k / (K / 2), part = k % PER_WORD;
+      const auto left = static_cast<uint32_t>(lanes[row % 8 * 4 + of_lane][row / 8 + 2 * half]);
+      const auto right = static_cast<uint32_t>(lanes[column * 4 + of_lane][4 + half]);
+      d[i] += value(left, part) * value(right, part);
+    }
+  }
+}
+
+}  // namespace
+
+Adversary& adversary() {
+  return the_adversary;
+}
+
+std::vector<Site> sites() {
+  return {the_sites, std::find_if(the_sites, the_sites + kMaxSites, [](const Site& s) { return s.name == nullptr; })};
+}
+
+void forget_sites() {
+  std::fill(the_sites, the_sites + kMaxSites, Site{});
+}
+
+int thread() {
+  return self().thread;
+}
+
+int cta() {
+  return self().cta->index;
+}
+
+int rank() {
+  return self().cta->rank;
+}
+
+int cluster_size() {
+  return static_cast<int>(self().cta->cluster->ctas.size());
+}
+
+unsigned char* smem() {
+  return self().cta->memory;
+}
+
+void sync(const char* site) {
+  Cta& cta = *self().cta;
+  if (the_adversary.omit != site) {
+    char* order = &cta.barrier.order[cta.barrier.generation & 1];
+    release(order);
+    await(cta.barrier, arrive(cta.barrier, cta.threads), site);
+    acquire(order);
+  }
+  pass(site, "sync");
+}
+
+void cluster_arrive(const char* site) {
+  Fiber& fiber = self();
+  Cluster& cluster = *fiber.cta->cluster;
+  if (fiber.cluster_generation >= 0) {
+    fail("cluster_arrive twice without cluster_wait");
+  }
+  if (the_adversary.omit != site) {
+    release(&cluster.barrier.order[cluster.barrier.generation & 1]);
+    fiber.cluster_generation = arrive(cluster.barrier, cluster_size() * fiber.cta->threads);
+  }
+}
+
+void cluster_wait(const char* site) {
+  Fiber& fiber = self();
+  Barrier& barrier = fiber.cta->cluster->barrier;
+  if (the_adversary.omit != site) {
+    if (fiber.cluster_generation < 0) {
+      fail("cluster_wait without cluster_arrive");
+    }
+    await(barrier, fiber.cluster_generation, site);
+    acquire(&barrier.order[fiber.cluster_generation & 1]);
+    fiber.cluster_generation = -1;
+  }
+  pass(site, "cluster");
+}
+
+void inbox_init(int count) {
+  if (count > kBoxes) {
+    fail("inbox_init: got more inboxes than there is room for");
+  }
+  for (int box = 0; box < count; box++) {
+    self().cta->boxes[box].initialized = true;
+  }
+}
+
+void inbox_arm(int box, int bytes, const char* site) {
+  Box& own = self().cta->boxes[box];
+  if (!own.initialized) {
+    fail("inbox_arm: the inbox is not initialized");
+  }
+  if (own.armed) {
+    fail("inbox_arm: the phase before is not complete");
+  }
+  own.armed = true;
+  own.bytes += bytes - (the_adversary.shorten == site ? 4 * cluster_size() : 0);
+  receive(own, 0);
+  complete(own);
+  pass(site, "arm");
+}
+
+void inbox_wait(int box, int parity, const char* site) {
+  if (the_adversary.replace == site) {
+    return sync("in place of an inbox");
+  }
+  Box& own = self().cta->boxes[box];
+  if (the_adversary.omit != site) {
+    while ((own.phase & 1) == parity) {
+      deliver_late(own);
+      complete(own);
+      if ((own.phase & 1) == parity) {
+        wait(own.waiters, site);
+      }
+    }
+    acquire(&own.order);
+  }
+  pass(site, "inbox");
+}
+
+float shfl_xor(float value, int mask) {
+  const uint64_t word = float_as_uint(value);
+  return uint_as_float(static_cast<uint32_t>(exchange("shfl_xor", &word, 1)[thread() % 32 ^ mask][0]));
+}
+
+void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  mma<16, 2>("mma_bf16", d, a, b0, b1, [](uint32_t pair, int part) { return bf16_to_float(pair >> 16 * part & 0xffff); });
+}
+
+void mma_f16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  mma<16, 2>("mma_f16", d, a, b0, b1, [](uint32_t pair, int part) { return f16_to_float(pair >> 16 * part & 0xffff); });
+}
+
+void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  mma<8, 1>("mma_tf32", d, a, b0, b1, [](uint32_t word, int) { return uint_as_float(word & ~0x1fffu); });
+}
+
+float exp_(float v) {
+  return approximated(std::exp(v));
+}
+
+float div_(float a, float b) {
+  return approximated(a / b);
+}
+
+float bf16_low(uint32_t pair) {
+  return bf16_to_float(pair & 0xffff);
+}
+
+float bf16_high(uint32_t pair) {
+  return bf16_to_float(pair >> 16);
+}
+
+float f16_low(uint32_t pair) {
+  return f16_to_float(pair & 0xffff);
+}
+
+float f16_high(uint32_t pair) {
+  return f16_to_float(pair >> 16);
+}
+
+uint32_t pack_bf16(float low, float high) {
+  return float_to_bf16(low) | float_to_bf16(high) << 16;
+}
+
+uint32_t pack_f16(float low, float high) {
+  return float_to_f16(low) | float_to_f16(high) << 16;
+}
+
+namespace detail {
+
+float* push_target(int rank, int offset, const float* value, int count, int box) {
+  const Cta& own = *self().cta;
+  if (rank < 0 || rank >= cluster_size()) {
+    fail("push: got rank " + std::to_string(rank) + " in a cluster of " + std::to_string(cluster_size()));
+  }
+  Cta& other = *own.cluster->ctas[rank];
+  const int bytes = static_cast<int>(sizeof(float)) * count;
+  if (offset < 0 || offset + bytes > static_cast<int>(own.bytes) || offset % bytes != 0) {
+    fail("push: got an offset outside of shared memory, or not aligned: " + std::to_string(offset));
+  }
+  if (other.finished == other.threads) {
+    fail("push to a CTA that has returned");
+  }
+  if (!other.boxes[box].initialized) {
+    fail("push to an inbox that is not initialized");
+  }
+  auto* to = reinterpret_cast<float*>(other.memory + offset);
+  if (!the_adversary.late) {
+    return to;
+  }
+  Push late{to, {}, count};
+  std::copy_n(value, count, late.value);
+  Box& inbox = other.boxes[box];
+  inbox.late.push_back(late);
+  if (!inbox.waiters.empty()) {
+    deliver_late(inbox);
+    complete(inbox);
+  }
+  return nullptr;
+}
+
+void push_done(int rank, int count, int box) {
+  Box& inbox = self().cta->cluster->ctas[rank]->boxes[box];
+  receive(inbox, count);
+  release(&inbox.order);
+  complete(inbox);
+}
+
+void exchange_addresses(const void* mine, const void* (&all)[32]) {
+  const auto address = reinterpret_cast<uintptr_t>(mine);
+  if (address % 16 != 0) {
+    fail("ldmatrix: got an address that is not a multiple of 16");
+  }
+  const uint64_t word = address;
+  const auto* lanes = exchange("ldmatrix", &word, 1);
+  for (int lane = 0; lane < 32; lane++) {
+    all[lane] = reinterpret_cast<const void*>(static_cast<uintptr_t>(lanes[lane][0]));
+  }
+}
+
+std::string run(
+    int ctas, int cluster, int threads, size_t bytes, const std::function<void()>& kernel, bool together) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const int at_once = together ? ctas : cluster;
+  for (int first = 0; first < ctas; first += at_once) {
+    if (auto error = run_clusters(first, first + at_once, cluster, threads, bytes, kernel); !error.empty()) {
+      return error;
+    }
+  }
+  return "";
+}
+
+}  // namespace detail
+}  // namespace rru::emulated::dev

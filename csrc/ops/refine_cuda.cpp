@@ -1,0 +1,222 @@
+// The CUDA kernels of refine as operators of their own, which rru_fast/cuda/refine.py calls: tensors checked, pointers
+// passed on. On CPU tensors they run emulated.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "checks.h"
+#include "cuda/kernels.h"
+#include "ops/operators.h"
+
+namespace rru {
+namespace {
+
+#ifdef RRU_HAS_CUDA
+#define RRU_ON_GPU(call) cuda::call
+#else
+#define RRU_ON_GPU(call) not_built("CUDA kernels")
+#endif
+#ifdef RRU_HAS_EMULATION
+#define RRU_ON_CPU(call) emulated::call
+#else
+#define RRU_ON_CPU(call) not_built("emulated CUDA kernels")
+#endif
+#define RRU_ON_DEVICE_OF(x, call) ((x).is_cuda() ? RRU_ON_GPU(call) : RRU_ON_CPU(call))
+
+[[maybe_unused]] std::string not_built(const char* what) {
+  return std::string("this build has no ") + what;
+}
+
+Dtype dtype_of(const char* name, const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, ": got dtype ", type,
+      ", wanted float32, bfloat16 or float16");
+  return type == at::kFloat ? Dtype::float32 : type == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+}
+
+void check_on_device(const char* name, const Tensor& tensor, const Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": got device ", tensor.device(), ", wanted ", x.device());
+}
+
+AnyTensor any(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x) {
+  check(name, tensor, shape);
+  check_on_device(name, tensor, x);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(), ", wanted a contiguous tensor");
+  return {tensor.const_data_ptr(), dtype_of(name, tensor)};
+}
+
+template <typename T>
+T* written(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x) {
+  check(name, tensor, shape, c10::CppTypeToScalarType<T>::value);
+  check_on_device(name, tensor, x);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(), ", wanted a contiguous tensor");
+  return tensor.mutable_data_ptr<T>();
+}
+
+// Maps (B, F, C, H, W) whose positions are at one stride.
+Maps maps_of(const char* name, const Tensor& tensor) {
+  const auto height = tensor.size(3), width = tensor.size(4);
+  const auto row = tensor.stride(3), column = width == 1 ? row : tensor.stride(4);
+  TORCH_CHECK_VALUE(
+      height == 1 || width == 1 || row == width * column, name, ": got strides ", tensor.strides(),
+      ", wanted positions at one stride");
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), column};
+}
+
+RefineEval sizes_of(const Tensor& x, int64_t d, int64_t num_attn, c10::string_view precision) {
+  check_floating("x", x, 5);
+  RefineEval a{};
+  a.clips = static_cast<int>(x.size(0));
+  a.frames = static_cast<int>(x.size(1));
+  a.channels = static_cast<int>(x.size(2));
+  a.positions = static_cast<int>(x.size(3) * x.size(4));
+  a.width = static_cast<int>(x.size(4));
+  a.d = static_cast<int>(d);
+  a.num_attn = static_cast<int>(num_attn);
+  a.dtype = dtype_of("x", x);
+  TORCH_CHECK_VALUE(
+      precision == "ieee" || precision == "tf32" || precision == "tf32x3", "precision: got '", precision,
+      "', wanted 'ieee', 'tf32' or 'tf32x3'");
+  a.float32 = precision == "ieee" ? Float32::ieee : precision == "tf32" ? Float32::tf32 : Float32::tf32x3;
+  return a;
+}
+
+// Why the kernels do not carry a call with these sizes, or "".
+std::string lacks(const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
+  RefineEval a = sizes_of(x, d, num_attn, precision);
+  a.channel = w_c.has_value();
+  a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
+  return RRU_ON_DEVICE_OF(x, refine_eval_lacks(a, x.get_device()));
+}
+
+void check_success(const char* what, const std::string& error) {
+  TORCH_CHECK(
+      error.empty(), "backend: got 'cuda', whose ", what, " failed: ", error,
+      "; wanted backend='composite', which needs no CUDA kernels");
+}
+
+Tensor pack(
+    const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
+    const Tensor& running_var, const OptionalTensor& w_s1, const OptionalTensor& w_s2, const OptionalTensor& w_c,
+    double eps, c10::string_view precision, int64_t stream) {
+  const int64_t d = w.size(0), num_attn = w_s1 ? w_s1->size(0) : 0;
+  const RefineEval a = sizes_of(x, d, num_attn, precision);
+  check("w", w, {d, a.channels});
+  check_on_device("w", w, x);
+  TORCH_CHECK_VALUE(w.stride(1) == 1 || a.channels == 1, "w: got strides ", w.strides(), ", wanted contiguous rows");
+  RefineWeights weights{};
+  weights.channels = a.channels;
+  weights.positions = a.positions;
+  weights.d = a.d;
+  weights.num_attn = a.num_attn;
+  weights.dtype = a.dtype;
+  weights.float32 = a.float32;
+  weights.w = {w.const_data_ptr(), dtype_of("w", w)};
+  weights.w_row = w.stride(0);
+  weights.gamma = any("gamma", gamma, {d}, x);
+  weights.beta = any("beta", beta, {d}, x);
+  weights.running_mean = any("running_mean", running_mean, {d}, x);
+  weights.running_var = any("running_var", running_var, {d}, x);
+  weights.eps = static_cast<float>(eps);
+  if (w_s1) {
+    weights.w_s1 = any("w_s1", *w_s1, {num_attn, a.positions}, x);
+    weights.w_s2 = any("w_s2", *w_s2, {a.positions, num_attn}, x);
+  }
+  weights.w_c = w_c ? any("w_c", *w_c, {a.channels, d}, x) : AnyTensor{nullptr, a.dtype};
+  const int64_t bytes = [&] {
+#ifdef RRU_HAS_CUDA
+    if (x.is_cuda()) {
+      return cuda::refine_packed_bytes(weights);
+    }
+#endif
+#ifdef RRU_HAS_EMULATION
+    return emulated::refine_packed_bytes(weights);
+#endif
+    return int64_t{0};
+  }();
+  Tensor packed = at::empty({bytes}, x.options().dtype(at::kByte));
+  const auto error = RRU_ON_DEVICE_OF(
+      x, refine_pack(weights, packed.mutable_data_ptr(), x.get_device(), reinterpret_cast<void*>(stream)));
+  check_success("refine_pack", error);
+  return packed;
+}
+
+// Runs frames `first` to `end` (exclusive); saved is (), or U, z_s, z_c and h, empty where there is none.
+void eval(
+    const Tensor& x, const Tensor& packed, const OptionalTensor& w_c, const OptionalTensor& u,
+    const OptionalTensor& lengths, const OptionalTensor& state_s, const Tensor& features, const Tensor& strips,
+    const OptionalTensor& carry, at::TensorList saved, int64_t d, int64_t num_attn, c10::string_view precision, int64_t first,
+    int64_t end, int64_t stream) {
+  RefineEval a = sizes_of(x, d, num_attn, precision);
+  const int64_t clips = a.clips, steps = a.frames - (state_s ? 0 : 1);
+  TORCH_CHECK_VALUE(
+      0 <= first && first < end && end <= a.frames, "first, end: got ", first, ", ", end, ", wanted frames of ",
+      a.frames);
+  a.first = static_cast<int>(first);
+  a.end = static_cast<int>(end);
+  a.spatial = num_attn > 0;
+  a.channel = w_c.has_value();
+  a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
+  a.has_state = state_s.has_value();
+  a.x = maps_of("x", x);
+  if (state_s) {
+    check("state_s", *state_s, {clips, a.channels, x.size(3), x.size(4)}, x.scalar_type());
+    check_on_device("state_s", *state_s, x);
+    a.state = maps_of("state_s", state_s->unsqueeze(1));
+  }
+  check_on_device("packed", packed, x);
+  a.packed = packed.const_data_ptr();
+  const int64_t gated = a.has_state || first > 0 ? first : 1;
+  a.u_first = static_cast<int>(gated);
+  if (u) {
+    a.u = written<float>("u", *u, {std::max<int64_t>(end - gated, 0), clips, d, a.positions}, x);
+  }
+  if (lengths) {
+    check("lengths", *lengths, {clips}, at::kLong);
+    check_on_device("lengths", *lengths, x);
+    a.lengths = lengths->const_data_ptr<int64_t>();
+  }
+  if (carry) {
+    a.carry = written<float>("carry", *carry, {clips, a.channels, a.positions}, x);
+  }
+  TORCH_CHECK_VALUE(first == 0 || a.carry != nullptr, "carry: got None with first=", first, ", wanted a tensor");
+  check("features", features, x.sizes(), x.scalar_type());
+  check_on_device("features", features, x);
+  TORCH_CHECK_VALUE(features.is_contiguous(), "features: got strides ", features.strides(), ", wanted a contiguous tensor");
+  a.features = features.mutable_data_ptr();
+  a.strips = written<float>("strips", strips, {clips, a.channels, x.size(3)}, x);
+  if (!saved.empty()) {
+    TORCH_CHECK_VALUE(saved.size() == 4, "saved: got ", saved.size(), " tensors, wanted none or 4");
+    // All steps of U, of which `u` may be a part.
+    a.u_out = written<float>("saved[0]", saved[0], {steps, clips, d, a.positions}, x) +
+        (gated - (a.has_state ? 0 : 1)) * clips * d * a.positions;
+    if (a.spatial) {
+      a.z_s = written<float>("saved[1]", saved[1], {steps, clips, a.positions}, x);
+      a.h = written<float>("saved[3]", saved[3], {steps, clips, num_attn}, x);
+    }
+    if (a.channel) {
+      a.z_c = written<float>("saved[2]", saved[2], {steps, clips, a.channels}, x);
+    }
+  }
+  check_success(
+      "refine_eval", RRU_ON_DEVICE_OF(x, refine_eval(a, x.get_device(), reinterpret_cast<void*>(stream))));
+}
+
+TORCH_LIBRARY_FRAGMENT(rru_fast, m) {
+  m.def("refine_cuda_lacks(Tensor x, int d, int num_attn, Tensor? w_c, str precision) -> str", TORCH_FN(lacks));
+  m.def(
+      "refine_cuda_pack(Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, "
+      "Tensor? w_s1, Tensor? w_s2, Tensor? w_c, float eps, str precision, int stream) -> Tensor",
+      TORCH_FN(pack));
+  m.def(
+      "refine_cuda_eval(Tensor x, Tensor packed, Tensor? w_c, Tensor? u, Tensor? lengths, Tensor? state_s, "
+      "Tensor(a!) features, Tensor(b!) strips, Tensor(c!)? carry, Tensor(d!)[] saved, int d, int num_attn, str precision, "
+      "int first, int end, int stream) -> ()",
+      TORCH_FN(eval));
+}
+
+}  // namespace
+}  // namespace rru

@@ -1,0 +1,81 @@
+"""Builds of the programs that run CUDA kernels on a CPU, emulated, plain and under sanitizers."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from build_tools import toolchain
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*ROOT.glob("csrc/cuda/*.cu"), ROOT / "csrc/cuda/emulation.cpp", *ROOT.glob("tests/cuda/*.cpp")]
+FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Icsrc"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended."""
+
+    status: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A build of one of the test programs."""
+
+    path: Path
+
+    def run(self, *arguments: str) -> Finished:
+        """Run it without address randomization, which ThreadSanitizer may not cope with."""
+        command = [str(self.path), *arguments]
+        if setarch := shutil.which("setarch"):
+            command = [setarch, "-R", *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        return Finished(done.returncode, done.stdout + done.stderr)
+
+
+def build(name: str, sanitizer: str = "") -> Program:
+    """Compile tests/cuda/`name`.cpp with the kernels, once per content; sanitizer: "thread", "address" or ""."""
+    try:
+        compiler = toolchain.find_compiler()
+    except toolchain.BuildError as error:
+        pytest.skip(str(error))
+    digest = hashlib.sha256("\n".join([compiler.version, *FLAGS]).encode())
+    for file in sorted([*SOURCES, *ROOT.glob("csrc/cuda/*.h")]):
+        digest.update(file.read_bytes())
+    folder = ROOT / "build/emulated" / f"{name}-{sanitizer or 'plain'}"
+    program = Program(folder / digest.hexdigest()[:16])
+    if program.path.exists():
+        return program
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kernels = [s for s in SOURCES if s.suffix == ".cu" and name != "emulator"]
+    of_program = [*kernels, *(s for s in SOURCES if s.suffix == ".cpp" and s.stem in (name, "emulation"))]
+
+    def compile_one(source: Path) -> str:
+        output = str(folder / f"{source.name}.o")
+        flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
+        if sanitizer == "thread" and source.stem == "emulation":
+            flags = ["-DRRU_THREAD_SANITIZER"]  # it tells the sanitizer of fibers and barriers itself
+        _check([*compiler.command, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", output])
+        return output
+
+    with ThreadPoolExecutor(toolchain.max_jobs()) as pool:
+        objects = list(pool.map(compile_one, of_program))
+    flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
+    linked = program.path.with_suffix(".linked")
+    _check([*compiler.command, *flags, *objects, "-o", str(linked)])
+    linked.rename(program.path)
+    return program
+
+
+def _check(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
