@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rru_fast import native, triton
+from rru_fast import cuda, native, triton
 
 __version__ = "0.1.0"
 
@@ -14,7 +14,7 @@ BACKENDS: dict[str, str | None] = {
     "composite": None,
     "cpu": native.missing(),
     "triton": triton.missing(),
-    "cuda": f"CUDA kernels are not part of version {__version__}",
+    "cuda": cuda.missing(),
 }
 
 OPERATORS = ("refine", "strip_pool", "batch_hard")
@@ -45,16 +45,21 @@ def choose(backend: str, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and BACKENDS["cpu"] is None else "composite"
     backend = backend.removeprefix(CHOSEN)
     if not _serves(backend, device):
-        major, minor = triton.CAPABILITY
-        on = {"cpu": "the CPU", "triton": f"an NVIDIA GPU of compute capability {major}.{minor} or newer"}[backend]
+        on = {"cpu": "the CPU", "triton": _gpu(triton.CAPABILITY), "cuda": _gpu(cuda.CAPABILITY)}[backend]
         raise ValueError(f"backend: got {backend!r} with tensors on {device}, wanted 'auto', or tensors on {on}")
     return backend
+
+
+def _gpu(capability: tuple[int, int]) -> str:
+    return "an NVIDIA GPU of compute capability {}.{} or newer".format(*capability)
 
 
 def _serves(backend: str, device: torch.device) -> bool:
     """Return True if an available backend runs on `device`."""
     if backend == "cpu":
         return device.type == "cpu"
+    if backend == "cuda":
+        return cuda.serves(device)
     return triton.serves(device) if backend == "triton" else True
 
 

@@ -19,7 +19,9 @@ def check_cuda_graph(cuda_graph: bool, backend: str) -> None:
     if not isinstance(cuda_graph, bool):
         raise ValueError(f"cuda_graph: got {cuda_graph!r}, wanted True or False")
     if cuda_graph and backend in ("reference", "cpu"):
-        raise ValueError(f"cuda_graph: got True with backend={backend!r}, wanted 'auto', 'composite' or 'triton'")
+        raise ValueError(
+            f"cuda_graph: got True with backend={backend!r}, wanted 'auto', 'composite', 'triton' or 'cuda'"
+        )
 
 
 class RRU(reference.RRU):

@@ -29,6 +29,7 @@ _OMP_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0, 3.2.44
 # Fields of the build record, and their types.
 _RECORD_TYPES: dict[str, Any] = dict.fromkeys(("python", "torch", "compiler", "flags"), str)
 _RECORD_TYPES |= {"capabilities": list, "cuda_architectures": list, "cuda": str | None, "nvcc": str | None}
+_RECORD_TYPES["cuda_sources"] = str
 
 
 class NativeWarning(UserWarning):
@@ -56,6 +57,27 @@ def binary() -> Path:
 def multiplies_bfloat16() -> bool:
     """Return True if `refine` multiplies bf16 maps in bf16 on this processor, False if in fp32."""
     return bool(importlib.import_module("rru_fast._C").build_info()["bfloat16_here"])
+
+
+def has_emulation() -> bool:
+    """Return True if this build can run the CUDA kernels on the CPU, emulated."""
+    return bool(importlib.import_module("rru_fast._C").build_info()["emulation"])
+
+
+def cuda_failure() -> str | None:
+    """Return the reason if the CUDA kernels were not built, else None."""
+    failure: str | None = _BUILD_RECORD["cuda"]
+    return failure
+
+
+def cuda_sources() -> str:
+    """Return a hash of the CUDA kernels' sources."""
+    return str(_BUILD_RECORD["cuda_sources"])
+
+
+def cuda_architectures() -> list[str]:
+    """Return the architectures that the CUDA kernels were built for, such as "90" or "90+PTX"."""
+    return list(_BUILD_RECORD["cuda_architectures"])
 
 
 def is_faster_in_composite(dtype: str, clips: int, channels: int, positions: int, hidden: int, training: bool) -> bool:

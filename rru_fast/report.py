@@ -8,7 +8,7 @@ from datetime import date
 
 import torch
 
-from rru_fast import backends, native
+from rru_fast import backends, cuda, native
 from rru_fast.auto import cards, choice, decisions
 from rru_fast.auto.decisions import HOUR, Decision
 
@@ -28,10 +28,17 @@ def report() -> str:
         f"fp32 products on a GPU: {_fp32_precision()}",
     ]
     lines += [
-        f"  {name:<10} {'available' if why is None else 'not available: ' + why}"
+        f"  {name:<10} {_available(name) if why is None else 'not available: ' + why}"
         for name, why in backends.BACKENDS.items()
     ]
     return "\n".join([*lines, *_decisions()])
+
+
+def _available(backend: str) -> str:
+    if backend != "cuda":
+        return "available"
+    on, device = (" on the CPU, emulated", "cpu") if cuda.emulated() else ("", "cuda")
+    return f"available{on}: {cuda.CARRIES}; the rest runs in {cuda.fallback(torch.device(device))}"
 
 
 def _auto() -> str:

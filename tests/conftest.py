@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from rru_fast import arguments, triton
+from rru_fast import arguments, cuda, triton
 from rru_fast.auto import choice, decisions
 
 # Starting a pool of compile workers takes longer than compiling a test's few small graphs.
@@ -62,8 +62,8 @@ def _few_sms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn off TF32 in Triton's interpreter: the reference on a CPU multiplies in fp32."""
-    if triton.interpreted():
+    """Turn off TF32 in kernels that are interpreted or emulated: the reference on a CPU multiplies in fp32."""
+    if triton.interpreted() or cuda.emulated():
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

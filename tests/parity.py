@@ -20,10 +20,10 @@ from rru_fast.testing import assert_parity, gradients, no_relu_near_zero, poison
 from rru_fast.types import State
 
 _, *BACKENDS = backends.serving(torch.device("cpu"))
-# Backends for large calls: Triton's interpreter takes seconds for a small one.
-COMPILED = [name for name in BACKENDS if not (name == "triton" and triton.interpreted())]
-# For claims that hardly depend on the backend: only triton and the default one outside make test-all.
-_FIRST = ("triton", backends.choose("auto", torch.device("cpu")))
+# Backends for large calls: Triton's interpreter takes seconds for a small one, and CUDA kernels on a CPU are emulated.
+COMPILED = [name for name in BACKENDS if name != "cuda" and not (name == "triton" and triton.interpreted())]
+# For claims that hardly depend on the backend: only those of a GPU and the default one outside make test-all.
+_FIRST = ("triton", "cuda", backends.choose("auto", torch.device("cpu")))
 DEFAULT_FIRST = [pytest.param(name, marks=() if name in _FIRST else pytest.mark.exhaustive) for name in BACKENDS]
 # Relative error of the gate in fp32 from a GPU's approximate functions, maxima that the PTX ISA documents: ex2.approx
 # 2^-22, of an argument that was rounded after its product with log2(e), 2^-24 for logits of size 1; div.full 2 ulp;
@@ -176,7 +176,7 @@ def share(call: Call, first: int, end: int) -> Call:
 
 
 def draws(backend: str, count: int) -> range:
-    """Seeds of `count` draws; of at most 5 in Triton's interpreter, which takes seconds per draw."""
+    """Seeds of `count` draws; of at most 5 of kernels that are interpreted or emulated, which take seconds."""
     return range(count if backend in COMPILED else min(count, 5))
 
 

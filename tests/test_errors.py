@@ -30,6 +30,7 @@ from tests.helpers import third_party
 from tests.helpers.valid_args import A, B, C, D, H, T, W, arguments
 
 USABLE = ", ".join(repr(name) for name, why in backends.BACKENDS.items() if why is None)
+MISSING, WHY_MISSING = next((item for item in backends.BACKENDS.items() if item[1] is not None), ("", ""))
 META = torch.device("meta")
 OFFICIAL = {
     **dict.fromkeys(weights.NAMES, torch.zeros(4)),
@@ -229,8 +230,15 @@ OF_OTHERS: Calls = {
     "ValueError: reduction: got 'max', wanted one of 'mean', 'sum', 'none'": lambda: triplet(reduction="max"),
     f"ValueError: backend: got 'fast', wanted 'auto' or one of {USABLE}": lambda: refine(backend="fast"),
     f"ValueError: backend: got ['auto'], wanted 'auto' or one of {USABLE}": lambda: refine(backend=["auto"]),
-    f"ValueError: backend: got 'cuda', wanted 'auto' or one of {USABLE}: CUDA kernels are not part of version "
-    f"{rru_fast.__version__}": lambda: triplet(backend="cuda"),
+    **(
+        {
+            f"ValueError: backend: got {MISSING!r}, wanted 'auto' or one of {USABLE}: {WHY_MISSING}": lambda: triplet(
+                backend=MISSING
+            )
+        }
+        if MISSING
+        else {}
+    ),
     "ValueError: backend: got 'reference' for an operator's kernels in Python, wanted one of "
     + ", ".join(map(repr, ops.strip_pool.KERNELS)): lambda: ops.strip_pool.strip_pool(
         torch.randn(B, T, C, H, W), "reference"
@@ -343,7 +351,7 @@ OF_MODULES: Calls = {
     "ValueError: attention: got 'none', wanted 'both', 'spatial' or 'channel'": lambda: unit(attention="none"),
     "ValueError: inputs: got 'both', wanted 'appearance+motion', 'appearance' or 'raw'": lambda: unit(inputs="both"),
     "ValueError: cuda_graph: got 1, wanted True or False": lambda: unit(cuda_graph=1),
-    "ValueError: cuda_graph: got True with backend='cpu', wanted 'auto', 'composite' or 'triton'": lambda: unit(
+    "ValueError: cuda_graph: got True with backend='cpu', wanted 'auto', 'composite', 'triton' or 'cuda'": lambda: unit(
         cuda_graph=True, backend="cpu"
     ),
     "ValueError: cuda_graph: got True with tensors on cpu, wanted tensors on a GPU": lambda: unit(cuda_graph=True)(
@@ -438,45 +446,50 @@ ERRORS = [
 ]
 ERRORS += [] if native.missing() else OF_CPU_KERNELS.items()
 # Raise statements that a single process without a GPU does not reach, by a part of their text.
-ELSEWHERE = {
-    "RuntimeError(GRAPH_BREAK_ERROR)": "tests/ops/test_refine_sync.py: several ranks",
-    "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_gather.py: several ranks",
-    "got none on any rank": "tests/test_gather.py: several ranks",
-    "got one on some of the ranks": "tests/test_gather.py: several ranks",
-    "over several ranks": "tests/ops/test_refine_sync.py: several ranks",
-    "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
-    "runs no CUDA graphs": "tests/compat/test_accelerate.py: third-party modules",
-    "NoMatch(": "tests/compat/test_third_party.py: the reason of a warning",
-    "_LeftAlone(": "tests/compat/test_third_party.py: the reason of a warning",
-    "whose contents may change": "tests/compat/test_third_party.py: the reason of a warning",
-    "whose variables may change": "tests/compat/test_watch.py: the reason of a warning",
-    "to compare at every call": "tests/compat/test_watch.py: the reason of a warning",
-    "that accelerate made": "tests/compat/test_accelerate.py: a sharded model",
-    "with another forward": "tests/compat/test_accelerate.py: a wrapped forward",
-    "results: got none": "tests/test_testing.py: results that lack a tensor",
-    "draws: got none": "tests/test_testing.py: no draws",
-    "got relative error": "tests/test_testing.py: an AssertionError, as tests raise",
-    "RRU_FAST_FLOAT32": "tests/test_triton.py: the Triton kernels",
-    "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",
-    "RRU_FAST_CALIBRATE": "tests/auto/test_choice.py: a variable of the environment",
-    "decision: got": "tests/auto/test_decisions.py: a damaged file",
-    "kind: got": "tests/auto/test_decisions.py: a damaged file",
-    "only the CPU and CUDA": "tests/auto/test_command.py: the command's",
-    "raise error": "tests/auto/test_choice.py: another error of a kernel",
-    "BackendError(": "tests/auto/test_calibrate.py: the reason of a decision",
-    "--device: got": "tests/auto/test_command.py: the command's",
-    "ArgumentTypeError(": "tests/auto/test_command.py: the command's",
-    "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
-    "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
-    "got no pytorch-metric-learning": "tests/contrib/test_pml.py: without it",
-    "got no sentence-transformers": "tests/contrib/test_sentence_transformers.py: without it",
-    "_UnusableError(": "tests/test_native.py: the reason that show_config prints",
-} | (
-    dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
-    if native.missing()
-    else dict.fromkeys(
-        ("whose second-order gradients", "in a program that was exported"),
-        "tests/test_works_with_graphs.py: without the C++ kernels, which have the same",
+ELSEWHERE = (
+    {
+        "RuntimeError(GRAPH_BREAK_ERROR)": "tests/ops/test_refine_sync.py: several ranks",
+        "on the ranks{where}": "tests/ops/test_refine_sync.py, tests/test_gather.py: several ranks",
+        "got none on any rank": "tests/test_gather.py: several ranks",
+        "got one on some of the ranks": "tests/test_gather.py: several ranks",
+        "over several ranks": "tests/ops/test_refine_sync.py: several ranks",
+        "got the same for every call of vmap": "tests/test_works_with_func.py: a transform",
+        "runs no CUDA graphs": "tests/compat/test_accelerate.py: third-party modules",
+        "NoMatch(": "tests/compat/test_third_party.py: the reason of a warning",
+        "_LeftAlone(": "tests/compat/test_third_party.py: the reason of a warning",
+        "whose contents may change": "tests/compat/test_third_party.py: the reason of a warning",
+        "whose variables may change": "tests/compat/test_watch.py: the reason of a warning",
+        "to compare at every call": "tests/compat/test_watch.py: the reason of a warning",
+        "that accelerate made": "tests/compat/test_accelerate.py: a sharded model",
+        "with another forward": "tests/compat/test_accelerate.py: a wrapped forward",
+        "results: got none": "tests/test_testing.py: results that lack a tensor",
+        "draws: got none": "tests/test_testing.py: no draws",
+        "got relative error": "tests/test_testing.py: an AssertionError, as tests raise",
+        "RRU_FAST_FLOAT32": "tests/test_triton.py: the Triton kernels",
+        "RRU_FAST_AUTOTUNE": "tests/test_triton.py: the Triton kernels",
+        "RRU_FAST_CUDA_EMULATE": "tests/cuda/test_backend.py: a variable of the environment",
+        "RRU_FAST_CALIBRATE": "tests/auto/test_choice.py: a variable of the environment",
+        "decision: got": "tests/auto/test_decisions.py: a damaged file",
+        "kind: got": "tests/auto/test_decisions.py: a damaged file",
+        "only the CPU and CUDA": "tests/auto/test_command.py: the command's",
+        "raise error": "tests/auto/test_choice.py: another error of a kernel",
+        "BackendError(": "tests/auto/test_calibrate.py: the reason of a decision",
+        "--device: got": "tests/auto/test_command.py: the command's",
+        "ArgumentTypeError(": "tests/auto/test_command.py: the command's",
+        "_failure(": "tests/test_launch.py: a kernel that Triton refuses",
+        "failures[0][0]": "tests/test_autotune.py: a kernel that Triton refuses with every config",
+        "got no pytorch-metric-learning": "tests/contrib/test_pml.py: without it",
+        "got no sentence-transformers": "tests/contrib/test_sentence_transformers.py: without it",
+        "_UnusableError(": "tests/test_native.py: the reason that show_config prints",
+    }
+    | ({} if MISSING else {"BACKENDS[backend]": "where one is missing"})
+    | (
+        dict.fromkeys(("with tensors on {device}", "with backend={backend!r}"), "needs the C++ kernels")
+        if native.missing()
+        else dict.fromkeys(
+            ("whose second-order gradients", "in a program that was exported"),
+            "tests/test_works_with_graphs.py: without the C++ kernels, which have the same",
+        )
     )
 )
 

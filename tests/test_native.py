@@ -44,9 +44,10 @@ def write_record(binary: Path, **changes: Any) -> None:
         "compiler": "c++ 12",
         "flags": "-O3",
         "capabilities": ["DEFAULT"],
-        "cuda": "csrc/cuda holds no kernels yet",
+        "cuda": "csrc/cuda holds no kernels",
         "nvcc": None,
         "cuda_architectures": [],
+        "cuda_sources": "0123",
     }
     binary.with_name("_build.json").write_text(json.dumps(usable | changes))
 

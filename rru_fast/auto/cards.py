@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rru_fast import backends, native
+from rru_fast import backends, cuda, native
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -78,6 +78,9 @@ def _sources(kind: str) -> str:
     if kind == "cpu" and native.missing() is None:
         files.append(native.binary())
     digest = hashlib.sha256()
+    if kind == "cuda" and cuda.missing() is None:  # not of the binary, which each build makes anew
+        files += (_PACKAGE / "cuda").rglob("*.py")
+        digest.update(native.cuda_sources().encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -148,7 +148,8 @@ def calibrate(kind: Kind, device: torch.device, *, again: bool = False, seconds:
 def _calibrate(kind: Kind, device: torch.device, card: Card, seconds: float = spawn.SECONDS) -> Decision:
     """Measure and keep; the caller holds the lock."""
     rounded, default = kind.rounded(), _default(kind, device)
-    found = spawn.measure(kind, device, default, cards.candidates(device, default), seconds=seconds)
+    others = [name for name in cards.candidates(device, default) if kind.is_carried(name)]
+    found = spawn.measure(kind, device, default, others, seconds=seconds)
     if (failure := decisions.write(card, rounded, found)) is not None:
         logger.warning("rru_fast: the decision on %s is not kept: %s", rounded, failure)
     return _remember(card, rounded, found)
@@ -171,7 +172,8 @@ def _unresolved(device: torch.device) -> str:
 
 def _name(decision: Decision) -> str:
     """Return the backend of a decision as operators take it."""
-    return backends.CHOSEN + decision.backend if decision.backend == "triton" else decision.backend
+    tuned = decision.backend in ("triton", "cuda")  # the latter's backward is the former's
+    return backends.CHOSEN + decision.backend if tuned else decision.backend
 
 
 def forget() -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from rru_fast import cuda
 from rru_fast.triton._launch import next_power_of_2
 
 Layout = Literal["contiguous", "channels last", "strided"]
@@ -51,6 +52,10 @@ class Kind:
     def category(self) -> tuple[Any, ...]:
         """All but the sizes that vary: kinds of one category run the same kernels."""
         return self.op, *(value for name, value in asdict(self).items() if name not in self.rounded_sizes)
+
+    def is_carried(self, backend: str) -> bool:
+        """Return True if a backend's own kernels run these calls, not those that it falls back to."""
+        return backend != "cuda" or cuda.not_carried(self.op) is None
 
     def to_json(self) -> dict[str, Any]:
         """Return the kind as JSON values; `from_json` reads them."""
@@ -116,6 +121,11 @@ class RefineKind(Kind):
             spatial_hidden=spatial_hidden,
             graphed=graphed,
         )
+
+    def is_carried(self, backend: str) -> bool:
+        """Return True if a backend's own kernels run these calls, not those that it falls back to."""
+        sizes = self.channels, self.height * self.width, self.hidden, self.spatial_hidden
+        return backend != "cuda" or cuda.not_carried(self.op, self.dtype, self.training, self.inputs, *sizes) is None
 
     def _words(self) -> tuple[str, ...]:
         weights = f" with {self.weight_dtype} weights" if self.weight_dtype != self.dtype else ""

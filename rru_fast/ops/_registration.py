@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rru_fast import backends, native, triton
+from rru_fast import backends, cuda, native, triton
 from rru_fast.auto import choice
 from rru_fast.auto.kinds import KINDS, Key
 from rru_fast.ops import _autograd
 
 LIBRARY: Any = torch.library.Library("rru_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+class FallbackWarning(UserWarning):
+    """The backend that a call names does not carry it; another one runs it."""
 
 
 class Kernels(Protocol):
@@ -38,6 +44,8 @@ def kernels(op: str, composite: Any) -> dict[str, Kernels]:
     found: dict[str, Kernels] = {"composite": composite}
     if triton.missing() is None:
         found["triton"] = _Lazy(f"rru_fast.triton.{op}")
+    if cuda.missing() is None and cuda.not_carried(op) is None:
+        found["cuda"] = _Lazy(f"rru_fast.cuda.{op}")
     return found
 
 
@@ -57,13 +65,15 @@ def choose(op: str, kernels: dict[str, Kernels], backend: str, device: torch.dev
     if backend == "auto":
         backend = choice.recorded(key(), KINDS[op].from_key)
     name = backends.choose(backend, device)
-    if name not in kernels:  # past the public functions
+    if name == "cuda":
+        chosen: Kernels = _Cuda(op, kernels, cuda.fallback(device))
+    elif name in kernels:
+        backends.note_run(op, name)
+        chosen = kernels[name]
+    else:  # past the public functions
         wanted = ", ".join(map(repr, kernels))
         raise ValueError(f"backend: got {backend!r} for an operator's kernels in Python, wanted one of {wanted}")
-    backends.note_run(op, name)
-    if backend.startswith(backends.CHOSEN):
-        return _Untuned(kernels[name])
-    return kernels[name]
+    return _Untuned(chosen) if backend.startswith(backends.CHOSEN) else chosen
 
 
 class _Lazy:
@@ -74,6 +84,33 @@ class _Lazy:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
+
+
+class _Cuda:
+    """CUDA kernels where they carry a call, and another backend's where they do not, as in the backward."""
+
+    def __init__(self, op: str, kernels: dict[str, Kernels], fallback: str) -> None:
+        self._op, self._kernels, self._fallback = op, kernels, fallback
+
+    def forward(self, args: Any, *rest: Any) -> Any:
+        own: Any = self._kernels.get("cuda")
+        why = cuda.not_carried(self._op) if own is None else own.not_carried(args)
+        if why is None:
+            return self._run("cuda").forward(args, *rest)
+        _warn_once(f"rru_fast.{self._op}: backend='cuda' runs {self._fallback} for what it does not carry: {why}")
+        return self._run(self._fallback).forward(args, *rest)
+
+    def backward(self, *args: Any) -> Any:
+        return self._run(self._fallback).backward(*args)
+
+    def _run(self, backend: str) -> Kernels:
+        backends.note_run(self._op, backend)
+        return self._kernels[backend]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
 class _Untuned:
@@ -92,6 +129,8 @@ class _Untuned:
 
     @staticmethod
     def _without_tuning() -> AbstractContextManager[None]:
+        if importlib.util.find_spec("triton") is None:  # the CUDA kernels may be here without it
+            return nullcontext()
         autotune: Any = importlib.import_module("rru_fast.triton._autotune")
         context: AbstractContextManager[None] = autotune.without_tuning()
         return context

@@ -50,7 +50,7 @@ def test_a_decision_is_read_back_for_its_kind_and_card_alone(folder: Path) -> No
         lambda content: json.dumps({**content, "decision": {**content["decision"], "backend": 3}}),
         lambda content: json.dumps({**content, "decision": {**content["decision"], "ratio": "fast"}}),
         lambda content: json.dumps({**content, "decision": {**content["decision"], "backend": "none such"}}),
-        lambda content: json.dumps({**content, "decision": {**content["decision"], "backend": "cuda"}}),
+        lambda content: json.dumps({**content, "decision": {**content["decision"], "backend": "vulkan"}}),
         lambda content: json.dumps({**content, "decision": {"backend": "composite"}}),
         lambda content: "\0" * 100,
         lambda content: "[" * 100_000,

@@ -1,0 +1,170 @@
+"""`refine` in eval mode: one launch over all frames of a video, a clip per cluster of CTAs, its state on chip.
+
+The part of U that does not depend on S is a product over all frames before it, in segments of frames that bound its
+scratch memory: a segment's launch takes over the state of the one before in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rru_fast import cuda
+from rru_fast.arguments import RefineArguments, RefineOutputs
+from rru_fast.precision import conv_precision
+
+# Motion of a segment of frames, at least one. A launch reloads the weights, the time of half a frame.
+SEGMENT_BYTES = 128 * 2**20
+
+
+def not_carried(args: RefineArguments) -> str | None:
+    """Return the reason if the kernels do not carry a call, else None."""
+    _, _, channels, height, width = args.x.shape
+    num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
+    dtype = str(args.x.dtype).removeprefix("torch.")
+    sizes = channels, height * width, args.w.shape[0], num_attn
+    why = cuda.not_carried("refine", dtype, args.training, args.inputs, *sizes)
+    if why is not None:
+        return why
+    # Asks the GPU how many clusters of this size it can hold.
+    precision = conv_precision(args.x.dtype)
+    lacks: str = torch.ops.rru_fast.refine_cuda_lacks(args.x, args.w.shape[0], num_attn, args.w_c, precision)
+    return lacks or None
+
+
+def forward(args: RefineArguments, save: bool) -> RefineOutputs:
+    """Run eq. 1-5 and 9."""
+    return _Forward(args, save).run()
+
+
+class _Forward:
+    """Buffers of a forward pass."""
+
+    def __init__(self, args: RefineArguments, save: bool) -> None:
+        self.args, self.save = args, save
+        self.x = _uniform(args.x)
+        self.state_s = None if args.state_s is None else _uniform(args.state_s[:, None])[:, 0]
+        self.clips, self.frames, self.channels, self.height, self.width = args.x.shape
+        self.positions, self.d = self.height * self.width, args.w.shape[0]
+        self.num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
+        self.steps = args.steps
+        self.start = self.frames - self.steps  # the first frame with a gate
+        self.w_a, self.w_m = args.w.contiguous(), None
+        if args.inputs == "appearance+motion":
+            self.w_a, self.w_m = self.w_a.chunk(2, 1)
+        self.features = args.x.new_empty(args.x.shape)
+        self.strips = self.empty(self.clips, self.channels, self.height)
+        saved, ragged = self.steps if save else 0, args.lengths is not None
+        of_frames = self.zeros if ragged else self.empty  # a clip's kernel stops at its length
+        self.u = of_frames(saved, self.clips, self.d, self.positions)
+        self.z_s = of_frames(saved if args.w_s1 is not None else 0, self.clips, self.positions)
+        self.z_c = of_frames(saved if args.w_c is not None else 0, self.clips, self.channels)
+        self.h = of_frames(saved if args.w_s1 is not None else 0, self.clips, self.num_attn)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialized fp32 tensor."""
+        return self.args.x.new_empty(shape, dtype=torch.float32)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return an fp32 tensor of zeros."""
+        return self.args.x.new_zeros(shape, dtype=torch.float32)
+
+    def run(self) -> RefineOutputs:
+        """Return the outputs."""
+        args, ops = self.args, torch.ops.rru_fast
+        precision, stream = conv_precision(args.x.dtype), _stream(args.x)
+        segments = list(self._segments())
+        carry = self.empty(self.clips, self.channels, self.positions) if len(segments) > 1 else None
+        assert args.running_mean is not None and args.running_var is not None
+        packed = ops.refine_cuda_pack(
+            self.x,
+            self.w_a,
+            *(v.contiguous() for v in (args.gamma, args.beta, args.running_mean, args.running_var)),
+            *(None if v is None else v.contiguous() for v in (args.w_s1, args.w_s2, args.w_c)),
+            args.eps,
+            precision,
+            stream,
+        )
+        for first, end in segments:
+            ops.refine_cuda_eval(
+                self.x,
+                packed,
+                args.w_c,
+                self._project_motion(first, end),
+                args.lengths,
+                self.state_s,
+                self.features,
+                self.strips,
+                carry,
+                [self.u, self.z_s, self.z_c, self.h] if self.save else [],
+                self.d,
+                self.num_attn,
+                precision,
+                first,
+                end,
+                stream,
+            )
+        frames: Any = self.frames if args.lengths is None else args.lengths[:, None, None].float()
+        none = (self.empty(0, args.bn_groups, self.d) for _ in range(2))  # two: outputs may not alias
+        mean, var = none
+        return RefineOutputs(
+            features=self.features,
+            strips=(self.strips / (frames * self.width)).to(args.x.dtype),
+            mean=mean,
+            var=var,
+            u=self.u,
+            z_s=self.z_s,
+            z_c=self.z_c,
+            h=self.h,
+        )
+
+    def _segments(self) -> Iterator[tuple[int, int]]:
+        """Yield the first frame and the end of each segment."""
+        if self.w_m is None:
+            yield 0, self.frames
+            return
+        count = max(1, SEGMENT_BYTES // (4 * self.clips * self.channels * self.positions))
+        for first in range(0, self.frames, count):
+            yield first, min(first + count, self.frames)
+
+    def _project_motion(self, first: int, end: int) -> Tensor | None:
+        """Return W_m M_t of the frames with a gate, (F, B, D, P); None if there is no motion."""
+        if self.w_m is None:
+            return None
+        gated = max(first, self.start)
+        if gated >= end:
+            return self.empty(0, self.clips, self.d, self.positions)
+        x, args = self.x.flatten(3), self.args
+        motion = self.empty(self.clips, end - gated, self.channels, self.positions)
+        motion.copy_(x[:, gated:end])  # subtracted in fp32
+        if gated > 0:
+            motion -= x[:, gated - 1 : end - 1]
+        else:
+            assert args.state_x is not None
+            motion[:, 1:] -= x[:, : end - 1]
+            motion[:, 0] -= args.state_x.flatten(2)
+        # A convolution follows the settings of the one that the unit replaces.
+        projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
+        projected = projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
+        if not self.save:
+            return projected.contiguous()
+        u = self.u[gated - self.start : end - self.start].copy_(projected)
+        if args.lengths is not None:  # padding may be NaN, which the backward would multiply by zero
+            past = torch.arange(gated, end, device=x.device)[:, None] >= args.lengths
+            u.masked_fill_(past[:, :, None, None], 0)
+        return u
+
+
+def _uniform(maps: Tensor) -> Tensor:
+    """Return maps (B, F, C, H, W) whose positions are at one stride, NCHW and channels-last as they are."""
+    height, width = maps.shape[3:]
+    row, column = maps.stride()[3:]
+    return maps if height == 1 or width == 1 or row == width * column else maps.contiguous()
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else 0

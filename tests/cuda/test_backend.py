@@ -1,0 +1,212 @@
+"""The CUDA backend: what it carries, what it leaves to another, and its emulation on a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rru_fast
+from rru_fast import backends, cuda, native
+from rru_fast.auto.kinds import RefineKind, StripPoolKind, refine_key
+from rru_fast.testing import poisoned_memory, relative_error
+from tests import parity
+from tests.parity import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+emulated = pytest.mark.skipif(not cuda.emulated(), reason="needs RRU_FAST_CUDA_EMULATE=1")
+
+
+def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import torch, rru_fast\n{code}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RRU_FAST_CUDA_EMULATE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+UNIT = (
+    "unit = rru_fast.RRU(20, (4, 2), hidden=30, spatial_hidden=8, backend='cuda'); x = torch.randn(2, 3, 20, 4, 2);"
+    "from rru_fast import backends;"
+)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+def test_what_is_not_carried_runs_elsewhere_with_one_warning() -> None:
+    done = in_another_process(f"{UNIT}\nfor _ in range(3): unit(x)\nprint(backends.ran())")
+    assert done.stdout == "{'refine': ['composite']}\n"
+    warned = "rru_fast.refine: backend='cuda' runs composite for what it does not carry: batch statistics (training)"
+    assert done.stderr.count("FallbackWarning") == done.stderr.count(warned) == 1, done.stderr
+    done = in_another_process(f"{UNIT}\nunit.eval()(x).features.sum().backward(); print(backends.ran())")
+    assert (done.stdout, done.stderr) == ("{'refine': ['composite', 'cuda']}\n", "")
+
+
+def test_show_config_says_what_it_carries() -> None:
+    shown = in_another_process("rru_fast.show_config()").stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("  cuda "))
+    assert line.endswith(" available on the CPU, emulated: refine in eval mode; the rest runs in composite")
+    shown = in_another_process("rru_fast.show_config()", RRU_FAST_CUDA_EMULATE="0").stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("  cuda "))
+    assert "emulated" not in line
+
+
+def test_a_wrong_value_of_the_variable_is_an_error() -> None:
+    done = in_another_process("", RRU_FAST_CUDA_EMULATE="yes")
+    assert done.stderr.endswith("ValueError: RRU_FAST_CUDA_EMULATE: got 'yes', wanted 0 or 1\n")
+
+
+def test_an_error_of_the_emulation_names_the_backend_that_needs_none() -> None:
+    code = f"""{UNIT}
+args = (x, torch.zeros(64, dtype=torch.uint8), None, None, None, None, torch.empty_like(x), torch.empty(2, 20, 4))
+torch.ops.rru_fast.refine_cuda_eval(*args, None, [], 30, 0, "ieee", 0, 4, 0)"""
+    assert "ValueError: first, end: got 0, 4, wanted frames of 3" in in_another_process(code).stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, None),
+        ({"training": True}, "batch statistics (training)"),
+        ({"inputs": "raw"}, "inputs='raw'"),
+        ({"inputs": "appearance"}, None),
+        ({"dtype": "float64"}, "float64"),
+        ({"channels": 2048}, None),
+        ({"channels": 2049}, "C of 2049, at most 2048"),
+        ({"positions": 65}, "H * W of 65, at most 64"),
+        ({"hidden": 257}, "D of 257, at most 256"),
+        ({"spatial_hidden": 129}, "A of 129, at most 128"),
+    ],
+    ids=str,
+)
+def test_what_is_carried_follows_from_the_call(changed: dict[str, Any], why: str | None) -> None:
+    call = {"dtype": "float32", "inputs": "appearance+motion", "channels": 64, "positions": 64, "hidden": 32}
+    assert cuda.not_carried("refine", **call | changed) == why  # type: ignore[arg-type]
+    for op in ("strip_pool", "batch_hard"):
+        assert cuda.not_carried(op) == f"there is no CUDA kernel of {op}"
+
+
+def test_auto_measures_it_for_kinds_alone_that_it_carries() -> None:
+    def kind(training: bool, channels: int = 64) -> RefineKind:
+        x, w, w_s1 = torch.empty(2, 3, channels, 4, 4), torch.empty(32, 2 * channels), torch.empty(16, 16)
+        return RefineKind.from_key(refine_key(x, w, w_s1, None, "appearance+motion", training, False))
+
+    assert [kind(True).is_carried("cuda"), kind(False).is_carried("cuda")] == [False, True]
+    assert not kind(False, 4096).is_carried("cuda")
+    assert kind(True).is_carried("triton")
+    assert not StripPoolKind("float32", False, "contiguous", 1, 1, 1, 1, 1).is_carried("cuda")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["90"], (9, 0), True),
+        (["90"], (8, 0), False),
+        (["90"], (10, 0), False),
+        (["90+PTX"], (10, 0), True),
+        (["90a"], (9, 0), True),
+        (["90a+PTX"], (10, 0), False),
+        (["80"], (9, 0), False),
+        (["80+PTX"], (9, 0), False),
+        (["80", "100"], (10, 3), True),
+        (["103"], (10, 0), False),
+    ],
+    ids=str,
+)
+def test_a_build_serves_gpus_of_its_architectures(
+    architectures: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cuda_architectures", lambda: architectures)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("RRU_FAST_CUDA_EMULATE", "0")
+    assert cuda.serves(torch.device("cuda")) is runs
+    assert not cuda.serves(torch.device("cpu"))
+
+
+def forward(call: parity.Call, state: rru_fast.State | None = None, x: Tensor | None = None) -> rru_fast.Refined:
+    mean, var = call.buffers
+    x = call.x if x is None else x
+    lengths = call.lengths
+    weights: dict[str, Any] = call.weights
+    with torch.no_grad(), poisoned_memory():
+        return rru_fast.refine(
+            x, **weights, running_mean=mean, running_var=var, lengths=lengths, state=state, backend="cuda"
+        )
+
+
+@emulated
+@pytest.mark.parametrize("mode", ["eval", "ragged", "continued"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_segments_of_frames_equal_one_launch(dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((3, 8, 20, 4, 3), hidden=9, spatial_hidden=5, mode=mode)
+    call = parity.make_call(case, dtype).map(lambda v: v.to(dtype))
+    backends.forget_runs()
+    whole = forward(call, call.state)
+    assert backends.ran() == {"refine": ["cuda"]}
+    for frames in (1, 3):
+        monkeypatch.setattr("rru_fast.cuda.refine.SEGMENT_BYTES", frames * 4 * 3 * 20 * 12)
+        parts = forward(call, call.state)
+        # A convolution of other sizes may round in another way.
+        assert relative_error(parts.features, whole.features) <= 2 * torch.finfo(dtype).eps
+        assert relative_error(parts.strips, whole.strips) <= 2 * torch.finfo(dtype).eps
+
+
+@emulated
+def test_no_layout_with_positions_at_one_stride_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rru_fast.cuda import refine
+
+    x = torch.randn(2, 3, 20, 4, 6)
+    channels_last = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    for maps in (x, channels_last, x[:, ::2], x[:, :, 1:4], x.transpose(0, 1), x[..., :1]):
+        assert refine._uniform(maps) is maps
+    for maps in (x.transpose(3, 4), x[..., 1:]):
+        assert refine._uniform(maps).is_contiguous()
+
+
+@emulated
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_every_nan_spreads_as_in_the_reference(precision: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's own NaN has all bits of its mantissa set, to which rounding to TF32 adds one."""
+    monkeypatch.setenv("RRU_FAST_FLOAT32", precision)
+    call = parity.make_call(Case((2, 4, 20, 4, 2), hidden=9, mode="eval")).map(lambda v: v.float())
+    call.x.view(torch.int32)[0, 2, 3, 1, 1] = bits
+    mean, var = call.buffers
+    got = forward(call)
+    wanted = rru_fast.refine(call.x, **call.weights, running_mean=mean, running_var=var, backend="reference")
+    assert torch.equal(got.features.isnan(), wanted.features.isnan())
+    assert got.features[0, 2:].isnan().all() and not got.features[1].isnan().any()
+
+
+@emulated
+@pytest.mark.parametrize(("precision", "least", "most"), [("ieee", 0, 4e-7), ("tf32x3", 0, 8e-7), ("tf32", 1e-5, 1e-3)])
+def test_every_precision_has_its_own_error(
+    precision: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RRU_FAST_FLOAT32", precision)
+    call = parity.make_call(Case((2, 6, 60, 4, 4), hidden=20, mode="eval"), torch.float32)
+    mean, var = call.buffers
+    wanted = rru_fast.refine(call.x, **call.weights, running_mean=mean, running_var=var, backend="reference").features
+    assert least <= relative_error(forward(call.map(lambda v: v.float())).features, wanted) <= most
+
+
+@emulated
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_papers_unit_is_right_at_its_real_size(dtype: torch.dtype) -> None:
+    """16 CTAs of 256 threads, as on a GPU."""
+    case = Case((1, 2, 2048, 8, 8), hidden=256, spatial_hidden=128, mode="eval")
+    call = parity.make_call(case, dtype)
+    mean, var = call.buffers
+    wanted = rru_fast.refine(call.x, **call.weights, running_mean=mean, running_var=var, backend="reference")
+    got = forward(call.map(lambda v: v.to(dtype)))
+    for name in ("features", "strips"):
+        assert relative_error(getattr(got, name), getattr(wanted, name)) <= {4: 1e-6, 2: 4e-3}[dtype.itemsize], name
