@@ -1,10 +1,12 @@
-"""Compile every Triton kernel ahead of time, at the paper's shape and in each dtype, and check it against a budget.
+"""Compile every GPU kernel ahead of time, at the paper's shape and in each dtype, and check it against a budget.
 
 python -m benchmarks.compile_report --arch 80 90 100
 
-Needs no GPU. The operators run on meta tensors; each kernel that they would launch is compiled as the launch would, for
-each architecture, and its registers, stack (where spills go), shared memory and, from the PTX, matrix instructions are
-read. A kernel over the budget, or a product that misses the tensor cores, fails the run.
+Needs no GPU. The operators run on meta tensors; each Triton kernel that they would launch is compiled as the launch
+would, for each architecture, and its registers, stack (where spills go), shared memory and, from the PTX, matrix
+instructions are read. The CUDA kernels of csrc/cuda are compiled by nvcc, if it is here, for the architectures that
+they serve, and their machine code is read too. A kernel over the budget, or a product that misses the tensor cores,
+fails the run.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import tyro
 from triton.backends.compiler import GPUTarget
 
 import rru_fast.triton
+from benchmarks.launches import nvcc
 from benchmarks.launches.recording import Launch, Specializer, recording, refine_arguments
 from benchmarks.reports import terminal
 from rru_fast.arguments import (
@@ -272,11 +275,20 @@ def main(options: Options) -> None:
     work = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        by_nvcc = {
+            arch: pool.submit(nvcc.compile_all, arch, options.dtype) for arch in options.arch if nvcc.serves(arch)
+        }
         done = pool.map(compile_all, *zip(*work, strict=True), repeat(options.launched))
         for (arch, dtype), found in zip(work, done, strict=True):
             terminal.show(f"sm_{arch}, {dtype}", _environment(), found, hide=("dtype", "sm", "multiplies", "rounds"))
             rows += found
-    if failed := [sentence for row in rows for sentence in over_budget(row)]:
+        failed = [sentence for row in rows for sentence in over_budget(row)]
+        for arch, compiling in by_nvcc.items():
+            found = compiling.result()
+            terminal.show(f"sm_{arch}, CUDA C++", {"nvcc": nvcc.version()}, found, hide=("op", "sm"))
+            failed += [sentence for row in found for sentence in nvcc.over_budget(row)]
+            rows += found
+    if failed:
         raise SystemExit("over budget:\n  " + "\n  ".join(failed))
     print(f"{len(rows)} kernels within budget")
 

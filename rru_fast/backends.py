@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rru_fast import cuda, native, triton
@@ -63,9 +65,16 @@ def _serves(backend: str, device: torch.device) -> bool:
     return triton.serves(device) if backend == "triton" else True
 
 
-def serving(device: torch.device) -> list[str]:
-    """List the backends that can run on `device`, the reference first."""
-    return [name for name, why in BACKENDS.items() if why is None and _serves(name, device)]
+def serving(device: torch.device, op: str | None = None, **call: Any) -> list[str]:
+    """List the backends that can run on `device`, the reference first.
+
+    Args:
+        device: of the tensors.
+        op: an operator: list only backends whose own kernels run it, not those that leave it to another.
+        call: what is known of the call, as `rru_fast.cuda.not_carried` takes it.
+    """
+    found = [name for name, why in BACKENDS.items() if why is None and _serves(name, device)]
+    return [name for name in found if op is None or name != "cuda" or cuda.not_carried(op, **call) is None]
 
 
 def note_run(op: str, backend: str) -> None:

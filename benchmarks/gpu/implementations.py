@@ -14,6 +14,7 @@ from rru_fast.testing import gradients
 
 GRAPHED = "eager, graphed"
 OURS, OURS_GRAPHED = "triton", "triton, graphed"
+CUDA = "cuda"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Autocast(Implementation):
         return torch.autograd.grad(out[:2], [self.x, *self.module.parameters()], upstream)
 
     def results(self) -> dict[str, Tensor]:
-        """Return the outputs and gradients by name."""
+        """Return the outputs, and the gradients if x requires one, by name."""
+        if not self.x.requires_grad:
+            return super().results()
         with torch.autocast(self.x.device.type, torch.bfloat16):
             features, strips, _ = self.module(self.x)
         outputs = [features, strips]
@@ -52,7 +55,7 @@ class GraphedReference(rru_fast.RRU):
 
 def autocast(impl: Implementation) -> Autocast:
     """Return the same module with its maps in bfloat16."""
-    return Autocast(impl.module, impl.x.detach().to(torch.bfloat16).requires_grad_(), impl.upstream)
+    return Autocast(impl.module, impl.x.detach().to(torch.bfloat16).requires_grad_(impl.x.requires_grad), impl.upstream)
 
 
 def graphed(impls: Mapping[str, Implementation], device: torch.device) -> dict[str, Implementation]:
@@ -60,7 +63,8 @@ def graphed(impls: Mapping[str, Implementation], device: torch.device) -> dict[s
     if device.type != "cuda":
         return {}
     eager = impls[REFERENCE]
+    ours = [name for name in (OURS, CUDA) if name == OURS or name in impls]
     return {
         GRAPHED: eager.twin(GraphedReference),
-        OURS_GRAPHED: eager.twin(rru_fast.RRU, backend="triton", cuda_graph=True),
+        **{f"{name}, graphed": eager.twin(rru_fast.RRU, backend=name, cuda_graph=True) for name in ours},
     }

@@ -123,7 +123,7 @@ def results(function: Function, inputs: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def _backends(device: torch.device) -> list[str]:
-    return [name for name in backends.serving(device) if name != "reference"]
+    return [name for name in backends.serving(device, "batch_hard") if name != "reference"]
 
 
 def _rows(

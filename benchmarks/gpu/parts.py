@@ -82,6 +82,20 @@ def smoke(context: Context) -> Iterator[Finding]:
     yield from smoke.smoke(context.device, plan, sizes)
 
 
+def cuda(context: Context) -> Iterator[Finding]:
+    """Check what the CUDA kernels take for granted, then hold them to the oracle."""
+    from benchmarks.gpu import run, smoke
+    from benchmarks.gpu.fragments import fragments
+    from rru_fast import backends
+
+    if "cuda" not in backends.serving(context.device):
+        why = backends.BACKENDS["cuda"] or f"the kernels do not serve {context.device}"
+        raise LeftOutError(why)
+    yield from fragments(context.device)
+    for plan in smoke.TOY_CUDA if context.toy else smoke.CUDA:
+        yield from smoke.smoke(context.device, plan, run.TOY if context.toy else run.Sizes())
+
+
 def sections(*titles: str) -> Callable[[Context], Iterator[Finding]]:
     """Return the part that measures these sections."""
 
@@ -171,11 +185,12 @@ PARTS = {
     "environment": Part(environment, 30),
     "warm": Part(warm, 60, interpreted=False),
     "smoke": Part(smoke, 90),
+    "cuda": Part(cuda, 60),
     "float32": Part(sections("training, float32"), 100),
     "bfloat16": Part(sections("training, bfloat16 autocast"), 60),
     "kernels": Part(kernels, 60, needs_gpu=True),
     "parity": Part(parity, 150, needs_gpu=True),
-    "eval": Part(sections("eval, a tracklet, float32"), 80),
+    "eval": Part(sections("eval, a tracklet, float32", "eval, a tracklet, bfloat16 autocast"), 110),
     "losses": Part(
         sections(
             "L_v + L_p, forward + backward",

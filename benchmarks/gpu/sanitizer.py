@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import rru_fast
+from rru_fast import backends
 
 TOOLS = ("memcheck", "racecheck")
 # Exclude PyTorch's own kernels, if the tool can.
@@ -31,6 +32,11 @@ def small_calls(device: torch.device) -> None:
     unit = rru_fast.RRU(40, (3, 2), hidden=20, backend="triton").to(device)
     x = torch.randn(3, 3, 40, 3, 2, device=device, requires_grad=True)
     torch.autograd.grad(unit(x).features.square().sum(), [x, *unit.parameters()])
+    if "cuda" in backends.serving(device):
+        unit = rru_fast.RRU(300, (3, 2), hidden=20, backend="cuda").to(device).eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.no_grad():
+                unit(torch.randn(2, 3, 300, 3, 2, device=device, dtype=dtype))
     for n in (12, 70):  # anchors that the backward scans, and that it sorts
         for metric in ("euclidean", "cosine"):
             features, gallery = (torch.randn(2, rows, 40, device=device, requires_grad=True) for rows in (n, 20))

@@ -96,20 +96,27 @@ def _forward_columns(impl: Implementation, forwards: Mapping[str, list[float]], 
     }
 
 
-def tracklet(run: Run) -> Iterator[list[Row]]:
+def tracklet(run: Run, bfloat16: bool, precisions: Sequence[str]) -> Iterator[list[Row]]:
     """Yield the rows of a whole tracklet in eval mode, at each precision.
 
     Without torch.compile, which unrolls the frames and takes minutes.
+
+    Args:
+        run: sizes, device and rounds.
+        bfloat16: run under autocast.
+        precisions: of float32 products; see `set_precision`.
     """
-    shape = run.sizes.tracklet
-    for precision in PRECISIONS:
+    shape, dtype = run.sizes.tracklet, "bfloat16" if bfloat16 else "float32"
+    for precision in precisions:
         set_precision(precision, run.device)
         impls = implementations(shape, "float32", run.device, training=False, hidden=run.sizes.hidden)
         impls |= graphed(impls, run.device)
+        if bfloat16:
+            impls = {name: autocast(impl) for name, impl in impls.items()}
         impls, refused = filter_valid(impls, run.sizes.draws)
         seconds = times({name: impl.forward for name, impl in impls.items()}, run)
         copies = _copies_ms(impls, run)
-        least = roofline.size(shape, "float32", backward=False) / run.copy
+        least = roofline.size(shape, dtype, backward=False) / run.copy
         yield [
             {
                 "implementation": name,
@@ -163,7 +170,8 @@ def _saved_bytes(impl: Implementation) -> int:
 SECTIONS: dict[str, tuple[str, Section]] = {
     FLOAT32: ("refine", partial(training, bfloat16=False, precisions=PRECISIONS)),
     BFLOAT16: ("refine", partial(training, bfloat16=True, precisions=("defaults",))),
-    "eval, a tracklet, float32": ("refine", tracklet),
+    "eval, a tracklet, float32": ("refine", partial(tracklet, bfloat16=False, precisions=PRECISIONS)),
+    "eval, a tracklet, bfloat16 autocast": ("refine", partial(tracklet, bfloat16=True, precisions=("defaults",))),
     "L_v + L_p, forward + backward": ("batch_hard", losses.strip_losses),
     "many features, forward + backward": ("batch_hard", losses.many),
     "features against a gallery, cosine, forward + backward": ("batch_hard", losses.gallery),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,11 +50,28 @@ class Plan:
     """Dtypes of the full case, as in DTYPES."""
     others: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
     """Dtypes of the other operators."""
+    backend: str = "triton"
 
 
 FULL = Plan(SMALL, PAPER, 1, DTYPES)
 _TOY = Case((2, 2, 6, 3, 2))
 TOY = Plan([_TOY], _TOY, 3, {name: DTYPES[name] for name in ("bfloat16", "float32")}, (torch.float32,))
+
+# What the CUDA kernels carry, cases of few numbers in several draws.
+_EVAL = [
+    Case(mode="eval"),
+    Case(mode="ragged"),
+    Case(mode="continued"),
+    Case((1, 3, 9, 3, 5), hidden=2, attention="channel", inputs="appearance", mode="eval"),
+    Case((2, 5, 300, 5, 3), hidden=70, attention="spatial", mode="eval"),
+]
+_PAPER_EVAL = replace(PAPER, shape=(3, 16, 2048, 8, 8), mode="eval")
+CUDA = [
+    *(Plan([], case, 5, DTYPES, (), "cuda") for case in _EVAL),
+    Plan([], _PAPER_EVAL, 1, DTYPES, (), "cuda"),
+    Plan([], replace(_PAPER_EVAL, shape=(1, 16, 2048, 8, 4)), 1, DTYPES, (), "cuda"),
+]
+TOY_CUDA = [Plan([], _EVAL[0], 5, TOY.dtypes, (), "cuda")]
 
 
 def smoke(device: torch.device, plan: Plan, sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -64,7 +81,8 @@ def smoke(device: torch.device, plan: Plan, sizes: Sizes) -> Iterator[dict[str, 
         yield from _findings(f"float64 {case}", partial(_float64, case, device))
     for name, (dtype, precision) in plan.dtypes.items():
         set_precision(precision, device)
-        yield from _findings(f"{name} {plan.full}", partial(_full, plan, dtype, device))
+        title = f"{name} {plan.full}" if plan.backend == "triton" else f"{plan.backend}, {name} {plan.full}"
+        yield from _findings(title, partial(_full, plan, dtype, device))
     set_precision("exact", device)
     for dtype in plan.others:
         for operator in OTHERS:
@@ -97,9 +115,9 @@ def _full(plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[dict[st
     for seed in seeds:
         call = make_call(plan.full, dtype, seed).map(lambda v: v.to(device))
         low = call.map(lambda v: v.to(dtype))
-        got = run(plan.full, low, "triton")
+        got = run(plan.full, low, plan.backend)
         draws.append((got, run(plan.full, low, "reference"), run(plan.full, call, "reference")))
-    return _with_repetition(*_compare(draws), got, run(plan.full, low, "triton"))
+    return _with_repetition(*_compare(draws), got, run(plan.full, low, plan.backend))
 
 
 def _other(operator: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:

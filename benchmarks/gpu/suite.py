@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 # "torch.float16" rather than "float16", which "torch.bfloat16" contains. The tests of autotuning and of TF32 are of
 # triton alone, but do not have it in their names.
-CORE = "(triton or tuned or products_of_tf32) and not compiled and not torch.float16 and not more_than_31"
+CORE = "(triton or cuda or tuned or products_of_tf32) and not compiled and not torch.float16 and not more_than_31"
 REST = f"not ({CORE})"
 WORKERS = 12
 ENDING = 20  # seconds for pytest to write its results; xdist needs 10 of them to end its workers

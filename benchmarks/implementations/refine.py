@@ -112,7 +112,8 @@ def implementations(
         eager = _draw(shape, dtype, device, training, channels_last, hidden, seed)
         if not training or no_relu_near_zero(eager.oracle().forward, eager.x.dtype):
             break
-    _, *fast = backends.serving(device)
+    sizes = {"channels": shape[2], "positions": shape[3] * shape[4], "hidden": hidden[0], "spatial_hidden": hidden[1]}
+    _, *fast = backends.serving(device, "refine", dtype=dtype, training=training, **sizes)
     return {
         AUTHORS: eager.twin(Authors),
         REFERENCE: eager,

@@ -172,9 +172,10 @@ struct Launch {
   size_t shared;  // bytes of shared memory of a CTA
 };
 
-// Bytes of shared memory that a CTA can have on compute capability 9.0, without the inboxes'.
+// Bytes of shared memory that a GPU's inboxes take, and that a CTA has left on compute capability 9.0.
+constexpr int kInboxBytes = 256;
 inline int max_shared(int) {
-  return 232448 - 256;
+  return 232448 - kInboxBytes;
 }
 
 // Clusters that can be on the chip at once.

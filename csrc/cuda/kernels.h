@@ -61,15 +61,25 @@ struct RefineWeights {
   AnyTensor w_s1, w_s2, w_c;  // (A, P), (P, A), (C, D), or none
 };
 
+// How refine_eval is launched.
+struct ClusterLaunch {
+  int ctas, threads;  // of a cluster, of a CTA
+  size_t shared;      // bytes of shared memory of a CTA
+};
+
 #define RRU_DECLARE_CUDA_KERNELS(platform)                                                                     \
   namespace platform {                                                                                         \
   /* Why refine_eval cannot run these sizes, or "". Asks the device how many clusters fit. */                  \
-  std::string refine_eval_lacks(const RefineEval& arguments, int device);                                      \
+  std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch);               \
   /* Bytes of the packed weights. */                                                                           \
   int64_t refine_packed_bytes(const RefineWeights& weights);                                                   \
   /* Launch on a stream; return what went wrong, or "". */                                                     \
   std::string refine_pack(const RefineWeights& weights, void* packed, int device, void* stream);               \
   std::string refine_eval(const RefineEval& arguments, int device, void* stream);                              \
+  /* d (CTAs, 16, 8) = a b + 1000 rank by one matrix instruction, its operands rounded to a dtype, float32 to TF32, */ \
+  /* each CTA's product pushed to the one before it in a cluster. */                                           \
+  std::string fragments(                                                                                       \
+      const float* a, const float* b, float* d, Dtype dtype, int ctas, int device, void* stream);              \
   }
 
 RRU_DECLARE_CUDA_KERNELS(cuda)

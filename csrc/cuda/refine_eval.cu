@@ -763,8 +763,11 @@ std::string with_kernel(const RefineEval& a, int device, void* stream, F f) {
 
 }  // namespace
 
-std::string refine_eval_lacks(const RefineEval& arguments, int device) {
-  return with_kernel(arguments, device, nullptr, [](auto, const Launch&, const Call&) { return std::string(); });
+std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch) {
+  return with_kernel(arguments, device, nullptr, [&](auto, const Launch& l, const Call&) {
+    *launch = {l.cluster, l.threads, l.shared + kInboxBytes};
+    return std::string();
+  });
 }
 
 std::string refine_eval(const RefineEval& arguments, int device, void* stream) {

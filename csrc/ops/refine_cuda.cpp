@@ -2,9 +2,13 @@
 // passed on. On CPU tensors they run emulated.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "cuda/kernels.h"
@@ -84,12 +88,16 @@ RefineEval sizes_of(const Tensor& x, int64_t d, int64_t num_attn, c10::string_vi
   return a;
 }
 
-// Why the kernels do not carry a call with these sizes, or "".
-std::string lacks(const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
+// Why the kernels do not carry a call with these sizes, or "", and how it is launched: CTAs of a cluster, threads of a
+// CTA and its bytes of shared memory.
+std::tuple<std::string, std::vector<int64_t>> plan(
+    const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
   RefineEval a = sizes_of(x, d, num_attn, precision);
   a.channel = w_c.has_value();
   a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
-  return RRU_ON_DEVICE_OF(x, refine_eval_lacks(a, x.get_device()));
+  ClusterLaunch launch{};
+  std::string lacks = RRU_ON_DEVICE_OF(x, refine_eval_lacks(a, x.get_device(), &launch));
+  return {std::move(lacks), {launch.ctas, launch.threads, static_cast<int64_t>(launch.shared)}};
 }
 
 void check_success(const char* what, const std::string& error) {
@@ -205,8 +213,31 @@ void eval(
       "refine_eval", RRU_ON_DEVICE_OF(x, refine_eval(a, x.get_device(), reinterpret_cast<void*>(stream))));
 }
 
+// The product of a (16, K) and b (K, 8) by one matrix instruction of a dtype, and 1000 times its rank, by each CTA of a
+// cluster: (CTAs, 16, 8).
+Tensor fragments(const Tensor& a, const Tensor& b, at::ScalarType dtype, int64_t ctas, int64_t stream) {
+  const int64_t depth = dtype == at::kFloat ? 8 : 16;
+  check("a", a, {16, depth}, at::kFloat);
+  check("b", b, {depth, 8}, at::kFloat);
+  check_on_device("b", b, a);
+  TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous(), "a, b: got other strides, wanted contiguous tensors");
+  Tensor d = at::full({ctas, 16, 8}, std::nan(""), a.options());
+  const auto of = dtype == at::kFloat ? Dtype::float32 : dtype == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+  check_success(
+      "fragments",
+      RRU_ON_DEVICE_OF(
+          a, fragments(
+                 a.const_data_ptr<float>(), b.const_data_ptr<float>(), d.mutable_data_ptr<float>(), of,
+                 static_cast<int>(ctas), a.get_device(), reinterpret_cast<void*>(stream))));
+  return d;
+}
+
 TORCH_LIBRARY_FRAGMENT(rru_fast, m) {
-  m.def("refine_cuda_lacks(Tensor x, int d, int num_attn, Tensor? w_c, str precision) -> str", TORCH_FN(lacks));
+  m.def("cuda_fragments(Tensor a, Tensor b, ScalarType dtype, int ctas, int stream) -> Tensor", TORCH_FN(fragments));
+
+  m.def(
+      "refine_cuda_plan(Tensor x, int d, int num_attn, Tensor? w_c, str precision) -> (str lacks, int[] launch)",
+      TORCH_FN(plan));
   m.def(
       "refine_cuda_pack(Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, "
       "Tensor? w_s1, Tensor? w_s2, Tensor? w_c, float eps, str precision, int stream) -> Tensor",

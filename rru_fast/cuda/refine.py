@@ -32,7 +32,7 @@ def not_carried(args: RefineArguments) -> str | None:
         return why
     # Asks the GPU how many clusters of this size it can hold.
     precision = conv_precision(args.x.dtype)
-    lacks: str = torch.ops.rru_fast.refine_cuda_lacks(args.x, args.w.shape[0], num_attn, args.w_c, precision)
+    lacks, _ = torch.ops.rru_fast.refine_cuda_plan(args.x, args.w.shape[0], num_attn, args.w_c, precision)
     return lacks or None
 
 

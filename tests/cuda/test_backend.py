@@ -210,3 +210,23 @@ def test_the_papers_unit_is_right_at_its_real_size(dtype: torch.dtype) -> None:
     got = forward(call.map(lambda v: v.to(dtype)))
     for name in ("features", "strips"):
         assert relative_error(getattr(got, name), getattr(wanted, name)) <= {4: 1e-6, 2: 4e-3}[dtype.itemsize], name
+
+
+@emulated
+def test_fragments_and_pushes_are_as_the_kernels_take_them() -> None:
+    from benchmarks.gpu.fragments import DTYPES, fragments
+
+    found = list(fragments(torch.device("cpu")))
+    assert [finding for finding in found if "failed" in finding] == []
+    assert found[-1] == {"TF32 operands": "dropped"}
+    assert len(found) == len(DTYPES) + 1
+
+
+@emulated
+def test_a_wrong_product_is_told_by_its_first_element() -> None:
+    from benchmarks.gpu.fragments import wrong_elements
+
+    wanted = torch.zeros(2, 3)
+    found = wanted.clone()
+    found[1, 2] = 5
+    assert wrong_elements(found, wanted) == "1 of 6 wrong, at (1, 2) 5, wanted 0"
