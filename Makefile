@@ -6,7 +6,7 @@ ARGS ?=
 VERSIONS ?= -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-latest test-triton test-gpu compile-report sanitize lint format bench clean
+.PHONY: help setup train test test-all test-latest test-triton test-cuda test-gpu compile-report sanitize lint format bench clean
 
 help:
 	@echo "make train     train the paper's model, small, on rendered video; ARGS=... go to training.train"
@@ -14,8 +14,9 @@ help:
 	@echo "make test-all  the same with every size, dtype and instruction set, as CI does"
 	@echo "make test-latest   make test on the newest releases of torch and the rest, for the last commit"
 	@echo "make test-triton   run the Triton kernels' tests in Triton's interpreter, without a GPU; ARGS as above"
+	@echo "make test-cuda     run the CUDA kernels' tests emulated on the CPU: hostile schedules, sanitizers, mutations, parity"
 	@echo "make test-gpu  run the parity suite at full size on a GPU; ARGS as above"
-	@echo "make compile-report  compile the Triton kernels for GPUs that need not be here, within their budget"
+	@echo "make compile-report  compile the GPU kernels for GPUs that need not be here, within their budget"
 	@echo "make sanitize  run the C++ kernels' tests under the address and undefined-behavior sanitizers; ARGS as above"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    rewrite the sources as ruff likes them"
@@ -65,6 +66,14 @@ test-latest:
 test-triton: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n auto -k triton \
 		tests/auto tests/benchmarks tests/ops tests/test_triton.py $(ARGS)
+
+# The emulated kernels against float64, under ThreadSanitizer and AddressSanitizer, with every warp and CTA held behind
+# every wait and with every synchronization left out; then the operator's tests, with the kernels behind it.
+EMULATED := $(addprefix tests/ops/test_,refine.py refine_operator.py refine_products.py autograd.py)
+
+test-cuda: setup
+	$(PYTEST) -m "not nightly" tests/cuda $(ARGS)
+	RRU_FAST_CUDA_EMULATE=1 $(PYTEST) -m "not nightly" -k cuda tests/cuda/test_backend.py $(EMULATED) $(ARGS)
 
 # Sets up nothing: it needs torch, triton, numpy and pytest. Compiling takes most of the time: in 8 processes, where
 # pytest-xdist is installed.

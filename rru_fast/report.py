@@ -92,7 +92,7 @@ def _fp32_precision() -> str:
     )
     asked = os.environ.get("RRU_FAST_FLOAT32")
     return f"{conv} in refine (torch.backends.cudnn.conv), {matmul} in batch_hard (torch.backends.cuda.matmul)" + (
-        f", {asked} in both by triton (RRU_FAST_FLOAT32)" if asked else ""
+        f", {asked} in both by triton and cuda (RRU_FAST_FLOAT32)" if asked else ""
     )
 
 

@@ -45,7 +45,7 @@ def test_show_config_names_the_precision_of_fp32_products_on_a_gpu(monkeypatch: 
     finally:
         torch.set_float32_matmul_precision(before)
     monkeypatch.setenv("RRU_FAST_FLOAT32", "tf32x3")
-    assert line().endswith(", tf32x3 in both by triton (RRU_FAST_FLOAT32)")
+    assert line().endswith(", tf32x3 in both by triton and cuda (RRU_FAST_FLOAT32)")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
