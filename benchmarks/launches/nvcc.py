@@ -28,11 +28,11 @@ PRECISIONS = {"float32 ieee": "ieee", "float32 tf32": "tf32", "float32 tf32x3": 
 MAX_SHARED = 232_448
 # Bytes of stack, where spills go; none elsewhere. No kernel may spill within its product.
 MAX_STACK = {
-    (90, "float32 tf32x3", 64): 16,
+    (90, "float32 tf32x3", 64): 8,
     (90, "float32 ieee", 64): 16,
-    (100, "float32 tf32x3", 64): 16,
-    (100, "bfloat16", 64): 48,
-    (100, "float16", 64): 48,
+    (100, "float32 tf32x3", 64): 40,
+    (100, "bfloat16", 64): 24,
+    (100, "float16", 64): 24,
 }
 # Matrix instructions in a row without a load: more would mean that all loads come first or last, and are waited for.
 MAX_RUN = 24
@@ -107,16 +107,19 @@ def opcodes(sass: str) -> Iterator[str]:
 
 
 def of_loop(code: list[str]) -> dict[str, int]:
-    """Return what the loop over frames holds, which begins at its first matrix instruction or push at the latest."""
-    first = next(i for i, name in enumerate(code) if name in ("HMMA", "STAS"))
-    matrix = [i for i, name in enumerate(code) if name == "HMMA"]
-    product = code[matrix[0] : matrix[-1] + 1] if matrix else []
+    """Return what the loop over frames holds, which begins with the product, or before it.
+
+    The product ends where its last part has been pushed and those of others are waited for.
+    """
+    multiply = "HMMA" if "HMMA" in code else "FFMA"
+    first, first_push = code.index(multiply), code.index("STAS")
+    product = code[first : code.index("SYNCS", first_push)]
     of_product = [name for name in product if name in ("HMMA", "LDS", "LDSM")]
     runs = [len(list(group)) for name, group in groupby(of_product) if name == "HMMA"]
     return {
         "draining": sum(name in DRAINING for name in code[first:]),
         "pushes": code.count("STAS"),
-        "matrix": len(matrix),
+        "matrix": code.count("HMMA"),
         "in a row": max(runs, default=0),
         "spills in product": sum(name in ("LDL", "STL") for name in product),
     }

@@ -77,12 +77,13 @@ DEVICE void sync(const char*) {
   __syncthreads();
 }
 
-// Drains the CTA's stores to global memory and empties L1: not for the inside of a loop.
+// Drains the CTA's stores to global memory and empties L1: not for the inside of a loop. Not .aligned: lanes may come
+// from different branches.
 DEVICE void cluster_arrive(const char*) {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 DEVICE void cluster_wait(const char*) {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // By one thread, before a cluster barrier that precedes all pushes.

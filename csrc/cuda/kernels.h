@@ -40,7 +40,7 @@ struct RefineEval {
   Maps state;              // (B, C, P) S before frame 0; read if first = 0 and has_state
   const void* packed;      // weights, by refine_pack
   const float* u;          // (F, B, D, P) W_m M_t of the frames from u_first, or null
-  float* u_out;            // the same tensor, which then becomes U_t; or null
+  float* u_out;            // (F, B, D, P) U_t of the same frames, to be saved; it may be u; or null
   int u_first;
   const int64_t* lengths;  // (B,), or null
   float* carry;            // (B, C, P) fp32 S after frame `end` - 1, and before frame `first` if that is not 0; or null

@@ -399,23 +399,38 @@ class Refiner {
     return ((static_cast<int64_t>(t - a_.u_first) * a_.clips + clip_) * a_.d + row) * a_.positions + p;
   }
 
-  // W_m M_t of 4 positions from p of a row.
-  DEVICE float4 motion(int t, int row, int p) const {
-    float values[4] = {0.f, 0.f, 0.f, 0.f};
-    if (a_.u != nullptr && row < a_.d) {
-      const float* from = a_.u + u_offset(t, row, p);
-      UNROLL for (int i = 0; i < 4; i++) {
-        values[i] = p + i < a_.positions ? from[i] : 0.f;
+  // What 4 positions from p of an own row begin with: W_m M_t, and the row's norm.
+  struct Row {
+    float u[4];
+    float scale, shift;
+  };
+
+  DEVICE bool has_row(int own) const {
+    return own < rows() && rank_ * rows() + own < a_.d;
+  }
+
+  DEVICE Row read_row(int t, int own, int p) const {
+    const int row = rank_ * rows() + own;
+    Row r{};
+    if (has_row(own)) {
+      const auto* norm = reinterpret_cast<const float*>(packed(plan_.layout.norm));
+      r.scale = load_const(norm + row);
+      r.shift = load_const(norm + C::kD + row);
+      if (a_.u != nullptr) {
+        const float* from = a_.u + u_offset(t, row, p);
+        UNROLL for (int i = 0; i < 4; i++) {
+          r.u[i] = p + i < a_.positions ? from[i] : 0.f;
+        }
       }
     }
-    return make_float4(values[0], values[1], values[2], values[3]);
+    return r;
   }
 
   // Adds up this CTA's rows of U, normalizes and pools them, and receives the pooled sums of all rows.
   DEVICE void receive(int t, int parity, bool has_next) {
     const int group = t_ % kGroups, p = 4 * group;
-    float4 m = motion(t, rank_ * rows() + t_ / kGroups, p);
     // All that the wait for U can hide.
+    Row r = read_row(t, t_ / kGroups, p);
     if (a_.spatial) {
       UNROLL for (int i = 0; i < C::kWs1; i++) {
         w_s1_[i] = load_const(packed(plan_.layout.w_s1) + i * C::kThreads + t_);
@@ -430,22 +445,17 @@ class Refiner {
     inbox_wait(kU, parity, "parts of U have arrived");
     float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);
     for (int first = 0; first < rows(); first += kRowsPerPass) {
-      const int own = first + t_ / kGroups, row = rank_ * rows() + own;
-      const bool is_there = own < rows();
-      if (first > 0 && is_there) {
-        m = motion(t, row, p);
+      const int own = first + t_ / kGroups;
+      if (first > 0) {
+        r = read_row(t, own, p);
       }
-      float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (is_there && row < a_.d) {
-        y = activate(t, own, row, p, m);
-      } else if (is_there) {
-        drop(own, p);
-      }
+      const float4 y = has_row(own) ? activate(t, own, p, r) : make_float4(0.f, 0.f, 0.f, 0.f);
+      drop(own, p);
       float mean = (y.x + y.y) + (y.z + y.w);
       UNROLL for (int mask = kGroups / 2; mask > 0; mask /= 2) {
         mean += shfl_xor(mean, mask);
       }
-      if (is_there) {
+      if (own < rows()) {
         for (int to = group; to < ctas(); to += kGroups) {
           push(peer(to), inbox_v(rank_) + 4 * (C::kP + own), mean * plan_.per_position, kV);
         }
@@ -476,31 +486,28 @@ class Refiner {
   }
 
   // Y of 4 positions of a row, 0 past the last one.
-  DEVICE float4 activate(int t, int own, int row, int p, float4 u) {
-    for (int source = 0; source < ctas(); source++) {
-      auto* from = at<float4>(inbox_u(source, own, p));
-      if (p < a_.positions) {
-        u = make_float4(u.x + from->x, u.y + from->y, u.z + from->z, u.w + from->w);
-      }
-      inbox_retire(&from->x, 4);
+  DEVICE float4 activate(int t, int own, int p, const Row& r) {
+    float4 u = make_float4(r.u[0], r.u[1], r.u[2], r.u[3]);
+    const int sources = p < a_.positions ? ctas() : 0;  // positions past the last tile are not pushed
+    UNROLL_BY_4 for (int source = 0; source < sources; source++) {
+      const float4 part = *at<float4>(inbox_u(source, own, p));
+      u = make_float4(u.x + part.x, u.y + part.y, u.z + part.z, u.w + part.w);
     }
-    const auto* norm = reinterpret_cast<const float*>(packed(plan_.layout.norm));
-    const float scale = load_const(norm + row), shift = load_const(norm + C::kD + row);
     float values[4] = {u.x, u.y, u.z, u.w};
     UNROLL for (int i = 0; i < 4; i++) {
       const bool is_there = p + i < a_.positions;
       if (is_there && a_.u_out != nullptr) {
-        a_.u_out[u_offset(t, row, p) + i] = values[i];
+        a_.u_out[u_offset(t, rank_ * rows() + own, p) + i] = values[i];
       }
       const bool counts = is_there || RRU_MUTANT("positions past the last are pooled");
-      values[i] = counts ? relu(values[i] * scale + shift) : 0.f;
+      values[i] = counts ? relu(values[i] * r.scale + r.shift) : 0.f;
     }
     return make_float4(values[0], values[1], values[2], values[3]);
   }
 
-  // Rows past the last one are received too.
+  // 4 positions of an own row, in all parts of U, have been read or do not count.
   DEVICE void drop(int own, int p) {
-    for (int source = 0; source < ctas(); source++) {
+    for (int source = 0; source < ctas() && own < rows(); source++) {
       inbox_retire(at<float>(inbox_u(source, own, p)), 4);
     }
   }

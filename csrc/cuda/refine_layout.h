@@ -96,7 +96,7 @@ Shape shape_of(const Sizes& s) {
   int warps = 8;
 #ifndef __CUDACC__
   for (const int few : {2, 1}) {
-    const bool fits = ctas_of(s.channels, 16 * few) <= std::min(kMaxCluster, 4 * few);
+    const bool fits = ctas_of(s.channels, 16 * few) <= kMaxCluster;
     warps = fits && s.d <= 32 * few && s.num_attn <= 16 * few ? few : warps;
   }
 #endif

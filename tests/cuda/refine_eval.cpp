@@ -58,6 +58,7 @@ const Cases& cases() {
       add("four CTAs", {.clips = 1, .frames = 3, .channels = 64, .height = 8, .width = 8, .num_attn = 16});
       add("two warps", {.clips = 1, .frames = 3, .channels = 59, .height = 8, .width = 8, .d = 64, .num_attn = 32});
       add("two warps, eight CTAs", {.clips = 1, .frames = 3, .channels = 256, .d = 60, .num_attn = 30});
+      add("sixteen CTAs", {.clips = 1, .frames = 3, .channels = 250, .height = 5, .width = 2, .d = 30});
       add("one CTA", {.clips = 3, .frames = 2, .channels = 16, .height = 8, .width = 2});
       add("one frame", {.frames = 1});
       add("spatial", {.channel = false});

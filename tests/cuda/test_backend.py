@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import rru_fast
 from rru_fast import backends, cuda, native
@@ -131,15 +130,11 @@ def test_a_build_serves_gpus_of_its_architectures(
     assert not cuda.serves(torch.device("cpu"))
 
 
-def forward(call: parity.Call, state: rru_fast.State | None = None, x: Tensor | None = None) -> rru_fast.Refined:
+def forward(call: parity.Call, **options: Any) -> rru_fast.Refined:
     mean, var = call.buffers
-    x = call.x if x is None else x
-    lengths = call.lengths
-    weights: dict[str, Any] = call.weights
+    options |= {"running_mean": mean, "running_var": var, "lengths": call.lengths, "state": call.state}
     with torch.no_grad(), poisoned_memory():
-        return rru_fast.refine(
-            x, **weights, running_mean=mean, running_var=var, lengths=lengths, state=state, backend="cuda"
-        )
+        return rru_fast.refine(call.x, **call.weights, **options, backend="cuda")
 
 
 @emulated
@@ -149,11 +144,11 @@ def test_segments_of_frames_equal_one_launch(dtype: torch.dtype, mode: str, monk
     case = Case((3, 8, 20, 4, 3), hidden=9, spatial_hidden=5, mode=mode)
     call = parity.make_call(case, dtype).map(lambda v: v.to(dtype))
     backends.forget_runs()
-    whole = forward(call, call.state)
+    whole = forward(call)
     assert backends.ran() == {"refine": ["cuda"]}
     for frames in (1, 3):
         monkeypatch.setattr("rru_fast.cuda.refine.SEGMENT_BYTES", frames * 4 * 3 * 20 * 12)
-        parts = forward(call, call.state)
+        parts = forward(call)
         # A convolution of other sizes may round in another way.
         assert relative_error(parts.features, whole.features) <= 2 * torch.finfo(dtype).eps
         assert relative_error(parts.strips, whole.strips) <= 2 * torch.finfo(dtype).eps
@@ -177,11 +172,14 @@ def test_no_layout_with_positions_at_one_stride_is_copied(monkeypatch: pytest.Mo
 def test_every_nan_spreads_as_in_the_reference(precision: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's own NaN has all bits of its mantissa set, to which rounding to TF32 adds one."""
     monkeypatch.setenv("RRU_FAST_FLOAT32", precision)
-    call = parity.make_call(Case((2, 4, 20, 4, 2), hidden=9, mode="eval")).map(lambda v: v.float())
+    # Without motion, whose product is not the kernel's.
+    case = Case((2, 4, 20, 4, 2), hidden=9, inputs="appearance", mode="eval")
+    call = parity.make_call(case).map(lambda v: v.float())
     call.x.view(torch.int32)[0, 2, 3, 1, 1] = bits
     mean, var = call.buffers
-    got = forward(call)
-    wanted = rru_fast.refine(call.x, **call.weights, running_mean=mean, running_var=var, backend="reference")
+    got = forward(call, inputs="appearance")
+    weights: dict[str, Any] = {**call.weights, "inputs": "appearance"}
+    wanted = rru_fast.refine(call.x, **weights, running_mean=mean, running_var=var, backend="reference")
     assert torch.equal(got.features.isnan(), wanted.features.isnan())
     assert got.features[0, 2:].isnan().all() and not got.features[1].isnan().any()
 
@@ -200,10 +198,11 @@ def test_every_precision_has_its_own_error(
 
 @emulated
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("width", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_papers_unit_is_right_at_its_real_size(dtype: torch.dtype) -> None:
+def test_the_papers_unit_is_right_at_its_real_size(dtype: torch.dtype, width: int) -> None:
     """16 CTAs of 256 threads, as on a GPU."""
-    case = Case((1, 2, 2048, 8, 8), hidden=256, spatial_hidden=128, mode="eval")
+    case = Case((1, 2, 2048, 8, width), hidden=256, spatial_hidden=128, mode="eval")
     call = parity.make_call(case, dtype)
     mean, var = call.buffers
     wanted = rru_fast.refine(call.x, **call.weights, running_mean=mean, running_var=var, backend="reference")
