@@ -25,7 +25,8 @@ OPERANDS = ("bfloat16", "float16", "float32 tf32", "float32 tf32x3", "float32 ie
 TILES = {4: 32, 8: 64}
 PRECISIONS = {"float32 ieee": "ieee", "float32 tf32": "tf32", "float32 tf32x3": "tf32x3"}
 
-MAX_SHARED = 232_448
+MAX_SHARED, MAX_REGISTERS = 232_448, 255
+"""Of a CTA, in bytes; of a thread: an SM has 65,536 for 256 threads."""
 # Bytes of stack, where spills go; none elsewhere. No kernel may spill within its product.
 MAX_STACK = {
     (90, "float32 tf32x3", 64): 8,
@@ -129,10 +130,13 @@ def over_budget(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each limit that a kernel exceeds and each instruction that it lacks."""
     kernel = f"{row['kernel']} ({row['op']}, {row['dtype']}, H * W {row['H * W']}, sm_{row['sm']})"
     most_stack = MAX_STACK.get((row["sm"], row["dtype"], row["H * W"]), 0)
-    limits = {"shared": MAX_SHARED, "stack": most_stack, "in a row": MAX_RUN, "draining": 0, "spills in product": 0}
+    limits = {"shared": MAX_SHARED, "registers": MAX_REGISTERS, "stack": most_stack}
+    limits |= {"in a row": MAX_RUN, "draining": 0, "spills in product": 0}
     found = [
         f"{kernel}: {key} {row[key]}, at most {most}" for key, most in limits.items() if (row.get(key) or 0) > most
     ]
+    if row["kernel"] == "refine_eval" and row["shared"] is None:
+        found.append(f"{kernel}: shared memory is not known, as this build cannot emulate the kernel")
     if row["kernel"] == "refine_eval" and not row["matrix"] and row["dtype"] != "float32 ieee":
         found.append(f"{kernel}: no matrix instructions")
     return found

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -100,8 +101,12 @@ DEVICE void inbox_arm(int box, int bytes, const char*) {
 // Waits until the phase of this parity has received its bytes, which can be read then.
 DEVICE void inbox_wait(int box, int parity, const char*) {
   asm volatile(
-      "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra WAIT_%=;\n}" ::"r"(
-          inbox_address(box)),
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra WAIT_%=;\n"
+      "}" ::"r"(inbox_address(box)),
       "r"(parity)
       : "memory");
 }
@@ -192,6 +197,12 @@ DEVICE float div_(float a, float b) {
   return __fdividef(a, b);
 }
 
+// A place in shared memory, by its offset in bytes.
+template <class T>
+DEVICE T* shared_at(int offset) {
+  return reinterpret_cast<T*>(smem() + offset);
+}
+
 // Of memory that nobody writes during the launch.
 template <class T>
 DEVICE T load_const(const T* p) {
@@ -206,6 +217,15 @@ template <class T>
 DEVICE void store_stream(T* p, T v) {
   __stcs(p, v);
 }
+// Of memory that is written, by this thread alone.
+template <class T>
+DEVICE T load(const T* p) {
+  return *p;
+}
+template <class T>
+DEVICE void store(T* p, T v) {
+  *p = v;
+}
 
 // Where and how a kernel is launched.
 struct Launch {
@@ -217,15 +237,22 @@ struct Launch {
   size_t shared;   // bytes of shared memory of a CTA, without the inboxes'
 };
 
-// Makes a device current, and the one before again.
+// Raises a CUDA error.
+inline void check(const char* call, cudaError_t status) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // the next call must not find it
+    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  }
+}
+
+// Makes a device current, and the one before again. The caller has made it current already, where it can.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) {
-      cudaSetDevice(device);
+  explicit OnDevice(int device) : device_(device) {
+    check("cudaGetDevice", cudaGetDevice(&before_));
+    if (before_ != device_) {
+      check("cudaSetDevice", cudaSetDevice(device_));
     }
-    device_ = device;
   }
   ~OnDevice() {
     if (before_ != device_) {
@@ -236,89 +263,76 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0, device_ = 0;
+  int before_ = 0, device_;
 };
-
-inline std::string reason(const char* call, cudaError_t error) {
-  cudaGetLastError();  // the next call must not find it
-  return std::string(call) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
-}
 
 inline int max_shared(int device) {
   int bytes = 0;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes - kInboxBytes;
 }
 
-// Returns the clusters that can be on the chip at once; 0 with the reason if none can. Prepares the kernel for them.
+// A launch of one cluster, or of all.
+class ClusterConfig {
+ public:
+  ClusterConfig(const Launch& l, int ctas) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+    config_.gridDim = dim3(ctas);
+    config_.blockDim = dim3(l.threads);
+    config_.dynamicSmemBytes = l.shared + kInboxBytes;
+    config_.stream = static_cast<cudaStream_t>(l.stream);
+    config_.attrs = &cluster_;
+    config_.numAttrs = 1;
+  }
+  ClusterConfig(const ClusterConfig&) = delete;
+  ClusterConfig& operator=(const ClusterConfig&) = delete;
+  const cudaLaunchConfig_t* operator&() const {
+    return &config_;
+  }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// Returns the clusters that can be on the chip at once; 0 with the reason if none can. Asks once, and allows the kernel
+// all of the chip's shared memory, whatever this launch takes, and clusters of more than 8. Raises CUDA's errors.
 template <class Arguments>
-inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string* error) {
+inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string* reason) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, size_t>, std::pair<int, std::string>> known;
+  static std::map<std::tuple<const void*, int, int, size_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto* function = reinterpret_cast<const void*>(kernel);
-  const auto [entry, is_new] = known.try_emplace({function, l.device, l.cluster, l.shared});
-  auto& [clusters, why] = entry->second;
-  if (is_new) {
+  const std::tuple<const void*, int, int, size_t> key{function, l.device, l.cluster, l.shared};
+  if (known.count(key) == 0) {
     const OnDevice guard(l.device);
-    const auto run = [&](const char* call, cudaError_t status) {
-      if (why.empty() && status != cudaSuccess) {
-        why = reason(call, status);
-      }
-    };
-    const int bytes = static_cast<int>(l.shared) + kInboxBytes;
     cudaFuncAttributes attributes{};
-    run("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, function));
-    if (why.empty() && attributes.ptxVersion < 90) {
-      why = "the kernel was compiled for compute capability " + std::to_string(attributes.ptxVersion / 10) + "." +
-          std::to_string(attributes.ptxVersion % 10) + ", which has no clusters";
+    check("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, function));
+    int clusters = 0;
+    if (attributes.ptxVersion >= 90) {  // else the kernel is empty
+      const int most = max_shared(l.device) + kInboxBytes;
+      check(
+          "cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      check("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      const ClusterConfig config(l, l.cluster);
+      check("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, &config));
     }
-    if (why.empty()) {
-      run("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    }
-    if (why.empty() && l.cluster > 8) {
-      run("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    }
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(l.cluster);
-    config.blockDim = dim3(l.threads);
-    config.dynamicSmemBytes = bytes;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    if (why.empty()) {
-      run("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, &config));
-    }
-    if (why.empty() && clusters == 0) {
-      why = "no cluster of " + std::to_string(l.cluster) + " CTAs with " + std::to_string(bytes) +
-          " bytes of shared memory each fits on this GPU";
-    }
-    if (!why.empty()) {
-      clusters = 0;
-    }
+    known[key] = clusters;
   }
-  *error = why;
-  return clusters;
+  if (known[key] == 0) {
+    *reason = "no cluster of " + std::to_string(l.cluster) + " CTAs with " + std::to_string(l.shared + kInboxBytes) +
+        " bytes of shared memory each fits on this GPU";
+  }
+  return known[key];
 }
 
-// Launches a kernel that max_clusters has prepared; returns what went wrong, or "".
+// Launches a kernel that max_clusters has allowed what it needs. Raises CUDA's errors.
 template <class Arguments>
-inline std::string launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
+inline void launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
   const OnDevice guard(l.device);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(l.ctas);
-  config.blockDim = dim3(l.threads);
-  config.dynamicSmemBytes = l.shared + kInboxBytes;
-  config.stream = static_cast<cudaStream_t>(l.stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments);
-  return status == cudaSuccess ? "" : reason("cudaLaunchKernelEx", status);
+  const ClusterConfig config(l, l.ctas);
+  check("cudaLaunchKernelEx", cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
 }  // namespace rru::cuda::dev

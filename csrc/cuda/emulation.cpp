@@ -10,6 +10,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <unordered_set>
 
 #if defined(RRU_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
@@ -245,14 +247,41 @@ const uint64_t (*exchange(const char* operation, const uint64_t* words, int coun
   return warp.slots[turn];
 }
 
-float approximated(float value) {
+// A value with an error of up to `most` ulp.
+float approximated(float value, int most) {
   uint32_t& noise = the_adversary.noise;
   if (noise == 0 || !std::isfinite(value)) {
     return value;
   }
   noise = noise * 1664525u + 1013904223u;
-  const int ulp = static_cast<int>(noise >> 16) % 5 - 2;
+  const int ulp = static_cast<int>(noise >> 16) % (2 * most + 1) - most;
   return value * (1 + static_cast<float>(ulp) * std::numeric_limits<float>::epsilon());
+}
+
+// Words of global memory that the launch reads by load_const, and that it writes. Not under ThreadSanitizer, for which
+// fibers must not allocate.
+std::unordered_set<uintptr_t> read_only, written;
+
+// Adds the words of an access to a set; returns true if one of them is in the other.
+bool note(
+    [[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes, [[maybe_unused]] std::unordered_set<uintptr_t>& to,
+    [[maybe_unused]] const std::unordered_set<uintptr_t>& other) {
+#if !defined(RRU_THREAD_SANITIZER)
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  for (uintptr_t word = address / 4; word <= (address + bytes - 1) / 4; word++) {
+    to.insert(word);
+    if (other.count(word) > 0) {
+      return true;
+    }
+  }
+#endif
+  return false;
+}
+
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fail("an address is not a multiple of the " + std::to_string(bytes) + " bytes that are accessed at once");
+  }
 }
 
 void receive(Box& box, int count) {
@@ -562,11 +591,13 @@ float shfl_xor(float value, int mask) {
 }
 
 void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
-  mma<16, 2>("mma_bf16", d, a, b0, b1, [](uint32_t pair, int part) { return bf16_to_float(pair >> 16 * part & 0xffff); });
+  mma<16, 2>(
+      "mma_bf16", d, a, b0, b1, [](uint32_t pair, int part) { return bf16_to_float(pair >> 16 * part & 0xffff); });
 }
 
 void mma_f16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
-  mma<16, 2>("mma_f16", d, a, b0, b1, [](uint32_t pair, int part) { return f16_to_float(pair >> 16 * part & 0xffff); });
+  mma<16, 2>(
+      "mma_f16", d, a, b0, b1, [](uint32_t pair, int part) { return f16_to_float(pair >> 16 * part & 0xffff); });
 }
 
 void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
@@ -574,11 +605,12 @@ void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
 }
 
 float exp_(float v) {
-  return approximated(std::exp(v));
+  const float size = std::isfinite(v) ? std::min(std::fabs(v), 100.f) : 0.f;
+  return approximated(std::exp(v), 2 + static_cast<int>(1.173f * size));
 }
 
 float div_(float a, float b) {
-  return approximated(a / b);
+  return approximated(a / b, 2);
 }
 
 float bf16_low(uint32_t pair) {
@@ -657,17 +689,38 @@ void exchange_addresses(const void* mine, const void* (&all)[32]) {
   }
 }
 
-std::string run(
-    int ctas, int cluster, int threads, size_t bytes, const std::function<void()>& kernel, bool together) {
+void run(int ctas, int cluster, int threads, size_t bytes, const std::function<void()>& kernel, bool together) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int at_once = together ? ctas : cluster;
+  read_only.clear();
+  written.clear();
   for (int first = 0; first < ctas; first += at_once) {
     if (auto error = run_clusters(first, first + at_once, cluster, threads, bytes, kernel); !error.empty()) {
-      return error;
+      throw std::runtime_error(error);
     }
   }
-  return "";
+}
+
+void check_shared(int offset, size_t bytes) {
+  const Cta& cta = *self().cta;
+  if (offset < 0 || offset + bytes > cta.bytes || offset % bytes != 0) {
+    fail("shared memory: got an offset outside of it, or not aligned: " + std::to_string(offset));
+  }
+}
+
+void check_load(const void* p, size_t bytes, bool is_const) {
+  check_aligned(p, bytes);
+  if (is_const && note(p, bytes, read_only, written)) {
+    fail("load_const of memory that the launch writes");
+  }
+}
+
+void check_store(const void* p, size_t bytes) {
+  check_aligned(p, bytes);
+  if (note(p, bytes, written, read_only)) {
+    fail("store to memory that the launch reads by load_const");
+  }
 }
 
 }  // namespace detail

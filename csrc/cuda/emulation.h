@@ -1,9 +1,9 @@
 // The primitives of device.h on a CPU, to test kernels without a GPU: every CUDA thread is a fiber of one CPU thread.
 //
-// Fibers switch only where they wait, so that a run is deterministic and its schedule can be as hostile as a test wants:
-// a warp or a whole CTA is held behind a chosen wait until nothing else can run. A deadlock is an error, not a hang.
-// Shared memory begins as NaN. ThreadSanitizer takes each fiber for a thread; only what orders memory on a GPU orders it
-// here, barriers and inboxes, and neither a switch nor a shuffle does.
+// Fibers switch only where they wait, so that a run is deterministic and its schedule can be as hostile as a test
+// wants: a warp or a whole CTA is held behind a chosen wait until nothing else can run. A deadlock is an error, not a
+// hang. Shared memory begins as NaN. ThreadSanitizer takes each fiber for a thread; only what orders memory on a GPU
+// orders it here, barriers and inboxes, and neither a switch nor a shuffle does.
 #pragma once
 
 #include <bit>
@@ -47,7 +47,7 @@ struct Adversary {
   int pass = -1;            // how often they have passed the site before
   bool late = false;        // pushes arrive when their inbox is waited for, the last first
   bool last_first = false;  // of the fibers that can run, the last runs first
-  uint32_t noise = 0;       // seed of the error of approximate functions, up to 2 ulp; 0: they are exact
+  uint32_t noise = 0;       // seed of the error of approximate functions, as CUDA documents it; 0: they are exact
 };
 
 // A site that a kernel has passed.
@@ -93,8 +93,12 @@ float* push_target(int rank, int offset, const float* value, int count, int box)
 void push_done(int rank, int count, int box);
 // The address that each lane of the warp gives.
 void exchange_addresses(const void* mine, const void* (&all)[32]);
-std::string run(
-    int ctas, int cluster, int threads, size_t bytes, const std::function<void()>& kernel, bool together);
+// Raises what goes wrong.
+void run(int ctas, int cluster, int threads, size_t bytes, const std::function<void()>& kernel, bool together);
+// Fail unless an access is aligned, within shared memory, and no const load is of memory that the launch writes.
+void check_shared(int offset, size_t bytes);
+void check_load(const void* p, size_t bytes, bool is_const);
+void check_store(const void* p, size_t bytes);
 
 }  // namespace detail
 
@@ -150,15 +154,34 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 }
 
 template <class T>
+inline T* shared_at(int offset) {
+  detail::check_shared(offset, sizeof(T));
+  return reinterpret_cast<T*>(smem() + offset);
+}
+
+template <class T>
 inline T load_const(const T* p) {
+  detail::check_load(p, sizeof(T), true);
   return *p;
 }
 template <class T>
 inline T load_stream(const T* p) {
+  detail::check_load(p, sizeof(T), false);
   return *p;
 }
 template <class T>
 inline void store_stream(T* p, T v) {
+  detail::check_store(p, sizeof(T));
+  *p = v;
+}
+template <class T>
+inline T load(const T* p) {
+  detail::check_load(p, sizeof(T), false);
+  return *p;
+}
+template <class T>
+inline void store(T* p, T v) {
+  detail::check_store(p, sizeof(T));
   *p = v;
 }
 
@@ -185,10 +208,10 @@ inline int max_clusters(void (*)(Arguments), const Launch&, std::string* reason)
   return 1;
 }
 
-// Runs a kernel, one cluster after another; returns what went wrong, or "".
+// Runs a kernel, one cluster after another. Raises what goes wrong.
 template <class Arguments>
-inline std::string launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
-  return detail::run(l.ctas, l.cluster, l.threads, l.shared, [&] { kernel(arguments); }, false);
+inline void launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
+  detail::run(l.ctas, l.cluster, l.threads, l.shared, [&] { kernel(arguments); }, false);
 }
 
 }  // namespace rru::emulated::dev

@@ -1,5 +1,7 @@
-// A check of what the kernels take for granted of a GPU: how the tensor cores' fragments are laid out, and that a number
-// pushed to another CTA arrives where it should. Run before any other kernel on a GPU that is new.
+// A check of what the kernels take for granted of a GPU: how the tensor cores' fragments are laid out, and that a
+// number pushed to another CTA arrives where it should. Run before any other kernel on a GPU that is new.
+
+#include <stdexcept>
 
 #include "refine_layout.h"
 
@@ -22,8 +24,8 @@ DEVICE void multiply(const Product& p, float (&d)[4]) {
     // B goes through shared memory, as the A tile does.
     auto* tile = reinterpret_cast<unsigned short*>(smem() + 4 * kOut);
     for (int i = thread(); i < kDepth16 * 8; i += 32) {
-      tile[i / 8 * 16 + i % 8] = static_cast<unsigned short>(pack_halves<OPERANDS>(p.b[i], 0.f));
-      tile[i / 8 * 16 + i % 8 + 8] = static_cast<unsigned short>(pack_halves<OPERANDS>(-p.b[i], 0.f));
+      tile[i / 8 * 16 + i % 8] = static_cast<unsigned short>(pack_halves<OPERANDS>(load_const(p.b + i), 0.f));
+      tile[i / 8 * 16 + i % 8 + 8] = static_cast<unsigned short>(pack_halves<OPERANDS>(-load_const(p.b + i), 0.f));
     }
     sync("B is written");
     uint32_t b[4];
@@ -31,7 +33,7 @@ DEVICE void multiply(const Product& p, float (&d)[4]) {
     uint32_t a[4];
     UNROLL for (int j = 0; j < 4; j++) {
       const float* from = p.a + (q + 8 * (j & 1)) * kDepth16 + 2 * r + 8 * (j >> 1);
-      a[j] = pack_halves<OPERANDS>(from[0], from[1]);
+      a[j] = pack_halves<OPERANDS>(load_const(from), load_const(from + 1));
     }
     float negative[4] = {};
     if constexpr (OPERANDS == Operands::bf16) {
@@ -47,9 +49,10 @@ DEVICE void multiply(const Product& p, float (&d)[4]) {
   } else {
     uint32_t a[4];
     UNROLL for (int j = 0; j < 4; j++) {
-      a[j] = float_as_uint(p.a[(q + 8 * (j & 1)) * kDepth8 + r + 4 * (j >> 1)]);
+      a[j] = float_as_uint(load_const(p.a + (q + 8 * (j & 1)) * kDepth8 + r + 4 * (j >> 1)));
     }
-    mma_tf32(d, make_uint4(a[0], a[1], a[2], a[3]), float_as_uint(p.b[r * 8 + q]), float_as_uint(p.b[(r + 4) * 8 + q]));
+    const float b0 = load_const(p.b + r * 8 + q), b1 = load_const(p.b + (r + 4) * 8 + q);
+    mma_tf32(d, make_uint4(a[0], a[1], a[2], a[3]), float_as_uint(b0), float_as_uint(b1));
   }
 }
 
@@ -74,23 +77,29 @@ RRU_GLOBAL(32) fragments_kernel(const RRU_PARAMETER Product p) {
   inbox_wait(0, 0, "a product has arrived");
   const auto* received = reinterpret_cast<const float*>(smem());
   for (int i = thread(); i < kOut; i += 32) {
-    p.d[cta() * kOut + i] = received[i] + 1000.f * static_cast<float>(rank());
+    store(p.d + cta() * kOut + i, received[i] + 1000.f * static_cast<float>(rank()));
   }
 #endif
 }
 
 }  // namespace
 
-std::string fragments(
-    const float* a, const float* b, float* d, Dtype dtype, int ctas, int device, void* stream) {
-  const auto run = [&](auto kernel) -> std::string {
+void fragments(const float* a, const float* b, float* d, Dtype dtype, int ctas, int device, void* stream) {
+  const auto run = [&](auto kernel) {
     const Launch l{device, stream, ctas, ctas, 32, 4 * kOut + 2 * 16 * kDepth16};
     std::string reason;
-    return max_clusters(kernel, l, &reason) == 0 ? reason : launch(kernel, l, Product{a, b, d});
+    if (max_clusters(kernel, l, &reason) == 0) {
+      throw std::runtime_error(reason);
+    }
+    launch(kernel, l, Product{a, b, d});
   };
-  return dtype == Dtype::bfloat16 ? run(&fragments_kernel<Operands::bf16>)
-      : dtype == Dtype::float16   ? run(&fragments_kernel<Operands::f16>)
-                                  : run(&fragments_kernel<Operands::tf32>);
+  if (dtype == Dtype::bfloat16) {
+    run(&fragments_kernel<Operands::bf16>);
+  } else if (dtype == Dtype::float16) {
+    run(&fragments_kernel<Operands::f16>);
+  } else {
+    run(&fragments_kernel<Operands::tf32>);
+  }
 }
 
 }  // namespace rru::RRU_PLATFORM

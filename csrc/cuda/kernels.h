@@ -1,5 +1,5 @@
-// The CUDA kernels as csrc/ops calls them: pointers, sizes and a stream, no torch headers. Twice: for a GPU, in namespace
-// cuda, and emulated on a CPU, in namespace emulated.
+// The CUDA kernels as csrc/ops calls them: pointers, sizes and a stream, no torch headers. Twice: for a GPU, in
+// namespace cuda, and emulated on a CPU, in namespace emulated.
 #pragma once
 
 #include <cstddef>
@@ -67,19 +67,19 @@ struct ClusterLaunch {
   size_t shared;      // bytes of shared memory of a CTA
 };
 
-#define RRU_DECLARE_CUDA_KERNELS(platform)                                                                     \
-  namespace platform {                                                                                         \
-  /* Why refine_eval cannot run these sizes, or "". Asks the device how many clusters fit. */                  \
-  std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch);               \
-  /* Bytes of the packed weights. */                                                                           \
-  int64_t refine_packed_bytes(const RefineWeights& weights);                                                   \
-  /* Launch on a stream; return what went wrong, or "". */                                                     \
-  std::string refine_pack(const RefineWeights& weights, void* packed, int device, void* stream);               \
-  std::string refine_eval(const RefineEval& arguments, int device, void* stream);                              \
-  /* d (CTAs, 16, 8) = a b + 1000 rank by one matrix instruction, its operands rounded to a dtype, float32 to TF32, */ \
-  /* each CTA's product pushed to the one before it in a cluster. */                                           \
-  std::string fragments(                                                                                       \
-      const float* a, const float* b, float* d, Dtype dtype, int ctas, int device, void* stream);              \
+// All but refine_packed_bytes raise std::runtime_error if CUDA, or its emulation, reports an error.
+#define RRU_DECLARE_CUDA_KERNELS(platform)                                                                      \
+  namespace platform {                                                                                          \
+  /* Why refine_eval does not carry these sizes, or "". Asks the device how many clusters fit. */               \
+  std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch);                \
+  /* Bytes of the packed weights, which depend on sizes and dtypes alone. */                                    \
+  int64_t refine_packed_bytes(const RefineWeights& weights);                                                    \
+  /* Launch on a stream. */                                                                                     \
+  void refine_pack(const RefineWeights& weights, void* packed, int device, void* stream);                       \
+  void refine_eval(const RefineEval& arguments, int device, void* stream);                                      \
+  /* d (CTAs, 16, 8) = a b + 1000 rank by one matrix instruction, its operands rounded to a dtype, float32 to */ \
+  /* TF32, each CTA's product pushed to the one before it in a cluster. */                                      \
+  void fragments(const float* a, const float* b, float* d, Dtype dtype, int ctas, int device, void* stream);    \
   }
 
 RRU_DECLARE_CUDA_KERNELS(cuda)

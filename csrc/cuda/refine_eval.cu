@@ -6,6 +6,7 @@
 // computes z_s, and z_c of its own channels, and blends.
 
 #include <bit>
+#include <stdexcept>
 
 #include "refine_layout.h"
 
@@ -97,11 +98,6 @@ class Refiner {
   }
 
  private:
-  template <class T>
-  DEVICE T* at(int offset) const {
-    return reinterpret_cast<T*>(smem() + offset);
-  }
-
   DEVICE int ctas() const {
     return 1 << plan_.log2_ctas;
   }
@@ -130,11 +126,11 @@ class Refiner {
       }
     }
     for (int i = t_; i < C::kSlicesShared * C::kSliceUnits; i += C::kThreads) {
-      at<uint4>(At::kW)[i] = load_const(w + C::kSlicesFirst * C::kSliceUnits + i);
+      shared_at<uint4>(At::kW)[i] = load_const(w + C::kSlicesFirst * C::kSliceUnits + i);
     }
     if (plan_.w_c_shared) {
       for (int i = t_; i < plan_.layout.w_c_units; i += C::kThreads) {
-        at<uint4>(At::kWc)[i] = load_const(packed(plan_.layout.w_c) + rank_ * plan_.layout.w_c_units + i);
+        shared_at<uint4>(At::kWc)[i] = load_const(packed(plan_.layout.w_c) + rank_ * plan_.layout.w_c_units + i);
       }
     }
     for (int i = 0; i < plan_.run_rows; i++) {
@@ -153,7 +149,7 @@ class Refiner {
       const float* carry = a_.carry + carry_offset();
       const int there = count();
       UNROLL for (int i = 0; i < C::kRun; i++) {
-        s_[i] = i < there ? carry[i] : 0.f;
+        s_[i] = i < there ? dev::load(carry + i) : 0.f;
       }
     }
     cluster_arrive("inboxes are initialized");
@@ -216,7 +212,7 @@ class Refiner {
   DEVICE void write_difference() {
     const int offset = (t_ / 2 * C::kStride + position_) * C::kElement;
     if constexpr (k16Bit) {
-      auto* to = at<uint4>(At::kA + offset);
+      auto* to = shared_at<uint4>(At::kA + offset);
       UNROLL for (int i = 0; i < C::kRun / 8; i++) {
         uint32_t pairs[4];
         UNROLL for (int j = 0; j < 4; j++) {
@@ -226,7 +222,7 @@ class Refiner {
         to[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
     } else {
-      auto* to = at<float4>(At::kA + offset);
+      auto* to = shared_at<float4>(At::kA + offset);
       UNROLL for (int i = 0; i < C::kRun / 4; i++) {
         to[i] = make_float4(
             quiet(x(4 * i) - s_[4 * i]), quiet(x(4 * i + 1) - s_[4 * i + 1]), quiet(x(4 * i + 2) - s_[4 * i + 2]),
@@ -246,7 +242,7 @@ class Refiner {
           multiply_slice_fp32(part, k, half, [&](int i) { return load_const(w + k * C::kSliceUnits + i); });
         }
         for (int k = C::kSlicesFirst; k < C::kSlices; k++) {
-          const uint4* own = at<uint4>(At::kW) + (k - C::kSlicesFirst) * C::kSliceUnits;
+          const uint4* own = shared_at<uint4>(At::kW) + (k - C::kSlicesFirst) * C::kSliceUnits;
           multiply_slice_fp32(part, k, half, [&](int i) { return own[i]; });
         }
       } else {
@@ -256,7 +252,7 @@ class Refiner {
             if (k < C::kSlicesFirst) {
               w[m] = w_[k < C::kSlicesFirst ? k : 0][m];
             } else {
-              w[m] = at<uint4>(At::kW)[((k - C::kSlicesFirst) * 2 * WARPS + 2 * warp_ + m) * 32 + lane_];
+              w[m] = shared_at<uint4>(At::kW)[((k - C::kSlicesFirst) * 2 * WARPS + 2 * warp_ + m) * 32 + lane_];
             }
           }
           multiply_slice(part, w, k, half);
@@ -287,7 +283,7 @@ class Refiner {
     } else {
       UNROLL for (int tile = 0; tile < kTiles; tile++) {
         const auto* from =
-            at<uint32_t>(At::kA) + (k * 8 + lane_ % 4) * C::kStride + half * C::kRun + tile * 8 + lane_ / 4;
+            shared_at<uint32_t>(At::kA) + (k * 8 + lane_ % 4) * C::kStride + half * C::kRun + tile * 8 + lane_ / 4;
         const uint32_t b0 = from[0], b1 = from[4 * C::kStride];
         if constexpr (OPERANDS == Operands::tf32) {
           UNROLL for (int m = 0; m < 2; m++) {
@@ -323,7 +319,8 @@ class Refiner {
         }
       }
       UNROLL for (int c = 0; c < 4; c++) {
-        const float* from = at<float>(At::kA) + (8 * k + 4 * quarter + c) * C::kStride + half * C::kRun + lane_ % 4 * 2;
+        const float* row = shared_at<float>(At::kA) + (8 * k + 4 * quarter + c) * C::kStride;
+        const float* from = row + half * C::kRun + lane_ % 4 * 2;
         UNROLL for (int tile = 0; tile < TILES / 2; tile++) {
           const float2 a = *reinterpret_cast<const float2*>(from + 8 * tile);
           UNROLL for (int m = 0; m < 2; m++) {
@@ -353,8 +350,8 @@ class Refiner {
     return round_tf32(float_as_uint(quiet(uint_as_float(bits) - uint_as_float(high_part(bits)))));
   }
 
-  // Offset of 2 or 4 positions of a row that this CTA owns, in a source's part of U. Swizzled by tiles of 8 positions, so
-  // that neither pushes nor reads conflict on banks.
+  // Offset of 2 or 4 positions of a row that this CTA owns, in a source's part of U. Swizzled by tiles of 8 positions,
+  // so that neither pushes nor reads conflict on banks.
   DEVICE int inbox_u(int source, int own_row, int p) const {
     return At::kInboxU + 4 * (((source << plan_.log2_rows) + own_row) * C::kP + (p ^ own_row % TILES * 8));
   }
@@ -377,7 +374,7 @@ class Refiner {
     return At::kInboxV + 4 * source * (C::kP + rows());
   }
   DEVICE float* pooled() const {  // (kP,) mean of Y over gate channels
-    return at<float>(At::kVectors);
+    return shared_at<float>(At::kVectors);
   }
   DEVICE float* means() const {  // (kD,) mean of Y over positions
     return pooled() + C::kP;
@@ -392,7 +389,7 @@ class Refiner {
     return z_s() + C::kP;
   }
   DEVICE float& strip(int run_row) const {
-    return at<float>(plan_.strips)[(t_ % 2 * plan_.run_rows + run_row) * C::kChannels + t_ / 2];
+    return shared_at<float>(plan_.strips)[(t_ % 2 * plan_.run_rows + run_row) * C::kChannels + t_ / 2];
   }
 
   DEVICE int64_t u_offset(int t, int row, int p) const {
@@ -419,7 +416,7 @@ class Refiner {
       if (a_.u != nullptr) {
         const float* from = a_.u + u_offset(t, row, p);
         UNROLL for (int i = 0; i < 4; i++) {
-          r.u[i] = p + i < a_.positions ? from[i] : 0.f;
+          r.u[i] = p + i < a_.positions ? dev::load(from + i) : 0.f;
         }
       }
     }
@@ -490,14 +487,14 @@ class Refiner {
     float4 u = make_float4(r.u[0], r.u[1], r.u[2], r.u[3]);
     const int sources = p < a_.positions ? ctas() : 0;  // positions past the last tile are not pushed
     UNROLL_BY_4 for (int source = 0; source < sources; source++) {
-      const float4 part = *at<float4>(inbox_u(source, own, p));
+      const float4 part = *shared_at<float4>(inbox_u(source, own, p));
       u = make_float4(u.x + part.x, u.y + part.y, u.z + part.z, u.w + part.w);
     }
     float values[4] = {u.x, u.y, u.z, u.w};
     UNROLL for (int i = 0; i < 4; i++) {
       const bool is_there = p + i < a_.positions;
       if (is_there && a_.u_out != nullptr) {
-        a_.u_out[u_offset(t, rank_ * rows() + own, p) + i] = values[i];
+        store(a_.u_out + u_offset(t, rank_ * rows() + own, p) + i, values[i]);
       }
       const bool counts = is_there || RRU_MUTANT("positions past the last are pooled");
       values[i] = counts ? relu(values[i] * r.scale + r.shift) : 0.f;
@@ -508,7 +505,7 @@ class Refiner {
   // 4 positions of an own row, in all parts of U, have been read or do not count.
   DEVICE void drop(int own, int p) {
     for (int source = 0; source < ctas() && own < rows(); source++) {
-      inbox_retire(at<float>(inbox_u(source, own, p)), 4);
+      inbox_retire(shared_at<float>(inbox_u(source, own, p)), 4);
     }
   }
 
@@ -518,14 +515,14 @@ class Refiner {
       float sum = 0.f;
       for (int i = 0; i < ctas(); i++) {
         const int source = RRU_MUTANT("sums begin at the own rank") ? (rank_ + i) & (ctas() - 1) : i;
-        float* from = at<float>(inbox_v(source)) + p;
+        float* from = shared_at<float>(inbox_v(source)) + p;
         sum += *from;
         inbox_retire(from, 1);
       }
       pooled()[p] = sum * plan_.per_d;
     }
     // kD = kThreads
-    float* from = at<float>(inbox_v(t_ >> plan_.log2_rows)) + C::kP + (t_ & (rows() - 1));
+    float* from = shared_at<float>(inbox_v(t_ >> plan_.log2_rows)) + C::kP + (t_ & (rows() - 1));
     means()[t_] = *from;
     inbox_retire(from, 1);
     sync("pooled means are written");
@@ -540,7 +537,7 @@ class Refiner {
       if (t_ % 2 == 0) {
         hidden()[t_ / 2] = sum;
         if (a_.h != nullptr && rank_ == 0 && t_ / 2 < a_.num_attn) {
-          a_.h[step * a_.num_attn + t_ / 2] = sum;
+          store(a_.h + step * a_.num_attn + t_ / 2, sum);
         }
       }
     }
@@ -549,7 +546,7 @@ class Refiner {
       const float half = plan_.layout.w_c_is_float ? channel_logit<true>() : channel_logit<false>();
       z_c_ = half + shfl_xor(half, 1);
       if (a_.z_c != nullptr && t_ % 2 == 0 && channel_ < a_.channels) {
-        a_.z_c[step * a_.channels + channel_] = z_c_;
+        store(a_.z_c + step * a_.channels + channel_, z_c_);
       }
     }
     sync("h is written");
@@ -566,7 +563,7 @@ class Refiner {
         if (t_ % 4 == 0 && p < C::kP) {
           z_s()[p] = sum;
           if (a_.z_s != nullptr && rank_ == 0 && p < a_.positions) {
-            a_.z_s[step * a_.positions + p] = sum;
+            store(a_.z_s + step * a_.positions + p, sum);
           }
         }
       }
@@ -583,7 +580,7 @@ class Refiner {
   DEVICE float channel_logit() const {
     const float* mean = means() + t_ % 2 * (C::kD / 2);
     const uint4* from = packed(plan_.layout.w_c) + rank_ * plan_.layout.w_c_units + t_;
-    const uint4* own = at<uint4>(At::kWc) + t_;
+    const uint4* own = shared_at<uint4>(At::kWc) + t_;
     constexpr int kPerUnit = FLOAT ? 4 : 8;
     float sum = 0.f;
     UNROLL_BY_4 for (int i = 0; i < C::kD / 2 / kPerUnit; i++) {
@@ -604,7 +601,7 @@ class Refiner {
 
   // S_t = S_{t-1} + Z A, eq. 4 and 5.
   DEVICE void blend() {
-    const auto* tile = at<float>(At::kA) + t_ / 2 * C::kStride + position_;
+    const auto* tile = shared_at<float>(At::kA) + t_ / 2 * C::kStride + position_;
     UNROLL for (int i = 0; i < C::kRun; i++) {
       const float difference = k16Bit ? x(i) - s_[i] : tile[i];
       const float z = div_(1.f, 1.f + exp_(-z_c_ * z_s()[position_ + i]));
@@ -672,7 +669,7 @@ class Refiner {
       float* carry = a_.carry + carry_offset();
       UNROLL for (int i = 0; i < C::kRun; i++) {
         if (i < there) {
-          carry[i] = s_[i];
+          store(carry + i, s_[i]);
         }
       }
     }
@@ -685,12 +682,12 @@ class Refiner {
     const int height = a_.positions / a_.width, begin = C::kRun / a_.width;
     for (int i = t_; i < C::kChannels * height; i += C::kThreads) {
       const int c = i % C::kChannels, row = i / C::kChannels, channel = rank_ * C::kChannels + c;
-      const auto* own = at<float>(plan_.strips) + c;
+      const auto* own = shared_at<float>(plan_.strips) + c;
       float sum = row < plan_.run_rows ? own[row * C::kChannels] : 0.f;
       sum += row >= begin && row - begin < plan_.run_rows ? own[(plan_.run_rows + row - begin) * C::kChannels] : 0.f;
       if (channel < a_.channels) {
         float* to = a_.strips + (static_cast<int64_t>(clip_) * a_.channels + channel) * height + row;
-        *to = a_.first == 0 ? sum : *to + sum;
+        store(to, a_.first == 0 ? sum : dev::load(to) + sum);
       }
     }
   }
@@ -743,7 +740,7 @@ std::string over(const char* name, int value, int limit) {
   return value <= limit ? "" : name + (" of " + std::to_string(value)) + ", at most " + std::to_string(limit);
 }
 
-// Runs `f` with a kernel, its launch and its arguments, if these sizes are carried; returns what it does, or the reason.
+// Calls `f` with a kernel, its launch and its arguments, if these sizes are carried; returns the reason if not, or "".
 template <class F>
 std::string with_kernel(const RefineEval& a, int device, void* stream, F f) {
   for (const std::string& reason :
@@ -761,10 +758,10 @@ std::string with_kernel(const RefineEval& a, int device, void* stream, F f) {
       return over("shared memory", static_cast<int>(l.shared), max_shared(device));
     }
     std::string reason;
-    if (max_clusters(&refine_eval_kernel<O, WARPS, TILES>, l, &reason) == 0) {
-      return reason;
+    if (max_clusters(&refine_eval_kernel<O, WARPS, TILES>, l, &reason) > 0) {
+      f(&refine_eval_kernel<O, WARPS, TILES>, l, call);
     }
-    return f(&refine_eval_kernel<O, WARPS, TILES>, l, call);
+    return reason;
   });
 }
 
@@ -773,14 +770,15 @@ std::string with_kernel(const RefineEval& a, int device, void* stream, F f) {
 std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch) {
   return with_kernel(arguments, device, nullptr, [&](auto, const Launch& l, const Call&) {
     *launch = {l.cluster, l.threads, l.shared + kInboxBytes};
-    return std::string();
   });
 }
 
-std::string refine_eval(const RefineEval& arguments, int device, void* stream) {
-  return with_kernel(arguments, device, stream, [](auto kernel, const Launch& l, const Call& call) {
-    return launch(kernel, l, call);
-  });
+void refine_eval(const RefineEval& arguments, int device, void* stream) {
+  const std::string lacks = with_kernel(
+      arguments, device, stream, [](auto kernel, const Launch& l, const Call& call) { launch(kernel, l, call); });
+  if (!lacks.empty()) {
+    throw std::runtime_error(lacks);
+  }
 }
 
 }  // namespace rru::RRU_PLATFORM

@@ -37,7 +37,7 @@ struct Cut {
   static constexpr int kSlicesFirst = k16Bit ? kSlices : std::max(1, kSlices / 5);
   static constexpr int kSlicesShared = kSlices - kSlicesFirst;
   // 16-byte units of packed weights.
-  static constexpr int kSliceUnits = 2 * WARPS * 32;  // of a slice of W: a tile of 16 rows, a lane; fp32: 4 channels, a row
+  static constexpr int kSliceUnits = 2 * WARPS * 32;  // of a slice of W, by lane of a tile of 16 rows; fp32: by row
   static constexpr int kWs1 = TILES;                  // per thread: half of the positions of one attention unit
   static constexpr int kPasses = std::max(1, TILES / WARPS);
   static constexpr int kWs2 = kPasses * WARPS;        // per thread: a quarter of the units of one position per pass

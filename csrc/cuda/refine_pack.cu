@@ -141,7 +141,7 @@ template <Operands OPERANDS, int WARPS, int TILES>
 RRU_GLOBAL(kPackThreads) refine_pack_kernel(const RRU_PARAMETER Packing p) {
   const int i = cta() * kPackThreads + thread();
   if (i < p.layout.end) {
-    p.packed[i] = Packer<Cut<OPERANDS, WARPS, TILES>, OPERANDS, WARPS>(p).unit(i);
+    store(p.packed + i, Packer<Cut<OPERANDS, WARPS, TILES>, OPERANDS, WARPS>(p).unit(i));
   }
 }
 
@@ -158,11 +158,11 @@ int64_t refine_packed_bytes(const RefineWeights& weights) {
   });
 }
 
-std::string refine_pack(const RefineWeights& weights, void* packed, int device, void* stream) {
-  return with_cut(shape_of(weights), [&]<Operands O, int WARPS, int TILES>() -> std::string {
+void refine_pack(const RefineWeights& weights, void* packed, int device, void* stream) {
+  with_cut(shape_of(weights), [&]<Operands O, int WARPS, int TILES>() {
     const PackedLayout layout = layout_of<Cut<O, WARPS, TILES>>(weights);
     const Launch l{device, stream, (layout.end + kPackThreads - 1) / kPackThreads, 1, kPackThreads, 0};
-    return launch(&refine_pack_kernel<O, WARPS, TILES>, l, Packing{weights, layout, static_cast<uint4*>(packed)});
+    launch(&refine_pack_kernel<O, WARPS, TILES>, l, Packing{weights, layout, static_cast<uint4*>(packed)});
   });
 }
 

@@ -17,20 +17,47 @@
 namespace rru {
 namespace {
 
+// The kernels of one platform.
+struct Kernels {
+  decltype(&cuda::refine_eval_lacks) lacks;
+  decltype(&cuda::refine_packed_bytes) packed_bytes;
+  decltype(&cuda::refine_pack) pack;
+  decltype(&cuda::refine_eval) eval;
+  decltype(&cuda::fragments) fragments;
+};
+
+#define RRU_KERNELS_OF(platform) \
+  {&platform::refine_eval_lacks, &platform::refine_packed_bytes, &platform::refine_pack, &platform::refine_eval, \
+   &platform::fragments}
+
+// The kernels for a tensor's device: on a GPU, or emulated.
+const Kernels& kernels_on(const Tensor& x) {
 #ifdef RRU_HAS_CUDA
-#define RRU_ON_GPU(call) cuda::call
-#else
-#define RRU_ON_GPU(call) not_built("CUDA kernels")
+  static const Kernels on_gpu RRU_KERNELS_OF(cuda);
+  if (x.is_cuda()) {
+    return on_gpu;
+  }
 #endif
 #ifdef RRU_HAS_EMULATION
-#define RRU_ON_CPU(call) emulated::call
-#else
-#define RRU_ON_CPU(call) not_built("emulated CUDA kernels")
+  static const Kernels on_cpu RRU_KERNELS_OF(emulated);
+  if (x.is_cpu()) {
+    return on_cpu;
+  }
 #endif
-#define RRU_ON_DEVICE_OF(x, call) ((x).is_cuda() ? RRU_ON_GPU(call) : RRU_ON_CPU(call))
+  TORCH_CHECK_VALUE(
+      false, "backend: got 'cuda' with tensors on ", x.device(), ", wanted a device for which this build has kernels");
+}
 
-[[maybe_unused]] std::string not_built(const char* what) {
-  return std::string("this build has no ") + what;
+// Runs a kernel, whose error names the backend that needs none.
+template <class F>
+void run(const char* kernel, F launch) {
+  try {
+    launch();
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(
+        false, "backend: got 'cuda', whose ", kernel, " failed: ", error.what(),
+        "; wanted backend='composite', which needs no CUDA kernels");
+  }
 }
 
 Dtype dtype_of(const char* name, const Tensor& tensor) {
@@ -93,28 +120,19 @@ RefineEval sizes_of(const Tensor& x, int64_t d, int64_t num_attn, c10::string_vi
 std::tuple<std::string, std::vector<int64_t>> plan(
     const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
   RefineEval a = sizes_of(x, d, num_attn, precision);
+  if (w_c) {
+    check("w_c", *w_c, {a.channels, d});
+  }
   a.channel = w_c.has_value();
   a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
   ClusterLaunch launch{};
-  std::string lacks = RRU_ON_DEVICE_OF(x, refine_eval_lacks(a, x.get_device(), &launch));
+  std::string lacks;
+  run("refine_eval", [&] { lacks = kernels_on(x).lacks(a, x.get_device(), &launch); });
   return {std::move(lacks), {launch.ctas, launch.threads, static_cast<int64_t>(launch.shared)}};
 }
 
-void check_success(const char* what, const std::string& error) {
-  TORCH_CHECK(
-      error.empty(), "backend: got 'cuda', whose ", what, " failed: ", error,
-      "; wanted backend='composite', which needs no CUDA kernels");
-}
-
-Tensor pack(
-    const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
-    const Tensor& running_var, const OptionalTensor& w_s1, const OptionalTensor& w_s2, const OptionalTensor& w_c,
-    double eps, c10::string_view precision, int64_t stream) {
-  const int64_t d = w.size(0), num_attn = w_s1 ? w_s1->size(0) : 0;
-  const RefineEval a = sizes_of(x, d, num_attn, precision);
-  check("w", w, {d, a.channels});
-  check_on_device("w", w, x);
-  TORCH_CHECK_VALUE(w.stride(1) == 1 || a.channels == 1, "w: got strides ", w.strides(), ", wanted contiguous rows");
+// Sizes and dtypes of weights, which decide how they are packed.
+RefineWeights weights_of(const RefineEval& a) {
   RefineWeights weights{};
   weights.channels = a.channels;
   weights.positions = a.positions;
@@ -122,6 +140,21 @@ Tensor pack(
   weights.num_attn = a.num_attn;
   weights.dtype = a.dtype;
   weights.float32 = a.float32;
+  weights.w_c.dtype = a.w_c;
+  return weights;
+}
+
+Tensor pack(
+    const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
+    const Tensor& running_var, const OptionalTensor& w_s1, const OptionalTensor& w_s2, const OptionalTensor& w_c,
+    double eps, c10::string_view precision, int64_t stream) {
+  const int64_t d = w.size(0), num_attn = w_s1 ? w_s1->size(0) : 0;
+  RefineEval a = sizes_of(x, d, num_attn, precision);
+  a.w_c = a.dtype;
+  check("w", w, {d, a.channels});
+  check_on_device("w", w, x);
+  TORCH_CHECK_VALUE(w.stride(1) == 1 || a.channels == 1, "w: got strides ", w.strides(), ", wanted contiguous rows");
+  RefineWeights weights = weights_of(a);
   weights.w = {w.const_data_ptr(), dtype_of("w", w)};
   weights.w_row = w.stride(0);
   weights.gamma = any("gamma", gamma, {d}, x);
@@ -133,22 +166,14 @@ Tensor pack(
     weights.w_s1 = any("w_s1", *w_s1, {num_attn, a.positions}, x);
     weights.w_s2 = any("w_s2", *w_s2, {a.positions, num_attn}, x);
   }
-  weights.w_c = w_c ? any("w_c", *w_c, {a.channels, d}, x) : AnyTensor{nullptr, a.dtype};
-  const int64_t bytes = [&] {
-#ifdef RRU_HAS_CUDA
-    if (x.is_cuda()) {
-      return cuda::refine_packed_bytes(weights);
-    }
-#endif
-#ifdef RRU_HAS_EMULATION
-    return emulated::refine_packed_bytes(weights);
-#endif
-    return int64_t{0};
-  }();
-  Tensor packed = at::empty({bytes}, x.options().dtype(at::kByte));
-  const auto error = RRU_ON_DEVICE_OF(
-      x, refine_pack(weights, packed.mutable_data_ptr(), x.get_device(), reinterpret_cast<void*>(stream)));
-  check_success("refine_pack", error);
+  if (w_c) {
+    weights.w_c = any("w_c", *w_c, {a.channels, d}, x);
+  }
+  const Kernels& kernels = kernels_on(x);
+  Tensor packed = at::empty({kernels.packed_bytes(weights)}, x.options().dtype(at::kByte));
+  run("refine_pack", [&] {
+    kernels.pack(weights, packed.mutable_data_ptr(), x.get_device(), reinterpret_cast<void*>(stream));
+  });
   return packed;
 }
 
@@ -156,8 +181,8 @@ Tensor pack(
 void eval(
     const Tensor& x, const Tensor& packed, const OptionalTensor& w_c, const OptionalTensor& u,
     const OptionalTensor& lengths, const OptionalTensor& state_s, const Tensor& features, const Tensor& strips,
-    const OptionalTensor& carry, at::TensorList saved, int64_t d, int64_t num_attn, c10::string_view precision, int64_t first,
-    int64_t end, int64_t stream) {
+    const OptionalTensor& carry, at::TensorList saved, int64_t d, int64_t num_attn, c10::string_view precision,
+    int64_t first, int64_t end, int64_t stream) {
   RefineEval a = sizes_of(x, d, num_attn, precision);
   const int64_t clips = a.clips, steps = a.frames - (state_s ? 0 : 1);
   TORCH_CHECK_VALUE(
@@ -166,6 +191,9 @@ void eval(
   a.first = static_cast<int>(first);
   a.end = static_cast<int>(end);
   a.spatial = num_attn > 0;
+  if (w_c) {
+    check("w_c", *w_c, {a.channels, d});
+  }
   a.channel = w_c.has_value();
   a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
   a.has_state = state_s.has_value();
@@ -175,6 +203,8 @@ void eval(
     check_on_device("state_s", *state_s, x);
     a.state = maps_of("state_s", state_s->unsqueeze(1));
   }
+  const Kernels& kernels = kernels_on(x);
+  check("packed", packed, {kernels.packed_bytes(weights_of(a))}, at::kByte);
   check_on_device("packed", packed, x);
   a.packed = packed.const_data_ptr();
   const int64_t gated = a.has_state || first > 0 ? first : 1;
@@ -193,7 +223,8 @@ void eval(
   TORCH_CHECK_VALUE(first == 0 || a.carry != nullptr, "carry: got None with first=", first, ", wanted a tensor");
   check("features", features, x.sizes(), x.scalar_type());
   check_on_device("features", features, x);
-  TORCH_CHECK_VALUE(features.is_contiguous(), "features: got strides ", features.strides(), ", wanted a contiguous tensor");
+  TORCH_CHECK_VALUE(
+      features.is_contiguous(), "features: got strides ", features.strides(), ", wanted a contiguous tensor");
   a.features = features.mutable_data_ptr();
   a.strips = written<float>("strips", strips, {clips, a.channels, x.size(3)}, x);
   if (!saved.empty()) {
@@ -209,8 +240,7 @@ void eval(
       a.z_c = written<float>("saved[2]", saved[2], {steps, clips, a.channels}, x);
     }
   }
-  check_success(
-      "refine_eval", RRU_ON_DEVICE_OF(x, refine_eval(a, x.get_device(), reinterpret_cast<void*>(stream))));
+  run("refine_eval", [&] { kernels.eval(a, x.get_device(), reinterpret_cast<void*>(stream)); });
 }
 
 // The product of a (16, K) and b (K, 8) by one matrix instruction of a dtype, and 1000 times its rank, by each CTA of a
@@ -223,12 +253,11 @@ Tensor fragments(const Tensor& a, const Tensor& b, at::ScalarType dtype, int64_t
   TORCH_CHECK_VALUE(a.is_contiguous() && b.is_contiguous(), "a, b: got other strides, wanted contiguous tensors");
   Tensor d = at::full({ctas, 16, 8}, std::nan(""), a.options());
   const auto of = dtype == at::kFloat ? Dtype::float32 : dtype == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
-  check_success(
-      "fragments",
-      RRU_ON_DEVICE_OF(
-          a, fragments(
-                 a.const_data_ptr<float>(), b.const_data_ptr<float>(), d.mutable_data_ptr<float>(), of,
-                 static_cast<int>(ctas), a.get_device(), reinterpret_cast<void*>(stream))));
+  run("fragments", [&] {
+    kernels_on(a).fragments(
+        a.const_data_ptr<float>(), b.const_data_ptr<float>(), d.mutable_data_ptr<float>(), of, static_cast<int>(ctas),
+        a.get_device(), reinterpret_cast<void*>(stream));
+  });
   return d;
 }
 
@@ -244,8 +273,8 @@ TORCH_LIBRARY_FRAGMENT(rru_fast, m) {
       TORCH_FN(pack));
   m.def(
       "refine_cuda_eval(Tensor x, Tensor packed, Tensor? w_c, Tensor? u, Tensor? lengths, Tensor? state_s, "
-      "Tensor(a!) features, Tensor(b!) strips, Tensor(c!)? carry, Tensor(d!)[] saved, int d, int num_attn, str precision, "
-      "int first, int end, int stream) -> ()",
+      "Tensor(a!) features, Tensor(b!) strips, Tensor(c!)? carry, Tensor(d!)[] saved, int d, int num_attn, "
+      "str precision, int first, int end, int stream) -> ()",
       TORCH_FN(eval));
 }
 

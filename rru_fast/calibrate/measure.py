@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rru_fast import backends
 from rru_fast.auto.decisions import HOUR, Decision
 from rru_fast.auto.kinds import Kind
 from rru_fast.calibrate import cases
@@ -179,7 +180,10 @@ def hold(kind: Kind, device: torch.device, backend: str, note: Note, draw: Draw 
             note(f"parity of {backend}, {of}", backend)
             # Small calls are not worth the compilation of all configs.
             with _blaming(backend, device), _untuned() if number < len(small) else nullcontext():
+                backends.forget_runs()
                 got = case.results(backend)
+                if backend not in (ran := backends.ran().get(of.op, [])):
+                    raise BackendError(f"leaves {of} to {', '.join(ran)}")
                 if turn == 0:
                     _check_repeatable(case, backend, got)
             for name, value in got.items():

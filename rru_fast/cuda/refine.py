@@ -7,6 +7,7 @@ scratch memory: a segment's launch takes over the state of the one before in fp3
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from rru_fast import cuda
 from rru_fast.arguments import RefineArguments, RefineOutputs
-from rru_fast.precision import conv_precision
+from rru_fast.precision import conv_precision, convolutions_in
+from rru_fast.triton._device import on_device
 
-# Motion of a segment of frames, at least one. A launch reloads the weights, the time of half a frame.
+# Motion of a segment of frames, at least one; its product and the convolution's own scratch come on top. A launch
+# reloads the weights.
 SEGMENT_BYTES = 128 * 2**20
 
 
@@ -30,15 +33,17 @@ def not_carried(args: RefineArguments) -> str | None:
     why = cuda.not_carried("refine", dtype, args.training, args.inputs, *sizes)
     if why is not None:
         return why
-    # Asks the GPU how many clusters of this size it can hold.
+    # Asks the GPU whether it can hold a cluster of this size.
     precision = conv_precision(args.x.dtype)
-    lacks, _ = torch.ops.rru_fast.refine_cuda_plan(args.x, args.w.shape[0], num_attn, args.w_c, precision)
+    with on_device(args.x):
+        lacks, _ = torch.ops.rru_fast.refine_cuda_plan(args.x, args.w.shape[0], num_attn, args.w_c, precision)
     return lacks or None
 
 
 def forward(args: RefineArguments, save: bool) -> RefineOutputs:
     """Run eq. 1-5 and 9."""
-    return _Forward(args, save).run()
+    with on_device(args.x):
+        return _Forward(args, save).run()
 
 
 class _Forward:
@@ -147,8 +152,10 @@ class _Forward:
             assert args.state_x is not None
             motion[:, 1:] -= x[:, : end - 1]
             motion[:, 0] -= args.state_x.flatten(2)
-        # A convolution follows the settings of the one that the unit replaces.
-        projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
+        # A convolution follows the setting of the one that the unit replaces; 16-bit maps have no other.
+        own = convolutions_in(conv_precision(x.dtype)) if x.dtype == torch.float32 else nullcontext()
+        with own:
+            projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
         projected = projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
         if not self.save:
             return projected.contiguous()

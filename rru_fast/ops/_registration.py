@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -110,7 +111,11 @@ class _Cuda:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, FallbackWarning, stacklevel=2)
+    """Warn at the line that called the library."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rru_fast", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FallbackWarning, stacklevel=level)
 
 
 class _Untuned:

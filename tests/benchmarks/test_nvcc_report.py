@@ -61,6 +61,8 @@ def test_the_loop_is_read_from_its_first_matrix_instruction_on() -> None:
         ({"stack": 25, "sm": 100}, ["stack 25, at most 24"]),
         ({"stack": 16, "dtype": "float32 ieee", "matrix": 0}, []),
         ({"shared": 232_449}, ["shared 232449, at most 232448"]),
+        ({"shared": None}, ["shared memory is not known, as this build cannot emulate the kernel"]),
+        ({"registers": 256}, ["registers 256, at most 255"]),
         ({"in a row": 25}, ["in a row 25, at most 24"]),
         ({"draining": 1}, ["draining 1, at most 0"]),
         ({"spills in product": 1}, ["spills in product 1, at most 0"]),

@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <map>
+#include <stdexcept>
 #include <string>
 
 using namespace rru::emulated::dev;
@@ -133,6 +134,31 @@ void poisoned(const Arguments a) {
   }
 }
 
+void const_load_of_written(const Arguments a) {
+  if (thread() == 0) {
+    store(a.out, load_const(a.out) + 1.f);
+  }
+}
+
+void const_load_after_a_store(const Arguments a) {
+  if (thread() == 0) {
+    store_stream(a.out, 1.f);
+    store(a.out + 1, load_const(a.out));
+  }
+}
+
+void misaligned_load(const Arguments a) {
+  load_stream(reinterpret_cast<const float2*>(a.out + 1));
+}
+
+void misaligned_shared(const Arguments) {
+  *shared_at<float4>(8) = float4{};
+}
+
+void shared_out_of_bounds(const Arguments) {
+  *shared_at<float>(1024) = 0.f;
+}
+
 // Right by the order in which fibers run; a race for ThreadSanitizer.
 void race(const Arguments a) {
   if (thread() == 0) {
@@ -172,6 +198,11 @@ int main(int argc, char** argv) {
       {"some_lanes", some_lanes},
       {"ldmatrix_misaligned", ldmatrix_misaligned},
       {"wait_without_arrive", wait_without_arrive},
+      {"const_load_of_written", const_load_of_written},
+      {"const_load_after_a_store", const_load_after_a_store},
+      {"misaligned_load", misaligned_load},
+      {"misaligned_shared", misaligned_shared},
+      {"shared_out_of_bounds", shared_out_of_bounds},
       {"poisoned", poisoned},
       {"race", race},
       {"no_race", no_race}};
@@ -183,8 +214,13 @@ int main(int argc, char** argv) {
     adversary().cta = 0;
     adversary().pass = 0;
   }
-  float out[2] = {-1.f, -1.f};
-  const std::string error = launch(kernels.at(argv[1]), Launch{0, nullptr, 2, 2, 64, 1024}, Arguments{out});
+  alignas(16) float out[4] = {-1.f, -1.f};
+  std::string error;
+  try {
+    launch(kernels.at(argv[1]), Launch{0, nullptr, 2, 2, 64, 1024}, Arguments{out});
+  } catch (const std::runtime_error& raised) {
+    error = raised.what();
+  }
   std::printf("%s|%g %g\n", error.c_str(), out[0], out[1]);
   return error.empty() ? 0 : 2;
 }

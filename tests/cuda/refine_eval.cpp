@@ -15,6 +15,7 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,7 @@ struct Case {
   Dtype dtype = Dtype::float32;
   Float32 float32 = Float32::tf32x3;
   bool spatial = true, channel = true, motion = true, state = false, ragged = false, float_w_c = false;
-  Layout layout = Layout::contiguous;
+  Layout layout = Layout::contiguous, state_layout = Layout::contiguous;
   int split = 0;         // frames of a first launch, whose state the second one takes over
   double gate = 1;       // scale of the attention weights
   bool twins = false;    // the second half of the channels equals the first, in maps and weights
@@ -64,7 +65,7 @@ const Cases& cases() {
       add("spatial", {.channel = false});
       add("channel", {.spatial = false});
       add("appearance", {.motion = false});
-      add("state", {.state = true});
+      add("state", {.state = true, .state_layout = Layout::odd});
       add("ragged", {.clips = 3, .frames = 5, .ragged = true});
       add("ragged state split", {.clips = 3, .frames = 5, .state = true, .ragged = true, .split = 2});
       add("split", {.frames = 5, .split = 2});
@@ -74,6 +75,8 @@ const Cases& cases() {
       add("odd", {.layout = Layout::odd});
       add("vector", {.height = 8, .width = 4});
       add("vector state", {.height = 8, .width = 8, .state = true});
+      add("vector, state channels last",
+          {.height = 8, .width = 4, .state = true, .state_layout = Layout::channels_last});
       add("narrow", {.channels = 20, .height = 5, .width = 1});
       add("wide", {.channels = 20, .height = 2, .width = 30});
       add("weak gate", {.frames = 12, .gate = 0.03});
@@ -114,6 +117,17 @@ struct Stored {
     return dtype == Dtype::float32 ? static_cast<const void*>(values.data()) : halves.data();
   }
 };
+
+// What a launch raises, or "".
+template <class F>
+std::string error_of(F launch) {
+  try {
+    launch();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
 
 struct Results {
   std::vector<float> features, strips, carry, u, z_s, z_c, h;
@@ -193,10 +207,11 @@ class Test {
     weights.w_c.dtype = w_c_dtype();
     std::vector<dev::float4> packed(emulated::refine_packed_bytes(weights) / 16);
     std::memset(static_cast<void*>(packed.data()), 0xff, packed.size() * 16);
-    if (auto error = emulated::refine_pack(weights, packed.data(), 0, nullptr); !error.empty()) {
+    if (auto error = error_of([&] { emulated::refine_pack(weights, packed.data(), 0, nullptr); }); !error.empty()) {
       return error;
     }
-    const Stored x(laid_out(x_, c_.frames), c_.dtype), state_s(laid_out(state_s_, 1), c_.dtype);
+    const Stored x(laid_out(x_, c_.frames, c_.layout), c_.dtype);
+    const Stored state_s(laid_out(state_s_, 1, c_.state_layout), c_.dtype);
     std::vector<uint16_t> halves(r.features.size(), 0xffff);
     RefineEval a{};
     a.clips = c_.clips;
@@ -212,9 +227,9 @@ class Test {
     a.spatial = c_.spatial;
     a.channel = c_.channel;
     a.has_state = c_.state;
-    a.x = maps(x.data(), c_.frames);
+    a.x = maps(x.data(), c_.frames, c_.layout);
     if (c_.state) {
-      a.state = maps(state_s.data(), 1);
+      a.state = maps(state_s.data(), 1, c_.state_layout);
     }
     a.packed = packed.data();
     a.u = c_.motion ? r.u.data() : nullptr;
@@ -231,7 +246,7 @@ class Test {
     for (int first = 0; first < c_.frames; first += split) {
       a.first = first;
       a.end = first == 0 ? split : c_.frames;
-      if (auto error = emulated::refine_eval(a, 0, nullptr); !error.empty()) {
+      if (auto error = error_of([&] { emulated::refine_eval(a, 0, nullptr); }); !error.empty()) {
         return error;
       }
       if (first > 0) {
@@ -315,10 +330,10 @@ class Test {
     return c_.float_w_c ? Dtype::float32 : c_.dtype;
   }
 
-  // (B, F, C, P) in the case's layout.
-  Maps maps(const void* data, int frames) const {
+  // (B, F, C, P) in a layout.
+  Maps maps(const void* data, int frames, Layout layout) const {
     const int64_t c = c_.channels, p = p_;
-    switch (c_.layout) {
+    switch (layout) {
       case Layout::channels_last:
         return {data, frames * p * c, p * c, 1, c};
       case Layout::odd:
@@ -328,8 +343,8 @@ class Test {
     }
   }
 
-  std::vector<float> laid_out(const std::vector<float>& values, int frames) const {
-    const Maps m = maps(nullptr, frames);
+  std::vector<float> laid_out(const std::vector<float>& values, int frames, Layout layout) const {
+    const Maps m = maps(nullptr, frames, layout);
     std::vector<float> to(c_.clips * m.clip);
     for (int64_t i = 0; i < static_cast<int64_t>(values.size()); i++) {
       const int64_t p = i % p_, c = i / p_ % c_.channels, t = i / p_ / c_.channels % frames;

@@ -197,6 +197,63 @@ def test_every_precision_has_its_own_error(
 
 
 @emulated
+@pytest.mark.parametrize(("asked", "allowed", "motion"), [("ieee", True, "ieee"), ("tf32x3", True, "ieee")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_motion_is_multiplied_in_the_precision_that_is_asked_for(
+    dtype: torch.dtype, asked: str, allowed: bool, motion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setting() -> str:
+        found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return found
+
+    seen: list[str] = []
+
+    def conv1d(*args: Any) -> torch.Tensor:
+        seen.append(setting())
+        return torch.conv1d(*args)
+
+    monkeypatch.setattr("torch.nn.functional.conv1d", conv1d)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    monkeypatch.setenv("RRU_FAST_FLOAT32", asked)
+    before = setting()
+    call = parity.make_call(Case((2, 3, 20, 4, 2), hidden=9, mode="eval"), dtype).map(lambda v: v.to(dtype))
+    forward(call)
+    assert seen == [motion if dtype == torch.float32 else before]
+    assert setting() == before == "tf32"
+
+
+@emulated
+def test_maps_at_an_address_that_is_not_aligned_are_read_one_by_one() -> None:
+    call = parity.make_call(Case((2, 3, 20, 8, 4), hidden=9, mode="eval")).map(lambda v: v.float())
+    wanted = forward(call).features
+    call.x = torch.cat((torch.zeros(1), call.x.flatten()))[1:].view_as(call.x)
+    assert call.x.data_ptr() % 16 != 0
+    assert torch.equal(forward(call).features, wanted)
+
+
+@emulated
+def test_weights_packed_for_other_sizes_are_refused() -> None:
+    x, weights = torch.zeros(1, 2, 20, 4, 2), torch.zeros(64, dtype=torch.uint8)
+    outputs = torch.empty_like(x), torch.empty(1, 20, 4)
+    with pytest.raises(ValueError, match=r"^packed: got shape \[64\], wanted \["):
+        torch.ops.rru_fast.refine_cuda_eval(
+            x, weights, None, None, None, None, *outputs, None, [], 30, 0, "ieee", 0, 2, 0
+        )
+
+
+@emulated
+def test_calibration_refuses_a_backend_that_leaves_its_calls_to_another() -> None:
+    from rru_fast.calibrate.measure import BackendError, hold
+
+    # Of maps of one column, a CTA's strips take more shared memory than fp32 leaves.
+    x, w, w_s1 = torch.empty(1, 2, 2048, 64, 1), torch.empty(256, 4096), torch.empty(16, 64)
+    kind = RefineKind.from_key(refine_key(x, w, w_s1, None, "appearance+motion", False, False))
+    assert kind.is_carried("cuda")
+    with pytest.raises(BackendError, match=r"^leaves refine, eval, .* to composite$"):
+        hold(kind, torch.device("cpu"), "cuda", lambda doing, backend: None)
+
+
+@emulated
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

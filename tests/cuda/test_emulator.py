@@ -39,6 +39,11 @@ def test_a_correct_kernel_runs_under_any_schedule(emulator: Program, held: tuple
         "some_lanes": "deadlock: 64 threads wait at 'shfl_xor'",
         "ldmatrix_misaligned": "ldmatrix: got an address that is not a multiple of 16",
         "wait_without_arrive": "cluster_wait without cluster_arrive",
+        "const_load_of_written": "store to memory that the launch reads by load_const",
+        "const_load_after_a_store": "load_const of memory that the launch writes",
+        "misaligned_load": "an address is not a multiple of the 8 bytes that are accessed at once",
+        "misaligned_shared": "shared memory: got an offset outside of it, or not aligned: 8",
+        "shared_out_of_bounds": "shared memory: got an offset outside of it, or not aligned: 1024",
     }.items(),
 )
 def test_a_defect_is_reported(emulator: Program, kernel: str, reported: str) -> None:
