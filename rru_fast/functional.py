@@ -83,7 +83,7 @@ def refine(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it got and what it wanted.
         RuntimeError: for second-order gradients, forward-mode AD and torch.func.grad (use backend="reference"); if
-            Triton cannot compile or launch a kernel.
+            a kernel of Triton or CUDA cannot be compiled or launched.
     """
     weights: dict[str, Any] = {"w": w, "gamma": gamma, "beta": beta, "w_s1": w_s1, "w_s2": w_s2, "w_c": w_c}
     options: dict[str, Any] = {

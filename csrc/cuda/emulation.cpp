@@ -1,54 +1,22 @@
-// The fibers behind emulation.h. Compiled without ThreadSanitizer, which is told of what orders memory alone: with
-// RRU_THREAD_SANITIZER it is, and then nothing is allocated or freed by a fiber.
+// What is behind emulation.h. Compiled without ThreadSanitizer, so that nothing orders memory for it but what it is
+// notified of (RRU_THREAD_SANITIZER); then fibers must not allocate or free memory.
 
 #include "emulation.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <unordered_set>
 
-#if defined(RRU_THREAD_SANITIZER)
-#include <sanitizer/tsan_interface.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fibers.h"
 
 namespace rru::emulated::dev {
 
 namespace {
 
-constexpr size_t kStack = 256 * 1024;
-constexpr int kMaxSites = 64, kBoxes = 4, kSlotWords = 8;
-
-struct Cta;
-
-struct Fiber {
-  ucontext_t context{};
-  char* stack = nullptr;
-  Cta* cta = nullptr;
-  int thread = 0;
-  int passes[kMaxSites] = {};
-  const char* waits_at = nullptr;
-  int64_t cluster_generation = -1;
-  bool done = false;
-  void* tsan = nullptr;
-};
-
-using Waiters = std::vector<Fiber*>;  // with room for all that may wait
-
-struct Barrier {
-  int arrived = 0;
-  int64_t generation = 0;
-  char order[2] = {};  // by whose addresses ThreadSanitizer knows two consecutive generations
-  Waiters waiters;
-};
+constexpr int kBoxes = 4, kSlotWords = 8;
 
 struct Warp {
   Barrier barrier;
@@ -88,123 +56,7 @@ struct Cta {
   Box boxes[kBoxes];
 };
 
-struct Scheduler {
-  std::vector<Fiber*> ready;  // a ring
-  size_t first = 0, count = 0;
-  Waiters held;
-  Fiber* current = nullptr;
-  Fiber host;
-  std::string error;
-  const std::function<void()>* kernel = nullptr;
-  char begin = 0, end = 0;  // what orders the host's memory before the kernel's, and after
-};
-
-Scheduler scheduler;
-#if defined(__SANITIZE_ADDRESS__)
-const void* host_stack;
-size_t host_stack_bytes;
-#endif
-Adversary the_adversary;
 Site the_sites[kMaxSites];
-
-void release([[maybe_unused]] char* order) {
-#if defined(RRU_THREAD_SANITIZER)
-  __tsan_release(order);
-#endif
-}
-
-void acquire([[maybe_unused]] char* order) {
-#if defined(RRU_THREAD_SANITIZER)
-  __tsan_acquire(order);
-#endif
-}
-
-Fiber& self() {
-  return *scheduler.current;
-}
-
-void make_ready(Fiber* fiber) {
-  Scheduler& s = scheduler;
-  s.ready[(s.first + s.count++) % s.ready.size()] = fiber;
-}
-
-Fiber* take_ready() {
-  Scheduler& s = scheduler;
-  --s.count;
-  if (the_adversary.last_first) {
-    return s.ready[(s.first + s.count) % s.ready.size()];
-  }
-  Fiber* fiber = s.ready[s.first];
-  s.first = (s.first + 1) % s.ready.size();
-  return fiber;
-}
-
-void switch_to(Fiber* next) {
-  Fiber* previous = scheduler.current;
-  scheduler.current = next;
-#if defined(RRU_THREAD_SANITIZER)
-  __tsan_switch_to_fiber(next->tsan, __tsan_switch_to_fiber_no_sync);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  const bool to_host = next == &scheduler.host;
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(
-      previous->done ? nullptr : &fake, to_host ? host_stack : next->stack, to_host ? host_stack_bytes : kStack);
-  swapcontext(&previous->context, &next->context);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  swapcontext(&previous->context, &next->context);
-#endif
-}
-
-// Runs another fiber; the current one runs again once it is ready. The host runs when no fiber can.
-void yield() {
-  Scheduler& s = scheduler;
-  if (s.count == 0 && s.error.empty()) {
-    std::for_each(s.held.begin(), s.held.end(), make_ready);
-    s.held.clear();
-  }
-  Fiber* next = s.count > 0 && s.error.empty() ? take_ready() : &s.host;
-  if (next != s.current) {
-    switch_to(next);
-  }
-}
-
-[[noreturn]] void fail(const std::string& reason) {
-  scheduler.error = reason;
-  for (;;) {
-    yield();
-  }
-}
-
-void wait(Waiters& waiters, const char* site) {
-  self().waits_at = site;
-  waiters.push_back(&self());
-  yield();
-  self().waits_at = nullptr;
-}
-
-void wake(Waiters& waiters) {
-  std::for_each(waiters.begin(), waiters.end(), make_ready);
-  waiters.clear();
-}
-
-// Arrives at a barrier of `count` fibers; returns the generation to wait for.
-int64_t arrive(Barrier& barrier, int count) {
-  const int64_t generation = barrier.generation;
-  if (++barrier.arrived == count) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    wake(barrier.waiters);
-  }
-  return generation;
-}
-
-void await(Barrier& barrier, int64_t generation, const char* site) {
-  while (barrier.generation == generation) {
-    wait(barrier.waiters, site);
-  }
-}
 
 int site_index(const char* name, const char* kind) {
   for (int i = 0; i < kMaxSites; i++) {
@@ -308,15 +160,7 @@ void deliver_late(Box& box) {
 }
 
 void run_fiber() {
-#if defined(__SANITIZE_ADDRESS__)
-  const void* stack;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-  if (host_stack == nullptr) {  // the host runs the first fiber
-    host_stack = stack;
-    host_stack_bytes = bytes;
-  }
-#endif
+  enter_fiber();
   acquire(&scheduler.begin);
   pass("begin", "begin");
   (*scheduler.kernel)();
@@ -326,31 +170,6 @@ void run_fiber() {
   for (;;) {
     yield();
   }
-}
-
-void start(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  makecontext(&fiber.context, run_fiber, 0);
-#if defined(RRU_THREAD_SANITIZER)
-  fiber.tsan = __tsan_create_fiber(0);
-#endif
-  make_ready(&fiber);
-}
-
-std::string where_they_wait(const std::vector<Fiber>& fibers) {
-  std::map<std::string, int> counts;
-  for (const Fiber& fiber : fibers) {
-    if (!fiber.done) {
-      ++counts[fiber.waits_at == nullptr ? "nowhere" : fiber.waits_at];
-    }
-  }
-  std::string text = "deadlock:";
-  for (const auto& [site, count] : counts) {
-    text += " " + std::to_string(count) + " threads wait at '" + site + "'";
-  }
-  return text;
 }
 
 // Runs whole clusters, CTAs `first` to `end` (exclusive), at once.
@@ -413,46 +232,8 @@ std::string run_clusters(int first, int end, int size, int threads, size_t bytes
   if (error.empty() && !std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) {
     error = where_they_wait(fibers);
   }
-#if defined(RRU_THREAD_SANITIZER)
-  for (Fiber& fiber : fibers) {
-    __tsan_destroy_fiber(fiber.tsan);
-  }
-#endif
+  end_all(fibers);
   return error;
-}
-
-float bf16_to_float(uint32_t bits) {
-  return uint_as_float(bits << 16);
-}
-
-float f16_to_float(uint32_t bits) {
-  const uint32_t sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 0x1f, mantissa = bits & 0x3ff;
-  if (exponent == 0) {
-    const float size = std::ldexp(static_cast<float>(mantissa), -24);
-    return sign != 0 ? -size : size;
-  }
-  return uint_as_float(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13);
-}
-
-uint32_t float_to_bf16(float value) {
-  const uint32_t bits = float_as_uint(value);
-  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-uint32_t float_to_f16(float value) {
-  const uint32_t sign = float_as_uint(value) >> 16 & 0x8000;
-  const float size = std::fabs(value);
-  if (std::isnan(value)) {
-    return 0x7fff;
-  }
-  if (size >= 65520) {
-    return sign | 0x7c00;
-  }
-  if (size < 0x1p-14f) {  // subnormal, in units of 2^-24
-    return sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 24)));
-  }
-  const uint32_t bits = float_as_uint(size);
-  return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
 }
 
 // d += a b of fragments as the PTX ISA lays them out; `value` reads an element of an operand's word.
@@ -611,30 +392,6 @@ float exp_(float v) {
 
 float div_(float a, float b) {
   return approximated(a / b, 2);
-}
-
-float bf16_low(uint32_t pair) {
-  return bf16_to_float(pair & 0xffff);
-}
-
-float bf16_high(uint32_t pair) {
-  return bf16_to_float(pair >> 16);
-}
-
-float f16_low(uint32_t pair) {
-  return f16_to_float(pair & 0xffff);
-}
-
-float f16_high(uint32_t pair) {
-  return f16_to_float(pair >> 16);
-}
-
-uint32_t pack_bf16(float low, float high) {
-  return float_to_bf16(low) | float_to_bf16(high) << 16;
-}
-
-uint32_t pack_f16(float low, float high) {
-  return float_to_f16(low) | float_to_f16(high) << 16;
 }
 
 namespace detail {

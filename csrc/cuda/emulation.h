@@ -6,14 +6,14 @@
 // orders it here, barriers and inboxes, and neither a switch nor a shuffle does.
 #pragma once
 
-#include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <limits>
 #include <string>
 #include <vector>
+
+#include "emulated_numbers.h"
 
 #define DEVICE inline
 #define HOST_DEVICE inline
@@ -79,12 +79,6 @@ void mma_f16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1);
 void mma_tf32(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1);
 float exp_(float v);
 float div_(float a, float b);
-float bf16_low(uint32_t pair);
-float bf16_high(uint32_t pair);
-float f16_low(uint32_t pair);
-float f16_high(uint32_t pair);
-uint32_t pack_bf16(float low, float high);
-uint32_t pack_f16(float low, float high);
 
 namespace detail {
 
@@ -102,12 +96,6 @@ void check_store(const void* p, size_t bytes);
 
 }  // namespace detail
 
-inline uint32_t float_as_uint(float v) {
-  return std::bit_cast<uint32_t>(v);
-}
-inline float uint_as_float(uint32_t v) {
-  return std::bit_cast<float>(v);
-}
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }

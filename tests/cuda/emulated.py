@@ -57,7 +57,7 @@ def build(name: str, sanitizer: str = "") -> Program:
     except toolchain.BuildError as error:
         pytest.skip(str(error))
     digest = hashlib.sha256("\n".join([compiler.version, *FLAGS]).encode())
-    for file in sorted([*SOURCES, *ROOT.glob("csrc/cuda/*.h")]):
+    for file in sorted([*SOURCES, *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("tests/cuda/*.h")]):
         digest.update(file.read_bytes())
     folder = ROOT / "build/emulated" / f"{name}-{sanitizer or 'plain'}"
     program = Program(folder / digest.hexdigest()[:16])

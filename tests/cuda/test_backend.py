@@ -279,7 +279,7 @@ def test_fragments_and_pushes_are_as_the_kernels_take_them() -> None:
 
 
 @emulated
-def test_a_wrong_product_is_told_by_its_first_element() -> None:
+def test_a_wrong_product_is_named_by_its_first_element() -> None:
     from benchmarks.gpu.fragments import wrong_elements
 
     wanted = torch.zeros(2, 3)
