@@ -287,7 +287,7 @@ class ClusterConfig {
   }
   ClusterConfig(const ClusterConfig&) = delete;
   ClusterConfig& operator=(const ClusterConfig&) = delete;
-  const cudaLaunchConfig_t* operator&() const {
+  const cudaLaunchConfig_t* get() const {
     return &config_;
   }
 
@@ -316,7 +316,7 @@ inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string*
           "cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
       check("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
       const ClusterConfig config(l, l.cluster);
-      check("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, &config));
+      check("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, config.get()));
     }
     known[key] = clusters;
   }
@@ -332,7 +332,7 @@ template <class Arguments>
 inline void launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
   const OnDevice guard(l.device);
   const ClusterConfig config(l, l.ctas);
-  check("cudaLaunchKernelEx", cudaLaunchKernelEx(&config, kernel, arguments));
+  check("cudaLaunchKernelEx", cudaLaunchKernelEx(config.get(), kernel, arguments));
 }
 
 }  // namespace rru::cuda::dev

@@ -1,6 +1,6 @@
 """The operators as CUDA C++ kernels, csrc/cuda, for GPUs with clusters of CTAs: `refine` in eval mode.
 
-What they do not carry runs in Triton, or, without it, in composite; `carries` says what.
+What they do not carry, as `not_carried` says, runs in Triton, or without it in composite.
 """
 
 from __future__ import annotations
