@@ -1,7 +1,8 @@
 """`refine` in eval mode: one launch over all frames of a video, a clip per cluster of CTAs, its state on chip.
 
-The part of U that does not depend on S is a product over all frames before it, in segments of frames that bound its
-scratch memory: a segment's launch takes over the state of the one before in fp32.
+The part of U that does not depend on S is a product over all frames before it, by Triton where that serves, which
+forms its operand on load. It is made in segments of frames, to bound its memory: a segment's launch takes over the
+state of the one before in fp32.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from rru_fast.arguments import RefineArguments, RefineOutputs
 from rru_fast.precision import conv_precision, convolutions_in
 from rru_fast.triton._device import on_device
 
-# Motion of a segment of frames, at least one; its product and the convolution's own scratch come on top. A launch
-# reloads the weights.
+# Scratch of a segment of frames, at least one: the product, or without Triton its operand too, and a convolution's own
+# on top. A launch reloads the weights.
 SEGMENT_BYTES = 128 * 2**20
 
 
@@ -59,8 +60,13 @@ class _Forward:
         self.steps = args.steps
         self.start = self.frames - self.steps  # the first frame with a gate
         self.w_a, self.w_m = args.w.contiguous(), None
+        self.triton_motion: Any = None
         if args.inputs == "appearance+motion":
             self.w_a, self.w_m = self.w_a.chunk(2, 1)
+            if cuda.fallback(args.x.device) == "triton":
+                from rru_fast.triton.refine import MotionProjection
+
+                self.triton_motion = MotionProjection(args)
         self.features = args.x.new_empty(args.x.shape)
         self.strips = self.empty(self.clips, self.channels, self.height)
         saved, ragged = self.steps if save else 0, args.lengths is not None
@@ -132,7 +138,8 @@ class _Forward:
         if self.w_m is None:
             yield 0, self.frames
             return
-        count = max(1, SEGMENT_BYTES // (4 * self.clips * self.channels * self.positions))
+        rows = self.d if self.triton_motion is not None else self.channels
+        count = max(1, SEGMENT_BYTES // (4 * self.clips * rows * self.positions))
         for first in range(0, self.frames, count):
             yield first, min(first + count, self.frames)
 
@@ -141,8 +148,22 @@ class _Forward:
         if self.w_m is None:
             return None
         gated = max(first, self.start)
-        if gated >= end:
-            return self.empty(0, self.clips, self.d, self.positions)
+        shape = max(0, end - gated), self.clips, self.d, self.positions
+        u = self.u[gated - self.start : end - self.start] if self.save else self.empty(*shape)
+        if len(u) == 0:
+            return u
+        if self.triton_motion is not None:
+            self.triton_motion.project(u, gated)
+        else:
+            u.copy_(self._convolve_motion(gated, end))
+        if self.save and self.args.lengths is not None:  # padding may be NaN, which the backward would multiply by zero
+            past = torch.arange(gated, end, device=u.device)[:, None] >= self.args.lengths
+            u.masked_fill_(past[:, :, None, None], 0)
+        return u
+
+    def _convolve_motion(self, gated: int, end: int) -> Tensor:
+        """Return W_m M_t of the frames from `gated` by PyTorch."""
+        assert self.w_m is not None
         x, args = self.x.flatten(3), self.args
         motion = self.empty(self.clips, end - gated, self.channels, self.positions)
         motion.copy_(x[:, gated:end])  # subtracted in fp32
@@ -156,14 +177,7 @@ class _Forward:
         own = convolutions_in(conv_precision(x.dtype)) if x.dtype == torch.float32 else nullcontext()
         with own:
             projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
-        projected = projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
-        if not self.save:
-            return projected.contiguous()
-        u = self.u[gated - self.start : end - self.start].copy_(projected)
-        if args.lengths is not None:  # padding may be NaN, which the backward would multiply by zero
-            past = torch.arange(gated, end, device=x.device)[:, None] >= args.lengths
-            u.masked_fill_(past[:, :, None, None], 0)
-        return u
+        return projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
 
 
 def _uniform(maps: Tensor) -> Tensor:

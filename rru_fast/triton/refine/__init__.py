@@ -8,6 +8,8 @@ If the feature maps have 16 bits, S is carried from frame to frame in fp32.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rru_fast.arguments import (
     RefineArguments,
     RefineGradients,
@@ -23,7 +25,7 @@ from rru_fast.triton._launch import next_power_of_2
 from rru_fast.triton.refine.arguments import Call
 from rru_fast.triton.refine.backward import BackwardPass
 from rru_fast.triton.refine.backward import candidates as backward_candidates
-from rru_fast.triton.refine.forward import ForwardPass
+from rru_fast.triton.refine.forward import ForwardPass, project_inputs
 from rru_fast.triton.refine.forward import candidates as forward_candidates
 
 
@@ -41,6 +43,23 @@ def forward(args: RefineArguments, save: bool) -> RefineOutputs:
         )
         ranks = ranks_of(args.process_group, args.elements_per_rank, args.x.device)
         return ForwardPass(call, config, save, ranks).run()
+
+
+class MotionProjection:
+    """W_m M_t of a call with appearance and motion, for kernels that run the rest of its forward."""
+
+    def __init__(self, args: RefineArguments) -> None:
+        self._call = Call(args)
+        self._config = forward_candidates(self._call).default["input_projection"]  # not worth tuning by itself
+
+    def project(self, u: Tensor, first: int) -> Tensor:
+        """Set and return u (F, B, D, P), fp32, for F frames with a gate from `first`; not past the clips' lengths."""
+        call = self._call
+        n0, n1 = first - call.start, first - call.start + len(u)
+        for begin, end, operand in call.input_segments(n0):
+            if begin < n1:
+                project_inputs(call, self._config, u[begin - n0 : min(end, n1) - n0], operand, call.start + begin)
+        return u
 
 
 def backward(upstream: RefineUpstream, saved: RefineSaved, args: RefineArguments, need: RefineNeed) -> RefineGradients:

@@ -79,6 +79,42 @@ def candidates(call: Call) -> Candidates:
     return Candidates(default, others)
 
 
+def project_inputs(call: Call, config: KernelConfig, u: Tensor, operand: Operand, t_first: int) -> None:
+    """Set u (F, B, D, P) to w_input times the operand of F frames from t_first."""
+    assert call.w_input is not None
+    tiles = cdiv(call.d, config["BLOCK_D"]) * cdiv(call.positions, config["BLOCK_P"])
+    launch_cached(
+        kernels.refine_fwd_transition_kernel,
+        (len(u) * call.clips * tiles, 1),
+        u=u,
+        x=operand.x,
+        subtracted=operand.subtracted,
+        w=call.w_input,
+        partials=None,
+        arrivals=None,
+        tile_statistics=None,
+        statistics=Statistics(),
+        lengths=call.args.lengths,
+        t_first=t_first,
+        **transition_sizes(call, accumulate=False),
+        **config,
+    )
+
+
+def transition_sizes(call: Call, accumulate: bool) -> dict[str, Any]:
+    """Return the sizes and flags of the transition's kernel; accumulate: add to u."""
+    return {
+        "clips": call.clips,
+        "channels": call.channels,
+        "clips_per_group": call.clips_per_group,
+        "D": call.d,
+        "P": call.positions,
+        "ACCUMULATE": accumulate,
+        "INT64_OFFSETS": call.int64_offsets,
+        "PRECISION": conv_precision(call.args.x.dtype),
+    }
+
+
 class TileStatistics(NamedTuple):
     """Statistics of a tile of U, (B * p tiles, D): its mean, and the sum of squared differences from that mean."""
 
@@ -123,7 +159,7 @@ class ForwardPass:
         """Launch all kernels and return the outputs."""
         call, args = self.call, self.call.args
         for first, end, operand in call.input_segments(int(call.shares_first)) if call.w_input is not None else ():
-            self._project_inputs(self.u[first:end], operand, call.start + first)
+            project_inputs(call, self.config["input_projection"], self.u[first:end], operand, call.start + first)
         if call.start == 1:
             self._first_frame()
         for n in range(call.steps):
@@ -163,35 +199,13 @@ class ForwardPass:
             return one_frame(self.fp32_state, 0)
         return frame_slices(as_strided_maps(self.features), call.start - 1)
 
-    def _project_inputs(self, u: Tensor, operand: Operand, t_first: int) -> None:
-        """Set u (F, B, D, P) to w_input times the operand of F frames from t_first."""
-        call, config = self.call, self.config["input_projection"]
-        assert call.w_input is not None
-        tiles = cdiv(call.d, config["BLOCK_D"]) * cdiv(call.positions, config["BLOCK_P"])
-        launch_cached(
-            kernels.refine_fwd_transition_kernel,
-            (len(u) * call.clips * tiles, 1),
-            u=u,
-            x=operand.x,
-            subtracted=operand.subtracted,
-            w=call.w_input,
-            partials=None,
-            arrivals=None,
-            tile_statistics=None,
-            statistics=Statistics(),
-            lengths=call.args.lengths,
-            t_first=t_first,
-            **self._transition_sizes(accumulate=False),
-            **config,
-        )
-
     def _first_frame(self) -> None:
         """Set S_1 = X_1, and its strips."""
         call = self.call
         if call.args.inputs == "raw" and call.args.training:
             # The gate's input (X_1, X_1) is not zero: only its statistics are needed, for the running ones.
             u = call.empty(1, call.clips, call.d, call.positions)
-            self._project_inputs(u, Operand(call.x, None), 0)
+            project_inputs(call, self.config["input_projection"], u, Operand(call.x, None), 0)
             self._transition(u, one_frame(call.x, 0), call.w_recurrent, accumulate=True, start=0)(0)
             self._share_statistics(0)
         self._gate(None, first=True, start=0)(0)
@@ -223,22 +237,9 @@ class ForwardPass:
             statistics=call.statistics_slices(self.statistics, start) if call.args.training else Statistics(),
             lengths=call.args.lengths,
             t_first=Counter(start),
-            **self._transition_sizes(accumulate),
+            **transition_sizes(call, accumulate),
             **self.config["transition"],
         )
-
-    def _transition_sizes(self, accumulate: bool) -> dict[str, Any]:
-        call = self.call
-        return {
-            "clips": call.clips,
-            "channels": call.channels,
-            "clips_per_group": call.clips_per_group,
-            "D": call.d,
-            "P": call.positions,
-            "ACCUMULATE": accumulate,
-            "INT64_OFFSETS": call.int64_offsets,
-            "PRECISION": conv_precision(call.args.x.dtype),
-        }
 
     def _gate(self, past: StridedMaps | None, first: bool, start: int) -> Launches:
         """Return launches that compute S_t and add it to the strips.
