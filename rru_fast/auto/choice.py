@@ -14,7 +14,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from rru_fast import backends, native
+from rru_fast import backends, cuda, native
 from rru_fast.auto import cards, decisions, spawn
 from rru_fast.auto.decisions import Card, Decision, Entry
 from rru_fast.auto.kinds import Key, Kind, RefineKind, across_passes
@@ -101,7 +101,10 @@ def demote(key: Key, error: Exception) -> str:
     """
     device: torch.device = key[0]
     chosen, default = _backends.get(key, ""), backends.choose("auto", device)
-    if not chosen.startswith(backends.CHOSEN) or f"got {backends.choose(chosen, device)!r}, whose" not in str(error):
+    if not chosen.startswith(backends.CHOSEN):
+        raise error
+    own = backends.choose(chosen, device), cuda.fallback(device)  # a part of a call may be the latter's
+    if not any(f"got {name!r}, whose" in str(error) for name in own):
         raise error
     logger.warning("rru_fast: auto runs %s from now on, in calls of this shape: %s", default, error)
     _backends[key] = default

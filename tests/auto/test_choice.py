@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rru_fast
-from rru_fast import backends, functional
+from rru_fast import backends, cuda, functional
 from rru_fast.auto import cards, choice, decisions, kinds, spawn
 from rru_fast.auto.decisions import Decision
 from rru_fast.auto.kinds import Kind, StripPoolKind
@@ -386,6 +386,22 @@ def test_a_chosen_kernel_that_cannot_be_launched_is_replaced_with_a_warning(
     Failing.forward = staticmethod(forward)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"^another$"):
         rru_fast.strip_pool(torch.ones(30, 5, 3, 4, 2))
+
+
+@pytest.mark.parametrize("failing", ["cuda", "triton"])
+def test_a_failed_launch_of_what_a_backend_leaves_to_another_is_its_own(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "cuda", None)
+    monkeypatch.setattr(cuda, "serves", lambda device: True)
+    monkeypatch.setattr(cuda, "fallback", lambda device: "triton")
+    key = key_of(3, 2)
+    monkeypatch.setitem(choice._backends, key, "auto:cuda")
+    error = RuntimeError(f"backend: got {failing!r}, whose kernel failed: none")
+    assert choice.demote(key, error) == backends.choose("auto", key[0])
+    monkeypatch.setitem(choice._backends, key, "auto:cuda")
+    with pytest.raises(RuntimeError, match=r"^another$"):
+        choice.demote(key, RuntimeError("another"))
 
 
 def test_a_chosen_backend_tunes_nothing_in_this_process(
