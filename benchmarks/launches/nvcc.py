@@ -17,8 +17,8 @@ from build_tools import toolchain
 from rru_fast import native
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = (90, 100)
-"""Compute capabilities, times ten, that the kernels serve: those with clusters of CTAs."""
+ARCHITECTURES = (90,)
+"""Compute capabilities, times ten, that the kernels are written for; later ones run them too."""
 # Operands of refine_eval, in the order of csrc/cuda/refine_layout.h: the dtypes of the compile report.
 OPERANDS = ("bfloat16", "float16", "float32 tf32", "float32 tf32x3", "float32 ieee")
 # Largest H * W by tiles of 8 positions.
@@ -31,9 +31,6 @@ MAX_SHARED, MAX_REGISTERS = 232_448, 255
 MAX_STACK = {
     (90, "float32 tf32x3", 64): 8,
     (90, "float32 ieee", 64): 16,
-    (100, "float32 tf32x3", 64): 40,
-    (100, "bfloat16", 64): 24,
-    (100, "float16", 64): 24,
 }
 # Matrix instructions in a row without a load: more would mean that all loads come first or last, and are waited for.
 MAX_RUN = 24

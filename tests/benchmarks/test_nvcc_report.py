@@ -57,8 +57,8 @@ def test_the_loop_is_read_from_its_first_matrix_instruction_on() -> None:
     [
         ({}, []),
         ({"stack": 4}, ["stack 4, at most 0"]),
-        ({"stack": 24, "sm": 100}, []),
-        ({"stack": 25, "sm": 100}, ["stack 25, at most 24"]),
+        ({"stack": 8, "dtype": "float32 tf32x3"}, []),
+        ({"stack": 9, "dtype": "float32 tf32x3"}, ["stack 9, at most 8"]),
         ({"stack": 16, "dtype": "float32 ieee", "matrix": 0}, []),
         ({"shared": 232_449}, ["shared 232449, at most 232448"]),
         ({"shared": None}, ["shared memory is not known, as this build cannot emulate the kernel"]),
@@ -75,8 +75,8 @@ def test_every_excess_over_the_budget_is_reported(changed: dict[str, Any], messa
     assert [sentence.split("): ")[1] for sentence in nvcc.over_budget({**ROW, **changed})] == messages
 
 
-def test_only_architectures_with_clusters_are_compiled_for() -> None:
-    assert not nvcc.serves(80)
+def test_only_the_architecture_that_the_kernels_are_written_for_is_compiled_for() -> None:
+    assert not nvcc.serves(80) and not nvcc.serves(100)
     assert nvcc.serves(90) is (nvcc.version() is not None)
 
 
