@@ -21,7 +21,6 @@
 #include <tuple>
 
 #define DEVICE __device__ __forceinline__
-#define HOST_DEVICE __host__ __device__ __forceinline__
 #define RRU_PARAMETER __grid_constant__
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY_4 _Pragma("unroll 4")

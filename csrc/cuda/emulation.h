@@ -16,7 +16,6 @@
 #include "emulated_numbers.h"
 
 #define DEVICE inline
-#define HOST_DEVICE inline
 #define RRU_PARAMETER
 #define RRU_HAS_CLUSTERS
 #define UNROLL
@@ -109,19 +108,22 @@ struct Peer {
 inline Peer peer(int rank) {
   return {rank};
 }
-inline void push(Peer peer, int offset, float value, int box) {
-  if (float* to = detail::push_target(peer.rank, offset, &value, 1, box)) {
-    *to = value;
-    detail::push_done(peer.rank, 1, box);
+template <int COUNT>
+inline void push(Peer peer, int offset, const float (&values)[COUNT], int box) {
+  if (float* to = detail::push_target(peer.rank, offset, values, COUNT, box)) {
+    for (int i = 0; i < COUNT; i++) {
+      to[i] = values[i];
+    }
+    detail::push_done(peer.rank, COUNT, box);
   }
 }
+inline void push(Peer peer, int offset, float value, int box) {
+  const float values[] = {value};
+  push(peer, offset, values, box);
+}
 inline void push(Peer peer, int offset, float2 value, int box) {
-  const float values[2] = {value.x, value.y};
-  if (float* to = detail::push_target(peer.rank, offset, values, 2, box)) {
-    to[0] = value.x;
-    to[1] = value.y;
-    detail::push_done(peer.rank, 2, box);
-  }
+  const float values[] = {value.x, value.y};
+  push(peer, offset, values, box);
 }
 // Data that has been read becomes NaN, so that it is not taken for the next step's.
 inline void inbox_retire(float* p, int count) {

@@ -19,6 +19,7 @@ from rru_fast import cuda
 from rru_fast.arguments import RefineArguments, RefineOutputs
 from rru_fast.precision import conv_precision, convolutions_in
 from rru_fast.triton._device import on_device
+from rru_fast.triton._strided import as_strided_maps
 
 # Scratch of a segment of frames, at least one: the product, or without Triton its operand too, and a convolution's own
 # on top. A launch reloads the weights.
@@ -52,8 +53,8 @@ class _Forward:
 
     def __init__(self, args: RefineArguments, save: bool) -> None:
         self.args, self.save = args, save
-        self.x = _uniform(args.x)
-        self.state_s = None if args.state_s is None else _uniform(args.state_s[:, None])[:, 0]
+        self.x = as_strided_maps(args.x).ptr  # a copy only where positions are not at one stride
+        self.state_s = None if args.state_s is None else as_strided_maps(args.state_s[:, None]).ptr[:, 0]
         self.clips, self.frames, self.channels, self.height, self.width = args.x.shape
         self.positions, self.d = self.height * self.width, args.w.shape[0]
         self.num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
@@ -178,13 +179,6 @@ class _Forward:
         with own:
             projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
         return projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
-
-
-def _uniform(maps: Tensor) -> Tensor:
-    """Return maps (B, F, C, H, W) whose positions are at one stride, NCHW and channels-last as they are."""
-    height, width = maps.shape[3:]
-    row, column = maps.stride()[3:]
-    return maps if height == 1 or width == 1 or row == width * column else maps.contiguous()
 
 
 def _stream(x: Tensor) -> int:
