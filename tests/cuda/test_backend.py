@@ -21,7 +21,8 @@ from tests.parity import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 FALLBACK = "triton" if triton.interpreted() else "composite"
-emulated = pytest.mark.skipif(not cuda.emulated(), reason="needs RRU_FAST_CUDA_EMULATE=1")
+needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+emulated = pytest.mark.skipif("cuda" not in parity.BACKENDS, reason="needs RRU_FAST_CUDA_EMULATE=1, and the kernels")
 
 
 def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,7 @@ UNIT = (
 )
 
 
-@pytest.mark.skipif(native.missing() is not None, reason="the C++ kernels are not built")
+@needs_kernels
 def test_what_is_not_carried_runs_elsewhere_with_one_warning() -> None:
     done = in_another_process(f"{UNIT}\nfor _ in range(3): unit(x)\nprint(backends.ran())")
     assert done.stdout == f"{{'refine': ['{FALLBACK}']}}\n"
@@ -52,6 +53,7 @@ def test_what_is_not_carried_runs_elsewhere_with_one_warning() -> None:
     assert "FallbackWarning" not in done.stderr
 
 
+@needs_kernels
 def test_show_config_says_what_it_carries() -> None:
     shown = in_another_process("rru_fast.show_config()").stdout
     (line,) = (line for line in shown.splitlines() if line.startswith("  cuda "))
@@ -61,11 +63,13 @@ def test_show_config_says_what_it_carries() -> None:
     assert "emulated" not in line
 
 
+@needs_kernels
 def test_a_wrong_value_of_the_variable_is_an_error() -> None:
     done = in_another_process("", RRU_FAST_CUDA_EMULATE="yes")
     assert done.stderr.endswith("ValueError: RRU_FAST_CUDA_EMULATE: got 'yes', wanted 0 or 1\n")
 
 
+@needs_kernels
 def test_an_error_of_the_emulation_names_the_backend_that_needs_none() -> None:
     code = f"""{UNIT}
 args = (x, torch.zeros(64, dtype=torch.uint8), None, None, None, None, torch.empty_like(x), torch.empty(2, 20, 4))
