@@ -1,4 +1,7 @@
-"""The CUDA kernels of csrc/cuda, compiled by nvcc without a GPU: resources, and what their machine code shows."""
+"""The CUDA kernels of csrc/cuda, compiled by nvcc without a GPU: resources, and what their machine code shows.
+
+Read from this build where it has the architecture, else compiled for it.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,30 @@ from rru_fast import native
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (90,)
 """Compute capabilities, times ten, that the kernels are written for; later ones run them too."""
-# Operands of refine_eval, in the order of csrc/cuda/refine_layout.h: the dtypes of the compile report.
-OPERANDS = ("bfloat16", "float16", "float32 tf32", "float32 tf32x3", "float32 ieee")
+# Operands in the order of csrc/cuda/refine_layout.h: the dtypes of the compile report. The last are gradients'.
+OPERANDS = ("bfloat16", "float16", "float32 tf32", "float32 tf32x3", "float32 ieee", "float16")
 # Largest H * W by tiles of 8 positions.
 TILES = {4: 32, 8: 64}
 PRECISIONS = {"float32 ieee": "ieee", "float32 tf32": "tf32", "float32 tf32x3": "tf32x3"}
 
 MAX_SHARED, MAX_REGISTERS = 232_448, 255
 """Of a CTA, in bytes; of a thread: an SM has 65,536 for 256 threads."""
-# Bytes of stack, where spills go; none elsewhere. No kernel may spill within its product.
+# Bytes of stack, where spills go, by kernel, dtype, H * W and channels of a CTA; none elsewhere. No kernel may spill
+# within its product.
 MAX_STACK = {
-    (90, "float32 tf32x3", 64): 8,
-    (90, "float32 ieee", 64): 16,
+    ("refine_eval", "float32 ieee", 64, 128): 8,
+    ("refine_forward", "float32 tf32", 64, 512): 16,
+    ("refine_forward", "float32 ieee", 64, 512): 64,
+    ("refine_backward", "float32 ieee", 64, 512): 64,
 }
-# Matrix instructions in a row without a load: more would mean that all loads come first or last, and are waited for.
-MAX_RUN = 24
-# Instructions that drain the CTA's stores or flush its cache: not within the loop over frames.
+# Matrix instructions in a row without a load of an operand, or of W where it streams from L2: more would mean that all
+# loads come first or last, and are waited for.
+MAX_RUN = {"in a row": 26, "between loads of W": 32}
+# Instructions that drain the CTA's stores or flush its cache, but for those of a flag: not within the loop over frames.
 DRAINING = frozenset(("MEMBAR", "ERRBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT"))
+OF_A_FLAG = 4
+MULTIPLYING = ("refine_eval", "refine_forward", "refine_backward")
+TRAINING = MULTIPLYING[1:]
 
 
 def serves(arch: int) -> bool:
@@ -52,32 +62,55 @@ def version() -> str | None:
 
 
 def compile_all(arch: int, dtypes: Sequence[str]) -> list[dict[str, Any]]:
-    """Compile the kernels of the dtypes for an architecture; returns a row per kernel."""
+    """Return a row per kernel of the dtypes for an architecture."""
     rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in _binaries(arch, Path(folder)):
+            usage, sass = (_dump(option, path) for option in ("-res-usage", "-sass"))
+            code = dict(_functions(sass, r"Function : (\S+)"))
+            for name, text in _functions(usage, r"Function (\S+?):"):
+                row = _row(name, text, arch)
+                if row is None or row["dtype"] not in dtypes:
+                    continue
+                if row["kernel"] in MULTIPLYING:
+                    row |= {"shared": _shared(row), **of_loop(list(opcodes(code[name])))}
+                rows.append(row)
+    return sorted(rows, key=lambda row: (row["kernel"], row["dtype"], row["H * W"], row["channels"]))
+
+
+def _binaries(arch: int, folder: Path) -> Iterator[Path]:
+    """Yield files with the machine code of all kernels, this build's or new ones."""
+    if native.missing() is None and str(arch) in native.cuda_architectures():
+        yield native.binary()
+        return
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            command = [str(toolchain.find_cuda().nvcc), "-std=c++20", "-O3", "-Icsrc", "-cubin"]
-            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source), "-o", file.name]
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            usage, sass = (_dump(option, file.name) for option in ("-res-usage", "-sass"))
-        code = dict(_functions(sass, r"Function : (\S+)"))
-        for name, text in _functions(usage, r"Function (\S+?):"):
-            kernel = re.search(r"\d([a-z_]+)_kernelI.*?OperandsE(\d)ELi8ELi(\d)E", name)
-            if kernel is None:  # the check of fragments
-                continue
-            dtype, tiles = OPERANDS[int(kernel[2])], int(kernel[3])
-            if dtype not in dtypes:
-                continue
-            registers, stack = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-            row = {"kernel": kernel[1], "op": "refine, cuda", "dtype": dtype, "sm": arch, "H * W": TILES[tiles]}
-            row |= {"registers": registers, "stack": stack, "shared": None}
-            if kernel[1] == "refine_eval":
-                row |= {"shared": _shared(dtype, tiles), **of_loop(list(opcodes(code[name])))}
-            rows.append(row)
-    return rows
+        to = folder / f"{source.stem}.cubin"
+        command = [str(toolchain.find_cuda().nvcc), "-std=c++20", "-O3", "-Icsrc", "-cubin"]
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", str(source), "-o", str(to)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        yield to
 
 
-def _dump(option: str, path: str) -> str:
+def _row(name: str, usage: str, arch: int) -> dict[str, Any] | None:
+    """Return what a function's name and usage of resources say; None if it is none of `refine`."""
+    kernel = re.search(r"\d(refine_[a-z_]+)_kernelI.*?OperandsE(\d)ELi8ELi(\d)E(?:Li(\d)E)?", name)
+    if kernel is None:  # the check of fragments
+        return None
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    return {
+        "kernel": kernel[1],
+        "op": "refine, cuda",
+        "dtype": OPERANDS[int(kernel[2])],
+        "sm": arch,
+        "H * W": TILES[int(kernel[3])],
+        "channels": 128 * int(kernel[4] or 1),
+        "registers": registers,
+        "stack": stack,
+        "shared": None,
+    }
+
+
+def _dump(option: str, path: Path) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
@@ -88,52 +121,73 @@ def _functions(text: str, pattern: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[::2], parts[1::2], strict=True)
 
 
-def _shared(dtype: str, tiles: int) -> int | None:
-    """Return the bytes of shared memory at the paper's channels; None where the build cannot tell."""
+def _shared(row: dict[str, Any]) -> int | None:
+    """Return the bytes of shared memory with all CTAs of a cluster busy; None where the build cannot tell."""
     if native.missing() is not None or not native.has_emulation():
         return None
-    maps = torch.empty(1, 1, 2048, 8, tiles, dtype=getattr(torch, dtype.split()[0]))
+    ops, dtype = torch.ops.rru_fast, getattr(torch, row["dtype"].split()[0])
+    precision, height, width = PRECISIONS.get(row["dtype"], "ieee"), 8, row["H * W"] // 8
     w_c = torch.empty(2048, 256)  # fp32, as under autocast
-    _, launch = torch.ops.rru_fast.refine_cuda_plan(maps, 256, 128, w_c, PRECISIONS.get(dtype, "ieee"))
+    if row["kernel"] == "refine_eval":
+        _, launch = ops.refine_cuda_plan(torch.empty(1, 1, 2048, height, width, dtype=dtype), 256, 128, w_c, precision)
+        return int(launch[2])
+    # As many clips as make the kernels take these channels a CTA.
+    clips = {128: 7, 256: 15, 512: 30}[row["channels"]]
+    x = torch.empty(clips, 2, 2048, height, width, dtype=dtype)
+    _, launch = ops.refine_cuda_training_plan(x, 256, 128, w_c, 1, precision, row["kernel"] == "refine_backward")
     return int(launch[2])
 
 
 def opcodes(sass: str) -> Iterator[str]:
-    """Yield the name of each instruction of a function, without its modifiers."""
-    for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass):
-        yield found[1]
+    """Yield the name of each instruction of a function, without its modifiers, but for prefetches."""
+    for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)", sass):
+        yield "PREFETCH" if found[1] == "CCTL" and ".PF" in found[2] else found[1]
 
 
 def of_loop(code: list[str]) -> dict[str, int]:
-    """Return what the loop over frames holds, which begins with the product, or before it.
+    """Return what the loop over frames holds, which follows the barrier of the cluster, and its product.
 
-    The product ends where its last part has been pushed and those of others are waited for.
+    A product that is pushed ends where its last part has been, and those of others are waited for.
     """
-    multiply = "HMMA" if "HMMA" in code else "FFMA"
-    first, first_push = code.index(multiply), code.index("STAS")
-    product = code[first : code.index("SYNCS", first_push)]
-    of_product = [name for name in product if name in ("HMMA", "LDS", "LDSM")]
-    runs = [len(list(group)) for name, group in groupby(of_product) if name == "HMMA"]
+    loop = code[code.index("UCGABAR_WAIT") + 2 :]  # and its flush
+    multiply = "HMMA" if "HMMA" in loop else "FFMA"
+    first = loop.index(multiply)
+    last = len(loop) - loop[::-1].index("HMMA") if multiply == "HMMA" else loop.index("SYNCS", loop.index("STAS"))
+    product = loop[first:last]
+    of_product = [name for name in product if name in ("HMMA", "LDS", "LDSM", "LDG")]
     return {
-        "draining": sum(name in DRAINING for name in code[first:]),
+        "draining": sum(name in DRAINING for name in loop),
         "pushes": code.count("STAS"),
         "matrix": code.count("HMMA"),
-        "in a row": max(runs, default=0),
+        "in a row": _longest_run(of_product),
+        "between loads of W": _longest_run([name for name in of_product if name in ("HMMA", "LDG")]),
         "spills in product": sum(name in ("LDL", "STL") for name in product),
     }
 
 
+def _longest_run(names: list[str]) -> int:
+    """Return the most matrix instructions in a row."""
+    return max((len(list(group)) for name, group in groupby(names) if name == "HMMA"), default=0)
+
+
 def over_budget(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each limit that a kernel exceeds and each instruction that it lacks."""
-    kernel = f"{row['kernel']} ({row['op']}, {row['dtype']}, H * W {row['H * W']}, sm_{row['sm']})"
-    most_stack = MAX_STACK.get((row["sm"], row["dtype"], row["H * W"]), 0)
-    limits = {"shared": MAX_SHARED, "registers": MAX_REGISTERS, "stack": most_stack}
-    limits |= {"in a row": MAX_RUN, "draining": 0, "spills in product": 0}
-    found = [
-        f"{kernel}: {key} {row[key]}, at most {most}" for key, most in limits.items() if (row.get(key) or 0) > most
-    ]
-    if row["kernel"] == "refine_eval" and row["shared"] is None:
-        found.append(f"{kernel}: shared memory is not known, as this build cannot emulate the kernel")
-    if row["kernel"] == "refine_eval" and not row["matrix"] and row["dtype"] != "float32 ieee":
-        found.append(f"{kernel}: no matrix instructions")
-    return found
+    size = f"H * W {row['H * W']}, {row['channels']} channels a CTA, sm_{row['sm']}"
+    kernel, dtype = row["kernel"], row["dtype"]
+    limits = {
+        "shared": MAX_SHARED,
+        "registers": MAX_REGISTERS,
+        "stack": MAX_STACK.get((kernel, dtype, row["H * W"], row["channels"]), 0),
+        "in a row": MAX_RUN["in a row"],
+        "draining": OF_A_FLAG if kernel in TRAINING else 0,
+    }
+    if kernel in TRAINING:
+        limits["between loads of W"] = MAX_RUN["between loads of W"]
+    if kernel not in TRAINING or row["matrix"]:  # in fp32 a product ends where nothing tells
+        limits["spills in product"] = 0
+    found = [f"{key} {row[key]}, at most {most}" for key, most in limits.items() if (row.get(key) or 0) > most]
+    if kernel in MULTIPLYING and row["shared"] is None:
+        found.append("shared memory is not known, as this build cannot emulate the kernel")
+    if kernel in MULTIPLYING and not row["matrix"] and dtype != "float32 ieee":
+        found.append("no matrix instructions")
+    return [f"{kernel} ({row['op']}, {dtype}, {size}): {sentence}" for sentence in found]

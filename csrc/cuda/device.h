@@ -24,6 +24,8 @@
 #define RRU_PARAMETER __grid_constant__
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY_4 _Pragma("unroll 4")
+#define UNROLL_BY_8 _Pragma("unroll 8")
+#define NO_UNROLL _Pragma("unroll 1")
 #define RRU_GLOBAL(threads) __global__ void __launch_bounds__(threads, 1)
 #define RRU_MUTANT(name) false
 #if __CUDA_ARCH__ >= 900
@@ -133,6 +135,18 @@ DEVICE void push(Peer to, int offset, float2 value, int box) {
 }
 DEVICE void inbox_retire(float*, int) {}
 
+// A flag in global memory tells CTAs of other clusters that all that this CTA's threads have stored before its last
+// barrier is there: one thread sets it, and those that read, after a barrier, wait for it. A value is never set back.
+DEVICE void flag_set(uint32_t* flag, uint32_t value, const char*) {
+  asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+DEVICE void flag_wait(const uint32_t* flag, uint32_t value, const char*) {
+  uint32_t v;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  } while (v < value);
+}
+
 // All lanes of the warp take part.
 DEVICE float shfl_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -216,7 +230,7 @@ template <class T>
 DEVICE void store_stream(T* p, T v) {
   __stcs(p, v);
 }
-// Of memory that is written, by this thread alone.
+// Of memory that is written: by this thread, or by others before a barrier or a flag.
 template <class T>
 DEVICE T load(const T* p) {
   return *p;
@@ -224,6 +238,21 @@ DEVICE T load(const T* p) {
 template <class T>
 DEVICE void store(T* p, T v) {
   *p = v;
+}
+
+// Brings the 128 bytes of an address into the L2 cache.
+DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+// Loads and products stay on their side of it: else the compiler sinks all loads of a loop to its end.
+DEVICE void fence_schedule() {
+  __syncwarp();
+}
+
+// The same number, as if it were another one: addresses of it are computed anew rather than kept in registers.
+DEVICE int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // Where and how a kernel is launched.
@@ -234,6 +263,7 @@ struct Launch {
   int cluster;     // CTAs of a cluster
   int threads;     // of a CTA
   size_t shared;   // bytes of shared memory of a CTA, without the inboxes'
+  bool together = false;  // all CTAs at once, or an error: they wait for each other
 };
 
 // Raises a CUDA error.
@@ -275,14 +305,16 @@ inline int max_shared(int device) {
 class ClusterConfig {
  public:
   ClusterConfig(const Launch& l, int ctas) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+    attributes_[0].id = cudaLaunchAttributeClusterDimension;
+    attributes_[0].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
+    attributes_[1].id = cudaLaunchAttributeCooperative;
+    attributes_[1].val.cooperative = 1;
     config_.gridDim = dim3(ctas);
     config_.blockDim = dim3(l.threads);
     config_.dynamicSmemBytes = l.shared + kInboxBytes;
     config_.stream = static_cast<cudaStream_t>(l.stream);
-    config_.attrs = &cluster_;
-    config_.numAttrs = 1;
+    config_.attrs = attributes_;
+    config_.numAttrs = l.together ? 2 : 1;
   }
   ClusterConfig(const ClusterConfig&) = delete;
   ClusterConfig& operator=(const ClusterConfig&) = delete;
@@ -291,7 +323,7 @@ class ClusterConfig {
   }
 
  private:
-  cudaLaunchAttribute cluster_{};
+  cudaLaunchAttribute attributes_[2]{};
   cudaLaunchConfig_t config_{};
 };
 

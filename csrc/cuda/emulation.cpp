@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -75,7 +76,7 @@ void pass(const char* name, const char* kind) {
   Fiber& fiber = self();
   const Adversary& a = the_adversary;
   const int index = site_index(name, kind), passes = fiber.passes[index]++;
-  the_sites[index].passes = std::max(the_sites[index].passes, passes + 1);
+  the_sites[index].passes = std::max(the_sites[index].passes, a.notes ? passes + 1 : 0);
   if (a.cta == fiber.cta->index && a.pass == passes && (a.warp < 0 || a.warp == fiber.thread / 32) && a.hold == name) {
     fiber.waits_at = name;
     scheduler.held.push_back(&fiber);
@@ -212,6 +213,8 @@ std::string run_clusters(int first, int end, int size, int threads, size_t bytes
   s.first = s.count = 0;
   s.held.clear();
   s.held.reserve(fibers.size());
+  s.flag_waiters.clear();
+  s.flag_waiters.reserve(fibers.size());
   s.error.clear();
   s.kernel = &kernel;
   s.current = &s.host;
@@ -219,6 +222,7 @@ std::string run_clusters(int first, int end, int size, int threads, size_t bytes
 #if defined(RRU_THREAD_SANITIZER)
   s.host.tsan = __tsan_get_current_fiber();
 #endif
+  name_all(fibers);
   for (size_t i = 0; i < fibers.size(); i++) {
     fibers[i].cta = ctas[i / threads].get();
     fibers[i].thread = static_cast<int>(i % threads);
@@ -232,7 +236,6 @@ std::string run_clusters(int first, int end, int size, int threads, size_t bytes
   if (error.empty() && !std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) {
     error = where_they_wait(fibers);
   }
-  end_all(fibers);
   return error;
 }
 
@@ -260,7 +263,9 @@ Adversary& adversary() {
 }
 
 std::vector<Site> sites() {
-  return {the_sites, std::find_if(the_sites, the_sites + kMaxSites, [](const Site& s) { return s.name == nullptr; })};
+  std::vector<Site> noted;
+  std::copy_if(the_sites, the_sites + kMaxSites, std::back_inserter(noted), [](const Site& s) { return s.passes > 0; });
+  return noted;
 }
 
 void forget_sites() {
@@ -364,6 +369,29 @@ void inbox_wait(int box, int parity, const char* site) {
     acquire(&own.order);
   }
   pass(site, "inbox");
+}
+
+void flag_set(uint32_t* flag, uint32_t value, const char* site) {
+  detail::check_store(flag, sizeof(uint32_t));
+  if (the_adversary.omit != site) {
+    *flag = value;
+    if (the_adversary.relax != site) {
+      release(reinterpret_cast<char*>(flag));
+    }
+    wake(scheduler.flag_waiters);
+  }
+  pass(site, "set");
+}
+
+void flag_wait(const uint32_t* flag, uint32_t value, const char* site) {
+  detail::check_load(flag, sizeof(uint32_t), false);
+  if (the_adversary.omit != site) {
+    while (*flag < value) {
+      wait(scheduler.flag_waiters, site);
+    }
+    acquire(reinterpret_cast<char*>(const_cast<uint32_t*>(flag)));
+  }
+  pass(site, "flag");
 }
 
 float shfl_xor(float value, int mask) {

@@ -20,6 +20,8 @@
 #define RRU_HAS_CLUSTERS
 #define UNROLL
 #define UNROLL_BY_4
+#define UNROLL_BY_8
+#define NO_UNROLL
 #define RRU_GLOBAL(threads) void
 #define RRU_MUTANT(name) (::rru::emulated::dev::adversary().mutant == name)
 
@@ -40,19 +42,21 @@ struct Adversary {
   std::string omit;         // the site of a synchronization that is left out
   std::string replace;      // the site of an inbox_wait that becomes a barrier of the CTA
   std::string shorten;      // the site of an inbox_arm that expects 4 bytes less from each CTA
+  std::string relax;        // the site of a flag_set that orders no memory
   std::string mutant;       // a defect that the kernel's source names with RRU_MUTANT
   std::string hold;         // the site behind which fibers are held
   int cta = -1, warp = -1;  // of the held fibers; a warp of -1 is the whole CTA
   int pass = -1;            // how often they have passed the site before
   bool late = false;        // pushes arrive when their inbox is waited for, the last first
   bool last_first = false;  // of the fibers that can run, the last runs first
+  bool notes = true;        // sites that are passed are noted
   uint32_t noise = 0;       // seed of the error of approximate functions, as CUDA documents it; 0: they are exact
 };
 
 // A site that a kernel has passed.
 struct Site {
   const char* name = nullptr;
-  const char* kind = nullptr;  // "begin", "sync", "cluster", "inbox" or "arm"
+  const char* kind = nullptr;  // "begin", "sync", "cluster", "inbox", "arm", "set" or "flag"
   int passes = 0;              // of one thread, at most
 };
 
@@ -72,6 +76,8 @@ void cluster_wait(const char* site);
 void inbox_init(int count);
 void inbox_arm(int box, int bytes, const char* site);
 void inbox_wait(int box, int parity, const char* site);
+void flag_set(uint32_t* flag, uint32_t value, const char* site);
+void flag_wait(const uint32_t* flag, uint32_t value, const char* site);
 float shfl_xor(float value, int mask);
 void mma_bf16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1);
 void mma_f16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1);
@@ -175,6 +181,12 @@ inline void store(T* p, T v) {
   *p = v;
 }
 
+inline void prefetch_l2(const void*) {}
+inline void fence_schedule() {}
+inline int anew(int v) {
+  return v;
+}
+
 // Where and how a kernel is launched.
 struct Launch {
   int device;     // of the tensors
@@ -183,6 +195,7 @@ struct Launch {
   int cluster;    // CTAs of a cluster
   int threads;    // of a CTA
   size_t shared;  // bytes of shared memory of a CTA
+  bool together = false;  // all CTAs at once: they wait for each other
 };
 
 // Bytes of shared memory that a GPU's inboxes take, and that a CTA has left on compute capability 9.0.
@@ -191,17 +204,17 @@ inline int max_shared(int) {
   return 232448 - kInboxBytes;
 }
 
-// Clusters that can be on the chip at once.
+// Clusters that can be on the chip at once, as an H100 was measured to hold of 132 CTAs.
 template <class Arguments>
-inline int max_clusters(void (*)(Arguments), const Launch&, std::string* reason) {
+inline int max_clusters(void (*)(Arguments), const Launch& l, std::string* reason) {
   reason->clear();
-  return 1;
+  return l.cluster == 16 ? 7 : l.cluster == 8 ? 15 : l.cluster == 4 ? 30 : 132 / l.cluster;
 }
 
-// Runs a kernel, one cluster after another. Raises what goes wrong.
+// Runs a kernel, one cluster after another or all together. Raises what goes wrong.
 template <class Arguments>
 inline void launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
-  detail::run(l.ctas, l.cluster, l.threads, l.shared, [&] { kernel(arguments); }, false);
+  detail::run(l.ctas, l.cluster, l.threads, l.shared, [&] { kernel(arguments); }, l.together);
 }
 
 }  // namespace rru::emulated::dev

@@ -5,30 +5,29 @@
 // which add the parts in the order of ranks, normalize and pool; and the pooled sums come back to all. Every CTA then
 // computes z_s, and z_c of its own channels, and blends.
 
-#include <bit>
 #include <stdexcept>
 
-#include "refine_blend.h"
-#include "refine_clip.h"
-#include "refine_gate.h"
+#include "refine_eval_blend.h"
+#include "refine_eval_gate.h"
+#include "refine_launch.h"
 #include "refine_transition.h"
 
 namespace rru::RRU_PLATFORM {
 
 namespace {
 
-template <Operands OPERANDS, int WARPS, int TILES>
-DEVICE void run(const Call& call) {
+template <class C>
+DEVICE void run(const EvalCall& call) {
   const RefineEval& a = call.a;
-  Clip<OPERANDS, WARPS, TILES> clip(call);
+  EvalClip<C> clip(call);
   const int length = a.lengths == nullptr ? a.frames : static_cast<int>(load_const(a.lengths + clip.index));
   const int end = length < a.end ? length : a.end;
   if (clip.t == 0) {
     inbox_init(2);
   }
-  Transition<OPERANDS, WARPS, TILES> transition(clip);
-  Gate<OPERANDS, WARPS, TILES> gate(clip);
-  Blend<OPERANDS, WARPS, TILES> maps(clip);
+  ResidentTransition<EvalClip<C>> transition(clip);
+  EvalGate<C> gate(clip);
+  EvalBlend<C> maps(clip);
   cluster_arrive("inboxes are initialized");
   cluster_wait("inboxes are initialized");
   const int gated = a.first == 0 && !a.has_state ? 1 : a.first;  // the first frame with a gate
@@ -56,9 +55,9 @@ DEVICE void run(const Call& call) {
 }
 
 template <Operands OPERANDS, int WARPS, int TILES>
-RRU_GLOBAL(32 * WARPS) refine_eval_kernel(const RRU_PARAMETER Call call) {
+RRU_GLOBAL(32 * WARPS) refine_eval_kernel(const RRU_PARAMETER EvalCall call) {
 #ifdef RRU_HAS_CLUSTERS
-  run<OPERANDS, WARPS, TILES>(call);
+  run<Cut<OPERANDS, WARPS, TILES>>(call);
 #endif
 }
 
@@ -71,64 +70,53 @@ bool is_vector(const Maps& maps, int positions, int at_once, int element) {
 
 // Sets the plan of a call and how it is launched.
 template <class C>
-void make_plan(Call& call, Launch& l) {
+void make_plan(EvalCall& call, Launch& l) {
   const RefineEval& a = call.a;
-  const int n = ctas_of(a.channels, C::kChannels);
-  Plan& p = call.plan;
-  p.layout = packed_layout<C>(a.channels, a.w_c == Dtype::float32);
-  p.log2_ctas = std::countr_zero(static_cast<unsigned>(n));
-  p.log2_rows = std::countr_zero(static_cast<unsigned>(C::kD / n));
+  EvalPlan& p = call.plan;
+  set_plan<C>(p, a);
+  p.vector = is_vector(a.x, a.positions, C::kP, C::kElement) && is_vector(a.state, a.positions, C::kP, C::kElement);
   p.run_rows = (C::kRun - 1) / a.width + 2;
   p.run_column = C::kRun % a.width;
-  p.per_position = 1 / static_cast<float>(a.positions);
-  p.per_d = 1 / static_cast<float>(a.d);
-  p.vector = is_vector(a.x, a.positions, C::kP, C::kElement) && is_vector(a.state, a.positions, C::kP, C::kElement);
-  const int strips = 4 * 2 * p.run_rows * C::kChannels, w_c = 16 * p.layout.w_c_units;
-  p.w_c_shared = C::k16Bit && a.channel && Shared<C>::kWc + w_c + strips <= max_shared(l.device);
-  p.strips = Shared<C>::kWc + (p.w_c_shared ? w_c : 0);
+  const int strips = 4 * 2 * p.run_rows * C::kChannels, w_c = 16 * p.layout.w_c_units, n = 1 << p.log2_ctas;
+  p.w_c_shared = C::k16Bit && a.channel && EvalMemory<C>::kWc + w_c + strips <= max_shared(l.device);
+  p.strips = EvalMemory<C>::kWc + (p.w_c_shared ? w_c : 0);
   l = {l.device, l.stream, n * a.clips, n, C::kThreads, static_cast<size_t>(p.strips + strips)};
-}
-
-std::string over(const char* name, int value, int limit) {
-  return value <= limit ? "" : name + (" of " + std::to_string(value)) + ", at most " + std::to_string(limit);
 }
 
 // Calls `f` with a kernel, its launch and its arguments, if these sizes are carried; returns the reason if not, or "".
 template <class F>
 std::string with_kernel(const RefineEval& a, int device, void* stream, F f) {
-  for (const std::string& reason :
-       {over("C", a.channels, kMaxChannels), over("H * W", a.positions, kMaxPositions), over("D", a.d, kMaxD),
-        over("A", a.num_attn, kMaxAttn)}) {
-    if (!reason.empty()) {
-      return reason;
-    }
-  }
-  return with_cut(shape_of(a), [&]<Operands O, int WARPS, int TILES>() -> std::string {
-    Call call{a, {}};
-    Launch l{device, stream, 0, 0, 0, 0};
-    make_plan<Cut<O, WARPS, TILES>>(call, l);
-    if (l.shared > static_cast<size_t>(max_shared(device))) {
-      return over("shared memory", static_cast<int>(l.shared), max_shared(device));
-    }
-    std::string reason;
-    if (max_clusters(&refine_eval_kernel<O, WARPS, TILES>, l, &reason) > 0) {
-      f(&refine_eval_kernel<O, WARPS, TILES>, l, call);
-    }
+  if (std::string reason = too_large(a); !reason.empty()) {
     return reason;
-  });
+  }
+  const Size size{warps_of(a, 1), 1};
+  return with_cut<Pass::eval>(
+      operands_of(a.dtype, a.float32, Pass::eval), size, a.positions, [&]<Operands O, int WARPS, int TILES, int>() {
+        EvalCall call{a, {}};
+        Launch l{device, stream, 0, 0, 0, 0};
+        make_plan<Cut<O, WARPS, TILES>>(call, l);
+        if (l.shared > static_cast<size_t>(max_shared(device))) {
+          return over("shared memory", static_cast<int>(l.shared), max_shared(device));
+        }
+        std::string reason;
+        if (max_clusters(&refine_eval_kernel<O, WARPS, TILES>, l, &reason) > 0) {
+          f(&refine_eval_kernel<O, WARPS, TILES>, l, call);
+        }
+        return reason;
+      });
 }
 
 }  // namespace
 
 std::string refine_eval_lacks(const RefineEval& arguments, int device, ClusterLaunch* launch) {
-  return with_kernel(arguments, device, nullptr, [&](auto, const Launch& l, const Call&) {
-    *launch = {l.cluster, l.threads, l.shared + kInboxBytes};
+  return with_kernel(arguments, device, nullptr, [&](auto, const Launch& l, const EvalCall&) {
+    *launch = {l.cluster, l.threads, l.shared + kInboxBytes, 1, 1, 0, 0};
   });
 }
 
 void refine_eval(const RefineEval& arguments, int device, void* stream) {
   const std::string lacks = with_kernel(
-      arguments, device, stream, [](auto kernel, const Launch& l, const Call& call) { launch(kernel, l, call); });
+      arguments, device, stream, [](auto kernel, const Launch& l, const EvalCall& call) { launch(kernel, l, call); });
   if (!lacks.empty()) {
     throw std::runtime_error(lacks);
   }

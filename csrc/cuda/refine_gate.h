@@ -1,83 +1,132 @@
-// The gate, eq. 1-4, of U's parts: own rows added up, normalized and pooled, and the attention vectors.
+// What the gates of all passes share: the rows of U that a CTA owns, sums over them, and the spatial attention.
 #pragma once
 
 #include "refine_clip.h"
 
 namespace rru::RRU_PLATFORM {
 
-// The gate of a frame. Arrays are registers: loops over them are unrolled.
-template <Operands OPERANDS, int WARPS, int TILES>
-class Gate {
-  using C = Cut<OPERANDS, WARPS, TILES>;
-  using At = Shared<C>;
-  static constexpr int kGroups = 2 * TILES;  // lanes that share a row of U, 4 positions each
-  static constexpr int kRowsPerPass = C::kThreads / kGroups;
+// The rows of U that this CTA owns, (rows, P): a thread has 4 positions of every kPerPass-th one.
+template <class CLIP>
+class Rows {
+  using C = typename CLIP::C;
 
  public:
-  // Brings w_c on chip, where there is room.
-  DEVICE explicit Gate(Clip<OPERANDS, WARPS, TILES>& clip) : clip_(clip) {
-    if (clip_.plan.w_c_shared) {
-      const int units = clip_.plan.layout.w_c_units;
-      for (int i = clip_.t; i < units; i += C::kThreads) {
-        shared_at<uint4>(At::kWc)[i] = load_const(clip_.packed(clip_.plan.layout.w_c) + clip_.rank * units + i);
-      }
+  static constexpr int kGroups = 2 * C::kTiles;  // lanes that share a row
+  static constexpr int kPerPass = C::kThreads / kGroups;
+
+  DEVICE explicit Rows(const CLIP& clip) : p(4 * (clip.t % kGroups)), own(clip.t / kGroups), clip_(clip) {}
+
+  DEVICE int index(int own_row) const {
+    return clip_.rank * clip_.rows() + own_row;
+  }
+  DEVICE bool has(int own_row) const {
+    return own_row < clip_.rows() && index(own_row) < clip_.a.d;
+  }
+  DEVICE bool has_position(int i) const {
+    return p + i < clip_.a.positions;
+  }
+
+  // Reads, or writes, this thread's positions of a row of one step of a tensor like U, as far as they are there.
+  DEVICE void read(float (&v)[4], const float* from, int step, int own_row) const {
+    from += clip_.u_offset(step, index(own_row), p);
+    UNROLL for (int i = 0; i < 4; i++) {
+      v[i] = has_position(i) ? load(from + i) : 0.f;
     }
-    for (int p = clip_.t; p < C::kP; p += C::kThreads) {
-      clip_.z_s()[p] = 1.f;  // without spatial attention
+  }
+  DEVICE void write(const float (&v)[4], float* to, int step, int own_row) const {
+    to += clip_.u_offset(step, index(own_row), p);
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (has_position(i)) {
+        store(to + i, v[i]);
+      }
     }
   }
 
-  // Adds up this CTA's rows of U, normalizes and pools them, and receives the pooled sums of all rows.
-  template <class Prefetch>
-  DEVICE void receive(int t, int parity, Prefetch prefetch) {
-    const int group = clip_.t % kGroups, p = 4 * group;
-    // All that the wait for U can hide.
-    Row r = read_row(t, clip_.t / kGroups, p);
-    if (clip_.a.spatial) {
-      UNROLL for (int i = 0; i < C::kWs1; i++) {
-        w_s1_[i] = load_const(clip_.packed(clip_.plan.layout.w_s1) + i * C::kThreads + clip_.t);
-      }
-      UNROLL for (int i = 0; i < C::kWs2; i++) {
-        w_s2_[i] = load_const(clip_.packed(clip_.plan.layout.w_s2) + i * C::kThreads + clip_.t);
-      }
+  // Adds the parts of U from all CTAs, in the order of ranks.
+  DEVICE void add_parts(float (&u)[4], int own_row) const {
+    const int sources = has_position(0) ? clip_.ctas() : 0;  // positions past the last tile are not pushed
+    UNROLL_BY_4 for (int source = 0; source < sources; source++) {
+      const float4 part = *shared_at<float4>(clip_.inbox_u(source, own_row, p));
+      u[0] += part.x;
+      u[1] += part.y;
+      u[2] += part.z;
+      u[3] += part.w;
     }
-    prefetch();
-    inbox_wait(kU, parity, "parts of U have arrived");
-    float4 sums = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int first = 0; first < clip_.rows(); first += kRowsPerPass) {
-      const int own = first + clip_.t / kGroups;
-      if (first > 0) {
-        r = read_row(t, own, p);
-      }
-      const float4 y = has_row(own) ? activate(t, own, p, r) : make_float4(0.f, 0.f, 0.f, 0.f);
-      drop(own, p);
-      float mean = (y.x + y.y) + (y.z + y.w);
-      UNROLL for (int mask = kGroups / 2; mask > 0; mask /= 2) {
-        mean += shfl_xor(mean, mask);
-      }
-      if (own < clip_.rows()) {
-        for (int to = group; to < clip_.ctas(); to += kGroups) {
-          push(peer(to), clip_.inbox_v(clip_.rank) + 4 * (C::kP + own), mean * clip_.plan.per_position, kV);
-        }
-      }
-      sums = make_float4(sums.x + y.x, sums.y + y.y, sums.z + y.z, sums.w + y.w);
+  }
+
+  // The parts of U from `first` on have been read or do not count.
+  DEVICE void drop_parts(int own_row, int first) const {
+    for (int source = first; source < clip_.ctas() && own_row < clip_.rows(); source++) {
+      inbox_retire(shared_at<float>(clip_.inbox_u(source, own_row, p)), 4);
     }
+  }
+
+  // The sum over all positions of a row.
+  DEVICE static float sum(float v) {
+    UNROLL for (int mask = kGroups / 2; mask > 0; mask /= 2) {
+      v += shfl_xor(v, mask);
+    }
+    return v;
+  }
+
+  // Sets the partials to this warp's sums over its rows.
+  DEVICE void sum_rows(float (&sums)[4]) const {
     UNROLL for (int mask = kGroups; mask < 32; mask *= 2) {
-      sums = make_float4(
-          sums.x + shfl_xor(sums.x, mask), sums.y + shfl_xor(sums.y, mask), sums.z + shfl_xor(sums.z, mask),
-          sums.w + shfl_xor(sums.w, mask));
+      UNROLL for (int i = 0; i < 4; i++) {
+        sums[i] += shfl_xor(sums[i], mask);
+      }
     }
     if (clip_.lane < kGroups) {
-      reinterpret_cast<float4*>(clip_.partials() + clip_.warp * C::kP)[group] = sums;
+      reinterpret_cast<float4*>(clip_.partials() + clip_.warp * C::kP)[clip_.lane] =
+          make_float4(sums[0], sums[1], sums[2], sums[3]);
     }
+  }
+
+  const int p;    // the first position of this thread
+  const int own;  // its row of the first pass
+
+ private:
+  const CLIP& clip_;
+};
+
+// A position's sum of all warps' partials.
+template <class CLIP>
+DEVICE float sum_partials(const CLIP& clip, int position) {
+  float sum = 0.f;
+  UNROLL for (int warp = 0; warp < CLIP::C::kWarps; warp++) {
+    sum += clip.partials()[warp * CLIP::C::kP + position];
+  }
+  return sum;
+}
+
+// Y pooled over positions and over gate channels, by all CTAs for all. Inbox V holds kP + rows floats of each CTA.
+template <class CLIP>
+class Pooling {
+  using C = typename CLIP::C;
+  using OwnRows = Rows<CLIP>;
+
+ public:
+  DEVICE explicit Pooling(const CLIP& clip) : clip_(clip) {}
+
+  // Takes a row in, 0 where there is none.
+  DEVICE void add(int own_row, const float (&y)[4]) {
+    const float mean = OwnRows::sum((y[0] + y[1]) + (y[2] + y[3]));
+    if (own_row < clip_.rows()) {
+      for (int to = clip_.t % OwnRows::kGroups; to < clip_.ctas(); to += OwnRows::kGroups) {
+        push(peer(to), inbox(clip_.rank) + 4 * (C::kP + own_row), mean * clip_.plan.per_position, kV);
+      }
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+      sums_[i] += y[i];
+    }
+  }
+
+  // Exchanges the sums, and waits for those of all.
+  DEVICE void exchange(const OwnRows& rows, int parity) {
+    rows.sum_rows(sums_);
     sync("U is read, and the sums of each warp are written");
     for (int i = clip_.t; i < C::kP * clip_.ctas(); i += C::kThreads) {
-      const int position = i % C::kP;
-      float sum = 0.f;
-      UNROLL for (int warp = 0; warp < WARPS; warp++) {
-        sum += clip_.partials()[warp * C::kP + position];
-      }
-      push(peer(i / C::kP), clip_.inbox_v(clip_.rank) + 4 * position, sum, kV);
+      push(peer(i / C::kP), inbox(clip_.rank) + 4 * (i % C::kP), sum_partials(clip_, i % C::kP), kV);
     }
     if (clip_.t == 0) {
       inbox_arm(kV, 4 * (clip_.ctas() * C::kP + C::kD), "pooled sums are expected");
@@ -85,154 +134,111 @@ class Gate {
     inbox_wait(kV, parity, "pooled sums have arrived");
   }
 
-  // The attention vectors, eq. 2 and 3, of pooled sums.
-  DEVICE void attend(int t) {
+  // Sets pooled and means.
+  DEVICE void take() {
     for (int p = clip_.t; p < C::kP; p += C::kThreads) {
       float sum = 0.f;
       for (int i = 0; i < clip_.ctas(); i++) {
         const int source = RRU_MUTANT("sums begin at the own rank") ? (clip_.rank + i) & (clip_.ctas() - 1) : i;
-        float* from = shared_at<float>(clip_.inbox_v(source)) + p;
+        float* from = shared_at<float>(inbox(source)) + p;
         sum += *from;
         inbox_retire(from, 1);
       }
       clip_.pooled()[p] = sum * clip_.plan.per_d;
     }
     // kD = kThreads
-    const int source = clip_.t >> clip_.plan.log2_rows, own = clip_.t & (clip_.rows() - 1);
-    float* from = shared_at<float>(clip_.inbox_v(source)) + C::kP + own;
+    const int source = clip_.t >> clip_.plan.log2_rows, own_row = clip_.t & (clip_.rows() - 1);
+    float* from = shared_at<float>(inbox(source)) + C::kP + own_row;
     clip_.means()[clip_.t] = *from;
     inbox_retire(from, 1);
     sync("pooled means are written");
-    const int64_t step = static_cast<int64_t>(t - (clip_.a.has_state ? 0 : 1)) * clip_.a.clips + clip_.index;
-    if (clip_.a.spatial) {
-      const auto* half = reinterpret_cast<const float4*>(clip_.pooled() + clip_.position);
-      float sum = 0.f;
-      UNROLL for (int i = 0; i < C::kWs1; i++) {
-        sum += dot(w_s1_[i], half[i]);
-      }
-      sum = relu(sum + shfl_xor(sum, 1));
-      if (clip_.t % 2 == 0) {
-        clip_.hidden()[clip_.t / 2] = sum;
-        if (clip_.a.h != nullptr && clip_.rank == 0 && clip_.t / 2 < clip_.a.num_attn) {
-          store(clip_.a.h + step * clip_.a.num_attn + clip_.t / 2, sum);
-        }
-      }
-    }
-    clip_.z_c = 1.f;
-    if (clip_.a.channel) {
-      const float half = clip_.plan.layout.w_c_is_float ? channel_logit<true>() : channel_logit<false>();
-      clip_.z_c = half + shfl_xor(half, 1);
-      if (clip_.a.z_c != nullptr && clip_.t % 2 == 0 && clip_.channel < clip_.a.channels) {
-        store(clip_.a.z_c + step * clip_.a.channels + clip_.channel, clip_.z_c);
-      }
-    }
-    sync("h is written");
-    if (clip_.a.spatial) {
-      const auto* quarter = reinterpret_cast<const float4*>(clip_.hidden() + clip_.t % 4 * C::kAttn / 4);
-      UNROLL for (int pass = 0; pass < C::kPasses; pass++) {
-        const int p = pass * 8 * WARPS + clip_.t / 4;
-        float sum = 0.f;
-        UNROLL for (int i = 0; i < WARPS; i++) {
-          sum += dot(w_s2_[pass * WARPS + i], quarter[i]);
-        }
-        sum += shfl_xor(sum, 1);
-        sum += shfl_xor(sum, 2);
-        if (clip_.t % 4 == 0 && p < C::kP) {
-          clip_.z_s()[p] = sum;
-          if (clip_.a.z_s != nullptr && clip_.rank == 0 && p < clip_.a.positions) {
-            store(clip_.a.z_s + step * clip_.a.positions + p, sum);
-          }
-        }
-      }
-    }
-    sync("z_s is written");
   }
 
  private:
-  // What 4 positions from p of an own row begin with: W_m M_t, and the row's norm.
-  struct Row {
-    float u[4];
-    float scale, shift;
-  };
-
-  DEVICE bool has_row(int own) const {
-    return own < clip_.rows() && clip_.rank * clip_.rows() + own < clip_.a.d;
+  DEVICE int inbox(int source) const {
+    return CLIP::At::kInboxV + 4 * source * (C::kP + clip_.rows());
   }
 
-  DEVICE Row read_row(int t, int own, int p) const {
-    const int row = clip_.rank * clip_.rows() + own;
-    Row r{};
-    if (has_row(own)) {
-      const auto* norm = reinterpret_cast<const float*>(clip_.packed(clip_.plan.layout.norm));
-      r.scale = load_const(norm + row);
-      r.shift = load_const(norm + C::kD + row);
-      if (clip_.a.u != nullptr) {
-        const float* from = clip_.a.u + clip_.u_offset(t, row, p);
-        UNROLL for (int i = 0; i < 4; i++) {
-          r.u[i] = p + i < clip_.a.positions ? dev::load(from + i) : 0.f;
-        }
-      }
-    }
-    return r;
-  }
-
-  // Y of 4 positions of a row, 0 past the last one.
-  DEVICE float4 activate(int t, int own, int p, const Row& r) {
-    float4 u = make_float4(r.u[0], r.u[1], r.u[2], r.u[3]);
-    const int sources = p < clip_.a.positions ? clip_.ctas() : 0;  // positions past the last tile are not pushed
-    UNROLL_BY_4 for (int source = 0; source < sources; source++) {
-      const float4 part = *shared_at<float4>(clip_.inbox_u(source, own, p));
-      u = make_float4(u.x + part.x, u.y + part.y, u.z + part.z, u.w + part.w);
-    }
-    float values[4] = {u.x, u.y, u.z, u.w};
-    UNROLL for (int i = 0; i < 4; i++) {
-      const bool is_there = p + i < clip_.a.positions;
-      if (is_there && clip_.a.u_out != nullptr) {
-        store(clip_.a.u_out + clip_.u_offset(t, clip_.rank * clip_.rows() + own, p) + i, values[i]);
-      }
-      const bool counts = is_there || RRU_MUTANT("positions past the last are pooled");
-      values[i] = counts ? relu(values[i] * r.scale + r.shift) : 0.f;
-    }
-    return make_float4(values[0], values[1], values[2], values[3]);
-  }
-
-  // 4 positions of an own row, in all parts of U, have been read or do not count.
-  DEVICE void drop(int own, int p) {
-    for (int source = 0; source < clip_.ctas() && own < clip_.rows(); source++) {
-      inbox_retire(shared_at<float>(clip_.inbox_u(source, own, p)), 4);
-    }
-  }
-
-  DEVICE static float dot(const uint4& w, const float4& v) {
-    return uint_as_float(w.x) * v.x + uint_as_float(w.y) * v.y + uint_as_float(w.z) * v.z + uint_as_float(w.w) * v.w;
-  }
-
-  // Half of the sum over gate channels of w_c times the means, for this thread's channel.
-  template <bool FLOAT>
-  DEVICE float channel_logit() const {
-    const float* mean = clip_.means() + clip_.t % 2 * (C::kD / 2);
-    const uint4* from = clip_.packed(clip_.plan.layout.w_c) + clip_.rank * clip_.plan.layout.w_c_units + clip_.t;
-    const uint4* own = shared_at<uint4>(At::kWc) + clip_.t;
-    constexpr int kPerUnit = FLOAT ? 4 : 8;
-    float sum = 0.f;
-    UNROLL_BY_4 for (int i = 0; i < C::kD / 2 / kPerUnit; i++) {
-      const uint4 w = clip_.plan.w_c_shared ? own[i * C::kThreads] : load_const(from + i * C::kThreads);
-      const auto* v = reinterpret_cast<const float4*>(mean + kPerUnit * i);
-      if constexpr (FLOAT) {
-        sum += dot(w, v[0]);
-      } else {
-        const float4 first = v[0], second = v[1];
-        sum += low_half<OPERANDS>(w.x) * first.x + high_half<OPERANDS>(w.x) * first.y;
-        sum += low_half<OPERANDS>(w.y) * first.z + high_half<OPERANDS>(w.y) * first.w;
-        sum += low_half<OPERANDS>(w.z) * second.x + high_half<OPERANDS>(w.z) * second.y;
-        sum += low_half<OPERANDS>(w.w) * second.z + high_half<OPERANDS>(w.w) * second.w;
-      }
-    }
-    return sum;
-  }
-
-  Clip<OPERANDS, WARPS, TILES>& clip_;
-  uint4 w_s1_[C::kWs1], w_s2_[C::kWs2];
+  const CLIP& clip_;
+  float sums_[4] = {};
 };
+
+// The two products of the spatial attention, (A, P) and (P, A), with a vector each. Arrays are registers: loops over
+// them are unrolled.
+template <class CLIP>
+class SpatialProducts {
+  using C = typename CLIP::C;
+
+ public:
+  DEVICE explicit SpatialProducts(const CLIP& clip) : clip_(clip) {}
+
+  DEVICE void load_units() {
+    UNROLL for (int i = 0; i < C::kWs1; i++) {
+      w_1_[i] = load_const(clip_.packed(clip_.plan.layout.w_s1) + i * C::kThreads + clip_.t);
+    }
+  }
+  DEVICE void load_positions() {
+    UNROLL for (int i = 0; i < C::kWs2; i++) {
+      w_2_[i] = load_const(clip_.packed(clip_.plan.layout.w_s2) + i * C::kThreads + clip_.t);
+    }
+  }
+
+  // Calls `take` with each unit and its product with `in` (kP,).
+  template <class F>
+  DEVICE void units(const float* in, F take) const {
+    const auto* half = reinterpret_cast<const float4*>(in + clip_.t % 2 * C::kRun);
+    float sum = 0.f;
+    UNROLL for (int i = 0; i < C::kWs1; i++) {
+      sum += dot(w_1_[i], half[i]);
+    }
+    sum += shfl_xor(sum, 1);
+    if (clip_.t % 2 == 0) {
+      take(clip_.t / 2, sum);
+    }
+  }
+
+  // Calls `take` with each position and its product with `in` (kAttn,).
+  template <class F>
+  DEVICE void positions(const float* in, F take) const {
+    const auto* quarter = reinterpret_cast<const float4*>(in + clip_.t % 4 * C::kAttn / 4);
+    UNROLL for (int pass = 0; pass < C::kPasses; pass++) {
+      const int p = pass * 8 * C::kWarps + clip_.t / 4;
+      float sum = 0.f;
+      UNROLL for (int i = 0; i < C::kWarps; i++) {
+        sum += dot(w_2_[pass * C::kWarps + i], quarter[i]);
+      }
+      sum += shfl_xor(sum, 1);
+      sum += shfl_xor(sum, 2);
+      if (clip_.t % 4 == 0 && p < C::kP) {
+        take(p, sum);
+      }
+    }
+  }
+
+ private:
+  const CLIP& clip_;
+  uint4 w_1_[C::kWs1], w_2_[C::kWs2];
+};
+
+// Spatial attention, eq. 2, of the pooled means: h, and z_s after the next barrier, saved for the backward.
+template <class CLIP>
+DEVICE void attend_units(const CLIP& clip, const SpatialProducts<CLIP>& products, int64_t step_and_clip) {
+  products.units(clip.pooled(), [&](int unit, float sum) {
+    const float h = relu(sum);
+    clip.hidden()[unit] = h;
+    if (clip.a.h != nullptr && clip.rank == 0 && unit < clip.a.num_attn) {
+      store(clip.a.h + step_and_clip * clip.a.num_attn + unit, h);
+    }
+  });
+}
+template <class CLIP>
+DEVICE void attend_positions(const CLIP& clip, const SpatialProducts<CLIP>& products, int64_t step_and_clip) {
+  products.positions(clip.hidden(), [&](int p, float sum) {
+    clip.z_s()[p] = sum;
+    if (clip.a.z_s != nullptr && clip.rank == 0 && p < clip.a.positions) {
+      store(clip.a.z_s + step_and_clip * clip.a.positions + p, sum);
+    }
+  });
+}
 
 }  // namespace rru::RRU_PLATFORM

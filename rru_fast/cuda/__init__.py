@@ -1,4 +1,4 @@
-"""The operators as CUDA C++ kernels, csrc/cuda, for GPUs with clusters of CTAs: `refine` in eval mode.
+"""The operators as CUDA C++ kernels, csrc/cuda, for GPUs with clusters of CTAs: `refine`.
 
 What they do not carry, as `not_carried` says, runs in Triton, or without it in composite.
 """
@@ -14,7 +14,7 @@ from rru_fast import native, triton
 # Hopper, the first with clusters of CTAs and stores into the shared memory of others.
 CAPABILITY = (9, 0)
 
-CARRIES = "refine in eval mode"
+CARRIES = "refine, but for its backward in eval mode"
 """What the kernels carry, in words."""
 # Largest sizes of `refine`; csrc/cuda/refine_layout.h has them too.
 MAX_CHANNELS, MAX_POSITIONS, MAX_HIDDEN, MAX_SPATIAL_HIDDEN = 2048, 64, 256, 128
@@ -73,7 +73,6 @@ def _is_built_for(capability: tuple[int, int]) -> bool:
 def not_carried(
     op: str,
     dtype: str = "",
-    training: bool = False,
     inputs: str = "",
     channels: int = 0,
     positions: int = 0,
@@ -82,16 +81,16 @@ def not_carried(
 ) -> str | None:
     """Return the reason if the kernels do not carry a call, else None.
 
+    In training mode the GPU has to hold all clips, too.
+
     Args:
         op: "refine", "strip_pool" or "batch_hard".
         dtype: of x, such as "float32".
-        training, inputs: as in `rru_fast.refine`.
+        inputs: as in `rru_fast.refine`.
         channels, positions, hidden, spatial_hidden: C, H * W, D and A.
     """
     if op != "refine":
         return f"there is no CUDA kernel of {op}"
-    if training:
-        return "batch statistics (training)"
     if inputs == "raw":
         return "inputs='raw'"
     if dtype == "float64":

@@ -88,7 +88,7 @@ class _Lazy:
 
 
 class _Cuda:
-    """CUDA kernels where they carry a call, and another backend's where they do not, as in the backward."""
+    """CUDA kernels where they carry a call, and another backend's where they do not."""
 
     def __init__(self, op: str, kernels: dict[str, Kernels], fallback: str) -> None:
         self._op, self._kernels, self._fallback = op, kernels, fallback
@@ -96,13 +96,23 @@ class _Cuda:
     def forward(self, args: Any, *rest: Any) -> Any:
         own: Any = self._kernels.get("cuda")
         why = cuda.not_carried(self._op) if own is None else own.not_carried(args)
-        if why is None:
-            return self._run("cuda").forward(args, *rest)
-        _warn_once(f"rru_fast.{self._op}: backend='cuda' runs {self._fallback} for what it does not carry: {why}")
-        return self._run(self._fallback).forward(args, *rest)
+        return self._choose(why, warn=True).forward(args, *rest)
 
     def backward(self, *args: Any) -> Any:
-        return self._run(self._fallback).backward(*args)
+        own: Any = self._kernels.get("cuda")
+        if own is None:  # the forward has warned
+            return self._run(self._fallback).backward(*args)
+        _upstream, _saved, call, _need = args
+        # In training the forward has warned, in the same words; of eval mode the documentation says it.
+        return self._choose(own.not_carried(call, backward=True), warn=call.training).backward(*args)
+
+    def _choose(self, why: str | None, warn: bool) -> Kernels:
+        """Return the kernels of a call that is not carried for a reason, or is."""
+        if why is None:
+            return self._run("cuda")
+        if warn:
+            _warn_once(f"rru_fast.{self._op}: backend='cuda' runs {self._fallback} for what it does not carry: {why}")
+        return self._run(self._fallback)
 
     def _run(self, backend: str) -> Kernels:
         backends.note_run(self._op, backend)

@@ -37,17 +37,23 @@ def in_another_process(code: str, **environment: str) -> subprocess.CompletedPro
 
 
 UNIT = (
-    "unit = rru_fast.RRU(20, (4, 2), hidden=30, spatial_hidden=8, backend='cuda'); x = torch.randn(2, 3, 20, 4, 2);"
-    "from rru_fast import backends;"
+    "sizes = dict(hidden=30, spatial_hidden=8, backend='cuda'); x = torch.randn(2, 3, 20, 4, 2);"
+    "unit = rru_fast.RRU(20, (4, 2), **sizes); from rru_fast import backends;"
 )
 
 
 @needs_kernels
 def test_what_is_not_carried_runs_elsewhere_with_one_warning() -> None:
-    done = in_another_process(f"{UNIT}\nfor _ in range(3): unit(x)\nprint(backends.ran())")
+    raw = "unit = rru_fast.RRU(20, (4, 2), inputs='raw', **sizes)"
+    done = in_another_process(
+        f"{UNIT}\n{raw}\nfor _ in range(3): unit(x).features.sum().backward()\nprint(backends.ran())"
+    )
     assert done.stdout == f"{{'refine': ['{FALLBACK}']}}\n"
-    warned = f"rru_fast.refine: backend='cuda' runs {FALLBACK} for what it does not carry: batch statistics (training)"
+    warned = f"rru_fast.refine: backend='cuda' runs {FALLBACK} for what it does not carry: inputs='raw'"
     assert done.stderr.count("FallbackWarning") == done.stderr.count(warned) == 1, done.stderr
+    done = in_another_process(f"{UNIT}\nunit(x).features.sum().backward(); print(backends.ran())")
+    assert done.stdout == "{'refine': ['cuda']}\n"
+    assert "FallbackWarning" not in done.stderr
     done = in_another_process(f"{UNIT}\nunit.eval()(x).features.sum().backward(); print(backends.ran())")
     assert done.stdout == f"{{'refine': ['{FALLBACK}', 'cuda']}}\n"
     assert "FallbackWarning" not in done.stderr
@@ -57,7 +63,9 @@ def test_what_is_not_carried_runs_elsewhere_with_one_warning() -> None:
 def test_show_config_says_what_it_carries() -> None:
     shown = in_another_process("rru_fast.show_config()").stdout
     (line,) = (line for line in shown.splitlines() if line.startswith("  cuda "))
-    assert line.endswith(f" available on the CPU, emulated: refine in eval mode; the rest runs in {FALLBACK}")
+    assert line.endswith(
+        f" available on the CPU, emulated: refine, but for its backward in eval mode; the rest runs in {FALLBACK}"
+    )
     shown = in_another_process("rru_fast.show_config()", RRU_FAST_CUDA_EMULATE="0").stdout
     (line,) = (line for line in shown.splitlines() if line.startswith("  cuda "))
     assert "emulated" not in line
@@ -81,7 +89,6 @@ torch.ops.rru_fast.refine_cuda_eval(*args, None, [], 30, 0, "ieee", 0, 4, 0)"""
     ("changed", "why"),
     [
         ({}, None),
-        ({"training": True}, "batch statistics (training)"),
         ({"inputs": "raw"}, "inputs='raw'"),
         ({"inputs": "appearance"}, None),
         ({"dtype": "float64"}, "float64"),
@@ -105,8 +112,8 @@ def test_auto_measures_it_for_kinds_alone_that_it_carries() -> None:
         x, w, w_s1 = torch.empty(2, 3, channels, 4, 4), torch.empty(32, 2 * channels), torch.empty(16, 16)
         return RefineKind.from_key(refine_key(x, w, w_s1, None, "appearance+motion", training, False))
 
-    assert [kind(True).is_carried("cuda"), kind(False).is_carried("cuda")] == [False, True]
-    assert not kind(False, 4096).is_carried("cuda")
+    for training in (False, True):
+        assert kind(training).is_carried("cuda") and not kind(training, 4096).is_carried("cuda")
     assert kind(True).is_carried("triton")
     assert not StripPoolKind("float32", False, "contiguous", 1, 1, 1, 1, 1).is_carried("cuda")
 
@@ -162,7 +169,7 @@ def test_segments_of_frames_equal_one_launch_and_the_oracle(
         assert relative_error(got, wanted) <= {4: 1e-6, 2: 4e-3}[dtype.itemsize]
     for frames in (1, 3):
         rows = 9 if "triton" in parity.BACKENDS else 20  # of a product, or of its operand
-        monkeypatch.setattr("rru_fast.cuda.refine.SEGMENT_BYTES", frames * 4 * 3 * rows * 12)
+        monkeypatch.setattr("rru_fast.cuda.refine.eval.SEGMENT_BYTES", frames * 4 * 3 * rows * 12)
         parts = forward(call)
         # A convolution of other sizes may round in another way.
         assert relative_error(parts.features, whole.features) <= 2 * torch.finfo(dtype).eps
@@ -171,13 +178,13 @@ def test_segments_of_frames_equal_one_launch_and_the_oracle(
 
 @emulated
 def test_no_layout_with_positions_at_one_stride_is_copied() -> None:
-    from rru_fast.cuda import refine
+    from rru_fast.cuda.refine.eval import EvalForward
 
     case = Case((2, 3, 20, 4, 6), mode="eval")
     arguments = parity.operator_arguments(case, parity.make_call(case).map(lambda v: v.float()))
 
     def read(maps: torch.Tensor) -> torch.Tensor:
-        return refine._Forward(replace(arguments, x=maps), save=False).x
+        return EvalForward(replace(arguments, x=maps), save=False).x
 
     x = torch.randn(case.shape)
     channels_last = x.movedim(2, -1).contiguous().movedim(-1, 2)

@@ -22,6 +22,8 @@ from rru_fast.distributed import ranks_of
 from rru_fast.triton._autotune import autotune
 from rru_fast.triton._device import on_device
 from rru_fast.triton._launch import next_power_of_2
+from rru_fast.triton._strided import as_strided_maps
+from rru_fast.triton.refine import weight_gradients
 from rru_fast.triton.refine.arguments import Call
 from rru_fast.triton.refine.backward import BackwardPass
 from rru_fast.triton.refine.backward import candidates as backward_candidates
@@ -60,6 +62,13 @@ class MotionProjection:
             if begin < n1:
                 project_inputs(call, self._config, u[begin - n0 : min(end, n1) - n0], operand, call.start + begin)
         return u
+
+
+def w_gradient(args: RefineArguments, features: Tensor, du: Tensor) -> Tensor:
+    """Return the gradient of w, in fp32, from S (B, T, C, H, W) and dU (N, B, D, P), for kernels that run the rest."""
+    call = Call(args)
+    config = backward_candidates(call).default["dw"]  # not worth tuning by itself
+    return weight_gradients.w_gradient(call, config, as_strided_maps(features), du)
 
 
 def backward(upstream: RefineUpstream, saved: RefineSaved, args: RefineArguments, need: RefineNeed) -> RefineGradients:

@@ -1,18 +1,7 @@
 // Calls of refine in eval mode, by name.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <map>
-#include <string>
-#include <utility>
-#include <vector>
-
-#include "cuda/emulation.h"
-#include "cuda/kernels.h"
-
-using namespace rru;
-namespace dev = rru::emulated::dev;
+#include "values.h"
 
 enum class Layout { contiguous, channels_last, odd };
 
@@ -32,13 +21,7 @@ using Cases = std::map<std::string, Case>;
 inline const Cases& cases() {
   static const Cases all = [] {
     Cases c;
-    const std::map<std::string, std::pair<Dtype, Float32>> operands{
-        {"bf16", {Dtype::bfloat16, Float32::tf32}},
-        {"f16", {Dtype::float16, Float32::tf32}},
-        {"tf32", {Dtype::float32, Float32::tf32}},
-        {"tf32x3", {Dtype::float32, Float32::tf32x3}},
-        {"fp32", {Dtype::float32, Float32::ieee}}};
-    for (const auto& [name, of] : operands) {
+    for (const auto& [name, of] : operands()) {
       const auto add = [&, of = of](const std::string& suffix, Case base) {
         base.dtype = of.first;
         base.float32 = of.second;
@@ -76,49 +59,3 @@ inline const Cases& cases() {
   }();
   return all;
 }
-
-inline uint16_t narrow(float v, Dtype dtype) {
-  return static_cast<uint16_t>(dtype == Dtype::bfloat16 ? dev::pack_bf16(v, 0) : dev::pack_f16(v, 0));
-}
-
-inline float widen(uint16_t bits, Dtype dtype) {
-  return dtype == Dtype::bfloat16 ? dev::bf16_low(bits) : dev::f16_low(bits);
-}
-
-inline float rounded(float v, Dtype dtype) {
-  return dtype == Dtype::float32 ? v : widen(narrow(v, dtype), dtype);
-}
-
-// Values as a kernel reads them: rounded to the dtype, and stored in it.
-struct Stored {
-  std::vector<float> values;
-  std::vector<uint16_t> halves;
-  Dtype dtype;
-
-  Stored(std::vector<float> from, Dtype to) : values(std::move(from)), dtype(to) {
-    for (float& v : values) {
-      v = rounded(v, dtype);
-      if (dtype != Dtype::float32) {
-        halves.push_back(narrow(v, dtype));
-      }
-    }
-  }
-  const void* data() const {
-    return dtype == Dtype::float32 ? static_cast<const void*>(values.data()) : halves.data();
-  }
-};
-
-// What a launch raises, or "".
-template <class F>
-std::string error_of(F launch) {
-  try {
-    launch();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-struct Results {
-  std::vector<float> features, strips, carry, u, z_s, z_c, h;
-};

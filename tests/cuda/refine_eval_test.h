@@ -1,32 +1,39 @@
 // One call of refine in eval mode by the emulated kernel, and in float64.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstring>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "refine_cases.h"
+#include "refine_eval_cases.h"
 
-class Test {
+class EvalTest {
  public:
-  explicit Test(const Case& c) : c_(c), p_(c.height * c.width), random_(7) {
+  struct Results {
+    std::vector<float> features, strips, carry, u, z_s, z_c, h;
+
+    std::vector<const std::vector<float>*> all() const {
+      return {&features, &strips, &carry, &u, &z_s, &z_c, &h};
+    }
+  };
+
+  static const Cases& all_cases() {
+    return cases();
+  }
+
+  inline static std::string only;  // there is one pass
+
+  explicit EvalTest(const Case& c) : c_(c), p_(c.height * c.width) {
     const int n = c.clips, t = c.frames;
-    x_ = normal(n * t * c.channels * p_, 1);
-    state_x_ = normal(n * c.channels * p_, 1);
-    state_s_ = normal(n * c.channels * p_, 1);
-    w_ = normal(c.d * 2 * c.channels, 1 / std::sqrt(2.0 * c.channels));
-    gamma_ = normal(c.d, 0.5, 1);
-    beta_ = normal(c.d, 0.5);
-    mean_ = normal(c.d, 0.5);
-    var_ = normal(c.d, 0.2, 1);
-    w_s1_ = normal(c.num_attn * p_, 1 / std::sqrt(p_));
-    w_s2_ = normal(p_ * c.num_attn, 3 * c.gate);
-    w_c_ = normal(c.channels * c.d, 3 * c.gate / std::sqrt(c.d));
+    x_ = random_(n * t * c.channels * p_, 1);
+    state_x_ = random_(n * c.channels * p_, 1);
+    state_s_ = random_(n * c.channels * p_, 1);
+    w_ = random_(c.d * 2 * c.channels, 1 / std::sqrt(2.0 * c.channels));
+    gamma_ = random_(c.d, 0.5, 1);
+    beta_ = random_(c.d, 0.5);
+    mean_ = random_(c.d, 0.5);
+    var_ = random_(c.d, 0.2, 1);
+    w_s1_ = random_(c.num_attn * p_, 1 / std::sqrt(p_));
+    w_s2_ = random_(p_ * c.num_attn, 3 * c.gate);
+    w_c_ = random_(c.channels * c.d, 3 * c.gate / std::sqrt(c.d));
     if (c.twins) {
       for (int i = 0; i < n * t; i++) {
         twin(x_.data() + i * c.channels * p_, p_);
@@ -140,67 +147,50 @@ class Test {
     return "";
   }
 
-  // The largest ratio of an error to what is allowed; describes errors in `text`.
-  double judge(const Results& r, std::string& text) const {
+  // CTAs of all clusters, and warps of one.
+  int warps() const {
+    return c_.d > 32 ? 2 : 1;
+  }
+  int ctas() const {
+    int ctas = c_.clips;
+    for (int channels = 16 * warps(); channels < c_.channels; channels *= 2) {
+      ctas *= 2;
+    }
+    return ctas;
+  }
+
+  Judgement judge(const Results& r) const {
     const bool exact = c_.dtype == Dtype::float32 && c_.float32 != Float32::tf32;
     const double products = exact ? 2e-6 : c_.dtype == Dtype::bfloat16 ? 8e-3 : 1e-3;  // of operands of 8 or 11 bits
     const double stored = c_.dtype == Dtype::bfloat16 ? 4e-3 : c_.dtype == Dtype::float16 ? 5e-4 : 0;
     const double gate = products * std::min(1.0, 3 * c_.gate) + 3e-7;
-    double worst = 0;
-    const auto compare = [&](const char* name, const std::vector<float>& got, const std::vector<float>& wanted,
-                             double allowed) {
-      double off = 0, size = 1e-30;
-      for (size_t i = 0; i < got.size(); i++) {
-        if (!std::isnan(wanted[i])) {  // of frames that there are
-          off += std::pow(static_cast<double>(got[i]) - wanted[i], 2);
-          size += std::pow(static_cast<double>(wanted[i]), 2);
-        }
-      }
-      const double error = std::sqrt(off / size), ratio = std::isnan(error) ? INFINITY : error / allowed;
-      worst = std::max(worst, ratio);
-      char line[80];
-      std::snprintf(line, sizeof line, " %s %.1e", name, error);
-      text += line;
-    };
-    compare("features", r.features, wanted_.features, gate + stored);
-    compare("strips", r.strips, wanted_.strips, gate);
-    compare("carry", r.carry, wanted_.carry, gate);
-    compare("u", r.u, wanted_.u, products);
+    Judgement judgement;
+    judgement.compare("features", r.features, wanted_.features, gate + stored);
+    judgement.compare("strips", r.strips, wanted_.strips, gate);
+    judgement.compare("carry", r.carry, wanted_.carry, gate);
+    judgement.compare("u", r.u, wanted_.u, products);
     if (c_.spatial) {
-      compare("z_s", r.z_s, wanted_.z_s, 3 * products);
-      compare("h", r.h, wanted_.h, 3 * products);
+      judgement.compare("z_s", r.z_s, wanted_.z_s, 3 * products);
+      judgement.compare("h", r.h, wanted_.h, 3 * products);
     }
     if (c_.channel) {
-      compare("z_c", r.z_c, wanted_.z_c, 3 * products);
+      judgement.compare("z_c", r.z_c, wanted_.z_c, 3 * products);
     }
-    if (c_.twins && worst < 1 && dev::adversary().noise == 0) {  // channels of different CTAs, and the same arithmetic
+    // Twins are channels of different CTAs, with the same arithmetic.
+    if (c_.twins && judgement.worst < 1 && dev::adversary().noise == 0) {
       for (int clip = 0; clip < c_.clips * c_.frames; clip++) {
         const float* first = r.features.data() + clip * c_.channels * p_;
         if (!std::equal(first, first + c_.channels * p_ / 2, first + c_.channels * p_ / 2)) {
-          text += ", twin channels differ";
-          return INFINITY;
+          judgement.text += ", twin channels differ";
+          judgement.worst = INFINITY;
+          return judgement;
         }
       }
     }
-    return worst;
+    return judgement;
   }
 
  private:
-  std::vector<float> normal(int count, double scale, double center = 0) {
-    std::normal_distribution<double> draw(center, scale);
-    std::vector<float> values(count);
-    for (float& v : values) {
-      v = static_cast<float>(draw(random_));
-    }
-    return values;
-  }
-
-  static void round_all(std::vector<float>& values, Dtype dtype) {
-    for (float& v : values) {
-      v = rounded(v, dtype);
-    }
-  }
-
   void twin(float* values, int per_channel) const {
     std::copy_n(values, c_.channels / 2 * per_channel, values + c_.channels / 2 * per_channel);
   }
@@ -341,7 +331,7 @@ class Test {
 
   const Case c_;
   const int p_;
-  std::mt19937 random_;
+  Random random_;
   std::vector<float> x_, state_x_, state_s_, w_, gamma_, beta_, mean_, var_, w_s1_, w_s2_, w_c_;
   std::vector<int64_t> lengths_;
   Results wanted_;

@@ -1,21 +1,20 @@
-// The maps: X_t read, A written for the product, S blended, eq. 5, stored, and pooled into strips, eq. 9.
+// The maps in eval mode: X_t read, A written for the product, S blended, eq. 5, stored, and pooled into strips, eq. 9.
 #pragma once
 
-#include "refine_clip.h"
+#include "refine_eval_clip.h"
 
 namespace rru::RRU_PLATFORM {
 
 // S of this CTA's channels. Arrays are registers: loops over them are unrolled.
-template <Operands OPERANDS, int WARPS, int TILES>
-class Blend {
-  using C = Cut<OPERANDS, WARPS, TILES>;
-  using At = Shared<C>;
+template <class C>
+class EvalBlend {
+  using At = EvalMemory<C>;
   static constexpr bool k16Bit = C::k16Bit;
   static constexpr int kWords = k16Bit ? C::kRun / 2 : C::kRun;  // registers of a thread's run of X
 
  public:
   // Reads the state: of the segment before, of the caller, or X_1.
-  DEVICE explicit Blend(const Clip<OPERANDS, WARPS, TILES>& clip) : clip_(clip) {
+  DEVICE explicit EvalBlend(const EvalClip<C>& clip) : clip_(clip) {
     for (int i = 0; i < clip_.plan.run_rows; i++) {
       clip_.strip(i) = 0.f;
     }
@@ -54,7 +53,7 @@ class Blend {
         uint32_t pairs[4];
         UNROLL for (int j = 0; j < 4; j++) {
           const int at = 8 * i + 2 * j;
-          pairs[j] = pack_halves<OPERANDS>(x(at) - s_[at], x(at + 1) - s_[at + 1]);
+          pairs[j] = pack_halves<C::kOperands>(x(at) - s_[at], x(at + 1) - s_[at + 1]);
         }
         to[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
@@ -76,7 +75,7 @@ class Blend {
       const float z = div_(1.f, 1.f + exp_(-clip_.z_c * clip_.z_s()[clip_.position + i]));
       s_[i] += z * difference;
       if (k16Bit && RRU_MUTANT("S is kept in 16 bits")) {
-        s_[i] = low_half<OPERANDS>(pack_halves<OPERANDS>(s_[i], 0.f));
+        s_[i] = low_half<C::kOperands>(pack_halves<C::kOperands>(s_[i], 0.f));
       }
     }
   }
@@ -161,7 +160,7 @@ class Blend {
 
   DEVICE float x(int i) const {
     if constexpr (k16Bit) {
-      return i % 2 == 0 ? low_half<OPERANDS>(x_[i / 2]) : high_half<OPERANDS>(x_[i / 2]);
+      return i % 2 == 0 ? low_half<C::kOperands>(x_[i / 2]) : high_half<C::kOperands>(x_[i / 2]);
     } else {
       return uint_as_float(x_[i]);
     }
@@ -174,7 +173,7 @@ class Blend {
         uint32_t words[4];
         UNROLL for (int j = 0; j < 4; j++) {
           const int at = 4 * i + j;
-          words[j] = k16Bit ? pack_halves<OPERANDS>(v[k16Bit ? 2 * at : 0], v[k16Bit ? 2 * at + 1 : 0])
+          words[j] = k16Bit ? pack_halves<C::kOperands>(v[k16Bit ? 2 * at : 0], v[k16Bit ? 2 * at + 1 : 0])
                             : float_as_uint(v[k16Bit ? 0 : at]);
         }
         if (there > 0) {
@@ -185,7 +184,7 @@ class Blend {
       auto* to = static_cast<unsigned short*>(clip_.a.features) + offset;
       UNROLL for (int i = 0; i < C::kRun; i++) {
         if (i < there) {
-          store_stream(to + i, static_cast<unsigned short>(pack_halves<OPERANDS>(v[i], 0.f)));
+          store_stream(to + i, static_cast<unsigned short>(pack_halves<C::kOperands>(v[i], 0.f)));
         }
       }
     } else {
@@ -198,7 +197,7 @@ class Blend {
     }
   }
 
-  const Clip<OPERANDS, WARPS, TILES>& clip_;
+  const EvalClip<C>& clip_;
   uint32_t x_[kWords], next_[kWords];
   float s_[C::kRun];
 };

@@ -1,24 +1,20 @@
 """`refine` in eval mode: one launch over all frames of a video, a clip per cluster of CTAs, its state on chip.
 
-The part of U that does not depend on S is a product over all frames before it, by Triton where that serves, which
-forms its operand on load. It is made in segments of frames, to bound its memory: a segment's launch takes over the
-state of the one before in fp32.
+The part of U that does not depend on S is made in segments of frames, to bound its memory: a segment's launch takes
+over the state of the one before in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rru_fast import cuda
 from rru_fast.arguments import RefineArguments, RefineOutputs
-from rru_fast.precision import conv_precision, convolutions_in
-from rru_fast.triton._device import on_device
+from rru_fast.cuda.refine.products import MotionProjection, stream_of
+from rru_fast.precision import conv_precision
 from rru_fast.triton._strided import as_strided_maps
 
 # Scratch of a segment of frames, at least one: the product, or without Triton its operand too, and a convolution's own
@@ -26,29 +22,7 @@ from rru_fast.triton._strided import as_strided_maps
 SEGMENT_BYTES = 128 * 2**20
 
 
-def not_carried(args: RefineArguments) -> str | None:
-    """Return the reason if the kernels do not carry a call, else None."""
-    _, _, channels, height, width = args.x.shape
-    num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
-    dtype = str(args.x.dtype).removeprefix("torch.")
-    sizes = channels, height * width, args.w.shape[0], num_attn
-    why = cuda.not_carried("refine", dtype, args.training, args.inputs, *sizes)
-    if why is not None:
-        return why
-    # Asks the GPU whether it can hold a cluster of this size.
-    precision = conv_precision(args.x.dtype)
-    with on_device(args.x):
-        lacks, _ = torch.ops.rru_fast.refine_cuda_plan(args.x, args.w.shape[0], num_attn, args.w_c, precision)
-    return lacks or None
-
-
-def forward(args: RefineArguments, save: bool) -> RefineOutputs:
-    """Run eq. 1-5 and 9."""
-    with on_device(args.x):
-        return _Forward(args, save).run()
-
-
-class _Forward:
+class EvalForward:
     """Buffers of a forward pass."""
 
     def __init__(self, args: RefineArguments, save: bool) -> None:
@@ -60,14 +34,10 @@ class _Forward:
         self.num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
         self.steps = args.steps
         self.start = self.frames - self.steps  # the first frame with a gate
-        self.w_a, self.w_m = args.w.contiguous(), None
-        self.triton_motion: Any = None
+        self.w_a, self.motion = args.w.contiguous(), None
         if args.inputs == "appearance+motion":
-            self.w_a, self.w_m = self.w_a.chunk(2, 1)
-            if cuda.fallback(args.x.device) == "triton":
-                from rru_fast.triton.refine import MotionProjection
-
-                self.triton_motion = MotionProjection(args)
+            self.w_a, w_m = self.w_a.chunk(2, 1)
+            self.motion = MotionProjection(args, self.x, w_m)
         self.features = args.x.new_empty(args.x.shape)
         self.strips = self.empty(self.clips, self.channels, self.height)
         saved, ragged = self.steps if save else 0, args.lengths is not None
@@ -88,7 +58,7 @@ class _Forward:
     def run(self) -> RefineOutputs:
         """Return the outputs."""
         args, ops = self.args, torch.ops.rru_fast
-        precision, stream = conv_precision(args.x.dtype), _stream(args.x)
+        precision, stream = conv_precision(args.x.dtype), stream_of(args.x)
         segments = list(self._segments())
         carry = self.empty(self.clips, self.channels, self.positions) if len(segments) > 1 else None
         assert args.running_mean is not None and args.running_var is not None
@@ -136,50 +106,25 @@ class _Forward:
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """Yield the first frame and the end of each segment."""
-        if self.w_m is None:
+        if self.motion is None:
             yield 0, self.frames
             return
-        rows = self.d if self.triton_motion is not None else self.channels
+        rows = self.d if self.motion.is_triton else self.channels
         count = max(1, SEGMENT_BYTES // (4 * self.clips * rows * self.positions))
         for first in range(0, self.frames, count):
             yield first, min(first + count, self.frames)
 
     def _project_motion(self, first: int, end: int) -> Tensor | None:
         """Return W_m M_t of the frames with a gate, (F, B, D, P); None if there is no motion."""
-        if self.w_m is None:
+        if self.motion is None:
             return None
         gated = max(first, self.start)
         shape = max(0, end - gated), self.clips, self.d, self.positions
         u = self.u[gated - self.start : end - self.start] if self.save else self.empty(*shape)
         if len(u) == 0:
             return u
-        if self.triton_motion is not None:
-            self.triton_motion.project(u, gated)
-        else:
-            u.copy_(self._convolve_motion(gated, end))
+        self.motion.project(u, gated)
         if self.save and self.args.lengths is not None:  # padding may be NaN, which the backward would multiply by zero
             past = torch.arange(gated, end, device=u.device)[:, None] >= self.args.lengths
             u.masked_fill_(past[:, :, None, None], 0)
         return u
-
-    def _convolve_motion(self, gated: int, end: int) -> Tensor:
-        """Return W_m M_t of the frames from `gated` by PyTorch."""
-        assert self.w_m is not None
-        x, args = self.x.flatten(3), self.args
-        motion = self.empty(self.clips, end - gated, self.channels, self.positions)
-        motion.copy_(x[:, gated:end])  # subtracted in fp32
-        if gated > 0:
-            motion -= x[:, gated - 1 : end - 1]
-        else:
-            assert args.state_x is not None
-            motion[:, 1:] -= x[:, : end - 1]
-            motion[:, 0] -= args.state_x.flatten(2)
-        # A convolution follows the setting of the one that the unit replaces; 16-bit maps have no other.
-        own = convolutions_in(conv_precision(x.dtype)) if x.dtype == torch.float32 else nullcontext()
-        with own:
-            projected = F.conv1d(motion.flatten(0, 1), self.w_m.float()[:, :, None])
-        return projected.view(self.clips, end - gated, self.d, self.positions).transpose(0, 1)
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else 0

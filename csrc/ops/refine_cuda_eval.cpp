@@ -1,91 +1,17 @@
-// The CUDA kernels of refine as operators of their own, which rru_fast/cuda/refine.py calls: tensors checked, pointers
-// passed on. On CPU tensors they run emulated.
+// refine's CUDA kernel of eval mode as operators of its own, which rru_fast/cuda/refine.py calls: tensors checked,
+// pointers passed on. On CPU tensors it runs emulated.
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cuda/kernels.h"
-#include "ops/operators.h"
+#include "ops/refine_cuda.h"
 
 namespace rru {
 namespace {
-
-// The kernels of one platform.
-struct Kernels {
-  decltype(&cuda::refine_eval_lacks) lacks;
-  decltype(&cuda::refine_packed_bytes) packed_bytes;
-  decltype(&cuda::refine_pack) pack;
-  decltype(&cuda::refine_eval) eval;
-  decltype(&cuda::fragments) fragments;
-};
-
-#define RRU_KERNELS_OF(platform) \
-  {&platform::refine_eval_lacks, &platform::refine_packed_bytes, &platform::refine_pack, &platform::refine_eval, \
-   &platform::fragments}
-
-// The kernels for a tensor's device: on a GPU, or emulated.
-const Kernels& kernels_on(const Tensor& x) {
-#ifdef RRU_HAS_CUDA
-  static const Kernels on_gpu RRU_KERNELS_OF(cuda);
-  if (x.is_cuda()) {
-    return on_gpu;
-  }
-#endif
-#ifdef RRU_HAS_EMULATION
-  static const Kernels on_cpu RRU_KERNELS_OF(emulated);
-  if (x.is_cpu()) {
-    return on_cpu;
-  }
-#endif
-  TORCH_CHECK_VALUE(
-      false, "backend: got 'cuda' with tensors on ", x.device(), ", wanted a device for which this build has kernels");
-}
-
-// Runs a kernel, whose error names the backend that needs none.
-template <class F>
-void run(const char* kernel, F launch) {
-  try {
-    launch();
-  } catch (const std::runtime_error& error) {
-    TORCH_CHECK(
-        false, "backend: got 'cuda', whose ", kernel, " failed: ", error.what(),
-        "; wanted backend='composite', which needs no CUDA kernels");
-  }
-}
-
-Dtype dtype_of(const char* name, const Tensor& tensor) {
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, ": got dtype ", type,
-      ", wanted float32, bfloat16 or float16");
-  return type == at::kFloat ? Dtype::float32 : type == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
-}
-
-void check_on_device(const char* name, const Tensor& tensor, const Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": got device ", tensor.device(), ", wanted ", x.device());
-}
-
-AnyTensor any(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x) {
-  check(name, tensor, shape);
-  check_on_device(name, tensor, x);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(), ", wanted a contiguous tensor");
-  return {tensor.const_data_ptr(), dtype_of(name, tensor)};
-}
-
-template <typename T>
-T* written(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x) {
-  check(name, tensor, shape, c10::CppTypeToScalarType<T>::value);
-  check_on_device(name, tensor, x);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(), ", wanted a contiguous tensor");
-  return tensor.mutable_data_ptr<T>();
-}
 
 // Maps (B, F, C, H, W) whose positions are at one stride.
 Maps maps_of(const char* name, const Tensor& tensor) {
@@ -97,21 +23,11 @@ Maps maps_of(const char* name, const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), column};
 }
 
-RefineEval sizes_of(const Tensor& x, int64_t d, int64_t num_attn, c10::string_view precision) {
+RefineEval sizes_of(
+    const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
   check_floating("x", x, 5);
   RefineEval a{};
-  a.clips = static_cast<int>(x.size(0));
-  a.frames = static_cast<int>(x.size(1));
-  a.channels = static_cast<int>(x.size(2));
-  a.positions = static_cast<int>(x.size(3) * x.size(4));
-  a.width = static_cast<int>(x.size(4));
-  a.d = static_cast<int>(d);
-  a.num_attn = static_cast<int>(num_attn);
-  a.dtype = dtype_of("x", x);
-  TORCH_CHECK_VALUE(
-      precision == "ieee" || precision == "tf32" || precision == "tf32x3", "precision: got '", precision,
-      "', wanted 'ieee', 'tf32' or 'tf32x3'");
-  a.float32 = precision == "ieee" ? Float32::ieee : precision == "tf32" ? Float32::tf32 : Float32::tf32x3;
+  set_sizes(a, x, x.size(3), x.size(4), d, num_attn, w_c, precision);
   return a;
 }
 
@@ -119,62 +35,24 @@ RefineEval sizes_of(const Tensor& x, int64_t d, int64_t num_attn, c10::string_vi
 // CTA and its bytes of shared memory.
 std::tuple<std::string, std::vector<int64_t>> plan(
     const Tensor& x, int64_t d, int64_t num_attn, const OptionalTensor& w_c, c10::string_view precision) {
-  RefineEval a = sizes_of(x, d, num_attn, precision);
-  if (w_c) {
-    check("w_c", *w_c, {a.channels, d});
-  }
-  a.channel = w_c.has_value();
-  a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
+  const RefineEval a = sizes_of(x, d, num_attn, w_c, precision);
   ClusterLaunch launch{};
   std::string lacks;
   run("refine_eval", [&] { lacks = kernels_on(x).lacks(a, x.get_device(), &launch); });
   return {std::move(lacks), {launch.ctas, launch.threads, static_cast<int64_t>(launch.shared)}};
 }
 
-// Sizes and dtypes of weights, which decide how they are packed.
-RefineWeights weights_of(const RefineEval& a) {
-  RefineWeights weights{};
-  weights.channels = a.channels;
-  weights.positions = a.positions;
-  weights.d = a.d;
-  weights.num_attn = a.num_attn;
-  weights.dtype = a.dtype;
-  weights.float32 = a.float32;
-  weights.w_c.dtype = a.w_c;
-  return weights;
-}
-
-Tensor pack(
+Tensor pack_eval(
     const Tensor& x, const Tensor& w, const Tensor& gamma, const Tensor& beta, const Tensor& running_mean,
     const Tensor& running_var, const OptionalTensor& w_s1, const OptionalTensor& w_s2, const OptionalTensor& w_c,
     double eps, c10::string_view precision, int64_t stream) {
-  const int64_t d = w.size(0), num_attn = w_s1 ? w_s1->size(0) : 0;
-  RefineEval a = sizes_of(x, d, num_attn, precision);
-  a.w_c = a.dtype;
-  check("w", w, {d, a.channels});
-  check_on_device("w", w, x);
-  TORCH_CHECK_VALUE(w.stride(1) == 1 || a.channels == 1, "w: got strides ", w.strides(), ", wanted contiguous rows");
-  RefineWeights weights = weights_of(a);
-  weights.w = {w.const_data_ptr(), dtype_of("w", w)};
-  weights.w_row = w.stride(0);
-  weights.gamma = any("gamma", gamma, {d}, x);
-  weights.beta = any("beta", beta, {d}, x);
-  weights.running_mean = any("running_mean", running_mean, {d}, x);
-  weights.running_var = any("running_var", running_var, {d}, x);
+  const Weights from{w, gamma, beta, w_s1, w_s2, w_c};
+  RefineWeights weights = packing_of(sizes_of(x, from.d(), from.num_attn(), w_c, precision));
+  set_weights(weights, from, x);
+  weights.running_mean = any("running_mean", running_mean, {from.d()}, x);
+  weights.running_var = any("running_var", running_var, {from.d()}, x);
   weights.eps = static_cast<float>(eps);
-  if (w_s1) {
-    weights.w_s1 = any("w_s1", *w_s1, {num_attn, a.positions}, x);
-    weights.w_s2 = any("w_s2", *w_s2, {a.positions, num_attn}, x);
-  }
-  if (w_c) {
-    weights.w_c = any("w_c", *w_c, {a.channels, d}, x);
-  }
-  const Kernels& kernels = kernels_on(x);
-  Tensor packed = at::empty({kernels.packed_bytes(weights)}, x.options().dtype(at::kByte));
-  run("refine_pack", [&] {
-    kernels.pack(weights, packed.mutable_data_ptr(), x.get_device(), reinterpret_cast<void*>(stream));
-  });
-  return packed;
+  return pack(weights, x, reinterpret_cast<void*>(stream));
 }
 
 // Runs frames `first` to `end` (exclusive); saved is (), or U, z_s, z_c and h, empty where there is none.
@@ -183,19 +61,13 @@ void eval(
     const OptionalTensor& lengths, const OptionalTensor& state_s, const Tensor& features, const Tensor& strips,
     const OptionalTensor& carry, at::TensorList saved, int64_t d, int64_t num_attn, c10::string_view precision,
     int64_t first, int64_t end, int64_t stream) {
-  RefineEval a = sizes_of(x, d, num_attn, precision);
+  RefineEval a = sizes_of(x, d, num_attn, w_c, precision);
   const int64_t clips = a.clips, steps = a.frames - (state_s ? 0 : 1);
   TORCH_CHECK_VALUE(
       0 <= first && first < end && end <= a.frames, "first, end: got ", first, ", ", end, ", wanted frames of ",
       a.frames);
   a.first = static_cast<int>(first);
   a.end = static_cast<int>(end);
-  a.spatial = num_attn > 0;
-  if (w_c) {
-    check("w_c", *w_c, {a.channels, d});
-  }
-  a.channel = w_c.has_value();
-  a.w_c = w_c ? dtype_of("w_c", *w_c) : a.dtype;
   a.has_state = state_s.has_value();
   a.x = maps_of("x", x);
   if (state_s) {
@@ -204,7 +76,7 @@ void eval(
     a.state = maps_of("state_s", state_s->unsqueeze(1));
   }
   const Kernels& kernels = kernels_on(x);
-  check("packed", packed, {kernels.packed_bytes(weights_of(a))}, at::kByte);
+  check("packed", packed, {kernels.packed_bytes(packing_of(a))}, at::kByte);
   check_on_device("packed", packed, x);
   a.packed = packed.const_data_ptr();
   const int64_t gated = a.has_state || first > 0 ? first : 1;
@@ -270,7 +142,7 @@ TORCH_LIBRARY_FRAGMENT(rru_fast, m) {
   m.def(
       "refine_cuda_pack(Tensor x, Tensor w, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, "
       "Tensor? w_s1, Tensor? w_s2, Tensor? w_c, float eps, str precision, int stream) -> Tensor",
-      TORCH_FN(pack));
+      TORCH_FN(pack_eval));
   m.def(
       "refine_cuda_eval(Tensor x, Tensor packed, Tensor? w_c, Tensor? u, Tensor? lengths, Tensor? state_s, "
       "Tensor(a!) features, Tensor(b!) strips, Tensor(c!)? carry, Tensor(d!)[] saved, int d, int num_attn, "
