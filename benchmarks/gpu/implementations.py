@@ -14,7 +14,7 @@ from rru_fast.testing import gradients
 
 GRAPHED = "eager, graphed"
 OURS, OURS_GRAPHED = "triton", "triton, graphed"
-CUDA = "cuda"
+CUDA, CUDA_GRAPHED = "cuda", "cuda, graphed"
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def sections(*titles: str) -> Callable[[Context], Iterator[Finding]]:
 
 def kernels(context: Context) -> Iterator[Finding]:
     """Report the microseconds per kernel of a training step, of ours and of the authors' eager."""
-    from benchmarks.gpu.implementations import OURS, autocast
+    from benchmarks.gpu.implementations import CUDA, OURS, autocast
     from benchmarks.gpu.kernel_times import by_kernel
     from benchmarks.gpu.run import TOY, Sizes, set_precision
     from benchmarks.implementations.refine import AUTHORS, implementations
@@ -144,7 +144,7 @@ def kernels(context: Context) -> Iterator[Finding]:
     ):
         set_precision(precision, context.device)
         impls = implementations(sizes.maps, "float32", context.device, hidden=sizes.hidden)
-        for key in (OURS, AUTHORS):
+        for key in (name for name in (OURS, CUDA, AUTHORS) if name in impls):
             impl = autocast(impls[key]) if bfloat16 else impls[key]
             yield {f"{key}, {name}": by_kernel(impl.step)}
 

@@ -33,10 +33,12 @@ def small_calls(device: torch.device) -> None:
     x = torch.randn(3, 3, 40, 3, 2, device=device, requires_grad=True)
     torch.autograd.grad(unit(x).features.square().sum(), [x, *unit.parameters()])
     if "cuda" in backends.serving(device):
-        unit = rru_fast.RRU(300, (3, 2), hidden=20, backend="cuda").to(device).eval()
+        unit = rru_fast.RRU(300, (3, 2), hidden=20, backend="cuda").to(device)
         for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 3, 300, 3, 2, device=device, dtype=dtype)
             with torch.no_grad():
-                unit(torch.randn(2, 3, 300, 3, 2, device=device, dtype=dtype))
+                unit.eval()(x)
+            unit.train()(x.requires_grad_()).features.float().square().sum().backward()
     for n in (12, 70):  # anchors that the backward scans, and that it sorts
         for metric in ("euclidean", "cosine"):
             features, gallery = (torch.randn(2, rows, 40, device=device, requires_grad=True) for rows in (n, 20))

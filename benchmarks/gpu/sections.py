@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import losses
-from benchmarks.gpu.implementations import GRAPHED, OURS, OURS_GRAPHED, Autocast, autocast, graphed
+from benchmarks.gpu.implementations import (
+    CUDA,
+    CUDA_GRAPHED,
+    GRAPHED,
+    OURS,
+    OURS_GRAPHED,
+    Autocast,
+    autocast,
+    graphed,
+)
 from benchmarks.gpu.run import PRECISIONS, Run, left_out, set_precision, speed_up, times
 from benchmarks.harness import measure, roofline
 from benchmarks.harness.measure import Fn
@@ -51,7 +60,8 @@ def training(run: Run, bfloat16: bool, precisions: Sequence[str], compile: bool 
         impls = implementations(shape, "float32", run.device, hidden=run.sizes.hidden)
         impls |= graphed(impls, run.device)
         if compile:
-            impls = {name: impls[name] for name in (AUTHORS, REFERENCE, OURS, OURS_GRAPHED) if name in impls}
+            kept = AUTHORS, REFERENCE, OURS, OURS_GRAPHED, CUDA, CUDA_GRAPHED
+            impls = {name: impls[name] for name in kept if name in impls}
             impls[COMPILED] = impls[REFERENCE].twin(reference.RRU)
             impls[COMPILED].module.compile()  # in place: the parameters keep their names
         if bfloat16:
@@ -74,6 +84,7 @@ def training(run: Run, bfloat16: bool, precisions: Sequence[str], compile: bool 
                 "x authors": speed_up(steps, AUTHORS, name),
                 "x reference": speed_up(steps, REFERENCE, name),
                 "x compile": speed_up(steps, COMPILED, name),
+                "x triton": speed_up(steps, OURS_GRAPHED if "graphed" in name else OURS, name),
                 # One code replays both: it copies maps in and gradients out.
                 "x graphed eager": speed_up(steps, GRAPHED, name) if "graphed" in name else None,
                 "% of roofline": 100 * least[True] / median(steps[name]),

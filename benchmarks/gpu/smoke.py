@@ -57,7 +57,7 @@ FULL = Plan(SMALL, PAPER, 1, DTYPES)
 _TOY = Case((2, 2, 6, 3, 2))
 TOY = Plan([_TOY], _TOY, 3, {name: DTYPES[name] for name in ("bfloat16", "float32")}, (torch.float32,))
 
-# What the CUDA kernels carry, cases of few numbers in several draws.
+# What the CUDA kernels carry, cases of few numbers in several draws: one CTA a clip and more.
 _EVAL = [
     Case(mode="eval"),
     Case(mode="ragged"),
@@ -66,8 +66,17 @@ _EVAL = [
     Case((2, 5, 300, 5, 3), hidden=70, attention="spatial", mode="eval"),
 ]
 _PAPER_EVAL = replace(PAPER, shape=(3, 16, 2048, 8, 8), mode="eval")
+_TRAINING = [
+    Case(),
+    GROUPS[0],
+    Case((3, 5, 300, 5, 3), hidden=70, attention="spatial"),
+    Case((2, 3, 1024, 4, 4), hidden=64, attention="channel", inputs="appearance"),
+    Case((20, 3, 600, 8, 4), hidden=128, spatial_hidden=64),
+]
 CUDA = [
     *(Plan([], case, 5, DTYPES, (), "cuda") for case in _EVAL),
+    *(Plan([], case, 5, DTYPES, (), "cuda") for case in _TRAINING),
+    Plan([], PAPER, 1, DTYPES, (), "cuda"),
     Plan([], _PAPER_EVAL, 1, DTYPES, (), "cuda"),
     Plan([], replace(_PAPER_EVAL, shape=(1, 16, 2048, 8, 4)), 1, DTYPES, (), "cuda"),
 ]

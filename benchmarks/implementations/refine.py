@@ -113,7 +113,7 @@ def implementations(
         if not training or no_relu_near_zero(eager.oracle().forward, eager.x.dtype):
             break
     sizes = {"channels": shape[2], "positions": shape[3] * shape[4], "hidden": hidden[0], "spatial_hidden": hidden[1]}
-    _, *fast = backends.serving(device, "refine", dtype=dtype, training=training, **sizes)
+    _, *fast = backends.serving(device, "refine", dtype=dtype, **sizes)
     return {
         AUTHORS: eager.twin(Authors),
         REFERENCE: eager,

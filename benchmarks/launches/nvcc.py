@@ -36,7 +36,7 @@ MAX_STACK = {
     ("refine_eval", "float32 ieee", 64, 128): 8,
     ("refine_forward", "float32 tf32", 64, 512): 16,
     ("refine_forward", "float32 ieee", 64, 512): 64,
-    ("refine_backward", "float32 ieee", 64, 512): 64,
+    ("refine_backward", "float32 ieee", 64, 512): 128,
 }
 # Matrix instructions in a row without a load of an operand, or of W where it streams from L2: more would mean that all
 # loads come first or last, and are waited for.

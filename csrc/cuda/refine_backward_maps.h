@@ -69,15 +69,16 @@ class BackwardMaps {
   DEVICE void multiply() {
     const uint4* w = clip_.packed(clip_.plan.layout.w) + clip_.rank * C::kSlicesD * C::kChannels * 2;
     if constexpr (C::kFma) {
-      constexpr int kPart = C::kTiles / 4;
+      constexpr int kPart = C::kTiles / 2;
       // Each tile of rows in sums of its own, which are added once: fp32 loses a digit if every term is added to the
       // carry.
       UNROLL for (int m = 0; m < kM; m++) {
         UNROLL for (int first = 0; first < C::kTiles; first += kPart) {
           float part[1][kPart][4] = {};
+          const int lane = anew(clip_.lane);
           NO_UNROLL for (int k = 0; k < C::kSlicesD; k++) {
             multiply_slice_fp32<C>(
-                part, At::kDu, k, 8 * first, clip_.lane, 16 * (kM * clip_.warp + m), C::kChannels,
+                part, At::kDu, k, 8 * first, lane, 16 * (kM * clip_.warp + m), C::kChannels,
                 [&](int i) { return load_const(w + k * C::kChannels * 2 + i); });
           }
           UNROLL for (int tile = 0; tile < kPart; tile++) {
