@@ -113,7 +113,7 @@ MAY_IMPORT = {
     "precision.py": set(),
     "triton": {"arguments", "cache", "distributed", "precision"},
     "native.py": {"install_hint"},
-    "cuda": {"arguments", "native", "precision", "triton"},
+    "cuda": {"arguments", "composite", "native", "precision", "triton"},
     "backends.py": {"cuda", "native", "triton"},
     "auto": {"backends", "cache", "cuda", "native", "triton"},
     "ops": {"arguments", "auto", "backends", "composite", "cuda", "native", "triton"},

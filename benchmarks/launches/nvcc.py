@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -34,16 +35,18 @@ MAX_SHARED, MAX_REGISTERS = 232_448, 255
 # within its product.
 MAX_STACK = {
     ("refine_eval", "float32 ieee", 64, 128): 8,
-    ("refine_forward", "float32 tf32", 64, 512): 16,
-    ("refine_forward", "float32 ieee", 64, 512): 64,
+    ("refine_forward", "bfloat16", 64, 512): 8,
+    ("refine_forward", "float16", 64, 512): 8,
+    ("refine_forward", "float32 tf32", 64, 512): 24,
+    ("refine_forward", "float32 ieee", 64, 512): 80,
     ("refine_backward", "float32 ieee", 64, 512): 128,
 }
 # Matrix instructions in a row without a load of an operand, or of W where it streams from L2: more would mean that all
 # loads come first or last, and are waited for.
 MAX_RUN = {"in a row": 26, "between loads of W": 32}
-# Instructions that drain the CTA's stores or flush its cache, but for those of a flag: not within the loop over frames.
+# Instructions that drain the CTA's stores or flush its cache: not within the loop over frames, but for those of a flag.
 DRAINING = frozenset(("MEMBAR", "ERRBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT"))
-OF_A_FLAG = 4
+OF_A_FLAG = Counter({"MEMBAR": 2, "ERRBAR": 1, "CCTL": 2})  # its first poll stands before the loop of others
 MULTIPLYING = ("refine_eval", "refine_forward", "refine_backward")
 TRAINING = MULTIPLYING[1:]
 
@@ -73,7 +76,7 @@ def compile_all(arch: int, dtypes: Sequence[str]) -> list[dict[str, Any]]:
                 if row is None or row["dtype"] not in dtypes:
                     continue
                 if row["kernel"] in MULTIPLYING:
-                    row |= {"shared": _shared(row), **of_loop(list(opcodes(code[name])))}
+                    row |= {"shared": _shared(row), **of_loop(list(opcodes(code[name])), row["kernel"] in TRAINING)}
                 rows.append(row)
     return sorted(rows, key=lambda row: (row["kernel"], row["dtype"], row["H * W"], row["channels"]))
 
@@ -144,7 +147,7 @@ def opcodes(sass: str) -> Iterator[str]:
         yield "PREFETCH" if found[1] == "CCTL" and ".PF" in found[2] else found[1]
 
 
-def of_loop(code: list[str]) -> dict[str, int]:
+def of_loop(code: list[str], has_flag: bool) -> dict[str, int]:
     """Return what the loop over frames holds, which follows the barrier of the cluster, and its product.
 
     A product that is pushed ends where its last part has been, and those of others are waited for.
@@ -154,9 +157,12 @@ def of_loop(code: list[str]) -> dict[str, int]:
     first = loop.index(multiply)
     last = len(loop) - loop[::-1].index("HMMA") if multiply == "HMMA" else loop.index("SYNCS", loop.index("STAS"))
     product = loop[first:last]
+    draining = Counter(name for name in loop if name in DRAINING)
+    if has_flag:
+        draining -= OF_A_FLAG
     of_product = [name for name in product if name in ("HMMA", "LDS", "LDSM", "LDG")]
     return {
-        "draining": sum(name in DRAINING for name in loop),
+        "draining": draining.total(),
         "pushes": code.count("STAS"),
         "matrix": code.count("HMMA"),
         "in a row": _longest_run(of_product),
@@ -179,7 +185,7 @@ def over_budget(row: dict[str, Any]) -> list[str]:
         "registers": MAX_REGISTERS,
         "stack": MAX_STACK.get((kernel, dtype, row["H * W"], row["channels"]), 0),
         "in a row": MAX_RUN["in a row"],
-        "draining": OF_A_FLAG if kernel in TRAINING else 0,
+        "draining": 0,
     }
     if kernel in TRAINING:
         limits["between loads of W"] = MAX_RUN["between loads of W"]

@@ -141,10 +141,16 @@ DEVICE void flag_set(uint32_t* flag, uint32_t value, const char*) {
   asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 DEVICE void flag_wait(const uint32_t* flag, uint32_t value, const char*) {
-  uint32_t v;
-  do {
+  for (uint32_t polls = 0;; polls++) {
+    uint32_t v;
     asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  } while (v < value);
+    if (v >= value) {
+      return;
+    }
+    if (polls == 1u << 27) {  // a minute: an error rather than a hang
+      asm volatile("trap;");
+    }
+  }
 }
 
 // All lanes of the warp take part.
@@ -304,7 +310,7 @@ inline int max_shared(int device) {
 // A launch of one cluster, or of all.
 class ClusterConfig {
  public:
-  ClusterConfig(const Launch& l, int ctas) {
+  ClusterConfig(const Launch& l, int ctas, bool together) {
     attributes_[0].id = cudaLaunchAttributeClusterDimension;
     attributes_[0].val.clusterDim = {static_cast<unsigned>(l.cluster), 1, 1};
     attributes_[1].id = cudaLaunchAttributeCooperative;
@@ -314,7 +320,7 @@ class ClusterConfig {
     config_.dynamicSmemBytes = l.shared + kInboxBytes;
     config_.stream = static_cast<cudaStream_t>(l.stream);
     config_.attrs = attributes_;
-    config_.numAttrs = l.together ? 2 : 1;
+    config_.numAttrs = together ? 2 : 1;
   }
   ClusterConfig(const ClusterConfig&) = delete;
   ClusterConfig& operator=(const ClusterConfig&) = delete;
@@ -346,8 +352,14 @@ inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string*
       check(
           "cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
       check("cudaFuncSetAttribute", cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-      const ClusterConfig config(l, l.cluster);
-      check("cudaOccupancyMaxActiveClusters", cudaOccupancyMaxActiveClusters(&clusters, function, config.get()));
+      const ClusterConfig config(l, l.cluster, false);
+      const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, function, config.get());
+      if (status == cudaErrorInvalidClusterSize) {  // on a part of a GPU
+        clusters = 0;
+        cudaGetLastError();
+      } else {
+        check("cudaOccupancyMaxActiveClusters", status);
+      }
     }
     known[key] = clusters;
   }
@@ -362,7 +374,7 @@ inline int max_clusters(void (*kernel)(Arguments), const Launch& l, std::string*
 template <class Arguments>
 inline void launch(void (*kernel)(Arguments), const Launch& l, const Arguments& arguments) {
   const OnDevice guard(l.device);
-  const ClusterConfig config(l, l.ctas);
+  const ClusterConfig config(l, l.ctas, l.together);
   check("cudaLaunchKernelEx", cudaLaunchKernelEx(config.get(), kernel, arguments));
 }
 

@@ -57,7 +57,7 @@ struct RefineEval : RefineSizes {
 struct RefineScratch {
   float* sums;      // (N, B, kD, 2) two sums over positions, by gate channel; kD is the Cut's
   uint32_t* flags;  // (B, 16, 32) steps that the CTA of a clip and rank has finished; zeros
-  float* strips;    // forward alone: see Plan::strip_rows
+  float* strips;    // forward alone: see TrainingPlan::strip_rows
 };
 
 // refine in training mode, eq. 1-5 and 9, N = T - 1 steps.

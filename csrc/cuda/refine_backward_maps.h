@@ -67,6 +67,7 @@ class BackwardMaps {
 
   // Adds E = W_a^T dU to the sums.
   DEVICE void multiply() {
+    fence_schedule();  // lanes that have waited for an inbox may be apart
     const uint4* w = clip_.packed(clip_.plan.layout.w) + clip_.rank * C::kSlicesD * C::kChannels * 2;
     if constexpr (C::kFma) {
       constexpr int kPart = C::kTiles / 2;

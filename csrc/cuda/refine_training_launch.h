@@ -8,7 +8,7 @@
 
 namespace rru::RRU_PLATFORM {
 
-// A group at a time, if all do not fit.
+// Launches of a pass, a group of clips each, where no cut has all clips on the chip at once.
 constexpr int kMaxLaunches = 4;
 
 // Rows of strips that 8 positions from a multiple of 8 touch, at most.
@@ -16,10 +16,11 @@ inline int strip_rows_of(int width) {
   return width % 8 == 0 ? 1 : 8 % width == 0 ? 8 / width : 7 / width + 2;
 }
 
-// Sets how a kernel is launched if it can be; returns the reason if not, or "".
+// Sets how a kernel is launched if it can be in so many launches; returns the reason if not, or "".
 template <class C, class KERNEL, class ARGUMENTS>
-std::string plan_launches(KERNEL kernel, const ARGUMENTS& a, int device, size_t shared, ClusterLaunch* launch) {
-  const int n = ctas_of(a.channels, C::kChannels), clips_per_group = a.clips / a.groups;
+std::string plan_launches(
+    KERNEL kernel, const ARGUMENTS& a, int device, size_t shared, int launches, ClusterLaunch* launch) {
+  const int n = ctas_of(a.channels, C::kChannels), clips = a.clips / launches;
   if (shared > static_cast<size_t>(max_shared(device))) {
     return over("shared memory", static_cast<int>(shared), max_shared(device));
   }
@@ -28,40 +29,44 @@ std::string plan_launches(KERNEL kernel, const ARGUMENTS& a, int device, size_t 
   if (at_once == 0) {
     return reason;
   }
-  const bool by_group = clips_per_group <= at_once && a.groups <= kMaxLaunches;
-  if (a.clips > at_once && !by_group) {
+  if (clips > at_once) {
     return "B of " + std::to_string(a.clips) + ", at most " + std::to_string(at_once) + " clusters of " +
         std::to_string(n) + " CTAs at once on this GPU";
   }
-  *launch = {n, C::kThreads, shared + kInboxBytes, C::kMultiple, a.clips > at_once ? a.groups : 1, 0, 0};
-  const int64_t clips = a.clips, padded_channels = n * C::kChannels;
-  launch->sums = (a.frames - 1) * clips * C::kD * 2;
-  launch->strips = clips * padded_channels * C::kTiles * strip_rows_of(a.width);
+  *launch = {n, C::kThreads, shared + kInboxBytes, C::kMultiple, launches, 0, 0};
+  const int64_t all_clips = a.clips, padded_channels = n * C::kChannels;
+  launch->sums = (a.frames - 1) * all_clips * C::kD * 2;
+  launch->strips = all_clips * padded_channels * C::kTiles * strip_rows_of(a.width);
   return "";
 }
 
-// Finds the smallest multiple of channels a CTA, 0, or the one that is wanted, with which a pass can be launched.
+// Finds the smallest multiple of channels a CTA with which a pass can be launched, at once if one allows that; or, other
+// than 0, the one that is wanted.
 // KERNELS::kernel<O, WARPS, TILES, MULTIPLE>() returns its kernel, KERNELS::shared<C>() its bytes of shared memory.
 template <Pass PASS, class KERNELS, class ARGUMENTS>
 std::string find_launches(const ARGUMENTS& a, int device, int multiple, ClusterLaunch* launch) {
-  std::string reason = a.dtype == Dtype::float32 && a.float32 == Float32::tf32x3 ? "three TF32 products" : too_large(a);
+  const bool is_tf32x3 = a.dtype == Dtype::float32 && a.float32 == Float32::tf32x3;
+  std::string reason = is_tf32x3 ? "three TF32 products in training" : too_large(a);
   if (!reason.empty()) {
     return reason;
   }
-  for (const int m : {1, 2, 4}) {
-    const int warps = warps_of(a, m);
-    if (warps == 0 || (multiple != 0 && m != multiple)) {
-      continue;
-    }
-    reason = with_cut<PASS>(
-        operands_of(a.dtype, a.float32, PASS), {warps, m}, a.positions,
-        [&]<Operands O, int WARPS, int TILES, int MULTIPLE>() {
-          using C = Cut<O, WARPS, TILES, MULTIPLE>;
-          return plan_launches<C>(
-              KERNELS::template kernel<O, WARPS, TILES, MULTIPLE>(), a, device, KERNELS::template shared<C>(), launch);
-        });
-    if (reason.empty()) {
-      return "";
+  const int counts[] = {1, a.groups}, multiples[] = {1, 2, 4};
+  for (const int launches : counts) {
+    for (const int m : multiples) {
+      const int warps = warps_of(a, m);
+      if (warps == 0 || (multiple != 0 && m != multiple) || launches > kMaxLaunches) {
+        continue;
+      }
+      reason = with_cut<PASS>(
+          operands_of(a.dtype, a.float32, PASS), {warps, m}, a.positions,
+          [&]<Operands O, int WARPS, int TILES, int MULTIPLE>() {
+            using C = Cut<O, WARPS, TILES, MULTIPLE>;
+            const auto kernel = KERNELS::template kernel<O, WARPS, TILES, MULTIPLE>();
+            return plan_launches<C>(kernel, a, device, KERNELS::template shared<C>(), launches, launch);
+          });
+      if (reason.empty()) {
+        return "";
+      }
     }
   }
   return reason.empty() ? "a multiple that is not there" : reason;

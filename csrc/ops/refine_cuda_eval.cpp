@@ -1,4 +1,4 @@
-// refine's CUDA kernel of eval mode as operators of its own, which rru_fast/cuda/refine.py calls: tensors checked,
+// refine's CUDA kernel of eval mode as operators of its own, which rru_fast/cuda/refine/eval.py calls: tensors checked,
 // pointers passed on. On CPU tensors it runs emulated.
 
 #include <ATen/ops/full.h>

@@ -1,4 +1,4 @@
-// refine's CUDA kernels of training mode as operators of their own, which rru_fast/cuda/refine_training.py calls:
+// refine's CUDA kernels of training mode as operators of their own, which rru_fast/cuda/refine/training.py calls:
 // tensors checked, weights packed, scratch allocated, pointers passed on. On CPU tensors they run emulated.
 //
 // Maps are (B, T, C, R) here, rows of R elements, the next multiple of 8 of H * W positions.
@@ -16,14 +16,19 @@ namespace {
 // Clusters have at most 16 CTAs, each with a flag in 128 bytes of its own.
 constexpr int64_t kFlags = 16 * 32;
 
+void check_groups(int64_t bn_groups, const RefineSizes& a) {
+  TORCH_CHECK_VALUE(
+      bn_groups >= 1 && a.clips % bn_groups == 0, "bn_groups: got ", bn_groups, ", wanted a divisor of ", a.clips);
+}
+
 template <class A>
 A sizes_of(
     const Tensor& x, int64_t height, int64_t width, const Weights& weights, double eps, int64_t bn_groups,
     c10::string_view precision) {
   A a{};
   set_sizes(a, x, height, width, weights.d(), weights.num_attn(), weights.w_c, precision);
-  TORCH_CHECK_VALUE(
-      bn_groups >= 1 && a.clips % bn_groups == 0, "bn_groups: got ", bn_groups, ", wanted a divisor of ", a.clips);
+  check_groups(bn_groups, a);
+  TORCH_CHECK_VALUE(a.spatial || a.channel, "w_s1, w_c: got None for both, wanted one at least");
   a.groups = static_cast<int>(bn_groups);
   a.eps = static_cast<float>(eps);
   return a;
@@ -39,6 +44,7 @@ std::tuple<std::string, std::vector<int64_t>> plan(
   ClusterLaunch launch{};
   const auto ask = [&](auto a, auto lacks_of) {
     set_sizes(a, x, x.size(3), x.size(4), d, num_attn, w_c, precision);
+    check_groups(bn_groups, a);
     a.groups = static_cast<int>(bn_groups);
     lacks = lacks_of(a, x.get_device(), 0, &launch);
   };
@@ -74,18 +80,26 @@ void* written_maps(const char* name, const Tensor& maps, const Tensor& x, int64_
 }
 
 const float* saved(const char* name, const Tensor& tensor, at::IntArrayRef shape, const Tensor& x) {
-  return written<float>(name, tensor, shape, x);
+  const AnyTensor found = any(name, tensor, shape, x);
+  check(name, tensor, shape, at::kFloat);
+  return static_cast<const float*>(found.data);
 }
 
-// Launches a pass with packed weights and scratch; `sums` is the scratch that is left to the caller, or null.
-template <class A, class LACKS, class LAUNCH>
-void launch_pass(
-    const char* name, A& a, Pass pass, const Weights& weights, const Tensor& x, Tensor* sums, int64_t stream,
-    LACKS lacks_of, LAUNCH launch_kernel) {
+// How a pass is launched, which has to be possible.
+template <class A, class LACKS>
+ClusterLaunch launch_of(const char* name, const A& a, const Tensor& x, LACKS lacks_of) {
   ClusterLaunch launch{};
   std::string lacks;
   run(name, [&] { lacks = lacks_of(a, x.get_device(), 0, &launch); });
   TORCH_CHECK_VALUE(lacks.empty(), "x: got shape ", x.sizes(), ", wanted what ", name, " carries: ", lacks);
+  return launch;
+}
+
+// Launches a pass with packed weights and scratch; returns the sums of the scratch.
+template <class A, class LAUNCH>
+Tensor launch_pass(
+    const char* name, A& a, Pass pass, const ClusterLaunch& launch, const Weights& weights, const Tensor& x,
+    int64_t stream, LAUNCH launch_kernel) {
   RefineWeights packing = packing_of(a);
   packing.pass = pass;
   packing.multiple = launch.multiple;
@@ -93,16 +107,14 @@ void launch_pass(
   void* on = reinterpret_cast<void*>(stream);
   const Tensor packed = pack(packing, x, on);
   const Tensor flags = at::zeros({a.clips * kFlags}, x.options().dtype(at::kInt));
-  Tensor exchanged = at::empty({a.frames - 1, a.clips, launch.threads, 2}, x.options().dtype(at::kFloat));
-  const Tensor strips = at::empty({launch.strips}, exchanged.options());
+  const Tensor sums = at::empty({a.frames - 1, a.clips, launch.threads, 2}, x.options().dtype(at::kFloat));
+  const Tensor strips = at::empty({launch.strips}, sums.options());
   a.packed = packed.const_data_ptr();
   a.scratch = {
-      exchanged.mutable_data_ptr<float>(), reinterpret_cast<uint32_t*>(flags.mutable_data_ptr<int>()),
+      sums.mutable_data_ptr<float>(), reinterpret_cast<uint32_t*>(flags.mutable_data_ptr<int>()),
       strips.mutable_data_ptr<float>()};
   run(name, [&] { launch_kernel(a, launch, x.get_device(), on); });
-  if (sums != nullptr) {
-    *sums = exchanged;
-  }
+  return sums;
 }
 
 // Fills features, strips (the sum of S over frames and columns), mean and var; u (N, B, D, P) has W_m M_t if `motion`,
@@ -138,8 +150,8 @@ void forward(
     }
   }
   const Kernels& kernels = kernels_on(x);
-  launch_pass(
-      "refine_forward", a, Pass::forward, weights, x, nullptr, stream, kernels.forward_lacks, kernels.forward);
+  const ClusterLaunch launch = launch_of("refine_forward", a, x, kernels.forward_lacks);
+  launch_pass("refine_forward", a, Pass::forward, launch, weights, x, stream, kernels.forward);
 }
 
 // Fills d_x, without what reaches it through the motion, and du (N, B, D, P); returns sums over positions for the
@@ -184,8 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     a.z_c = saved("z_c", z_c, {steps, clips, a.channels}, x);
   }
   const Kernels& kernels = kernels_on(x);
-  ClusterLaunch launch{};
-  run("refine_backward", [&] { kernels.backward_lacks(a, x.get_device(), 0, &launch); });
+  const ClusterLaunch launch = launch_of("refine_backward", a, x, kernels.backward_lacks);
   const Tensor y_positions = at::empty(
       {need_weights ? steps : 0, clips, launch.ctas, a.positions}, x.options().dtype(at::kFloat));
   const auto filled = [](bool there, const Tensor& tensor) {
@@ -196,9 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   a.d_h = filled(spatial, d_h);
   a.y_channels = filled(need_weights, y_channels);
   a.y_positions = filled(need_weights, y_positions);
-  Tensor sums;
-  launch_pass(
-      "refine_backward", a, Pass::backward, weights, x, &sums, stream, kernels.backward_lacks, kernels.backward);
+  const Tensor sums = launch_pass("refine_backward", a, Pass::backward, launch, weights, x, stream, kernels.backward);
   return {sums, d_z_s, d_z_c, d_h, y_channels, y_positions};
 }
 

@@ -125,7 +125,8 @@ class RefineKind(Kind):
     def is_carried(self, backend: str) -> bool:
         """Return True if a backend's own kernels run these calls, not those that it falls back to."""
         sizes = self.channels, self.height * self.width, self.hidden, self.spatial_hidden
-        return backend != "cuda" or cuda.not_carried(self.op, self.dtype, self.inputs, *sizes) is None
+        call = self.op, self.dtype, self.inputs, self.training, self.precision
+        return backend != "cuda" or cuda.not_carried(*call, *sizes) is None
 
     def _words(self) -> tuple[str, ...]:
         weights = f" with {self.weight_dtype} weights" if self.weight_dtype != self.dtype else ""

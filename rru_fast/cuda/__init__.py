@@ -74,6 +74,8 @@ def not_carried(
     op: str,
     dtype: str = "",
     inputs: str = "",
+    training: bool = False,
+    precision: str = "",
     channels: int = 0,
     positions: int = 0,
     hidden: int = 0,
@@ -86,7 +88,8 @@ def not_carried(
     Args:
         op: "refine", "strip_pool" or "batch_hard".
         dtype: of x, such as "float32".
-        inputs: as in `rru_fast.refine`.
+        inputs, training: as in `rru_fast.refine`.
+        precision: of fp32 products, as `rru_fast.precision.conv_precision` returns it.
         channels, positions, hidden, spatial_hidden: C, H * W, D and A.
     """
     if op != "refine":
@@ -95,6 +98,8 @@ def not_carried(
         return "inputs='raw'"
     if dtype == "float64":
         return "float64"
+    if training and dtype == "float32" and precision == "tf32x3":
+        return "three TF32 products (RRU_FAST_FLOAT32=tf32x3) in training"
     for name, size, most in (
         ("C", channels, MAX_CHANNELS),
         ("H * W", positions, MAX_POSITIONS),

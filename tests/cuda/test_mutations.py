@@ -40,6 +40,7 @@ TRAINING_MUTANTS = {
     "fragment transposed": "tf32 plain",
     "a place is used again": "fp32 two warps",
     "another group is waited for": "fp32 groups",
+    "sums begin at the own rank": "fp32 twins",
 }
 KERNELS = {
     "eval": Kernel(
@@ -105,11 +106,11 @@ def is_found(kernel: Kernel, *mutation: str) -> bool:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("name", "case"), [(name, case) for name, kernel in KERNELS.items() for case in (*kernel.cases, *kernel.raced)]
+    ("name", "case"),
+    [(name, case) for name in ("eval", "forward") for case in (*KERNELS[name].cases, *KERNELS[name].raced)],
 )
 def test_there_is_no_race(name: str, case: str) -> None:
-    if name == "backward":
-        pytest.skip("the program runs both")
+    """In the forward's cases the program runs the backward too."""
     done = program_of(KERNELS[name]).run(case, "--twice")
     assert done.status == 0, done.text
 

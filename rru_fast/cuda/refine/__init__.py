@@ -25,7 +25,8 @@ def not_carried(args: RefineArguments, backward: bool = False) -> str | None:
     num_attn = 0 if args.w_s1 is None else args.w_s1.shape[0]
     dtype = str(args.x.dtype).removeprefix("torch.")
     sizes = channels, height * width, args.w.shape[0], num_attn
-    why = cuda.not_carried("refine", dtype, args.inputs, *sizes)
+    precision = conv_precision(args.x.dtype)
+    why = cuda.not_carried("refine", dtype, args.inputs, args.training, precision, *sizes)
     if why is None and args.process_group:
         why = "batch statistics of several ranks"
     if why is None and backward and not args.training:
@@ -34,7 +35,6 @@ def not_carried(args: RefineArguments, backward: bool = False) -> str | None:
         return why
     # Asks the GPU whether it can hold the clusters.
     ops, sizes_of_gate = torch.ops.rru_fast, (args.w.shape[0], num_attn, args.w_c)
-    precision = conv_precision(args.x.dtype)
     with on_device(args.x):
         if args.training:
             lacks, _ = ops.refine_cuda_training_plan(args.x, *sizes_of_gate, args.bn_groups, precision, backward)

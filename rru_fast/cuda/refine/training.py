@@ -7,7 +7,6 @@ the gradient of w and what reaches X through the motion.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rru_fast.arguments import (
@@ -33,7 +32,9 @@ def rows_of(maps: Tensor) -> Tensor:
     """
     positions = maps.shape[3] * maps.shape[4]
     if positions % TILE != 0:
-        return F.pad(maps.flatten(3), (0, -positions % TILE))
+        rows = maps.new_zeros((*maps.shape[:3], positions + -positions % TILE))
+        rows[..., :positions] = maps.flatten(3)
+        return rows
     tensor: Tensor
     tensor, clip, frame, channel, position = as_strided_maps(maps)
     strides = [0 if size == 1 else stride for size, stride in zip(maps.shape, (clip, frame, channel), strict=False)]
