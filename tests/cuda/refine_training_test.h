@@ -62,7 +62,8 @@ inline const TrainingCases& training_cases() {
       add("twins", {.clips = 2, .frames = 4, .channels = 64, .height = 8, .width = 8, .num_attn = 16, .twins = true});
     }
     // More clips than the chip holds, a group at a time.
-    c["fp32 a launch a group"] = {.clips = 8, .frames = 2, .channels = 256, .height = 2, .groups = 2, .launches = 2};
+    c["fp32 a launch a group"] = {
+        .clips = 8, .frames = 2, .channels = 256, .height = 2, .groups = 2, .multiple = 1, .launches = 2};
     return c;
   }();
   return all;

@@ -40,7 +40,6 @@ TRAINING_MUTANTS = {
     "fragment transposed": "tf32 plain",
     "a place is used again": "fp32 two warps",
     "another group is waited for": "fp32 groups",
-    "sums begin at the own rank": "fp32 twins",
 }
 KERNELS = {
     "eval": Kernel(
@@ -60,7 +59,11 @@ KERNELS = {
         TRAINING_CASES,
         14,
         only=("--only", "forward"),
-        mutants={**TRAINING_MUTANTS, "S is kept in 16 bits": "bf16 weak gate"},
+        mutants={
+            **TRAINING_MUTANTS,
+            "S is kept in 16 bits": "bf16 weak gate",
+            "sums begin at the own rank": "fp32 twins",
+        },
         raced=("f16 groups", "tf32 sixteen CTAs"),
     ),
     "backward": Kernel(
