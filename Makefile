@@ -70,12 +70,13 @@ test-triton: setup
 # The emulated kernels against float64, under ThreadSanitizer and AddressSanitizer, with every warp and CTA held behind
 # every wait and with every synchronization left out; then the operator's tests, with the kernels behind it, and with
 # Triton's interpreted for what they leave.
+BACKEND := tests/cuda/test_backend.py tests/cuda/test_training_backend.py
 EMULATED := $(addprefix tests/ops/test_,refine.py refine_operator.py refine_products.py autograd.py)
 
 test-cuda: setup
 	$(PYTEST) -m "not nightly" tests/cuda $(ARGS)
-	RRU_FAST_CUDA_EMULATE=1 $(PYTEST) -m "not nightly" -k cuda tests/cuda/test_backend.py $(EMULATED) $(ARGS)
-	TRITON_INTERPRET=1 RRU_FAST_CUDA_EMULATE=1 $(PYTEST) tests/cuda/test_backend.py $(ARGS)
+	RRU_FAST_CUDA_EMULATE=1 $(PYTEST) -m "not nightly" -k cuda $(BACKEND) $(EMULATED) $(ARGS)
+	TRITON_INTERPRET=1 RRU_FAST_CUDA_EMULATE=1 $(PYTEST) $(BACKEND) $(ARGS)
 
 # Sets up nothing: it needs torch, triton, numpy and pytest. Compiling takes most of the time: in 8 processes, where
 # pytest-xdist is installed.
