@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -71,26 +73,33 @@ def build(name: str, sanitizer: str = "") -> Program:
         digest.update(file.read_bytes())
     folder = ROOT / "build/emulated" / f"{name}-{sanitizer or 'plain'}"
     program = Program(folder / digest.hexdigest()[:16])
-    if program.path.exists():
-        return program
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of the same test run wait for the program
+        if not program.path.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _compile(program, sources, sanitizer, compiler.command)
+    return program
+
+
+def _compile(program: Program, sources: list[Path], sanitizer: str, compiler: Sequence[str]) -> None:
+    """Compile and link sources into a program, which exists once all of it does."""
 
     def compile_one(source: Path) -> str:
-        output = str(folder / f"{source.name}.o")
+        output = str(program.path.parent / f"{source.name}.o")
         flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
         if sanitizer == "thread" and source.stem == "emulation":
             flags = ["-DRRU_THREAD_SANITIZER"]  # it tells the sanitizer of fibers and barriers itself
-        _check([*compiler.command, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", output])
+        _check([*compiler, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", output])
         return output
 
     with ThreadPoolExecutor(toolchain.max_jobs()) as pool:
         objects = list(pool.map(compile_one, sources))
     flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
     linked = program.path.with_suffix(".linked")
-    _check([*compiler.command, *flags, *objects, "-o", str(linked)])
+    _check([*compiler, *flags, *objects, "-o", str(linked)])
     linked.rename(program.path)
-    return program
 
 
 def _check(command: list[str]) -> None:
