@@ -36,9 +36,9 @@ class EvalTest {
     w_c_ = random_(c.channels * c.d, 3 * c.gate / std::sqrt(c.d));
     if (c.twins) {
       for (int i = 0; i < n * t; i++) {
-        twin(x_.data() + i * c.channels * p_, p_);
+        twin(x_.data() + i * c.channels * p_, c.channels, p_);
       }
-      twin(w_c_.data(), c.d);
+      twin(w_c_.data(), c.channels, c.d);
     }
     for (auto* values : {&x_, &state_x_, &state_s_, &w_, &gamma_, &beta_, &w_s1_, &w_s2_}) {
       round_all(*values, c.dtype);
@@ -68,16 +68,8 @@ class EvalTest {
     r.u = motion();
     const Stored w(w_, c_.dtype), gamma(gamma_, c_.dtype), beta(beta_, c_.dtype), mean(mean_, c_.dtype);
     const Stored var(var_, c_.dtype), w_s1(w_s1_, c_.dtype), w_s2(w_s2_, c_.dtype), w_c(w_c_, w_c_dtype());
-    const auto any = [](const Stored& s) { return AnyTensor{s.data(), s.dtype}; };
-    RefineWeights weights{};
-    weights.channels = c_.channels;
-    weights.positions = p_;
-    weights.d = c_.d;
-    weights.num_attn = c_.num_attn;
-    weights.dtype = c_.dtype;
-    weights.float32 = c_.float32;
+    RefineWeights weights = weights_of(c_);
     weights.w = any(w);
-    weights.w_row = 2 * c_.channels;
     weights.gamma = any(gamma);
     weights.beta = any(beta);
     weights.running_mean = any(mean);
@@ -90,7 +82,6 @@ class EvalTest {
     if (c_.channel) {
       weights.w_c = any(w_c);
     }
-    weights.w_c.dtype = w_c_dtype();
     std::vector<dev::float4> packed(emulated::refine_packed_bytes(weights) / 16);
     std::memset(static_cast<void*>(packed.data()), 0xff, packed.size() * 16);
     if (auto error = error_of([&] { emulated::refine_pack(weights, packed.data(), 0, nullptr); }); !error.empty()) {
@@ -191,10 +182,6 @@ class EvalTest {
   }
 
  private:
-  void twin(float* values, int per_channel) const {
-    std::copy_n(values, c_.channels / 2 * per_channel, values + c_.channels / 2 * per_channel);
-  }
-
   Dtype w_c_dtype() const {
     return c_.float_w_c ? Dtype::float32 : c_.dtype;
   }

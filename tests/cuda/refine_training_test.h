@@ -104,16 +104,16 @@ class TrainingTest {
     w_c_ = random_(c.channels * c.d, 3 * c.gate / std::sqrt(c.d));
     if (c.twins) {
       for (int i = 0; i < c.clips * c.frames; i++) {
-        twin(x_.data() + i * c.channels * p_, p_);
-        twin(d_features_.data() + i * c.channels * p_, p_);
+        twin(x_.data() + i * c.channels * p_, c.channels, p_);
+        twin(d_features_.data() + i * c.channels * p_, c.channels, p_);
       }
       for (int i = 0; i < c.clips; i++) {
-        twin(d_strips_.data() + i * c.channels * c.height, c.height);
+        twin(d_strips_.data() + i * c.channels * c.height, c.channels, c.height);
       }
       for (int i = 0; i < 2 * c.d; i++) {
-        twin(w_.data() + i * c.channels, 1);
+        twin(w_.data() + i * c.channels, c.channels, 1);
       }
-      twin(w_c_.data(), c.d);
+      twin(w_c_.data(), c.channels, c.d);
     }
     for (auto* values : {&x_, &d_features_, &w_, &gamma_, &beta_, &w_s1_, &w_s2_}) {
       round_all(*values, c.dtype);
@@ -126,16 +126,8 @@ class TrainingTest {
   std::string run(Results& r) const {
     const Stored w(w_, c_.dtype), gamma(gamma_, c_.dtype), beta(beta_, c_.dtype);
     const Stored w_s1(w_s1_, c_.dtype), w_s2(w_s2_, c_.dtype), w_c(w_c_, w_c_dtype());
-    const auto any = [](const Stored& s) { return AnyTensor{s.data(), s.dtype}; };
-    RefineWeights weights{};
-    weights.channels = c_.channels;
-    weights.positions = p_;
-    weights.d = c_.d;
-    weights.num_attn = c_.num_attn;
-    weights.dtype = c_.dtype;
-    weights.float32 = c_.float32;
+    RefineWeights weights = weights_of(c_);
     weights.w = any(w);
-    weights.w_row = 2 * c_.channels;
     weights.gamma = any(gamma);
     weights.beta = any(beta);
     if (c_.spatial) {
@@ -145,7 +137,6 @@ class TrainingTest {
     if (c_.channel) {
       weights.w_c = any(w_c);
     }
-    weights.w_c.dtype = w_c_dtype();
     std::string error = run_forward(r, weights);
     return error.empty() ? run_backward(r, weights) : error;
   }
@@ -384,10 +375,6 @@ class TrainingTest {
     int64_t clip_, frame_;
     std::vector<dev::float4> memory_;
   };
-
-  void twin(float* values, int per_channel) const {
-    std::copy_n(values, c_.channels / 2 * per_channel, values + c_.channels / 2 * per_channel);
-  }
 
   Dtype w_c_dtype() const {
     return c_.float_w_c ? Dtype::float32 : c_.dtype;

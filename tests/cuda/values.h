@@ -71,6 +71,30 @@ std::string error_of(F launch) {
   return "";
 }
 
+inline AnyTensor any(const Stored& stored) {
+  return {stored.data(), stored.dtype};
+}
+
+// Sizes and dtypes of a case's weights, w a half of its rows; the tensors are the caller's to set.
+template <class CASE>
+RefineWeights weights_of(const CASE& c) {
+  RefineWeights weights{};
+  weights.channels = c.channels;
+  weights.positions = c.height * c.width;
+  weights.d = c.d;
+  weights.num_attn = c.num_attn;
+  weights.dtype = c.dtype;
+  weights.float32 = c.float32;
+  weights.w_row = 2 * c.channels;
+  weights.w_c.dtype = c.float_w_c ? Dtype::float32 : c.dtype;
+  return weights;
+}
+
+// Makes the second half of the channels equal the first.
+inline void twin(float* values, int channels, int per_channel) {
+  std::copy_n(values, channels / 2 * per_channel, values + channels / 2 * per_channel);
+}
+
 // Normal numbers.
 class Random {
  public:
