@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
     require("train")
 
-import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,16 +16,13 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from training.data.image_folder import frames_of_folder
 from training.data.tracklets import Tracklet
-from training.engine import checkpoint
-from training.engine.load_trained import load_network, provenance
-from training.engine.run_record import settings_of
-from training.evaluation.features import extract
+from training.engine.feature_extractor import FeatureExtractor, unit_features
 from training.evaluation.ranking import Floats, Ints
 from training.retrieval.exact import nearest
 from training.retrieval.faiss_index import Index
@@ -92,7 +88,7 @@ def search(options: Options) -> list[Hit]:
     if options.top < 1:
         raise UserError(f"top: got {options.top}, wanted at least 1")
     gallery, device = open_features(options.gallery), choose_device(options.device)
-    names, queries, network = _from_frames(options, device) if options.frames else _from_file(options)
+    names, queries, network = _from_frames(options) if options.frames else _from_file(options)
     _check_comparable(gallery, queries, network)
     count = min(options.top, gallery.rows)
     index = None if options.index == "exact" else Index(gallery, say)
@@ -128,23 +124,16 @@ def _from_file(options: Options) -> tuple[list[str], Tensor, str | None]:
     return [file.names[row] for row in rows], features[rows], file.about.get("network")
 
 
-def _from_frames(options: Options, device: torch.device) -> tuple[list[str], Tensor, str | None]:
+def _from_frames(options: Options) -> tuple[list[str], Tensor, str | None]:
     """Extract the feature of a folder's frames: name, feature (1, D), and the hash of the network."""
     folder = options.frames
     assert folder is not None
     if options.checkpoint is None or options.query is not None or options.names:
         raise UserError("frames: got --frames without --checkpoint, or with --query or --names, wanted just these two")
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [path for path in folder.glob("[!.]*") if path.suffix.lower() in readable]
-    if not images:
-        raise UserError(f"frames: got no image in {folder}, wanted the frames of a tracklet")
-    images.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
-    saved = checkpoint.load(options.checkpoint)
-    network, name = load_network(saved, None, device), folder.resolve().name
-    feature = extract(network, [Tracklet(-1, -1, tuple(images), name)], resize=settings_of(saved).source.resize)
-    if not feature.any():
-        raise UserError(f"frames: the feature of {folder} is zero and has no direction")
-    return [name], torch.from_numpy(feature).float(), provenance(saved, device)["network"]
+    frames = frames_of_folder(folder, "frames")
+    extractor, name = FeatureExtractor(options.checkpoint, device=options.device), folder.resolve().name
+    feature = unit_features(extractor.extract([Tracklet(-1, -1, frames, name)]), [f"frames: {folder}"])
+    return [name], torch.from_numpy(feature).float(), extractor.about["network"]
 
 
 def _check_comparable(gallery: FeatureFile, queries: Tensor, network: str | None) -> None:

@@ -35,6 +35,8 @@ def train(options: Options) -> None:
     """
     settings, resume = options.settings, options.base.resume
     resumed = checkpoint.load(resume) if resume else None
+    if resumed and not resumed.training:
+        raise UserError(f"resume: {resume} is a network without the state of its training, wanted a run's folder")
     run = distributed.from_main(lambda: _run_folder(options, settings.recipe))
     distributed.set_resume_hint(lambda: _resume_hint(run))
     epochs = settings.recipe.epochs

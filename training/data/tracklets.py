@@ -76,6 +76,14 @@ class Split:
         """Distinct training identities, sorted: the order of the classifier's outputs."""
         return people_of(self.train)
 
+    def part(self, name: str) -> tuple[Tracklet, ...]:
+        """Return the tracklets of "train", "query" or "gallery", or "all" of them, each once."""
+        if name != "all":
+            tracklets: tuple[Tracklet, ...] = getattr(self, name)
+            return tracklets
+        distinct = {id(tracklet): tracklet for tracklet in (*self.train, *self.query, *self.gallery)}
+        return tuple(distinct.values())
+
 
 def people_of(tracklets: Iterable[Tracklet]) -> tuple[int, ...]:
     """Return the distinct identities of `tracklets`, sorted."""

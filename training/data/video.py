@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import av.filter
@@ -20,10 +20,70 @@ from training.runtime.errors import UserError
 _ONE_DEGREE = 0.0175  # writers round sines and cosines
 
 
-def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
-    """Decode the first frames of a video, each rotated and flipped by its display matrix.
+class VideoInfo(NamedTuple):
+    """What a video says of itself.
+
+    frame_rate: frames per second, on average.
+    length: number of frames, about; None where the file gives neither that nor its duration.
+    """
+
+    frame_rate: float
+    length: int | None
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read a video's frame rate and about its length, without decoding it.
+
+    Raises:
+        UserError: it cannot be read, or has no video stream or several.
+    """
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = _video_stream(path, container)
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            length = stream.frames or None
+            if length is None and stream.duration and stream.time_base:
+                length = round(float(stream.duration * stream.time_base) * rate)
+            elif length is None and container.duration:
+                length = round(container.duration / av.time_base * rate)
+    except FFmpegError as error:
+        raise UserError(f"{path}: not a readable video ({_reason(error)})") from None
+    return VideoInfo(rate, length)
+
+
+def decode_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Decode a video to its end, each frame rotated and flipped by its display matrix.
 
     Cover pictures are ignored. Of several video streams, the one marked as default is decoded.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Seconds since the first frame, ascending, as the file's time stamps say, and (h, w, 3) uint8 RGB.
+
+    Raises:
+        UserError: the file cannot be decoded, has no video stream or several, or a frame rotated by other than a
+            multiple of 90 degrees.
+    """
+    number = 0
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:  # do not fail on a title in Latin-1
+            stream = _video_stream(path, container)
+            period = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+            first, before = None, -period
+            for number, frame in enumerate(container.decode(stream), start=1):
+                first = frame.time if first is None else first
+                seconds = before + period if frame.time is None or first is None else frame.time - first
+                before = seconds = seconds if seconds > before else before + period  # time stamps may be damaged
+                pixels, matrix = frame.to_ndarray(format="rgb24"), _display_matrix(frame)
+                yield seconds, pixels if matrix is None else _upright(pixels, matrix, f"{path}, frame {number}")
+    except FFmpegError as error:
+        raise UserError(f"{path}: cannot be decoded after frame {number} ({_reason(error)})") from None
+
+
+def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
+    """Decode the first frames of a video, as `decode_video` does.
 
     Args:
         path: the file.
@@ -33,21 +93,18 @@ def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
         (h, w, 3) uint8 RGB each.
 
     Raises:
-        UserError: the file cannot be decoded, has no video stream or several, fewer frames, or a frame rotated by
-            other than a multiple of 90 degrees.
+        UserError: those of `decode_video`, or there are fewer frames.
     """
     number = 0
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:  # do not fail on a title in Latin-1
-            for number, frame in enumerate(container.decode(_video_stream(path, container)), start=1):
-                pixels, matrix = frame.to_ndarray(format="rgb24"), _display_matrix(frame)
-                yield pixels if matrix is None else _upright(pixels, matrix, f"{path}, frame {number}")
-                if number == count:
-                    return
-    except FFmpegError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be decoded after frame {number} ({reason})") from None
+    for number, (_, pixels) in enumerate(decode_video(path), start=1):
+        yield pixels
+        if number == count:
+            return
     raise UserError(f"{path}: got {number} frames, wanted {count}, the seqLength of seqinfo.ini")
+
+
+def _reason(error: FFmpegError) -> str:
+    return " ".join(str(error).split())
 
 
 def _video_stream(path: Path, container: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Checkpoints that a kill cannot spoil: the file `RUN/last` always names a whole one."""
+"""Checkpoints that a kill cannot spoil: the file `RUN/last` always names a whole one.
+
+A network to share is a folder too, with config.json and model.safetensors: it can be used, and not trained on.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from training.model.weights import first_line, load_pickle
 from training.runtime.atomic_files import fsync_path, realpath, write_atomic
 from training.runtime.errors import UserError
 
-CONFIG, LAST = "config.json", "last"
+CONFIG, MODEL, TRAINING, LAST = "config.json", "model.safetensors", "training.pt", "last"
+_SHARED = ("epoch", "identities")  # in the config.json of a network to share: of `export network`, or Hugging Face's
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,19 @@ class Checkpoint:
     folder: the folder.
     config: what was trained, on what, with what: `config.json`.
     model: the network's state_dict: `model.safetensors`.
-    training: the trainer's state and that of the random generators: `training.pt`.
+    training: the trainer's state and that of the random generators: `training.pt`; empty if it is a network to share.
     """
 
     folder: Path
     config: dict[str, Any]
     model: dict[str, Tensor]
     training: dict[str, Any]
+
+    @property
+    def epoch(self) -> int | None:
+        """Number of epochs it was trained for; None where that is not recorded."""
+        epoch: int | None = self.training.get("epoch", self.config.get("epoch"))
+        return epoch
 
 
 def last(run: Path) -> Path | None:
@@ -77,9 +87,9 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
     state = BytesIO()
     try:
         # Written by Python, which says of a full disk that it is full.
-        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
+        (folder / MODEL).write_bytes(safetensors.torch.save(tensors))
         torch.save({**training, "random": _random_state()}, state)
-        (folder / "training.pt").write_bytes(state.getbuffer())
+        (folder / TRAINING).write_bytes(state.getbuffer())
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in (*folder.iterdir(), folder, run):
             fsync_path(path)
@@ -92,7 +102,7 @@ def save(run: Path, network: nn.Module, training: dict[str, Any], config: dict[s
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint, or a network to share.
 
     Args:
         path: its folder, or that of the run, whose last one is meant.
@@ -102,25 +112,34 @@ def load(path: Path) -> Checkpoint:
     """
     folder, config = load_config(path)
     try:
-        model = safetensors.torch.load_file(folder / "model.safetensors")
+        model = safetensors.torch.load_file(folder / MODEL)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
-    training = load_pickle(folder / "training.pt", "a damaged checkpoint")
+    if not os.path.isfile(folder / TRAINING):
+        return Checkpoint(folder, config, model, {})
+    training = load_pickle(folder / TRAINING, "a damaged checkpoint")
     if not isinstance(training, dict) or not isinstance(training.get("epoch"), int):
-        raise UserError(f"{folder / 'training.pt'}: a damaged checkpoint (it does not say after which epoch it is)")
+        raise UserError(f"{folder / TRAINING}: a damaged checkpoint (it does not say after which epoch it is)")
     return Checkpoint(folder, config, model, training)
 
 
 def load_config(path: Path) -> tuple[Path, Any]:
     """Return the folder of a checkpoint and its config; arguments and errors as in `load`."""
     folder = last(path) or path
-    for name in (CONFIG, "model.safetensors", "training.pt"):
-        if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
-            raise UserError(f"{path}: no checkpoint here ({name} is missing)")
+    _check_files(path, folder, CONFIG, MODEL)
     try:
-        return folder, json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: a damaged checkpoint ({first_line(error)})") from error
+    if not isinstance(config, dict) or not any(name in config for name in _SHARED):
+        _check_files(path, folder, TRAINING)
+    return folder, config
+
+
+def _check_files(path: Path, folder: Path, *names: str) -> None:
+    for name in names:
+        if not os.path.isfile(folder / name):  # Path.is_file raises where a folder may not be entered
+            raise UserError(f"{path}: no checkpoint here ({name} is missing)")
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

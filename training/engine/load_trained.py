@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from training.data import Dataset, load_split
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
-from training.engine.run_record import environment, settings_of
+from training.engine.run_record import environment, options_of, settings_of
 from training.model.network import Network
 from training.model.operators import Ops
+from training.model.pretrained import read_architecture
 from training.model.weights import load_weights
 from training.runtime import distributed
 from training.runtime.atomic_files import realpath
@@ -97,7 +98,7 @@ def load_trained(path: Path, options: UseOptions) -> LoadedRun:
             raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
         warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = load_network(saved, ops, choose_device(options.device))
-    return LoadedRun(network, split, dataset, number, settings, ops, saved.training["epoch"], saved)
+    return LoadedRun(network, split, dataset, number, settings, ops, saved.epoch or 0, saved)
 
 
 def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Network:
@@ -111,9 +112,13 @@ def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Ne
     Raises:
         UserError: the checkpoint is not of this version, or of another network than it says.
     """
-    settings = settings_of(saved)
-    model = replace(settings.recipe.model, weights="random")  # its tensors come from the checkpoint
-    network = Network(model, len(saved.config["people"]), ops or settings.step.ops).to(device)
+    path = saved.folder / checkpoint.CONFIG
+    try:
+        record = {**saved.config, "settings": options_of(saved.config)}
+    except TypeError as error:
+        raise UserError(f"{path}: not one this version wrote ({error})") from error
+    model, identities, own = read_architecture(record, str(path))
+    network = Network(model, identities, ops or own).to(device)
     load_weights(network, saved.model, str(saved.folder))
     return network
 
@@ -127,7 +132,7 @@ def provenance(saved: Checkpoint, device: torch.device) -> dict[str, Any]:
     """
     return {
         "checkpoint": str(saved.folder.resolve()),
-        "epoch": saved.training["epoch"],
+        "epoch": saved.epoch,
         "network": hashlib.sha256(safetensors.torch.save(saved.model)).hexdigest(),
         "config": saved.config,
         "environment": environment(device),

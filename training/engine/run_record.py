@@ -83,6 +83,8 @@ def settings_from_record(record: Any, path: Path) -> Settings:
     Raises:
         UserError: it is of another version.
     """
+    if isinstance(record, Mapping) and "identities" in record:
+        raise UserError(f"{path}: a network without the record of a training, wanted a run, or python -m training.find")
     try:
         kinds = {"people": list, "tracklets": str, "data": str}
         for name, kind in kinds.items():

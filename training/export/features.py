@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.engine.feature_extractor import FeatureExtractor
 from training.engine.load_trained import UseOptions, flat, load_trained, provenance
-from training.evaluation.features import extract
 from training.retrieval.feature_file import SUFFIX, write_features
 from training.runtime.atomic_files import check_output
 from training.runtime.terminal import say
@@ -24,8 +24,9 @@ class Options(UseOptions):
     """Folder of a run, or of one checkpoint."""
     output: Path
     """The file to write (.safetensors)."""
-    part: Literal["gallery", "query", "train", "probe"] = "gallery"
-    """Tracklets to export: the gallery, the queries, or those trained on; probe is an older name of query."""
+    part: Literal["gallery", "query", "train", "all", "probe"] = "gallery"
+    """Tracklets to export: the gallery, the queries, those trained on, or all, each once; probe is an older name of
+    query."""
 
     def __post_init__(self) -> None:
         if self.part == "probe":
@@ -41,8 +42,9 @@ def export_features(options: Options) -> None:
     check_output(options.output, SUFFIX)
     trained = load_trained(options.checkpoint, options)
     say(trained.split.description)
-    tracklets = getattr(trained.split, options.part)
+    tracklets = trained.split.part(options.part)
     device = next(trained.network.parameters()).device
+    extractor = FeatureExtractor(trained.network, device=options.device, resize=trained.settings.source.resize)
     about = {
         "dataset": trained.dataset,
         "split": trained.number,
@@ -50,10 +52,10 @@ def export_features(options: Options) -> None:
         "protocol": trained.split.protocol,
         "data": trained.split.description,
         "ops": trained.ops,
-        "resize": trained.settings.source.resize,
+        "resize": extractor.resize,
         **provenance(trained.saved, device),
     }
-    features = extract(trained.network, tracklets, resize=trained.settings.source.resize)
+    features = extractor.extract(tracklets)
     people, cameras, names = zip(*((t.person, t.camera, t.name) for t in tracklets), strict=True)
     write_features(options.output, features, people, cameras, names, flat(about))
     say(f"{options.output}: {len(tracklets)} tracklets of {options.part}, features of {features.shape[1]} numbers")

@@ -12,6 +12,7 @@ from training.model.config import ModelConfig
 from training.model.ghost_norm import use_ghost_norm
 from training.model.heads import make_head
 from training.model.operators import Ops, operators
+from training.model.pretrained import Pretrained
 from training.runtime.errors import UserError
 
 
@@ -38,8 +39,11 @@ class StreamState(NamedTuple):
     head: Any = None
 
 
-class Network(nn.Module):
+class Network(nn.Module, Pretrained):
     """Backbone, RRU where there is to be one, clip head, and the classifier block that training hangs on.
+
+    `Network.from_pretrained(folder or name)` loads one from a folder or from the Hugging Face Hub, and `push_to_hub` puts
+    it there.
 
     Args:
         config: which of each.
@@ -53,7 +57,7 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig, identities: int, ops: Ops, cuda_graph: bool = False) -> None:
         super().__init__()
-        self.identities = identities
+        self.config, self.identities, self.ops = config, identities, ops
         self.backbone = make_backbone(config, identities)
         channels, spatial = self.backbone.channels, self.backbone.spatial
         self.rru: nn.Module | None = None

@@ -1,4 +1,4 @@
-"""Parse gt.txt of a MOTChallenge sequence, and leave out all boxes but those of people with an identity."""
+"""Parse boxes as MOTChallenge writes them, and leave out all but those of people with an identity."""
 
 from __future__ import annotations
 
@@ -75,8 +75,22 @@ def parse_int64(text: str) -> int | None:
     return int(value) if -_INT64 <= value < _INT64 and value == value.to_integral_value() else None
 
 
-def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str, ...]]:
-    """Read gt/gt.txt or gt.txt, one box per line: frame,track,left,top,width,height,confidence and optionally more.
+def boxes_file(root: Path) -> Path:
+    """Return gt/gt.txt or gt.txt of a sequence's folder.
+
+    Raises:
+        UserError: there is neither.
+    """
+    for path in (root / "gt" / "gt.txt", root / "gt.txt"):
+        if path.is_file():
+            return path
+    raise UserError(f"{root / 'gt.txt'}: not found, nor gt/gt.txt in the same folder")
+
+
+def read_boxes(
+    path: Path, length: int | None, *, identified: bool = True
+) -> tuple[dict[int, list[Box]], tuple[str, ...]]:
+    """Read a file of one box per line: frame,track,left,top,width,height,confidence and optionally more.
 
     Leaves out, in this order:
 
@@ -90,20 +104,17 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
     Visibility, column 9, is ignored.
 
     Args:
-        root: the folder of the sequence.
-        length: the number of frames.
+        path: the file.
+        length: the number of frames, None if it is not known.
+        identified: False to read a file of which no box has an identity, as detections; one of which some boxes have is
+            read as ever.
 
     Returns:
         The boxes of each frame by its number, and a phrase for each of the last two kinds that was left out.
 
     Raises:
-        UserError: the file is missing, a line is malformed, nothing is left, or there are several classes without 1.
+        UserError: the file is unreadable, a line is malformed, nothing is left, or there are several classes without 1.
     """
-    path = root / "gt" / "gt.txt"
-    if not path.is_file():
-        path = root / "gt.txt"
-    if not path.is_file():
-        raise UserError(f"{path}: not found, nor gt/gt.txt in the same folder")
     lines = _read_lines(path, length)
     labels = _class_labels(lines)
     classes = sorted({label for label in labels if label is not None})
@@ -111,21 +122,29 @@ def read_boxes(root: Path, length: int) -> tuple[dict[int, list[Box]], tuple[str
     if len(classes) > 1 and PEDESTRIAN not in classes:
         raise UserError(f"{path}: got the classes {listed} in column 8, wanted 1 (pedestrian) or a single class")
     wanted = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
-    identified = [(line, label) for line, label in zip(lines, labels, strict=True) if line.box.track != NO_IDENTITY]
-    people = [line for line, label in identified if label in wanted]
+    detections = not identified and all(line.box.track == NO_IDENTITY for line in lines)
+    read = [
+        (line, label)
+        for line, label in zip(lines, labels, strict=True)
+        if detections or line.box.track != NO_IDENTITY
+    ]
+    people = [line for line, label in read if label in wanted]
     notes = []
-    if unidentified := len(lines) - len(identified):
+    if unidentified := len(lines) - len(read):
         notes.append(f"{unidentified} boxes without an identity ({NO_IDENTITY}) left out")
-    if others := len(identified) - len(people):
+    if others := len(read) - len(people):
         notes.append(f"class {PEDESTRIAN} of {listed} read: {others} boxes of other classes left out")
     if notes and not people:
         raise UserError(f"{path}: no box is left to read, wanted boxes of people with a track: {'; '.join(notes)}")
     return _group_by_frame(people), tuple(notes)
 
 
-def _read_lines(path: Path, length: int) -> list[_Line]:
+def _read_lines(path: Path, length: int | None) -> list[_Line]:
     """Parse the lines, and leave out boxes of confidence 0."""
-    content = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        content = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; wanted a file of boxes, {COLUMNS}") from None
     lines = (
         _parse(f"{path}, line {number}", line, length)
         for number, line in enumerate(content.splitlines(), start=1)
@@ -134,7 +153,7 @@ def _read_lines(path: Path, length: int) -> list[_Line]:
     return [line for line in lines if line is not None]
 
 
-def _parse(where: str, text: str, length: int) -> _Line | None:
+def _parse(where: str, text: str, length: int | None) -> _Line | None:
     got = f"{where}: got {text[:80]!r}"
     columns = text.split(",")
     try:
@@ -148,7 +167,9 @@ def _parse(where: str, text: str, length: int) -> _Line | None:
         raise UserError(f"{got}, wanted finite numbers, frame and track whole and within int64")
     if confidence == 0:
         return None
-    if not 1 <= frame <= length:
+    if length is None and frame < 1:
+        raise UserError(f"{where}: got frame {frame}, wanted one from 1")
+    if length is not None and not 1 <= frame <= length:
         raise UserError(f"{where}: got frame {frame}, wanted 1 to {length}, the seqLength of seqinfo.ini")
     if track < NO_IDENTITY:
         raise UserError(f"{where}: got track {track}, wanted one from 0, or {NO_IDENTITY} for no identity")
@@ -170,7 +191,7 @@ def _class_labels(lines: list[_Line]) -> list[int | None]:
 def _group_by_frame(lines: list[_Line]) -> dict[int, list[Box]]:
     boxes: dict[int, list[Box]] = defaultdict(list)
     for line in lines:
-        if any(box.track == line.box.track for box in boxes[line.frame]):
+        if line.box.track != NO_IDENTITY and any(box.track == line.box.track for box in boxes[line.frame]):
             raise UserError(f"{line.where}: track {line.box.track} has a box in frame {line.frame} already")
         boxes[line.frame].append(line.box)
     return boxes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.datasets.mot_boxes import read_boxes
+from training.data.datasets.mot_boxes import boxes_file, read_boxes
 from training.data.datasets.mot_seqinfo import SequenceInfo, read_sequence_info
 from training.data.tracklets import read_pixels
 from training.data.video import read_video
@@ -37,10 +37,16 @@ class Track:
 
 @dataclass(frozen=True)
 class MotSequence:
-    """Tracks of a sequence, in order of their numbers, and a phrase for each kind of boxes that was left out."""
+    """A sequence.
+
+    tracks: in order of their numbers.
+    left_out: a phrase for each kind of boxes that was left out.
+    frame_rate: frames per second, if seqinfo.ini gives it.
+    """
 
     tracks: tuple[Track, ...]
     left_out: tuple[str, ...]
+    frame_rate: float | None
 
 
 def read_sequence(root: Path) -> MotSequence:
@@ -58,10 +64,10 @@ def read_sequence(root: Path) -> MotSequence:
             one of another size.
     """
     info = read_sequence_info(root)
-    boxes, left_out = read_boxes(root, info.length)
+    boxes, left_out = read_boxes(boxes_file(root), info.length)
     frame_numbers: dict[int, list[int]] = defaultdict(list)
     crops: dict[int, list[np.ndarray]] = defaultdict(list)
-    for frame_number, image in enumerate(_read_frames(root, info), start=1):
+    for frame_number, image in enumerate(read_frames(root, info), start=1):
         for box in boxes.get(frame_number, ()):
             crop = box.crop(image)
             if crop.size:
@@ -71,11 +77,15 @@ def read_sequence(root: Path) -> MotSequence:
         notes = "".join(f"; {note}" for note in left_out)
         raise UserError(f"{root}: gt.txt has no box, of a confidence other than 0, inside the image{notes}")
     tracks = (Track(number, tuple(frame_numbers[number]), tuple(crops[number])) for number in sorted(crops))
-    return MotSequence(tuple(tracks), left_out)
+    return MotSequence(tuple(tracks), left_out, info.frame_rate)
 
 
-def _read_frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
-    """Yield the upright frames; raise where one has another size than wanted."""
+def read_frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
+    """Yield the upright frames of a sequence, (h, w, 3) uint8 RGB.
+
+    Raises:
+        UserError: a frame is missing or unreadable, or has another size than seqinfo.ini or the first frame.
+    """
     folder = root / info.images
     frames = _read_images(folder, info.length) if folder.is_dir() else _read_video(root, info)
     first = None
@@ -105,12 +115,22 @@ def _read_images(folder: Path, length: int) -> Iterator[tuple[str, np.ndarray]]:
         yield str(paths[number]), read_pixels(paths[number])
 
 
-def _read_video(root: Path, info: SequenceInfo) -> Iterator[tuple[str, np.ndarray]]:
+def find_video(root: Path, info: SequenceInfo) -> Path:
+    """Return the one video file of a sequence's folder.
+
+    Raises:
+        UserError: there is none, or several.
+    """
     videos = sorted(path for path in root.iterdir() if path.suffix.lower() in VIDEOS)
     if len(videos) != 1:
         found = ", ".join(path.name for path in videos) or "none"
         raise UserError(
             f"{root}: no folder {info.images}/, and the video files are {found}; wanted that folder or one video"
         )
-    for number, image in enumerate(read_video(videos[0], info.length), start=1):
-        yield f"{videos[0]}, frame {number}", image
+    return videos[0]
+
+
+def _read_video(root: Path, info: SequenceInfo) -> Iterator[tuple[str, np.ndarray]]:
+    video = find_video(root, info)
+    for number, image in enumerate(read_video(video, info.length), start=1):
+        yield f"{video}, frame {number}", image

@@ -13,6 +13,11 @@ from training.runtime.errors import UserError
 Write = Callable[..., Path]
 
 
+def tracks(tracklets: tuple[Tracklet, ...]) -> list[str]:
+    """Return the tracks of tracklets, without when they were seen."""
+    return [tracklet.name.partition("@")[0] for tracklet in tracklets]
+
+
 def frame_numbers(tracklet: Tracklet) -> list[int]:
     """Return the numbers of the frames that a tracklet of the written sequence was cut out of."""
     return [int(frame[0, 0, 2]) for frame in tracklet.frames]  # type: ignore[index]
@@ -34,14 +39,24 @@ VISITS = {7: range(1, 11), 1: range(12, 25), 3: range(40, 50), 2: range(1, 12), 
 
 def test_with_identities_later_visits_are_searched_by_the_earliest(mot: Write) -> None:
     split = load(mot(VISITS, identities=IDENTITIES), 0)
-    assert [t.name for t in split.train] == ["track2", "track7", "track4"]
-    assert [t.name for t in split.query] == ["track7"], "Bob's return, of 4 frames, is too short"
-    assert [t.name for t in split.gallery] == ["track1", "track3"]
+    assert tracks(split.train) == ["track2", "track7", "track4"]
+    assert tracks(split.query) == ["track7"], "Bob's return, of 4 frames, is too short"
+    assert tracks(split.gallery) == ["track1", "track3"]
     assert {t.camera for t in split.train} == {1}
     assert {t.camera for t in split.gallery} == {2}
     assert {t.person for t in split.query} == {t.person for t in split.gallery}
     assert "1 tracks under 8 frames dropped" in split.description
     assert "never trained on" in split.description
+
+
+def test_a_name_says_when_the_tracklet_was_seen(mot: Write) -> None:
+    root = mot({2: range(11, 51), 9: range(1, 19)})
+    split = load(root, 0)
+    assert [t.name for t in split.query] == ["track2@0:01.4-0:03.9", "track9@0:00.0-0:01.0"]
+    assert [t.name for t in split.gallery] == ["track2@0:04.6-0:07.0", "track9@0:01.4-0:02.4"]
+    assert len({t.name for t in split.part("all")}) == 4
+    (root / "seqinfo.ini").write_text("[Sequence]\nseqLength=60\n")
+    assert [t.name for t in load(root, 0).query] == ["track2@11-28", "track9@1-8"]
 
 
 def test_the_gallery_holds_nothing_trained_on(mot: Write) -> None:
@@ -53,7 +68,7 @@ def test_the_gallery_holds_nothing_trained_on(mot: Write) -> None:
 def test_visits_may_overlap_by_a_second_and_no_more(mot: Write, begin: int, fits: bool) -> None:
     root = mot({1: range(1, 21), 2: range(begin, 41)}, identities="track,person\n1,Ann\n2,Ann\n")
     if fits:
-        assert [t.name for t in load(root, 0).gallery] == ["track2"]
+        assert tracks(load(root, 0).gallery) == ["track2"]
     else:
         with pytest.raises(UserError, match="person Ann: tracks 1 and 2 overlap by 8 frames, wanted at most 7"):
             load(root, 0)
@@ -133,6 +148,6 @@ def test_only_split_zero_is_there(mot: Write) -> None:
 def test_seven_of_the_ten_people_of_pets_return(shared_dir: Path) -> None:
     split = load(shared_dir / "data" / "pets09-s2l1", 0)
     assert len(split.train) == 10
-    assert [t.name for t in split.query] == ["track9", "track15", "track19", "track11", "track12", "track13", "track10"]
+    assert tracks(split.query) == ["track9", "track15", "track19", "track11", "track12", "track13", "track10"]
     assert [t.person for t in split.gallery] == [1, 2, 2, 2, 3, 4, 5, 6, 9]
     assert sum(len(t.frames) for t in split.train + split.gallery) == 4476

@@ -17,7 +17,7 @@ LARGEST = 2**63 - 1
 def tracks_of(root: Path, *lines: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the tracks of the boxes read from a gt.txt of these lines, and the notes."""
     (root / "gt.txt").write_text("\n".join(lines))
-    boxes, notes = read_boxes(root, 60)
+    boxes, notes = read_boxes(root / "gt.txt", 60)
     return [box.track for frame in sorted(boxes) for box in boxes[frame]], notes
 
 
@@ -125,14 +125,14 @@ def test_another_negative_track_is_named(tmp_path: Path, track: str) -> None:
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
 def test_a_byte_order_mark_is_skipped(tmp_path: Path, mark: bytes) -> None:
     (tmp_path / "gt.txt").write_bytes(mark + b"1,1,1,1,9,9,1\r\n2,1,1,1,9,9,1\r\n")
-    assert sorted(read_boxes(tmp_path, 60)[0]) == [1, 2]
+    assert sorted(read_boxes(tmp_path / "gt.txt", 60)[0]) == [1, 2]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 def test_a_file_of_another_encoding_is_one_line(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "gt.txt").write_bytes("1,1,1,1,9,9,1\r\n2,1,1,1,9,9,1\r\n".encode(encoding))
     with pytest.raises(UserError, match=r"\A.*gt\.txt, line 1: got '.*', wanted frame,track,left,.*\Z"):
-        read_boxes(tmp_path, 60)
+        read_boxes(tmp_path / "gt.txt", 60)
 
 
 MOT16 = [f"1,{track},1,1,9,9,{confidence},{kind},0.3" for track, confidence, kind in

@@ -85,7 +85,7 @@ def test_crops_of_another_video_are_noticed(mot: Callable[..., Path], capsys: py
     assert "left as it is" in capsys.readouterr().out
     Image.new("RGB", (48, 40)).save(root / "img1/000007.png")
     pack(asked)
-    assert "frame 6 of track1[0:18] in " in capsys.readouterr().out
+    assert "frame 6 of track1@0:00.0-0:02.4 in " in capsys.readouterr().out
 
 
 def test_a_pack_survives_pickling_and_its_tracklets_are_cut_as_tuples_are(ilids: Path) -> None:
