@@ -29,7 +29,7 @@ setup: $(VENV)/.ready
 	@"$(BIN)/python" -m build_tools
 
 # Training takes a part of it.
-$(VENV)/.ready: PACKAGES = -e ".[train,backbones,export,search,bench,dev]"
+$(VENV)/.ready: PACKAGES = -e ".[train,backbones,export,search,find,bench,dev]"
 $(VENV)/.train: PACKAGES = ninja -e ".[train]"
 $(VENV)/.ready $(VENV)/.train: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv "$(VENV)"

@@ -7,7 +7,20 @@ from importlib.util import find_spec
 
 # Modules that the commands of an extra import.
 MODULES = {
-    "train": ("matplotlib", "numpy", "PIL", "rich", "safetensors", "scipy", "tensorboard", "torchvision", "tyro"),
+    "train": (
+        *(
+            "huggingface_hub",
+            "matplotlib",
+            "numpy",
+            "PIL",
+            "rich",
+            "safetensors",
+            "scipy",
+            "tensorboard",
+            "torchvision",
+        ),
+        "tyro",
+    ),
     "bench": ("matplotlib", "numpy", "rich", "tyro"),
 }
 

@@ -9,11 +9,14 @@ from types import ModuleType
 from typing import Any, Literal, TypeAlias, get_args
 
 from training.data.datasets import packed
+from training.data.pack_file import is_pack
 from training.data.tracklets import Split
 from training.runtime.errors import UserError
 
-Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars"]
+Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars", "folder", "csv"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
+OWN = ("folder", "csv")
+"""Datasets of a user's own people: in another place, the same numbers are other people."""
 
 PridPeople: TypeAlias = Literal["paper-21", "official-27"]
 """Protocols of PRID-2011: which people take part and how they are split, see `training.data.datasets.prid_2011`."""
@@ -26,8 +29,8 @@ def load_split(
 
     Args:
         dataset: one of `DATASETS`.
-        root: the dataset's folder, or a file that `training.pack` made of it; None for the dataset's default, if it
-            has one.
+        root: the dataset's folder or .csv file, or a file that `training.pack` made of it; None for the dataset's
+            default, if it has one.
         split: the number of the split, from 0.
         prid: the protocol of PRID-2011; ignored by other datasets.
         check_counts: require the published counts of iLIDS-VID, PRID-2011 and MARS.
@@ -43,12 +46,17 @@ def load_split(
     try:
         if root.suffix == ".pack" and not root.exists():
             raise UserError(f"{root}: no such file; wanted what python -m training.pack makes, or a dataset's folder")
-        if root.is_file():
+        if root.is_file() and (is_pack(root) or not reads_file(dataset)):
             return packed.load(root, dataset, split, options)
         result: Split = module.load(root, split, **options)
     except OSError as error:  # a folder that may not be entered, a disk that fails
         raise UserError(f"dataset {dataset}: {error}; wanted a data root that can be read") from error
     return result
+
+
+def reads_file(dataset: str) -> bool:
+    """Return True if a dataset is read from a file, and not from a folder."""
+    return getattr(_reader_module(dataset), "READS_FILE", False)
 
 
 def reader_options(dataset: str, **options: Any) -> dict[str, Any]:

@@ -41,6 +41,12 @@ PARTS = ("train", "probe", "gallery")  # of a split, as the index names them
 _REMEDY = "make it again with python -m training.pack"
 
 
+def is_pack(path: Path) -> bool:
+    """Return True if a file begins as a packed dataset does, of any version."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC) - 1) == MAGIC[:-1]
+
+
 class NotAPack(UserError):
     """A file of another kind, never to be written over."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -96,9 +96,7 @@ class FeatureExtractor:
             return {}
         return provenance(self._saved, next(self.network.parameters()).device)
 
-    def __call__(
-        self, frames: str | Path | Sequence[Image_], boxes: Iterable[Sequence[float]] | None = None
-    ) -> Tensor:
+    def __call__(self, frames: str | Path | Sequence[Image_], boxes: Iterable[Sequence[float]] | None = None) -> Tensor:
         """Extract the feature of one tracklet.
 
         Args:

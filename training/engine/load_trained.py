@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from training.config.settings import Settings
-from training.data import Dataset, load_split
+from training.data import OWN, Dataset, load_split
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
@@ -96,7 +96,8 @@ def load_trained(path: Path, options: UseOptions) -> LoadedRun:
         line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"
         if root == settings.source.data_root:
             raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
-        warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
+        if dataset not in OWN:
+            warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
     network = load_network(saved, ops, choose_device(options.device))
     return LoadedRun(network, split, dataset, number, settings, ops, saved.epoch or 0, saved)
 

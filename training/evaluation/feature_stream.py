@@ -63,14 +63,17 @@ class FeatureStream:
             return
         self._waiting = {track: [frames[-1]] for track, frames in self._waiting.items() if track not in self._ended}
         maps = read_maps(self._network, [frame for frames in ready.values() for frame in frames], self._resize)
-        for (track, frames), of_track in zip(ready.items(), maps.split(list(map(len, ready.values()))), strict=True):
-            self._append(track, of_track, last=track in self._ended, frames=len(frames))
+        start = 0
+        for track, frames in ready.items():
+            self._append(track, maps[start : start + len(frames)], last=track in self._ended)
+            start += len(frames)
 
-    def _append(self, track: int, maps: Tensor, last: bool, frames: int) -> None:
-        lengths = torch.tensor([frames], device=maps.device)
+    def _append(self, track: int, maps: Tensor, last: bool) -> None:
+        """Continue a track by the maps of its next frames, (T, C, H, W)."""
+        lengths = torch.tensor([len(maps)], device=maps.device)
         part, state = self._network.stream(maps[None], lengths, last, self._states.pop(track, StreamState()))
         total = self._sums.pop(track, torch.zeros_like(part[0], dtype=torch.float64)) + part[0]
-        length = self._lengths.pop(track, 0) + frames
+        length = self._lengths.pop(track, 0) + len(maps)
         if not last:
             self._states[track], self._sums[track], self._lengths[track] = state, total, length
             return

@@ -1,4 +1,4 @@
-"""Export a trained network or its features: `python -m training.export features|model`."""
+"""Export a trained network or its features: `python -m training.export features|network|model`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from typing import Annotated, TypeAlias
 import tyro
 from tyro.conf import subcommand
 
-from training.export import features, model
+from training.export import features, model, network
 from training.runtime.command import run_command
 
-Options: TypeAlias = Annotated[features.Options, subcommand("features")] | Annotated[model.Options, subcommand("model")]
+Options: TypeAlias = (
+    Annotated[features.Options, subcommand("features")]
+    | Annotated[network.Options, subcommand("network")]
+    | Annotated[model.Options, subcommand("model")]
+)
 
 
-def main(options: features.Options | model.Options) -> None:
-    """Export features or the model; errors are those of the two."""
+def main(options: features.Options | network.Options | model.Options) -> None:
+    """Export features, the network or its program; errors are those of the three."""
     match options:
         case features.Options():
             features.export_features(options)
+        case network.Options():
+            network.export_network(options)
         case model.Options():
             model.export_model(options)
 

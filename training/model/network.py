@@ -42,8 +42,8 @@ class StreamState(NamedTuple):
 class Network(nn.Module, Pretrained):
     """Backbone, RRU where there is to be one, clip head, and the classifier block that training hangs on.
 
-    `Network.from_pretrained(folder or name)` loads one from a folder or from the Hugging Face Hub, and `push_to_hub` puts
-    it there.
+    `Network.from_pretrained(folder or name)` loads one from a folder or the Hugging Face Hub; `push_to_hub` puts it
+    there.
 
     Args:
         config: which of each.

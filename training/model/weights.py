@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from training.runtime.errors import UserError
 
+_BACKBONE = "backbone.net."  # of a network of this project, a prefix of the names
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
 
 
@@ -25,12 +26,20 @@ def download_inception() -> dict[str, Tensor] | None:
     """Torchvision's ImageNet weights of Inception-v3, or `None` and a warning where they cannot be fetched."""
     from torchvision.models import Inception_V3_Weights  # takes as long to import as torch
 
+    state = download(Inception_V3_Weights.IMAGENET1K_V1)
+    if isinstance(state, str):
+        warnings.warn(f"no ImageNet weights ({state}): Inception-v3 starts at random", stacklevel=3)
+        return None
+    return state
+
+
+def download(weights: Any) -> dict[str, Tensor] | str:
+    """Fetch one of torchvision's weights, or find it among those fetched before; return the reason if that fails."""
     try:
-        return dict(Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
     # URLError is an OSError; a wrong hash is a RuntimeError; a file fetched by halves is any of the last three.
     except (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError) as error:
-        warnings.warn(f"no ImageNet weights ({first_line(error)}): Inception-v3 starts at random", stacklevel=3)
-        return None
+        return first_line(error)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -103,7 +112,8 @@ def load_pretrained(module: nn.Module, state: Mapping[str, Tensor], source: str,
     """Load weights that were published for a network, in the forms in which they are published.
 
     As `load_weights`, but a prefix "module." (of DataParallel) or "_orig_mod." (of torch.compile) that all names have
-    is dropped, and a batch norm's num_batches_tracked that is missing, as in files from before PyTorch 0.4.1, is 0.
+    is dropped, and a batch norm's num_batches_tracked that is missing, as in files from before PyTorch 0.4.1, is 0. Of
+    a network of this project only its backbone is taken.
 
     Args:
         module: without the layers that are replaced anyway.
@@ -114,6 +124,8 @@ def load_pretrained(module: nn.Module, state: Mapping[str, Tensor], source: str,
     Raises:
         UserError: a name is unknown or missing, or a shape differs.
     """
+    if backbone := {name: value for name, value in state.items() if name.startswith(_BACKBONE)}:
+        state = {name.removeprefix(_BACKBONE): value for name, value in backbone.items()}
     names = list(state)
     for prefix in ("module.", "_orig_mod.") * 2:  # in either order
         if all(name.startswith(prefix) for name in names):

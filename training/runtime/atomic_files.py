@@ -1,4 +1,4 @@
-"""Atomic writes, a lock per folder, and checks of output paths."""
+"""Atomic writes of files and folders, a lock per folder, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from training.runtime.errors import UserError
 
@@ -96,3 +97,36 @@ def write_output(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temp_path(path).unlink()
         raise UserError(f"output: {path}: {error.strerror}") from error
+
+
+def check_new_folder(path: Path) -> None:
+    """Check that an output folder can be made, and make its parent.
+
+    Raises:
+        UserError: it is there already and not empty, is a file, or cannot be made.
+    """
+    try:
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"output: {path} is there already, wanted a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `path` at the end of the block, and is removed if the block raises.
+
+    Raises:
+        UserError: it cannot be made, or `path` is there by then.
+    """
+    try:
+        with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temp:
+            folder = Path(temp) / path.name
+            folder.mkdir()
+            yield folder
+            folder.rename(path)  # replaces an empty folder
+    except OSError as error:
+        raise UserError(f"output: {path}: {error.strerror or error}") from error

@@ -124,9 +124,7 @@ def read_boxes(
     wanted = (PEDESTRIAN, None) if len(classes) > 1 else (*classes, None)
     detections = not identified and all(line.box.track == NO_IDENTITY for line in lines)
     read = [
-        (line, label)
-        for line, label in zip(lines, labels, strict=True)
-        if detections or line.box.track != NO_IDENTITY
+        (line, label) for line, label in zip(lines, labels, strict=True) if detections or line.box.track != NO_IDENTITY
     ]
     people = [line for line, label in read if label in wanted]
     notes = []
