@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retrieval": {"runtime", "model", "evaluation"},
     "reports": {"runtime", "engine"},
     "show": {"runtime", "data", "model", "evaluation", "engine", "reports"},
+    "find": {"runtime", "data", "model", "evaluation", "engine", "show"},
     "export": {"runtime", "data", "model", "evaluation", "engine", "retrieval"},
     "reproduce": {"runtime", "data", "model", "config", "engine", "reports", "show"},
 }

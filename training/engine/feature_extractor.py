@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -112,13 +113,9 @@ class FeatureExtractor:
             UserError: a frame cannot be read, a box is malformed or outside of the video, or the feature is zero.
         """
         if boxes is not None:
-            rows = [tuple(map(float, row)) for row in boxes]
-            if not isinstance(frames, str | Path) or not rows or any(len(row) != 5 for row in rows):
-                raise UserError("boxes: wanted rows of frame, left, top, width, height, and the path of a video")
-            by_frame: dict[int, list[Box]] = {}
-            for number, left, top, width, height in rows:
-                by_frame.setdefault(int(number), []).append(Box(0, left, top, width, height))
-            return self._of_video(Path(frames), by_frame)[0]
+            if not isinstance(frames, str | Path):
+                raise UserError(f"frames: got {type(frames).__name__} with boxes, wanted the path of a video")
+            return self._of_video(Path(frames), _by_frame(boxes))[0]
         return self.batch([frames])[0]
 
     def batch(self, tracklets: Iterable[str | Path | Sequence[Image_]]) -> Tensor:
@@ -206,6 +203,17 @@ def _unit(features: Floats, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(unit_features(features, names)).float()
 
 
+def _by_frame(rows: Iterable[Sequence[float]]) -> dict[int, list[Box]]:
+    """Return boxes of track 0 by their frames."""
+    boxes: dict[int, list[Box]] = {}
+    for row in rows:
+        numbers = list(map(float, row))
+        if len(numbers) != 5 or not all(map(math.isfinite, numbers)) or numbers[0] != int(numbers[0]):
+            raise UserError(f"boxes: got {numbers}, wanted rows of frame, left, top, width, height, the frame whole")
+        boxes.setdefault(int(numbers[0]), []).append(Box(0, *numbers[1:]))
+    return boxes
+
+
 def _tracklet(frames: str | Path | Sequence[Image_], number: int) -> Tracklet:
     """Make a tracklet of whatever stands for its frames."""
     name = f"tracklet {number}"
@@ -216,6 +224,8 @@ def _tracklet(frames: str | Path | Sequence[Image_], number: int) -> Tracklet:
         return Tracklet(-1, -1, frames_of_folder(folder, "frames"), str(folder))
     if not isinstance(frames, Sequence) or isinstance(frames, bytes):
         raise UserError(f"frames: got {type(frames).__name__}, wanted a list of images, or a folder")
+    if not frames:
+        raise UserError(f"frames: got none for {name}, wanted at least one")
     return Tracklet(-1, -1, [_frame(frame, f"{name}, frame {at}") for at, frame in enumerate(frames)], name)
 
 

@@ -45,7 +45,7 @@ def render(
         strips = _read_again(footage, tracks, video, found.frames)
     crops = _crops_of(person, strips) if person else []
     with progress("Drawing", None):
-        content = png(page(heading, crops, matches, strips))
+        content = png(page(heading, str(person), crops, matches, strips))
     write_output(folder / ("matches.png" if person else "people.png"), content)
 
 

@@ -74,7 +74,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="rru_fast", tags=["person-re
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]  # of the arguments only the config is looked at
-        cls: type[T], *, model_id: str, config: Mapping[str, Any] | None, **arguments: Any
+        cls: type[T], *, model_id: str, config: Mapping[str, Any] | None = None, **arguments: Any
     ) -> T:
         architecture = read_architecture(config, f"{model_id}: {CONFIG}")
         loaded: T = super()._from_pretrained(model_id=model_id, **{**architecture._asdict(), **arguments})  # type: ignore[misc]

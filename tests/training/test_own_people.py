@@ -1,0 +1,71 @@
+"""Six people in folders, through the commands of training/README."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from training.engine.options import make_options
+from training.evaluate import Options as EvaluateOptions
+from training.evaluate import evaluate
+from training.export.features import Options as ExportOptions
+from training.export.features import export_features
+from training.runtime.errors import UserError
+from training.search import Options as SearchOptions
+from training.search import search
+from training.train import train
+
+NAMES = ("anna", "bob", "cleo", "dan", "eve", "fay")
+
+
+@pytest.fixture(scope="module")
+def people(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("own") / "people"
+    sequences = small_data / "i-LIDS-VID" / "sequences"
+    for number, name in enumerate(NAMES, start=1):
+        for camera in (1, 2):
+            shutil.copytree(sequences / f"cam{camera}" / f"person{number:03d}", root / name / f"camera-{camera}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def own_run(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own-run") / "run"
+    short = {"epochs": 1, "batches": 2, "compare_ops": False, "pictures": False, "device": "cpu"}
+    train(make_options(recipe="quick", dataset="folder", data_root=people, output=folder, **short))
+    return folder
+
+
+def test_six_people_train_evaluate_export_and_search(people: Path, own_run: Path, tmp_path: Path) -> None:
+    result = evaluate(EvaluateOptions(checkpoint=own_run, device="cpu"))
+    assert (result.ranking.protocol, result.ranking.queries, result.ranking.gallery) == ("mars-standard-ap", 6, 6)
+    output = tmp_path / "gallery.safetensors"
+    export_features(ExportOptions(checkpoint=own_run, output=output, part="all", device="cpu"))
+    hits = search(
+        SearchOptions(gallery=output, frames=people / "cleo" / "camera-2", checkpoint=own_run, top=12, device="cpu")
+    )
+    assert len(hits) == 12
+    assert (hits[0].name, hits[0].person) == ("cleo/camera-2", 3)
+    assert hits[0].similarity == pytest.approx(1, abs=1e-6)
+
+
+def test_other_people_of_the_same_numbers_are_no_matter(
+    own_run: Path, people: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    others = tmp_path / "others"
+    for name in NAMES[:3]:
+        shutil.copytree(people / name, others / f"other-{name}")
+    evaluate(EvaluateOptions(checkpoint=own_run, data_root=others, device="cpu"))
+    assert not [warning for warning in recwarn if "numbers of people trained on" in str(warning.message)]
+    with pytest.raises(UserError, match=r"split 1: .* have the numbers of people trained on, wanted split 0"):
+        evaluate(EvaluateOptions(checkpoint=own_run, split=1, device="cpu"))
+
+
+def test_nobody_to_train_on_is_one_line(people: Path, tmp_path: Path) -> None:
+    for part, camera in (("query", "camera-1"), ("gallery", "camera-2")):
+        shutil.copytree(people / "bob" / camera, tmp_path / "own" / part / "bob" / camera)
+    with pytest.raises(UserError, match=r"(?i)train|people|identities") as raised:
+        train(make_options(dataset="folder", data_root=tmp_path / "own", output=tmp_path / "run", pictures=False))
+    assert "\n" not in str(raised.value)
