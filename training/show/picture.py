@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TypeAlias
@@ -14,6 +15,7 @@ from training.data.tracklets import Tracklet, read_frame
 from training.runtime.errors import UserError
 
 Extent: TypeAlias = tuple[float, float, float, float]
+LETTERS = 14  # of a name on one line
 SPACING = 0.055  # smallest distance between two labels, as a share of the panel's height
 
 
@@ -42,15 +44,28 @@ def fitted(frame: np.ndarray, left: float, top: float, width: float, height: flo
 
 
 def index_of(name: str, tracklets: Sequence[Tracklet], option: str) -> int:
-    """Return the index of the tracklet with a name.
+    """Return the index of the tracklet with a name, of which the time, "@0:00.0-0:20.9", may be left out if one has it.
 
     Raises:
         UserError: no tracklet has it; the message names the option.
     """
     names = [tracklet.name for tracklet in tracklets]
-    if name not in names:
+    if name in names:
+        return names.index(name)
+    timed = {known for known in names if known.partition("@")[0] == name}
+    if len(timed) != 1:
         raise UserError(f"{option}: got {name!r}, wanted the name of a tracklet such as {', '.join(names[:3])}")
-    return names.index(name)
+    return names.index(timed.pop())
+
+
+def break_name(name: str) -> str:
+    """Break a tracklet's name into lines of at most LETTERS, if its parts allow; the time is on a line of its own."""
+    lines = [""]
+    for part in re.split("(?<=/)|(?=@)", name):
+        if lines[-1] and (part.startswith("@") or len(lines[-1] + part) > LETTERS):
+            lines.append("")
+        lines[-1] += part.removeprefix("@")
+    return "\n".join(lines)
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:

@@ -23,10 +23,10 @@ from training.evaluation.ranking import Ints
 from training.evaluation.scoring import EmbeddedSplit, embed_split
 from training.runtime.errors import UserError
 from training.runtime.terminal import track
-from training.show.picture import fitted, index_of, pixels
+from training.show.picture import break_name, fitted, index_of, pixels
 
 WIDE, TALL = 1.0, 2.0  # width and height of a frame's box
-STEP, ROW = 1.28, 2.85  # distance from box to box, and from query to query
+STEP, ROW = 1.28, 3.05  # distance from box to box, and from query to query
 GAP = 0.5  # between a query and its nearest
 HEAD = 0.45  # height of the heading
 SCALE = 0.64  # inches per width
@@ -121,7 +121,7 @@ def choose(rows: Sequence[SearchResult], count: int) -> list[SearchResult]:
 
 
 def picture(rows: Sequence[SearchResult]) -> Figure:
-    """Draw one row per query: its middle frame, and those of its nearest, each with distance and person.
+    """Draw one row per query: its middle frame, and those of its nearest, with distance, person and time, if known.
 
     A hit has a solid frame and a miss a dashed one, so the picture is readable without color.
     """
@@ -135,10 +135,11 @@ def picture(rows: Sequence[SearchResult]) -> Figure:
     for number, row in enumerate(rows):
         top = HEAD + ROW * number + 0.15
         rank = "no match" if row.first is None else f"first hit: {row.first}"
-        _frame(axes, row.query, 0.1, top, TEXT, "-", f"{row.query.name}\nperson {row.query.person}\n{rank}")
+        _frame(axes, row.query, 0.1, top, TEXT, "-", f"{break_name(row.query.name)}\nperson {row.query.person}\n{rank}")
         for place, (tracklet, distance, hit) in enumerate(zip(row.gallery, row.distances, row.hits, strict=True)):
             color, line, mark = (GREEN, "-", "✓") if hit else (RED, "--", "✗")
-            text = f"{distance:.3f}\nperson {tracklet.person} {mark}"
+            begin = tracklet.name.partition("@")[2].partition("-")[0]
+            text = f"{distance:.3f}\nperson {tracklet.person} {mark}" + (f"\nfrom {begin}" if begin else "")
             _frame(axes, tracklet, 0.1 + GAP + STEP * (place + 1), top, color, line, text)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure

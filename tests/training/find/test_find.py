@@ -94,6 +94,15 @@ def test_the_video_shows_the_matches_and_nothing_else(rendered: Path, tmp_path: 
     assert before[top + 20 : top + 100].mean() < 10, "and not before the person is there"
 
 
+def test_progress_counts_the_frames_of_both_passes(
+    rendered: Path, tmp_path: Path, counted: list[tuple[str, float, float | None, str]]
+) -> None:
+    found(rendered, tmp_path / "out", "--person", 1)
+    assert counted[0] == ("Following people", 60, 60, "frames")
+    drawing = next(bar for bar in counted if bar[0] == "Drawing the matches")
+    assert drawing[1:] == (59, 60, "frames"), "to half a second after the last match"
+
+
 def test_everybody_is_listed_without_a_person(
     rendered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

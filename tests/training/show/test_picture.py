@@ -7,7 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.show.picture import SPACING, fitted, label_heights, png
+from training.data.tracklets import Tracklet
+from training.runtime.errors import UserError
+from training.show.picture import SPACING, break_name, fitted, index_of, label_heights, png
 
 
 @pytest.mark.parametrize("ends", [[0.5] * 7, [0.0] * 7, [1.0] * 7, [0.1, 0.11, 0.12, 0.5, 0.9, 0.9, 0.99]])
@@ -32,3 +34,30 @@ def test_a_figure_has_one_png_of_its_size() -> None:
     assert first == second
     with Image.open(BytesIO(first)) as opened:
         assert (opened.format, opened.size) == ("PNG", (100, 50))
+
+
+def named(*names: str) -> list[Tracklet]:
+    return [Tracklet(1, 1, (np.zeros((2, 2, 3), np.uint8),), name) for name in names]
+
+
+def test_a_tracklet_is_named_without_its_time_where_one_has_it() -> None:
+    tracklets = named("track1@0:00.0-0:02.0", "track11@0:01.0-0:03.0", "track2@0:04.0-0:05.0", "track2@0:07.0-0:09.0")
+    assert index_of("track11@0:01.0-0:03.0", tracklets, "tracklet") == 1
+    assert index_of("track1", tracklets, "tracklet") == 0
+    for name in ("track2", "track3", "track"):
+        with pytest.raises(UserError, match=rf"^tracklet: got '{name}', wanted the name of a tracklet such as track1@"):
+            index_of(name, tracklets, "tracklet")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("cam1/person001", ["cam1/person001"]),
+        ("track18@0:53.0-1:02.0", ["track18", "0:53.0-1:02.0"]),
+        ("bbox_test/0002C1T0001", ["bbox_test/", "0002C1T0001"]),
+        ("anna/entrance/first-visit", ["anna/entrance/", "first-visit"]),
+        ("averyveryverylongname", ["averyveryverylongname"]),
+    ],
+)
+def test_a_long_name_is_broken_where_it_has_parts(name: str, lines: list[str]) -> None:
+    assert break_name(name).split("\n") == lines
