@@ -21,7 +21,7 @@ import tyro
 from PIL import Image
 
 from training.data import Dataset, PridPeople, load_split, reader_options, reads_file
-from training.data.pack_file import PARTS, NotAPack, Pack, PackedFrame, to_ppm, write_pack
+from training.data.pack_file import PARTS, NotAPack, Pack, PackedFrame, is_pack, to_ppm, write_pack
 from training.data.tracklets import Split, Tracklet, decode, encoded
 from training.runtime.atomic_files import fsync_path, temp_path
 from training.runtime.command import run_command
@@ -83,7 +83,11 @@ def pack(options: Options) -> None:
 
 def _read(options: Options) -> _Content:
     """Read the splits, and number their distinct frames and tracklets in the order in which they come."""
-    if options.data_root is not None and options.data_root.is_file() and not reads_file(options.dataset):
+    if (
+        options.data_root is not None
+        and options.data_root.is_file()
+        and (is_pack(options.data_root) or not reads_file(options.dataset))
+    ):
         raise UserError(f"data_root: got the file {options.data_root}, wanted a dataset's folder")
     chosen = {"prid": options.prid, "check_counts": options.check_counts}
     sources: list[Source] = []
@@ -102,9 +106,12 @@ def _read(options: Options) -> _Content:
         key = (tracklet.person, tracklet.camera, tracklet.name, tuple(map(frame_number, tracklet.frames)))
         return tracklet_numbers.setdefault(key, len(tracklet_numbers))
 
-    arrays, splits = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    splits: dict[str, dict[str, Any]] = {}
     for number, split in _splits(options, chosen):
         splits[str(number)] = {"protocol": split.protocol, "description": split.description}
+        if split.names:
+            splits[str(number)]["names"] = {str(person): name for person, name in split.names.items()}
         for part, tracklets in zip(PARTS, (split.train, split.query, split.gallery), strict=True):
             arrays[f"{number}.{part}"] = np.array(list(map(tracklet_number, tracklets)), np.uint32)
     arrays |= {

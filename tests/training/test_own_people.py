@@ -51,15 +51,24 @@ def test_six_people_train_evaluate_export_and_search(people: Path, own_run: Path
     assert hits[0].similarity == pytest.approx(1, abs=1e-6)
 
 
-def test_other_people_of_the_same_numbers_are_no_matter(
+def test_people_trained_on_are_known_by_name_whatever_is_added(
     own_run: Path, people: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    others = tmp_path / "others"
+    def warned() -> list[str]:
+        return [str(warning.message) for warning in recwarn if "trained on" in str(warning.message)]
+
+    strangers, more = tmp_path / "strangers", tmp_path / "more"
     for name in NAMES[:3]:
-        shutil.copytree(people / name, others / f"other-{name}")
-    evaluate(EvaluateOptions(checkpoint=own_run, data_root=others, device="cpu"))
-    assert not [warning for warning in recwarn if "numbers of people trained on" in str(warning.message)]
-    with pytest.raises(UserError, match=r"split 1: .* have the numbers of people trained on, wanted split 0"):
+        shutil.copytree(people / name, strangers / f"other-{name}")
+    evaluate(EvaluateOptions(checkpoint=own_run, data_root=strangers, device="cpu"))
+    assert warned() == [], "they have the same numbers, and other names"
+    shutil.copytree(people, more)
+    shutil.copytree(people / "eve", more / "aaron")
+    shutil.copytree(people / "dan", more / "abe")
+    evaluate(EvaluateOptions(checkpoint=own_run, data_root=more, device="cpu"))
+    (line,) = warned()
+    assert line.startswith("split 0: got ") and line.endswith("; if they are the same, they were not held out")
+    with pytest.raises(UserError, match=r"^split 1: got \d people .* that were trained on, such as .*, wanted split 0"):
         evaluate(EvaluateOptions(checkpoint=own_run, split=1, device="cpu"))
 
 

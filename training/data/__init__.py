@@ -15,8 +15,6 @@ from training.runtime.errors import UserError
 
 Dataset: TypeAlias = Literal["synthetic", "mot", "ilids-vid", "prid-2011", "mars", "folder", "csv"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
-OWN = ("folder", "csv")
-"""Datasets of a user's own people: in another place, the same numbers are other people."""
 
 PridPeople: TypeAlias = Literal["paper-21", "official-27"]
 """Protocols of PRID-2011: which people take part and how they are split, see `training.data.datasets.prid_2011`."""

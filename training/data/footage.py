@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class TimedFrame(NamedTuple):
     """A frame.
 
     number: from 1.
-    seconds: since the first frame.
+    seconds: time, as a player shows it.
     pixels: (h, w, 3) uint8 RGB.
     """
 
@@ -42,18 +42,22 @@ class Footage:
     length: int | None
     _sequence: SequenceInfo | None = None
 
-    def frames(self) -> Iterator[TimedFrame]:
+    def frames(self, skipped: Callable[[], None] | None = None) -> Iterator[TimedFrame]:
         """Yield the frames in order, upright; anew with each call.
+
+        Args:
+            skipped: called for each damaged packet of a video, which is then skipped; None for an error.
 
         Raises:
             UserError: a frame cannot be read.
         """
         if self._sequence is None:
-            for number, (seconds, pixels) in enumerate(decode_video(self.path), start=1):
-                yield TimedFrame(number, seconds, pixels)
+            frames: Iterator[tuple[float | None, np.ndarray]] = decode_video(self.path, skipped)
         else:
-            for number, pixels in enumerate(read_frames(self.path, self._sequence), start=1):
-                yield TimedFrame(number, (number - 1) / self.frame_rate, pixels)
+            frames = read_frames(self.path, self._sequence)
+        for number, (seconds, pixels) in enumerate(frames, start=1):
+            assert seconds is not None, "the sequence has a frame rate"
+            yield TimedFrame(number, seconds, pixels)
 
 
 def open_footage(path: Path) -> Footage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ def is_image(path: Path) -> bool:
 
 def images_in(folder: Path) -> tuple[Path, ...]:
     """List the images of a folder in natural order of their names: 2.png comes before 10.png."""
-    return tuple(sorted((path for path in folder.iterdir() if is_image(path)), key=natural_order))
+    with os.scandir(folder) as entries:
+        images = [folder / entry.name for entry in entries if is_image(Path(entry.name)) and not entry.is_dir()]
+    return tuple(sorted(images, key=natural_order))
 
 
 def natural_order(path: Path) -> list[tuple[int, int | str]]:

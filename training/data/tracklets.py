@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +63,7 @@ class Split:
         gallery: tracklets ranked for each query.
         protocol: the name of the evaluation protocol the split is made for.
         description: one line for a reader: dataset, split, counts, held-out people.
+        names: the people's own names by their numbers, where these mean nothing outside of this split.
     """
 
     train: tuple[Tracklet, ...]
@@ -70,6 +71,11 @@ class Split:
     gallery: tuple[Tracklet, ...]
     protocol: str
     description: str
+    names: Mapping[int, str] | None = None
+
+    def names_of(self, part: Iterable[Tracklet]) -> set[str]:
+        """Return the own names of the people of a part; none where their numbers are their names."""
+        return {self.names[tracklet.person] for tracklet in part} if self.names else set()
 
     @property
     def train_people(self) -> tuple[int, ...]:
@@ -149,17 +155,27 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
     """
     try:
         with Image.open(BytesIO(image_file)) as image:
-            mode = image.mode
-            image.load()
-            _set_upright(image)
-            pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
+            return pixels_of(image, str(frame))
     except _CORRUPT as error:
+        if isinstance(error, UserError):
+            raise
         reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # without Pillow's name of an in-memory file
         what = f"not a readable image ({type(error).__name__}: {reason})"
         raise UserError(f"frame {frame}: {what}; copy it again") from None
+
+
+def pixels_of(image: Image.Image, name: str) -> np.ndarray:
+    """Return the pixels of an image as `decode` does; it is turned upright in place.
+
+    Raises:
+        UserError: it is one of 16 bits or of inks; what Pillow raises while it is read is not caught.
+    """
+    mode = image.mode
+    image.load()
     if mode not in _MODES:
-        raise UserError(f"frame {frame}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
-    return pixels
+        raise UserError(f"frame {name}: got an image of mode {mode}, wanted one of {', '.join(_MODES)}")
+    _set_upright(image)
+    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
 
 
 def _set_upright(image: Image.Image) -> None:

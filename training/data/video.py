@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ _ONE_DEGREE = 0.0175  # writers round sines and cosines
 
 
 class VideoInfo(NamedTuple):
-    """What a video says of itself.
+    """Frame rate and length of a video, as the file states them.
 
     frame_rate: frames per second, on average.
     length: number of frames, about; None where the file gives neither that nor its duration.
@@ -40,7 +41,7 @@ def probe(path: Path) -> VideoInfo:
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             stream = _video_stream(path, container)
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            rate = _frame_rate(stream)
             length = stream.frames or None
             if length is None and stream.duration and stream.time_base:
                 length = round(float(stream.duration * stream.time_base) * rate)
@@ -51,16 +52,17 @@ def probe(path: Path) -> VideoInfo:
     return VideoInfo(rate, length)
 
 
-def decode_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+def decode_video(path: Path, skipped: Callable[[], None] | None = None) -> Iterator[tuple[float, np.ndarray]]:
     """Decode a video to its end, each frame rotated and flipped by its display matrix.
 
     Cover pictures are ignored. Of several video streams, the one marked as default is decoded.
 
     Args:
         path: the file.
+        skipped: called for each damaged packet, which is then skipped; None for an error.
 
     Yields:
-        Seconds since the first frame, ascending, as the file's time stamps say, and (h, w, 3) uint8 RGB.
+        The time in seconds, ascending, as a player shows it, and (h, w, 3) uint8 RGB.
 
     Raises:
         UserError: the file cannot be decoded, has no video stream or several, or a frame rotated by other than a
@@ -70,11 +72,10 @@ def decode_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
     try:
         with av.open(str(path), metadata_errors="replace") as container:  # do not fail on a title in Latin-1
             stream = _video_stream(path, container)
-            period = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-            first, before = None, -period
-            for number, frame in enumerate(container.decode(stream), start=1):
-                first = frame.time if first is None else first
-                seconds = before + period if frame.time is None or first is None else frame.time - first
+            period = 1 / _frame_rate(stream)
+            begin, before = (container.start_time or 0) / av.time_base, -period
+            for number, frame in enumerate(_frames(container, stream, skipped), start=1):
+                seconds = before + period if frame.time is None else frame.time - begin
                 before = seconds = seconds if seconds > before else before + period  # time stamps may be damaged
                 pixels, matrix = frame.to_ndarray(format="rgb24"), _display_matrix(frame)
                 yield seconds, pixels if matrix is None else _upright(pixels, matrix, f"{path}, frame {number}")
@@ -82,7 +83,7 @@ def decode_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
         raise UserError(f"{path}: cannot be decoded after frame {number} ({_reason(error)})") from None
 
 
-def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
+def read_video(path: Path, count: int) -> Iterator[tuple[float, np.ndarray]]:
     """Decode the first frames of a video, as `decode_video` does.
 
     Args:
@@ -90,21 +91,37 @@ def read_video(path: Path, count: int) -> Iterator[np.ndarray]:
         count: the number of frames.
 
     Yields:
-        (h, w, 3) uint8 RGB each.
+        The time in seconds, and (h, w, 3) uint8 RGB.
 
     Raises:
         UserError: those of `decode_video`, or there are fewer frames.
     """
     number = 0
-    for number, (_, pixels) in enumerate(decode_video(path), start=1):
-        yield pixels
+    for number, frame in enumerate(decode_video(path), start=1):
+        yield frame
         if number == count:
             return
     raise UserError(f"{path}: got {number} frames, wanted {count}, the seqLength of seqinfo.ini")
 
 
+def _frames(container: Any, stream: Any, skipped: Callable[[], None] | None) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream, all that can be decoded if damaged packets are to be skipped."""
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except FFmpegError:
+            if skipped is None:
+                raise
+            skipped()
+
+
+def _frame_rate(stream: Any) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 25)
+
+
 def _reason(error: FFmpegError) -> str:
-    return " ".join(str(error).split())
+    """Return the message of an error without FFmpeg's number."""
+    return re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
 
 
 def _video_stream(path: Path, container: Any) -> Any:
@@ -114,8 +131,10 @@ def _video_stream(path: Path, container: Any) -> Any:
     for candidates in (streams, default):
         if len(candidates) == 1:
             return candidates[0]
-    marked = f", {len(default)} of them marked as default" if streams else ""
-    raise UserError(f"{path}: got {len(streams)} video streams{marked}, wanted one, or one marked as default")
+    if not streams:
+        raise UserError(f"{path}: got no video stream, wanted one")
+    marked = f"{len(default)} of them marked as default"
+    raise UserError(f"{path}: got {len(streams)} video streams, {marked}, wanted one, or one marked as default")
 
 
 def _display_matrix(frame: av.VideoFrame) -> bytes | None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from training.config.settings import Settings
-from training.data import OWN, Dataset, load_split
+from training.data import Dataset, load_split
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
@@ -84,26 +84,39 @@ def load_trained(path: Path, options: UseOptions) -> LoadedRun:
     settings = settings_of(saved)
     data, ops = settings.recipe.data, options.ops or settings.step.ops
     dataset = options.dataset or data.dataset
-    # Another dataset does not lie where the one trained on did, nor is it split alike.
+    # Another dataset has another place and other splits.
     root, number = (settings.source.data_root, settings.split) if dataset == data.dataset else (None, 0)
     root = realpath(options.data_root) if options.data_root else root
     number = number if options.split is None else options.split
     check_counts = options.check_counts and (settings.source.check_counts or dataset != data.dataset)
     split = distributed.main_first(lambda: load_split(dataset, root, number, prid=data.prid, check_counts=check_counts))
-    seen = {tracklet.person for tracklet in split.query} & set(saved.config["people"])
-    # A MOT sequence searches for the people trained on, by later frames, and says so.
-    if seen and dataset == data.dataset != "mot":
-        line = f"split {number}: {len(seen)} of the people searched for have the numbers of people trained on"
-        if root == settings.source.data_root:
-            raise UserError(f"{line}, wanted split {settings.split}, which holds them out")
-        if dataset not in OWN:
-            warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=2)
+    same_data = dataset == data.dataset and root == settings.source.data_root
+    _check_held_out(split, saved, f"split {number}", same_dataset=dataset == data.dataset, same_data=same_data)
     network = load_network(saved, ops, choose_device(options.device))
     return LoadedRun(network, split, dataset, number, settings, ops, saved.epoch or 0, saved)
 
 
+def _check_held_out(split: Split, saved: Checkpoint, where: str, *, same_dataset: bool, same_data: bool) -> None:
+    """Raise, or on other data warn, if people searched for are among those trained on, by name or by number."""
+    remedy = f"wanted split {settings_of(saved).split}, which holds them out"
+    if split.names:
+        named = split.names_of(split.query) & set(saved.config.get("names", ()))
+        line = f"{where}: got {len(named)} people to search for that were trained on, such as {min(named, default='')}"
+        remedy += ", of the same people as in training"
+        seen = bool(named)
+    else:
+        numbers = {tracklet.person for tracklet in split.query} & set(saved.config["people"])
+        line = f"{where}: {len(numbers)} of the people searched for have the numbers of people trained on"
+        # A MOT sequence searches for the people trained on, by later frames, and says so.
+        seen = bool(numbers) and same_dataset and settings_of(saved).recipe.data.dataset != "mot"
+    if seen and same_data:
+        raise UserError(f"{line}, {remedy}")
+    if seen:
+        warnings.warn(f"{line}; if they are the same, they were not held out", stacklevel=3)
+
+
 def load_network(saved: Checkpoint, ops: Ops | None, device: torch.device) -> Network:
-    """The network of a checkpoint, on a device.
+    """Make the network of a checkpoint, on a device.
 
     Args:
         saved: the checkpoint.

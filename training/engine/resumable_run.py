@@ -82,7 +82,7 @@ def _read(path: Path) -> Any:
 def _check_same(path: Path, config: Any, settings: Settings, split: Split) -> None:
     """Raise if what a run's file says it was made of is not what is asked for."""
     other = differences(settings_from_record(config, path), _clamped(settings, split))
-    if not other and any(config[name] != value for name, value in train_fingerprint(split).items()):
+    if not other and any(config.get(name) != value for name, value in train_fingerprint(split).items()):
         other = f"other data ({config['data']})"
     if other:
         raise UserError(f"output: {path} is of a run with {other}; wanted the same settings, or another output")

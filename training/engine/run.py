@@ -71,7 +71,7 @@ def train_run(
     """
     say(split.description)
     people = len(split.train_people)
-    if resumed and any(resumed.config[name] != value for name, value in train_fingerprint(split).items()):
+    if resumed and any(resumed.config.get(name) != value for name, value in train_fingerprint(split).items()):
         raise UserError(f"resume: the run was trained on other data ({resumed.config['data']})")
     asked, settings = settings.recipe.batch.people, settings.clamp_identities(people)
     recipe, step, device = settings.recipe, settings.step, choose_device(machine.device)

@@ -136,9 +136,13 @@ def describe(settings: Settings, processes: int) -> dict[str, Any]:
 
 
 def train_fingerprint(split: Split) -> dict[str, Any]:
-    """Return what tells training data from other data: its people, and a hash of its tracklets."""
+    """Return what tells training data from other data: its people, by number and name, and a hash of its tracklets."""
     tracklets = repr([(t.person, t.camera, t.name, len(t.frames)) for t in split.train])
-    return {"people": list(split.train_people), "tracklets": hashlib.sha256(tracklets.encode()).hexdigest()}
+    return {
+        "people": list(split.train_people),
+        **({"names": sorted(split.names_of(split.train))} if split.names else {}),
+        "tracklets": hashlib.sha256(tracklets.encode()).hexdigest(),
+    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

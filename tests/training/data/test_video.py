@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import struct
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,10 @@ Write = Callable[..., Path]
 UNIT = 2**16  # of a display matrix
 CORNERS = np.zeros((32, 48, 3), np.uint8)  # red and green above blue and black
 CORNERS[:16, :24, 0] = CORNERS[:16, 24:, 1] = CORNERS[16:, :24, 2] = 255
+
+
+def pixels_of(path: Path, count: int) -> Iterator[np.ndarray]:
+    return (pixels for _, pixels in read_video(path, count))
 
 
 def write_video(path: Path, frames: int = 3, streams: int = 1, title: str = "") -> Path:
@@ -95,7 +99,7 @@ def test_frames_are_turned_and_mirrored_as_players_show_them(
     tmp_path: Path, matrix: tuple[int, ...], shown: np.ndarray
 ) -> None:
     path = set_matrix(write_video(tmp_path / "film.mp4"), *(UNIT * value for value in matrix))
-    frames = list(read_video(path, 3))
+    frames = list(pixels_of(path, 3))
     assert len(frames) == 3
     for frame in frames:
         assert_shows(frame, shown)
@@ -103,7 +107,7 @@ def test_frames_are_turned_and_mirrored_as_players_show_them(
 
 def test_a_matrix_rounded_by_its_writer_still_turns(tmp_path: Path) -> None:
     path = set_matrix(write_video(tmp_path / "film.mp4"), 1, UNIT - 1, -UNIT, -1)
-    assert_shows(next(read_video(path, 1)), np.rot90(CORNERS, -1))
+    assert_shows(next(pixels_of(path, 1)), np.rot90(CORNERS, -1))
 
 
 @pytest.mark.parametrize("matrix", [(0.7071, 0.7071, -0.7071, 0.7071), (0.9976, 0.0698, -0.0698, 0.9976), (1, 1, 0, 1)])
@@ -111,7 +115,7 @@ def test_another_rotation_is_one_line(tmp_path: Path, matrix: tuple[float, ...])
     path = set_matrix(write_video(tmp_path / "film.mp4"), *(round(UNIT * value) for value in matrix))
     shown = ", ".join(f"{value:.3g}" for value in matrix)
     with pytest.raises(UserError) as error:
-        list(read_video(path, 3))
+        list(pixels_of(path, 3))
     wanted = "wanted a rotation by a multiple of 90 degrees"
     assert str(error.value) == f"{path}, frame 1: got the display matrix {shown}, {wanted}"
 
@@ -130,7 +134,7 @@ def test_a_frame_of_motion_jpeg_is_turned_by_its_exif(tmp_path: Path, orientatio
         packet = av.Packet(image_file.getvalue())
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 7)
         container.mux(packet)
-    (frame,) = read_video(tmp_path / "film.avi", 1)
+    (frame,) = pixels_of(tmp_path / "film.avi", 1)
     assert_shows(frame, np.asarray(ImageOps.exif_transpose(Image.open(image_file))))
 
 
@@ -149,7 +153,7 @@ def test_boxes_are_cut_out_of_the_frames_as_shown(tmp_path: Path) -> None:
 
 def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
     path = put_cover_first(write_video(tmp_path / "film.mp4", frames=5))
-    frames = list(read_video(path, 5))
+    frames = list(pixels_of(path, 5))
     assert len(frames) == 5
     assert_shows(frames[0], CORNERS)
 
@@ -166,14 +170,14 @@ def set_enabled(path: Path, *enabled: bool) -> Path:
 @pytest.mark.parametrize("default", [0, 1])
 def test_the_default_stream_of_several_is_read(tmp_path: Path, default: int) -> None:
     path = set_enabled(write_video(tmp_path / "film.mp4", streams=2), default == 0, default == 1)
-    assert [frame.shape[1] for frame in read_video(path, 3)] == [48 + 16 * default] * 3
+    assert [frame.shape[1] for frame in pixels_of(path, 3)] == [48 + 16 * default] * 3
 
 
 @pytest.mark.parametrize("enabled", [(False, False), (True, True)])
 def test_several_streams_with_no_one_default_are_one_line(tmp_path: Path, enabled: tuple[bool, ...]) -> None:
     path = set_enabled(write_video(tmp_path / "film.mp4", streams=2), *enabled)
     with pytest.raises(UserError) as error:
-        list(read_video(path, 3))
+        list(pixels_of(path, 3))
     got = f"got 2 video streams, {sum(enabled)} of them marked as default"
     assert str(error.value) == f"{path}: {got}, wanted one, or one marked as default"
 
@@ -183,18 +187,18 @@ def test_a_file_of_sound_is_one_line(tmp_path: Path) -> None:
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(16000))
-    with pytest.raises(UserError, match=r"\A.*film\.avi: got 0 video streams, wanted one, or one marked as default\Z"):
-        list(read_video(path, 3))
+    with pytest.raises(UserError, match=r"\A.*film\.avi: got no video stream, wanted one\Z"):
+        list(pixels_of(path, 3))
 
 
 def test_a_codec_without_a_decoder_is_one_line(tmp_path: Path) -> None:
     path = write_video(tmp_path / "film.avi")
     path.write_bytes(path.read_bytes().replace(b"FMP4", b"QQQQ"))
     with pytest.raises(UserError, match=r"\A.*film\.avi: cannot be decoded after frame 0 \(.*\)\Z"):
-        list(read_video(path, 3))
+        list(pixels_of(path, 3))
 
 
 def test_a_title_in_another_encoding_is_no_reason_to_stop(tmp_path: Path) -> None:
     path = write_video(tmp_path / "film.avi", title="Cafe in Zurich")
     path.write_bytes(path.read_bytes().replace(b"Cafe in Zurich", "Café in Zürich".encode("latin-1")))
-    assert len(list(read_video(path, 3))) == 3
+    assert len(list(pixels_of(path, 3))) == 3

@@ -19,8 +19,8 @@ def load(root: Path, split: int) -> Split:
 
     In `root` is a folder for each person, in it one for each camera, and in that the frames, or a folder of frames for
     each tracklet. Frames are taken in natural order of their names. Instead of people, `root` may hold the folders
-    `train`, `query` and `gallery`, each of which holds people; `train` may be absent where nothing is to be trained.
-    See `training.data.datasets.own_people.make_split` for the splits.
+    `train`, `query` and `gallery`, in any case, each of which holds people; `train` may be absent where nothing is to
+    be trained. See `training.data.datasets.own_people.make_split` for the splits.
 
     Args:
         root: the folder.
@@ -31,12 +31,13 @@ def load(root: Path, split: int) -> Split:
     """
     if not root.is_dir():
         raise UserError(f"{root}: not found; wanted a folder with {EXAMPLES}")
-    parts = [part for part in PARTS if (root / part).is_dir()]
+    folders = _folders(root)
+    parts = {path: path.name.lower() for path in folders if path.name.lower() in PARTS}
     if parts:
-        others = [path.name for path in _folders(root) if path.name not in PARTS]
-        if others:
-            raise UserError(f"{root}: got {others[0]}/ next to {parts[0]}/, wanted only train/, query/ and gallery/")
-        recordings = [recording for part in parts for recording in _people(root / part, part)]
+        if others := [path.name for path in folders if path not in parts]:
+            part = next(iter(parts)).name
+            raise UserError(f"{root}: got {others[0]}/ next to {part}/, wanted only train/, query/ and gallery/")
+        recordings = [recording for folder, part in parts.items() for recording in _people(folder, part)]
         example = f"query/{EXAMPLE}"
     else:
         recordings, example = list(_people(root, "")), EXAMPLE
@@ -63,7 +64,7 @@ def _inner_folders(folder: Path, wanted: str) -> list[Path]:
         raise UserError(f"{folder}: got the image {images[0].name}, wanted {wanted}, as {EXAMPLES}")
     folders = _folders(folder)
     if not folders:
-        raise UserError(f"{folder}: an empty folder, wanted {wanted}, as {EXAMPLES}")
+        raise UserError(f"{folder}: got no folder in it, wanted {wanted}, as {EXAMPLES}")
     return folders
 
 

@@ -25,7 +25,7 @@ def load(root: Path, split: int) -> Split:
     the query; the later visits are the gallery. Without it, each track is a person: its first part is trained on and is
     the query, its last part is the gallery. The description counts the boxes left out because they have no identity
     (-1) or are not pedestrians, see `training.data.datasets.mot_boxes`. A tracklet's name says when it was seen, as
-    "track18@0:53.0-1:02.0", or in which frames, "track18@372-435", where the sequence has no frameRate.
+    "track18@0:53.0-1:02.0", or in which frames, "track18@372-435", of images without a frameRate.
 
     Args:
         root: the sequence's folder.
@@ -72,9 +72,9 @@ def _split_by_visit(
     train, query, gallery = [], [], []
     for person, (name, (earliest, *later)) in enumerate(visits.items(), start=1):
         _check_overlap(f"{identities}, person {name}", [earliest, *later], overlap)
-        train.append(_tracklet(person, 1, sequence, earliest))
+        train.append(_tracklet(person, 1, earliest))
         query += train[-1:] if later else []
-        gallery += [_tracklet(person, 2, sequence, track) for track in later]
+        gallery += [_tracklet(person, 2, track) for track in later]
     description = (
         f"{len(long)} tracks of {len(train)} people ({len(sequence.tracks) - len(long)} tracks under {MIN_FRAMES} "
         f"frames dropped); everyone's earliest visit is trained on; {len(query)} people return: their earliest visit "
@@ -88,8 +88,8 @@ def _split_by_part(sequence: MotSequence) -> tuple[list[Tracklet], list[Tracklet
     for track in sequence.tracks:
         whole, part = len(track.crops), int(PART * len(track.crops))
         if part >= MIN_FRAMES:
-            first.append(_tracklet(track.number, 1, sequence, track, slice(part)))
-            last.append(_tracklet(track.number, 2, sequence, track, slice(whole - part, whole)))
+            first.append(_tracklet(track.number, 1, track, slice(part)))
+            last.append(_tracklet(track.number, 2, track, slice(whole - part, whole)))
     description = (
         f"{len(first)} tracks, each taken for a person ({len(sequence.tracks) - len(first)} tracks dropped, a part of "
         f"them being under {MIN_FRAMES} frames); the first {PART:.0%} of a track is trained on and is the query, the "
@@ -98,12 +98,10 @@ def _split_by_part(sequence: MotSequence) -> tuple[list[Tracklet], list[Tracklet
     return first, first, last, description
 
 
-def _tracklet(person: int, camera: int, sequence: MotSequence, track: Track, part: slice = slice(None)) -> Tracklet:
+def _tracklet(person: int, camera: int, track: Track, part: slice = slice(None)) -> Tracklet:
     """Make a tracklet of a track or a part of it, whose name says when it was seen."""
-    first, last = track.frame_numbers[part][0], track.frame_numbers[part][-1]
-    rate = sequence.frame_rate
-    begin, end = (str(n) if rate is None else clock((n - 1) / rate) for n in (first, last))
-    return Tracklet(person, camera, track.crops[part], f"track{track.number}@{begin}-{end}")
+    times = list(map(clock, track.seconds[part])) or list(map(str, track.frame_numbers[part]))
+    return Tracklet(person, camera, track.crops[part], f"track{track.number}@{times[0]}-{times[-1]}")
 
 
 def _check_overlap(who: str, visits: list[Track], allowed: float) -> None:

@@ -27,26 +27,22 @@ class Track:
     Args:
         number: the track's number in gt.txt.
         frame_numbers: of the frames with a crop, from 1, ascending.
+        seconds: their times, empty where those are not known.
         crops: (h, w, 3) uint8 RGB each, one per frame number.
     """
 
     number: int
     frame_numbers: tuple[int, ...]
+    seconds: tuple[float, ...]
     crops: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
 class MotSequence:
-    """A sequence.
-
-    tracks: in order of their numbers.
-    left_out: a phrase for each kind of boxes that was left out.
-    frame_rate: frames per second, if seqinfo.ini gives it.
-    """
+    """Tracks of a sequence, in order of their numbers, and a phrase for each kind of boxes that was left out."""
 
     tracks: tuple[Track, ...]
     left_out: tuple[str, ...]
-    frame_rate: float | None
 
 
 def read_sequence(root: Path) -> MotSequence:
@@ -66,30 +62,37 @@ def read_sequence(root: Path) -> MotSequence:
     info = read_sequence_info(root)
     boxes, left_out = read_boxes(boxes_file(root), info.length)
     frame_numbers: dict[int, list[int]] = defaultdict(list)
+    times: dict[int, list[float]] = defaultdict(list)
     crops: dict[int, list[np.ndarray]] = defaultdict(list)
-    for frame_number, image in enumerate(read_frames(root, info), start=1):
+    for frame_number, (seconds, image) in enumerate(read_frames(root, info), start=1):
         for box in boxes.get(frame_number, ()):
             crop = box.crop(image)
             if crop.size:
                 frame_numbers[box.track].append(frame_number)
+                times[box.track] += [] if seconds is None else [seconds]
                 crops[box.track].append(crop)
     if not crops:
         notes = "".join(f"; {note}" for note in left_out)
         raise UserError(f"{root}: gt.txt has no box, of a confidence other than 0, inside the image{notes}")
-    tracks = (Track(number, tuple(frame_numbers[number]), tuple(crops[number])) for number in sorted(crops))
-    return MotSequence(tuple(tracks), left_out, info.frame_rate)
+    tracks = (
+        Track(number, tuple(frame_numbers[number]), tuple(times[number]), tuple(crops[number]))
+        for number in sorted(crops)
+    )
+    return MotSequence(tuple(tracks), left_out)
 
 
-def read_frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
-    """Yield the upright frames of a sequence, (h, w, 3) uint8 RGB.
+def read_frames(root: Path, info: SequenceInfo) -> Iterator[tuple[float | None, np.ndarray]]:
+    """Yield the upright frames of a sequence, (h, w, 3) uint8 RGB, each after its time in seconds.
+
+    The time is the video's own; of images it follows from frameRate, and is None without one.
 
     Raises:
         UserError: a frame is missing or unreadable, or has another size than seqinfo.ini or the first frame.
     """
     folder = root / info.images
-    frames = _read_images(folder, info.length) if folder.is_dir() else _read_video(root, info)
+    frames = _read_images(folder, info) if folder.is_dir() else _read_video(root, info)
     first = None
-    for name, image in frames:
+    for seconds, name, image in frames:
         height, width = image.shape[:2]
         got = f"{name}: got {width} x {height} pixels upright, wanted"
         if width != (info.width or width) or height != (info.height or height):
@@ -99,20 +102,21 @@ def read_frames(root: Path, info: SequenceInfo) -> Iterator[np.ndarray]:
         first = first or (width, height)
         if (width, height) != first:
             raise UserError(f"{got} {first[0]} x {first[1]}, the size of the first frame")
-        yield image
+        yield seconds, image
 
 
-def _read_images(folder: Path, length: int) -> Iterator[tuple[str, np.ndarray]]:
+def _read_images(folder: Path, info: SequenceInfo) -> Iterator[tuple[float | None, str, np.ndarray]]:
     paths: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGES and re.fullmatch("[0-9]{1,18}", path.stem):
             first = paths.setdefault(int(path.stem), path)
             if first != path:
                 raise UserError(f"{folder}: {first.name} and {path.name} are both image {int(path.stem)}, wanted one")
-    for number in range(1, length + 1):
+    for number in range(1, info.length + 1):
         if number not in paths:
-            raise UserError(f"{folder}: no image {number:06d}, wanted 1 to {length}, the seqLength of seqinfo.ini")
-        yield str(paths[number]), read_pixels(paths[number])
+            raise UserError(f"{folder}: no image {number:06d}, wanted 1 to {info.length}, the seqLength of seqinfo.ini")
+        seconds = None if info.frame_rate is None else (number - 1) / info.frame_rate
+        yield seconds, str(paths[number]), read_pixels(paths[number])
 
 
 def find_video(root: Path, info: SequenceInfo) -> Path:
@@ -130,7 +134,7 @@ def find_video(root: Path, info: SequenceInfo) -> Path:
     return videos[0]
 
 
-def _read_video(root: Path, info: SequenceInfo) -> Iterator[tuple[str, np.ndarray]]:
+def _read_video(root: Path, info: SequenceInfo) -> Iterator[tuple[float | None, str, np.ndarray]]:
     video = find_video(root, info)
-    for number, image in enumerate(read_video(video, info.length), start=1):
-        yield f"{video}, frame {number}", image
+    for number, (seconds, image) in enumerate(read_video(video, info.length), start=1):
+        yield seconds, f"{video}, frame {number}", image

@@ -1,10 +1,10 @@
-"""Splits of people whom a user has recorded: numbers for their names, seeded halves or given parts."""
+"""Splits of people recorded by a user: numbers for their names, seeded halves or given parts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def make_split(recordings: Sequence[Recording], split: int, source: str, example
     others are trained on.
 
     A name that is a number is the person's number, if all are; otherwise people are numbered from 1 in natural order of
-    their names, and so are cameras.
+    their names, and so are cameras. The split has the names, by which people are known in another split or place.
 
     Args:
         recordings: at least one.
@@ -55,14 +55,14 @@ def make_split(recordings: Sequence[Recording], split: int, source: str, example
         example: of what is wanted, for messages.
 
     Raises:
-        UserError: only some recordings have a part, the query or the gallery is empty, a person is trained on and
-            searched for, too few people were seen by two cameras, or there is no such split.
+        UserError: the query or the gallery is empty, a person is trained on and searched for, no query has a match by
+            another camera, too few people were seen by two cameras, or there is no such split.
     """
     people, cameras = (_numbers(r.person for r in recordings), _numbers(r.camera for r in recordings))
     tracklets = [Tracklet(people[r.person], cameras[r.camera], r.frames, r.name) for r in recordings]
-    if any(r.part for r in recordings):
-        return _by_part(recordings, tracklets, split, source, example)
-    return _by_half(recordings, tracklets, split, source, example)
+    by_part = any(r.part for r in recordings)
+    made = (_by_part if by_part else _by_half)(recordings, tracklets, split, source, example)
+    return replace(made, names={number: name for name, number in people.items()})
 
 
 def _by_part(
@@ -82,6 +82,9 @@ def _by_part(
         raise UserError(
             f"{source}: {seen[0]} is in train and in query, wanted people to be searched for that are not trained on"
         )
+    seen_by = {(tracklet.person, tracklet.camera) for tracklet in parts["gallery"]}
+    if not any(p == query.person and camera != query.camera for query in parts["query"] for p, camera in seen_by):
+        raise UserError(f"{source}: got no query with the same person by another camera in the gallery, as {example}")
     description = (
         f"{source}: {len(people['train'])} people to train on ({len(parts['train'])} tracklets), "
         f"{len(people['query'])} other people held out, {len(parts['query'])} queries in a gallery of "
@@ -98,7 +101,7 @@ def _by_half(
     views: dict[str, set[str]] = defaultdict(set)
     for recording in recordings:
         views[recording.person].add(recording.camera)
-    twice = [person for person, seen in views.items() if len(seen) > 1]
+    twice = sorted((person for person, seen in views.items() if len(seen) > 1), key=_by_name)
     order = np.random.default_rng((SEED, split)).permutation(len(twice))
     held_out = {twice[place] for place in order[: len(twice) // 2]}
     if not held_out or len(views) - len(held_out) < 2:
@@ -126,9 +129,14 @@ def _by_half(
 
 def _numbers(names: Iterable[str]) -> Mapping[str, int]:
     """Number names: as they are if all are distinct numbers, else from 1 in natural order."""
-    ordered = sorted(set(names), key=lambda name: natural_order(Path(name)))
+    ordered = sorted(set(names), key=_by_name)
     if all(name.isascii() and name.isdecimal() and len(name) <= 18 for name in ordered):
         own = {name: int(name) for name in ordered}
         if len(set(own.values())) == len(own):
             return own
     return {name: number for number, name in enumerate(ordered, start=1)}
+
+
+def _by_name(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Key to sort names in natural order, "7" and "007" too."""
+    return natural_order(Path(name)), name

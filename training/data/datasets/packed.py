@@ -43,4 +43,6 @@ def load(path: Path, dataset: str, split: int, asked: dict[str, Any]) -> Split:
         return Tracklet(person, camera, frames, about["names"][number])
 
     train, query, gallery = (tuple(map(read, pack.arrays[f"{split}.{part}"].tolist())) for part in PARTS)
-    return Split(train, query, gallery, **about["splits"][str(split)])
+    texts = about["splits"][str(split)]
+    names = {int(person): name for person, name in texts["names"].items()} if "names" in texts else None
+    return Split(train, query, gallery, texts["protocol"], texts["description"], names)

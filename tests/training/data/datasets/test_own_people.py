@@ -66,6 +66,12 @@ def test_half_of_the_people_are_held_out(people: Path) -> None:
     assert "3 people to train on (9 tracklets), 3 other people held out, 6 queries" in split.description
 
 
+def test_names_are_of_the_numbers(people: Path) -> None:
+    split = load_split("folder", people, 0)
+    assert split.names == dict(enumerate(PEOPLE, start=1))
+    assert split.names_of(split.query) == {name.partition("/")[0] for name in names(split, "query")}
+
+
 def test_the_halves_are_seeded(people: Path) -> None:
     halves = [tuple(sorted({t.person for t in load_split("folder", people, number).query})) for number in range(10)]
     assert halves == [tuple(sorted({t.person for t in load_split("folder", people, n).query})) for n in range(10)]
@@ -123,8 +129,8 @@ def test_names_that_are_numbers_are_the_numbers(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         ("rm", "ROOT: not found; wanted a folder with anna/entrance/0001.png, or anna/entrance/first-visit/0001.png"),
-        ("mkdir", "ROOT: an empty folder, wanted a folder for each person, as anna/entrance/0001.png"),
-        ("mkdir anna", "ROOT/anna: an empty folder, wanted a folder for each camera, as anna/entrance/0001.png"),
+        ("mkdir", "ROOT: got no folder in it, wanted a folder for each person, as anna/entrance/0001.png"),
+        ("mkdir anna", "ROOT/anna: got no folder in it, wanted a folder for each camera, as anna/entrance/0001.png"),
         ("mkdir anna/door", "ROOT/anna/door: got no image, wanted anna/entrance/0001.png"),
         ("image 1.png", "ROOT: got the image 1.png, wanted a folder for each person, as anna/entrance/0001.png"),
         ("image anna/1.png", "ROOT/anna: got the image 1.png, wanted a folder for each camera"),
@@ -133,6 +139,14 @@ def test_names_that_are_numbers_are_the_numbers(tmp_path: Path) -> None:
         ("image a/1/1.png b/1/1.png c/1/1.png", "people in folders in ROOT: got 3 people, 0 of them by two cameras"),
         ("image train/anna/door/1.png", "people in folders in ROOT: got nothing as query, wanted train, query and gal"),
         ("image query/anna/door/1.png", "people in folders in ROOT: got nothing as gallery"),
+        (
+            "image Query/anna/a/1.png gallery/anna/a/2.png",
+            "people in folders in ROOT: got no query with the same person",
+        ),
+        (
+            "image query/anna/a/1.png gallery/bob/b/2.png",
+            "people in folders in ROOT: got no query with the same person",
+        ),
         ("image query/anna/door/1.png bob/door/1.png", "ROOT: got bob/ next to query/, wanted only train/, query/ and"),
     ],
 )
@@ -175,8 +189,9 @@ def test_a_table_has_parts_and_columns_in_any_order(people: Path, tmp_path: Path
         ("query", "x", "1", "people/bob/door/1.png", "door", "bob"),
         ("gallery", "x", "1", "people/bob/yard/first", "yard", "bob"),
     ]
-    path = table(tmp_path / "people.csv", rows, ("part", "other", "tracklet", "path", "camera", "person"))
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet saves it
+    path = table(tmp_path / "people.csv", rows, ("Part", "other", " tracklet", "path", "camera", "PERSON"))
+    # As a spreadsheet saves it.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b",", b";").replace(b"train;", b" Train;"))
     split = load_split("csv", path, 0)
     assert [names(split, part) for part in ("train", "query", "gallery")] == [
         ["anna/door/1"],
@@ -186,6 +201,7 @@ def test_a_table_has_parts_and_columns_in_any_order(people: Path, tmp_path: Path
 
 
 ROW = ("people/anna/door/1.png", "anna", "door", "1", "")
+OTHER = "people/anna/door/2.png"
 
 
 @pytest.mark.parametrize(
@@ -207,9 +223,15 @@ ROW = ("people/anna/door/1.png", "anna", "door", "1", "")
             [("people/gone.png", *ROW[1:])],
             "PATH, line 2: there is no ROOT/people/gone.png, wanted an image, or",
         ),
+        (COLUMNS, [ROW, ROW], "PATH, line 3: ROOT/people/anna/door/1.png is in line 2 already, wanted each frame once"),
+        (COLUMNS, [("people.csv", *ROW[1:])], "PATH, line 2: got ROOT/people.csv, wanted an image, or a folder of im"),
         (COLUMNS, [("people/anna", *ROW[1:])], "PATH, line 2: got no image in ROOT/people/anna, wanted the frames"),
         (COLUMNS, [(*ROW[:4], "test")], "PATH, line 2: got part 'test', wanted train, query, gallery, or none in any"),
-        (COLUMNS, [ROW, (*ROW[:4], "query")], "PATH: got lines with a part and lines without, wanted all or none"),
+        (
+            COLUMNS,
+            [ROW, (OTHER, *ROW[1:4], "query")],
+            "PATH: got lines with a part and lines without, wanted all or none",
+        ),
         (COLUMNS, [ROW], "people in PATH: got 1 people, 0 of them by two cameras or more, wanted at least 3 and 2"),
     ],
 )
@@ -224,6 +246,11 @@ def test_what_is_wrong_with_a_table_is_one_line(
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"got a folder, wanted a .csv file with the lines path,person"):
+        load_split("csv", tmp_path, 0)
+    (tmp_path / "utf16.csv").write_bytes("path,person".encode("utf-16"))
+    with pytest.raises(UserError, match=r"utf16.csv: got a file that is not UTF-8, wanted one, with the lines path,"):
+        load_split("csv", tmp_path / "utf16.csv", 0)
     with pytest.raises(UserError, match=r"none.csv: not found; wanted a .csv file with the lines path,person"):
         load_split("csv", tmp_path / "none.csv", 0)
 
@@ -236,6 +263,14 @@ def test_own_people_are_packed(people: Path, tmp_path: Path, dataset: str) -> No
     for number in (0, 9):
         packed, read = (load_split(dataset, path, number) for path in (tmp_path / "own.pack", root))
         assert names(packed, "all") == names(read, "all")
-        assert packed.description == read.description
+        assert (packed.description, packed.names) == (read.description, read.names)
         pixels = [[read_pixels(frame) for t in split.part("all") for frame in t.frames] for split in (packed, read)]
         assert all(np.array_equal(a, b) for a, b in zip(*pixels, strict=True))
+
+
+def test_a_pack_is_no_table_to_pack(people: Path, tmp_path: Path) -> None:
+    rows = [(f"people/{p}/{f}", p, f[:4], f[5:], "") for p in PEOPLE for f in ("door", "yard/first")]
+    path = table(tmp_path / "people.csv", rows)
+    pack(PackOptions("csv", tmp_path / "own.pack", path))
+    with pytest.raises(UserError, match=r"^data_root: got the file .*own.pack, wanted a dataset's folder"):
+        pack(PackOptions("csv", tmp_path / "other.pack", tmp_path / "own.pack"))
