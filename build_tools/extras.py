@@ -8,17 +8,15 @@ from importlib.util import find_spec
 # Modules that the commands of an extra import.
 MODULES = {
     "train": (
-        *(
-            "huggingface_hub",
-            "matplotlib",
-            "numpy",
-            "PIL",
-            "rich",
-            "safetensors",
-            "scipy",
-            "tensorboard",
-            "torchvision",
-        ),
+        "huggingface_hub",
+        "matplotlib",
+        "numpy",
+        "PIL",
+        "rich",
+        "safetensors",
+        "scipy",
+        "tensorboard",
+        "torchvision",
         "tyro",
     ),
     "bench": ("matplotlib", "numpy", "rich", "tyro"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from training.data.datasets.mot_boxes import Box, read_boxes
 from training.data.footage import open_footage
 from training.data.image_folder import frames_of_folder
 from training.data.resizing import Resize
-from training.data.tracklets import Frame, Tracklet
+from training.data.tracklets import Frame, Tracklet, pixels_of
 from training.engine.checkpoint import Checkpoint, load
 from training.engine.load_trained import load_network, provenance
 from training.engine.run_record import options_of
@@ -47,8 +48,8 @@ class FeatureExtractor:
     Frames are given in order of time: the network is recurrent. A long tracklet is processed chunk by chunk.
 
     Args:
-        checkpoint: folder of a run, of a checkpoint or of a network to share, or a `Network`, such as one by
-            `Network.from_pretrained`.
+        checkpoint: folder of a run, of a checkpoint or of a network to share; or a `Network`, such as one by
+            `Network.from_pretrained`, which is copied and runs its own operators.
         device: "auto", "cpu" or "cuda".
         dtype: the network computes in: float32, float64, bfloat16 or float16.
         ops: the library's operators ("fast") or plain PyTorch ("reference"); None for those it was trained with.
@@ -73,15 +74,20 @@ class FeatureExtractor:
         resize: Resize | None = None,
         chunk: int = CHUNK,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, DTYPES))}")
-        if chunk < 1:
-            raise UserError(f"chunk: got {chunk}, wanted at least 1 frame")
+        choices = {"device": get_args(Device), "dtype": DTYPES, "ops": (None, *get_args(Ops))}
+        choices["resize"] = (None, *get_args(Resize))
+        for name, value in (("device", device), ("dtype", dtype), ("ops", ops), ("resize", resize)):
+            if value not in choices[name]:
+                raise UserError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, choices[name]))}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise UserError(f"chunk: got {chunk!r}, wanted at least 1 frame")
         chosen = choose_device(device)
         self._saved: Checkpoint | None = None
         own: Resize = "device"
         if isinstance(checkpoint, Network):
-            network = checkpoint
+            if ops is not None:
+                raise UserError(f"ops: got {ops!r} with a network, wanted None: it runs its own operators")
+            network = copy.deepcopy(checkpoint)
         else:
             self._saved = load(Path(checkpoint))
             network = load_network(self._saved, ops, chosen)
@@ -101,10 +107,10 @@ class FeatureExtractor:
         """Extract the feature of one tracklet.
 
         Args:
-            frames: images in order of time, or a folder of images, taken in natural order of their names; with
-                `boxes`, a video or the folder of a MOTChallenge sequence.
+            frames: images in order of time, an (N, h, w, 3) uint8 array of them, or a folder of images, taken in
+                natural order of their names; with `boxes`, a video or the folder of a MOTChallenge sequence.
             boxes: rows of frame number (from 1), left, top, width and height in pixels, left and top from 1, as in
-                MOTChallenge's files.
+                MOTChallenge's files; one per frame.
 
         Returns:
             (D,) float32 on the CPU, of length 1.
@@ -118,7 +124,7 @@ class FeatureExtractor:
             return self._of_video(Path(frames), _by_frame(boxes))[0]
         return self.batch([frames])[0]
 
-    def batch(self, tracklets: Iterable[str | Path | Sequence[Image_]]) -> Tensor:
+    def batch(self, tracklets: Iterable[str | Path | Iterable[Image_]]) -> Tensor:
         """Extract the features of N tracklets, short ones several at a time.
 
         Args:
@@ -206,34 +212,41 @@ def _unit(features: Floats, names: Sequence[str]) -> Tensor:
 def _by_frame(rows: Iterable[Sequence[float]]) -> dict[int, list[Box]]:
     """Return boxes of track 0 by their frames."""
     boxes: dict[int, list[Box]] = {}
+    wanted = "wanted rows of frame, left, top, width, height, one per frame, the frame whole, the size positive"
     for row in rows:
-        numbers = list(map(float, row))
-        if len(numbers) != 5 or not all(map(math.isfinite, numbers)) or numbers[0] != int(numbers[0]):
-            raise UserError(f"boxes: got {numbers}, wanted rows of frame, left, top, width, height, the frame whole")
-        boxes.setdefault(int(numbers[0]), []).append(Box(0, *numbers[1:]))
+        try:
+            frame, *sides = map(float, row)
+            whole = frame == int(frame) and len(sides) == 4 and all(map(math.isfinite, sides)) and min(sides[2:]) > 0
+        except (TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole or int(frame) in boxes:
+            raise UserError(f"boxes: got {row!r}, {wanted}")
+        boxes[int(frame)] = [Box(0, *sides)]
     return boxes
 
 
-def _tracklet(frames: str | Path | Sequence[Image_], number: int) -> Tracklet:
-    """Make a tracklet of whatever stands for its frames."""
+def _tracklet(frames: str | Path | Iterable[Image_], number: int) -> Tracklet:
+    """Make a tracklet of frames in any form."""
     name = f"tracklet {number}"
     if isinstance(frames, str | Path):
         folder = Path(frames)
         if folder.is_file():
             raise UserError(f"frames: got the file {folder}, wanted a list of images, or a folder; a video needs boxes")
         return Tracklet(-1, -1, frames_of_folder(folder, "frames"), str(folder))
-    if not isinstance(frames, Sequence) or isinstance(frames, bytes):
-        raise UserError(f"frames: got {type(frames).__name__}, wanted a list of images, or a folder")
-    if not frames:
+    one = isinstance(frames, np.ndarray) and frames.ndim != 4
+    if one or not isinstance(frames, Iterable) or isinstance(frames, bytes | Tensor | Image.Image):
+        raise UserError(f"frames: got one {type(frames).__name__}, wanted a list of images, or a folder")
+    made = [_frame(frame, f"{name}, frame {place}") for place, frame in enumerate(frames)]
+    if not made:
         raise UserError(f"frames: got none for {name}, wanted at least one")
-    return Tracklet(-1, -1, [_frame(frame, f"{name}, frame {at}") for at, frame in enumerate(frames)], name)
+    return Tracklet(-1, -1, made, name)
 
 
 def _frame(frame: Any, where: str) -> Frame:
     if isinstance(frame, str | Path):
         return Path(frame)
     if isinstance(frame, Image.Image):
-        return np.asarray(frame.convert("RGB"))
+        frame = pixels_of(frame.copy(), where)
     if not isinstance(frame, np.ndarray):
         raise UserError(f"{where}: got {type(frame).__name__}, wanted a path, a Pillow image or an array")
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.size == 0:

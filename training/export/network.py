@@ -39,8 +39,8 @@ def export_network(options: Options) -> None:
     saved = checkpoint.load(options.checkpoint)
     settings_of(saved)  # raises unless it is one that this version reads
     config: dict[str, Any] = {**saved.config, "settings": options_of(saved.config), "epoch": saved.epoch}
-    root = config["settings"].pop("data_root")  # of this machine
-    config["settings"]["data_root"] = None
+    settings, root = config["settings"], config["settings"]["data_root"]
+    settings["data_root"], settings["weights"] = None, Path(settings["weights"]).name  # no path of this machine
     config["data"] = config["data"] if root is None else config["data"].replace(root, "the data root")
     with new_folder(options.output) as folder:
         write_output(folder / checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")

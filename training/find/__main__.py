@@ -8,6 +8,7 @@ if __name__ == "__main__":
     require("train")
 
 import warnings
+from shlex import quote
 
 import tyro
 
@@ -20,13 +21,14 @@ from training.find.options import Options
 from training.find.person import Person, read_person
 from training.find.rendering import render
 from training.find.scan import Scan, scan
+from training.find.tracking import LOST_SECONDS
 from training.runtime.atomic_files import check_new_folder, new_folder, write_output
 from training.runtime.command import run_command
 from training.runtime.device import choose_device
 from training.runtime.errors import UserError
 from training.runtime.terminal import say
 
-LISTED = 40  # tracks drawn of a list of everybody, the longest
+DRAWN = 40  # strips on a page, at most
 
 
 def find(options: Options) -> list[Match]:
@@ -37,7 +39,7 @@ def find(options: Options) -> list[Match]:
     """
     options.check()
     check_new_folder(options.output)
-    person = read_person(options.person) if options.person else None
+    person = None if options.person is None else read_person(options.person)
     footage = open_footage(options.video)
     if person and not options.any_crop:
         person.check_crops()
@@ -49,10 +51,13 @@ def find(options: Options) -> list[Match]:
     if options.checkpoint == PRETRAINED:
         say(f"network: the small one of this repository, trained on rendered people; see {PRETRAINED / 'README.md'}")
     found = scan(footage, source, extractor, options.every)
+    if found.damaged:
+        warnings.warn(f"{options.video}: skipped {found.damaged} damaged packets", stacklevel=2)
     if not found.tracks:
-        got = f"got nobody in the {found.frames} frames of {options.video}"
-        raise UserError(f"video: {got}, wanted people; --detections FILE takes boxes of your own")
+        raise _nobody(options, found, source)
     matches, line = _ranked(options, person, found, extractor) if person else _everybody(options, found)
+    if len(matches) > DRAWN:
+        line += f"; drawn are the {DRAWN} {'best' if person else 'longest'}"
     say(line)
     if matches:
         say(as_table(matches))
@@ -61,12 +66,14 @@ def find(options: Options) -> list[Match]:
         if source.found:
             write_output(folder / "tracks.txt", found.as_mot())
         if matches:
-            shown = matches if person else sorted(matches, key=lambda match: -len(match.track.frames))[:LISTED]
-            render(folder, line, footage, sorted(shown, key=lambda match: match.rank), person, found)
+            drawn = matches if person else sorted(matches, key=lambda match: -len(match.track.frames))
+            drawn = sorted(drawn[:DRAWN], key=lambda match: match.rank)
+            render(folder, line, footage, drawn, person, found)
         written = sorted(path.name for path in folder.iterdir())
     say(f"{', '.join(written)}: in {options.output}")
     if person is None:
-        again = f" --detections {options.output / 'tracks.txt'}" if source.found else ""
+        boxes = options.output / "tracks.txt" if source.found else options.detections
+        again = "" if boxes is None else f" --detections {quote(str(boxes))}"
         say(f"to find one of them again: --person TRACK{again}")
     return matches
 
@@ -74,14 +81,32 @@ def find(options: Options) -> list[Match]:
 def _source(options: Options, footage: Footage) -> BoxSource:
     """Return where boxes come from: a file, given or next to the video, unless a detector was asked for."""
     rate = footage.frame_rate / options.every
-    path = options.detections
-    if path is None and options.detector == "auto" and options.detector_weights is None:
-        path = boxes_next_to(footage)
+    given = options.detections
+    next_to = boxes_next_to(footage) if options.detector == "auto" and options.detector_weights is None else None
+    path = given or next_to
+    source: BoxSource
     if path is not None:
-        return source_of_file(path, rate)
-    device = choose_device(options.device)
-    detector = make_detector(options.detector, options.detector_weights, device, warnings.warn)
-    return DetectedBoxes(detector, rate)
+        try:
+            source = source_of_file(path, rate)
+        except UserError as error:
+            hint = "" if given else "; it was found next to the video, --detector hog does without"
+            raise UserError(f"{error}{hint}") from None
+    else:
+        device = choose_device(options.device)
+        detector = make_detector(options.detector, options.detector_weights, device, warnings.warn)
+        source = DetectedBoxes(detector, rate)
+    if source.found and 1 / rate > LOST_SECONDS / 2:
+        got = f"got {options.every} at {footage.frame_rate:.3g} frames per second, a look in {1 / rate:.1f} s"
+        raise UserError(f"every: {got}, wanted one a second or more to follow people")
+    return source
+
+
+def _nobody(options: Options, found: Scan, source: BoxSource) -> UserError:
+    """Make the error for a video in which nobody was followed."""
+    got = f"got nobody in the {found.frames} frames of {options.video}"
+    if boxes := getattr(source, "boxes", 0):
+        return UserError(f"video: {got}: of {boxes} boxes none could be followed to another frame, wanted more of them")
+    return UserError(f"video: {got}, wanted people inside of the image; --detections FILE takes boxes of your own")
 
 
 def _everybody(options: Options, found: Scan) -> tuple[list[Match], str]:
@@ -103,7 +128,7 @@ def _ranked(options: Options, person: Person, found: Scan, extractor: FeatureExt
     if together:
         dropped += f", {len(together)} left out that were seen at the same time"
     if not among:
-        raise UserError(f"person: nobody else is in {options.video}{dropped}, wanted a track to compare {person} with")
+        raise UserError(f"person: got nobody else in {options.video}{dropped}, wanted a track to compare {person} with")
     feature = person.feature(found.features, extractor)
     matches = rank(feature, {number: found.features[number] for number in among}, long)
     line = f"{person} among {len(matches)} tracks in {options.video.name}{dropped}"

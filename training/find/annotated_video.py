@@ -21,6 +21,7 @@ from training.runtime.errors import UserError
 COLORS = (ORANGE, SKY, GREEN, PURPLE, RED, BLUE)
 MARGIN = 0.5  # seconds shown before and after a match
 _TICKS = 90_000  # per second, of the file's time stamps
+_NOTHING = np.zeros((0, 0, 3), np.uint8)
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg has
 
 
@@ -36,7 +37,8 @@ class AnnotatedVideo:
     def __init__(self, path: Path, matches: Sequence[Match], frame_rate: float) -> None:
         self._path, self._matches, self._period = path, matches, 1 / frame_rate
         self._stream: av.VideoStream | None = None
-        self._seconds, self._before = 0.0, -np.inf
+        self._seconds = 0.0
+        self._before: TimedFrame | None = None
         try:
             self._container = av.open(str(path), "w")
         except (FFmpegError, OSError) as error:
@@ -54,17 +56,14 @@ class AnnotatedVideo:
         Raises:
             UserError: it cannot be encoded, or the disk is full.
         """
-        shown = [
-            match
-            for match in self._matches
-            if match.track.seconds[0] - MARGIN <= frame.seconds <= match.track.seconds[-1] + MARGIN
-        ]
+        shown = [match for match in self._matches if match.track.is_near(frame, MARGIN)]
         if not shown:
             return
-        # As long after the frame before as in the footage, but for what was left out between them.
-        passed = frame.seconds - self._before
-        self._seconds += passed if passed < 2 * self._period else self._period if np.isfinite(passed) else 0.0
-        self._before = frame.seconds
+        # As long after the frame before as in the footage, unless some were left out between them.
+        if self._before is not None:
+            follows = frame.number == self._before.number + 1
+            self._seconds += frame.seconds - self._before.seconds if follows else self._period
+        self._before = TimedFrame(frame.number, frame.seconds, _NOTHING)
         try:
             self._encode(self._drawn(frame, shown))
         except (FFmpegError, OSError) as error:
@@ -88,9 +87,9 @@ class AnnotatedVideo:
             raise UserError(f"output: {self._path}: {error}") from error
 
     def _drawn(self, frame: TimedFrame, matches: Sequence[Match]) -> np.ndarray:
-        """Return the frame with boxes, of even width and height."""
-        height, width = (side // 2 * 2 for side in frame.pixels.shape[:2])
-        image = Image.fromarray(frame.pixels[:height, :width])
+        """Return the frame with boxes, of even width and height, as the codec wants them."""
+        height, width = frame.pixels.shape[:2]
+        image = Image.fromarray(np.pad(frame.pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
         draw = ImageDraw.Draw(image)
         size = max(12, round(height / 32))
         font, line = ImageFont.load_default(size), max(2, round(height / 240))
@@ -102,8 +101,8 @@ class AnnotatedVideo:
             left, top = box.left - 1, box.top - 1
             draw.rectangle((left, top, left + box.width, top + box.height), outline=color, width=line)
             label = f" {match.rank} " if match.score is None else f" {match.rank}  {match.score:.3f} "
-            _label(draw, label, (left, max(0.0, top - 1.3 * size)), font, color)
-        _label(draw, f" {clock(frame.seconds)} ", (0, 0), font, "black")
+            _label(draw, label, (left, top - 1.3 * size), font, color)
+        _label(draw, f" {clock(frame.seconds)} ", (0, height), font, "black")
         return np.asarray(image)
 
     def _encode(self, pixels: np.ndarray) -> None:
@@ -130,6 +129,10 @@ def _label(
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     color: str,
 ) -> None:
-    box = draw.textbbox(place, text, font=font)
-    draw.rectangle((box[0], box[1] - 2, box[2], box[3] + 2), fill=color)
-    draw.text(place, text, fill="white" if color == "black" else "black", font=font)
+    """Write a text on a colored ground, as near to a place as the image allows."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    width, height = draw.im.size
+    x = min(max(place[0], 0), max(0, width - right))
+    y = min(max(place[1], 0), max(0, height - bottom - 2))
+    draw.rectangle((x + left, y + top - 2, x + right, y + bottom + 2), fill=color)
+    draw.text((x, y), text, fill="white" if color == "black" else "black", font=font)

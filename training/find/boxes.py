@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from training.data.datasets.mot_boxes import NO_IDENTITY, Box, read_boxes
+from training.data.datasets.mot_sequence import VIDEOS
 from training.data.footage import Footage, TimedFrame
 from training.find.detection import Detections, Detector
 from training.find.tracking import LOST_SECONDS, Tracker
@@ -21,10 +22,12 @@ class BoxSource(Protocol):
 
     description: of where they come from, for a line.
     found: False if the tracks are those of a file.
+    by_number: True if the boxes are of numbered frames, none of which may be left out.
     """
 
     description: str
     found: bool
+    by_number: bool
 
     @property
     def numbers(self) -> Collection[int] | None:
@@ -40,19 +43,34 @@ class BoxSource(Protocol):
         """Raise a UserError if there are boxes of frames beyond the video's last."""
 
 
-class TracksOfFile:
-    """Boxes with tracks, by frame number."""
+class _File:
+    """Boxes of a file, by frame number."""
+
+    by_number = True
+
+    def __init__(self, path: Path, boxes: Mapping[int, Sequence[Box]]) -> None:
+        self._path, self._boxes = path, boxes
+
+    def check_end(self, frames: int) -> None:
+        """Raise a UserError if there are boxes of frames beyond the video's last."""
+        if (last := max(self._boxes)) > frames:
+            got = f"got boxes of frame {last}, but the video has {frames}"
+            raise UserError(f"{self._path}: {got}; wanted boxes of this video")
+
+
+class TracksOfFile(_File):
+    """Boxes with tracks."""
 
     found = False
 
     def __init__(self, path: Path, boxes: Mapping[int, Sequence[Box]], notes: Sequence[str]) -> None:
-        self._path, self._boxes = path, boxes
+        super().__init__(path, boxes)
         last = {box.track: number for number in sorted(boxes) for box in boxes[number]}
         self._ending = defaultdict(list)
         for track, number in last.items():
             self._ending[number].append(track)
         self.numbers = last.keys()
-        self.description = "; ".join((f"boxes of {len(last)} tracks in {path}", *notes))
+        self.description = "; ".join((f"boxes of {len(last)} tracks in {path}, to frame {max(boxes)}", *notes))
 
     def of_frame(self, frame: TimedFrame) -> Iterable[Box]:
         """Return the file's boxes of a frame."""
@@ -62,13 +80,12 @@ class TracksOfFile:
         """Return the tracks whose last box is in this frame."""
         return self._ending.get(frame.number, ())
 
-    def check_end(self, frames: int) -> None:
-        """Raise a UserError if there are boxes of frames beyond the video's last."""
-        check_length(self._path, self._boxes, frames)
-
 
 class _FollowedBoxes:
-    """Boxes whose tracks a tracker finds."""
+    """Boxes whose tracks a tracker finds.
+
+    boxes: number of those seen, with a track or without.
+    """
 
     found = True
     numbers: Collection[int] | None = None
@@ -76,10 +93,12 @@ class _FollowedBoxes:
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._seen: dict[int, float] = {}
+        self.boxes = 0
 
     def follow(self, detections: Detections, seconds: float) -> list[Box]:
         """Return the detections that have a track as boxes."""
         boxes = []
+        self.boxes += len(detections.boxes)
         for track, row in self._tracker(detections, seconds):
             left, top, right, bottom = detections.boxes[row].tolist()
             boxes.append(Box(track, left + 1, top + 1, right - left, bottom - top))
@@ -94,31 +113,29 @@ class _FollowedBoxes:
         return over
 
 
-class DetectionsOfFile(_FollowedBoxes):
-    """Boxes without tracks, by frame number. Scores are not read, as another detector's may mean anything."""
+class DetectionsOfFile(_FollowedBoxes, _File):
+    """Boxes without tracks. Scores are not read, as another detector's may mean anything."""
 
     def __init__(self, path: Path, boxes: Mapping[int, Sequence[Box]], notes: Sequence[str], frame_rate: float) -> None:
-        super().__init__(Tracker(frame_rate, sure=0.5, scored=False))
-        self._path, self._boxes = path, boxes
+        _FollowedBoxes.__init__(self, Tracker(frame_rate, sure=0.5, scored=False))
+        _File.__init__(self, path, boxes)
         count = sum(map(len, boxes.values()))
         self.description = "; ".join((f"{count} boxes without tracks in {path}, followed by ByteTrack", *notes))
 
     def of_frame(self, frame: TimedFrame) -> Iterable[Box]:
         """Return the file's boxes of a frame, with their tracks."""
         corners = [
-            (b.left - 1, b.top - 1, b.left - 1 + b.width, b.top - 1 + b.height)
-            for b in self._boxes.get(frame.number, ())
+            (box.left - 1, box.top - 1, box.left - 1 + box.width, box.top - 1 + box.height)
+            for box in self._boxes.get(frame.number, ())
         ]
         boxes = np.array(corners, dtype=np.float64).reshape(-1, 4)
         return self.follow(Detections(boxes, np.ones(len(boxes))), frame.seconds)
 
-    def check_end(self, frames: int) -> None:
-        """Raise a UserError if there are boxes of frames beyond the video's last."""
-        check_length(self._path, self._boxes, frames)
-
 
 class DetectedBoxes(_FollowedBoxes):
     """Boxes by a detector."""
+
+    by_number = False
 
     def __init__(self, detector: Detector, frame_rate: float) -> None:
         super().__init__(Tracker(frame_rate, detector.sure))
@@ -136,12 +153,13 @@ class DetectedBoxes(_FollowedBoxes):
 def boxes_next_to(footage: Footage) -> Path | None:
     """Return the file of boxes next to a video or in a sequence's folder, or None.
 
-    It is gt/gt.txt or gt.txt, or has the video's name with .txt.
+    It has the video's name with .txt, or is gt/gt.txt or gt.txt of a folder with no other video.
     """
     folder = footage.path if footage.path.is_dir() else footage.path.parent
     files = [folder / "gt" / "gt.txt", folder / "gt.txt"]
     if not footage.path.is_dir():
-        files.insert(0, footage.path.with_suffix(".txt"))
+        others = [path for path in folder.iterdir() if path.suffix.lower() in VIDEOS and path != footage.path]
+        files = [footage.path.with_suffix(".txt"), *([] if others else files)]
     return next((path for path in files if path.is_file()), None)
 
 
@@ -157,9 +175,3 @@ def source_of_file(path: Path, frame_rate: float) -> TracksOfFile | DetectionsOf
     if any(box.track == NO_IDENTITY for of_frame in boxes.values() for box in of_frame):
         return DetectionsOfFile(path, boxes, notes, frame_rate)
     return TracksOfFile(path, boxes, notes)
-
-
-def check_length(path: Path, boxes: Mapping[int, Sequence[Box]], frames: int) -> None:
-    """Raise a UserError if there are boxes of frames beyond the video's last."""
-    if (last := max(boxes)) > frames:
-        raise UserError(f"{path}: got boxes of frame {last}, but the video has {frames}; wanted boxes of this video")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from training.data.datasets.mot import OVERLAP_SECONDS
 from training.engine.feature_extractor import unit_features
 from training.evaluation.ranking import Floats
 from training.find.scan import Track
 from training.runtime.clock import clock
 
-OVERLAP_SECONDS = 1.0  # allowed between two visits of one person
 COLUMNS = (
     "rank",
     "score",
@@ -45,7 +45,7 @@ class Match:
 
     @property
     def times(self) -> str:
-        """When it was seen, as a player shows it."""
+        """Begin and end, as a player shows them."""
         return f"{clock(self.track.seconds[0])} - {clock(self.track.seconds[-1])}"
 
 
@@ -75,13 +75,7 @@ def everybody(tracks: Iterable[Track]) -> list[Match]:
 
 def at_the_same_time(tracks: Mapping[int, Track], persons: Iterable[Track]) -> set[int]:
     """Return the tracks seen together with one of a person's for more than a second: nobody is at two places."""
-    together = set()
-    for own in persons:
-        for number, other in tracks.items():
-            shared = min(own.seconds[-1], other.seconds[-1]) - max(own.seconds[0], other.seconds[0])
-            if shared > OVERLAP_SECONDS:
-                together.add(number)
-    return together
+    return {number for own in persons for number, other in tracks.items() if own.seconds_with(other) > OVERLAP_SECONDS}
 
 
 def as_table(matches: Sequence[Match]) -> Table:

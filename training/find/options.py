@@ -24,9 +24,9 @@ class Options:
     """A video, or the folder of a MOTChallenge sequence."""
     output: Path
     """A new folder for matches.csv, matches.png and matches.mp4, or people.csv and people.png."""
-    person: tuple[str, ...] = ()
-    """Who to look for: a folder of crops or several images, in order of time; or one or more tracks of this video, by
-    their numbers."""
+    person: tuple[str, ...] | None = None
+    """The person to find: a folder of crops or several images, in order of time; or tracks of this video, by their
+    numbers."""
     checkpoint: Path = PRETRAINED
     """Folder of a run, of a checkpoint or of a network to share; if not given, the small one that comes with this
     repository."""
@@ -38,7 +38,7 @@ class Options:
     detector_weights: Path | None = None
     """File of the weights of torchvision's fasterrcnn_mobilenet_v3_large_fpn, where they cannot be fetched."""
     every: int = 1
-    """Look at every Nth frame only: N times as fast."""
+    """Look at every Nth frame only; the others are decoded and dropped."""
     min_frames: int = 8
     """Leave out tracks of fewer frames."""
     top: int = 10
@@ -57,7 +57,7 @@ class Options:
                 raise UserError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise UserError(f"threshold: got {self.threshold}, wanted a cosine, from -1 to 1")
-        if self.threshold is not None and not self.person:
+        if self.threshold is not None and self.person is None:
             raise UserError("threshold: got one without --person, wanted both")
         if self.detections is not None and (self.detector != "auto" or self.detector_weights is not None):
             raise UserError("detections: got a file and a detector, wanted one of the two")

@@ -71,12 +71,14 @@ class Person:
 
 
 def read_person(given: Sequence[str]) -> Person:
-    """Read what --person was given: numbers of tracks, a folder of crops, or images.
+    """Read the values of --person: numbers of tracks, a folder of crops, or images.
 
     Raises:
         UserError: a path is not there, or a folder holds no image.
     """
-    if all(text.isascii() and text.isdecimal() for text in given):
+    if not given:
+        raise UserError("person: got nothing, wanted a folder of crops, images, or numbers of tracks")
+    if all(text.isascii() and text.isdecimal() and len(text) <= 18 for text in given):
         return Person(tracks=tuple(dict.fromkeys(map(int, given))))
     paths = [Path(text) for text in given]
     if len(paths) == 1 and paths[0].is_dir():

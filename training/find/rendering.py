@@ -12,7 +12,7 @@ from training.data.footage import Footage
 from training.data.tracklets import read_pixels
 from training.find.annotated_video import AnnotatedVideo
 from training.find.matches import Match
-from training.find.page import CROPS, page, places
+from training.find.page import page, places
 from training.find.person import Person
 from training.find.scan import Scan, Track
 from training.runtime.atomic_files import write_output
@@ -42,7 +42,7 @@ def render(
         video = None
         if person:
             video = stack.enter_context(AnnotatedVideo(folder / "matches.mp4", matches, footage.frame_rate))
-        strips = _read_again(footage, tracks, video, found.frames)
+        strips = _read_again(footage, tracks, video, found)
     crops = _crops_of(person, strips) if person else []
     with progress("Drawing", None):
         content = png(page(heading, str(person), crops, matches, strips))
@@ -50,7 +50,7 @@ def render(
 
 
 def _read_again(
-    footage: Footage, tracks: Sequence[Track], video: AnnotatedVideo | None, frames: int
+    footage: Footage, tracks: Sequence[Track], video: AnnotatedVideo | None, found: Scan
 ) -> dict[int, list[np.ndarray]]:
     """Return the crops to draw, by track, and add the frames to the video."""
     wanted: dict[int, list[tuple[Track, int]]] = {}
@@ -59,8 +59,8 @@ def _read_again(
             wanted.setdefault(track.frames[place], []).append((track, place))
     strips: dict[int, list[np.ndarray]] = {track.number: [] for track in tracks}
     last = max(wanted)
-    with progress("Drawing the matches", frames, "frames") as advance:
-        for frame in footage.frames():
+    with progress("Drawing the matches", found.frames, "frames") as advance:
+        for frame in footage.frames(_ignore if found.damaged else None):
             for track, place in wanted.get(frame.number, ()):
                 strips[track.number].append(track.box(place).crop(frame.pixels))
             if video:
@@ -72,8 +72,12 @@ def _read_again(
 
 
 def _crops_of(person: Person, strips: Mapping[int, Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return the crops of the person to draw: of several tracks, some of each."""
+    """Return the crops of the person to draw, evenly spaced, also of several tracks."""
     if not person.tracks:
         return [read_pixels(person.crops[place]) for place in places(len(person.crops))]
-    each = max(1, CROPS // len(person.tracks))
-    return [crop for track in person.tracks for crop in strips[track][:each]][:CROPS]
+    crops = [crop for track in person.tracks for crop in strips[track]]
+    return [crops[place] for place in places(len(crops))]
+
+
+def _ignore() -> None:
+    """Skip what the first pass has skipped and counted."""

@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from training.evaluation.ranking import Floats
 from training.find.boxes import BoxSource
 from training.runtime.terminal import progress
 
-BRIDGED = 1.0  # seconds without a box over which one is interpolated
+BRIDGED = 1.0  # seconds without a box over which one is interpolated, at least
 
 
 @dataclass
@@ -46,16 +47,34 @@ class Track:
     def box_at(self, frame: TimedFrame) -> Box | None:
         """Return the box in a frame, interpolated where the track has a short gap there; None where it has none."""
         place = bisect_left(self.frames, frame.number)
-        if place == len(self.frames):
-            return None
-        if self.frames[place] == frame.number:
+        if place < len(self.frames) and self.frames[place] == frame.number:
             return self.box(place)
-        if place == 0 or self.seconds[place] - self.seconds[place - 1] > BRIDGED:
+        if not 0 < place < len(self.frames) or self.seconds[place] - self.seconds[place - 1] > self.bridged:
             return None
         begin, end = self.seconds[place - 1], self.seconds[place]
         share = (frame.seconds - begin) / (end - begin)
         sides = np.array(self.sides[4 * place - 4 : 4 * place + 4]).reshape(2, 4)
         return Box(self.number, *((1 - share) * sides[0] + share * sides[1]).tolist())
+
+    def is_near(self, frame: TimedFrame, margin: float) -> bool:
+        """Return True if the track has a box in a frame, or has one within so many seconds before or after it."""
+        place = bisect_left(self.seconds, frame.seconds)
+        around = self.seconds[max(0, place - 1) : place + 1]
+        return any(abs(frame.seconds - seconds) <= margin for seconds in around) or self.box_at(frame) is not None
+
+    @cached_property
+    def period(self) -> float:
+        """Seconds from a box to the next, mostly; 0 if there is one only."""
+        return float(np.median(np.diff(self.seconds))) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def bridged(self) -> float:
+        """Seconds without a box over which one is interpolated."""
+        return max(BRIDGED, 2.5 * self.period)
+
+    def seconds_with(self, other: Track) -> float:
+        """Return for how long two tracks were seen at the same time."""
+        return self.period * len(np.intersect1d(self.frames, other.frames, assume_unique=True))
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield the boxes as lines of a MOTChallenge file, each after the number of its frame."""
@@ -66,13 +85,15 @@ class Track:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a video found.
+    """Tracks and features found in one pass over a video.
 
     frames: number of frames.
+    damaged: number of damaged packets that were skipped.
     tracks, features: by the track's number; features (D,) float64, not of length 1.
     """
 
     frames: int
+    damaged: int
     tracks: dict[int, Track]
     features: dict[int, Floats]
 
@@ -101,8 +122,10 @@ def scan(footage: Footage, source: BoxSource, extractor: FeatureExtractor, every
         UserError: a frame cannot be read, boxes are of another video, or a feature is not finite.
     """
     stream, tracks, number = extractor.stream(), dict[int, Track](), 0
+    damaged: list[int] = []
+    skipped = None if source.by_number else lambda: damaged.append(number)
     with progress("Following people", footage.length, "frames") as advance:
-        for frame in footage.frames():
+        for frame in footage.frames(skipped):
             number = frame.number
             if (number - 1) % every == 0:
                 for box in source.of_frame(frame):
@@ -114,4 +137,4 @@ def scan(footage: Footage, source: BoxSource, extractor: FeatureExtractor, every
                 stream.end(track)
             advance(1)
     source.check_end(number)
-    return Scan(number, tracks, stream.finish())
+    return Scan(number, len(damaged), tracks, stream.finish())

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,33 +104,59 @@ def write_output(path: Path, content: str | bytes) -> None:
 
 
 def check_new_folder(path: Path) -> None:
-    """Check that an output folder can be made, and make its parent.
+    """Check that an output folder can be made; nothing is.
 
     Raises:
-        UserError: it is there already and not empty, is a file, or cannot be made.
+        UserError: it is there already and not empty, is a file, or its folder cannot be written.
     """
     try:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"output: {path} is there already, wanted a new folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent):
-            pass
     except OSError as error:
         raise UserError(f"output: {error}") from error
+    above = next(folder for folder in realpath(path).parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"output: {above} cannot be written, wanted a place for {path}")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` at the end of the block, and is removed if the block raises.
 
+    SIGTERM ends the block by an exception.
+
     Raises:
-        UserError: it cannot be made, or `path` is there by then.
+        UserError: it cannot be made; where `path` has been filled by then, the message says where the new one is.
     """
+    path = realpath(path)
     try:
-        with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temp:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _sigterm_raises(), TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temp:
             folder = Path(temp) / path.name
             folder.mkdir()
             yield folder
-            folder.rename(path)  # replaces an empty folder
+            if path.is_dir() and not any(path.iterdir()):  # keep the folder itself, which may be the working folder
+                for file in sorted(folder.iterdir()):
+                    shutil.move(file, path / file.name)
+            elif os.path.lexists(path):
+                other = path.with_name(f"{path.name}-{os.getpid()}")
+                folder.rename(other)
+                raise UserError(f"output: {path} was made meanwhile; the result is in {other}")
+            else:
+                folder.rename(path)
     except OSError as error:
         raise UserError(f"output: {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM inside the block, where it would end the process at once."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,11 +29,30 @@ def test_a_video_has_its_frames_and_times(tmp_path: Path) -> None:
         assert [abs(int(frame.pixels.mean()) - 25 * n) < 8 for n, frame in enumerate(frames)] == [True] * 10
 
 
-def test_times_are_those_of_the_file_from_its_first_frame(tmp_path: Path) -> None:
+def test_times_are_those_of_the_file_from_where_a_player_begins(tmp_path: Path) -> None:
     times = [5.0, 5.1, 5.15, 5.9, 7.0, 7.1, 7.2, 9.0, 9.5, 9.6]
     encode(tmp_path / "a.mkv", IMAGES, times)
     seconds = [frame.seconds for frame in open_footage(tmp_path / "a.mkv").frames()]
     np.testing.assert_allclose(seconds, np.array(times) - 5, atol=2e-3)
+
+
+def test_a_picture_that_begins_after_the_sound_has_the_time_of_both(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        sound, picture = container.add_stream("aac", rate=8000), container.add_stream("mpeg4", rate=10)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        for number in range(50):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 8000, 1024 * number
+            container.mux(sound.encode(samples))
+        for number, image in enumerate(IMAGES):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = 30 + number, Fraction(1, 10)
+            container.mux(picture.encode(frame))
+        container.mux(sound.encode())
+        container.mux(picture.encode())
+    seconds = [frame.seconds for frame in open_footage(tmp_path / "a.mkv").frames()]
+    assert len(seconds) == 10
+    np.testing.assert_allclose(seconds, np.arange(30, 40) / 10, atol=0.15)  # the sound's codec begins a little before 0
 
 
 def test_a_stream_without_a_length_is_read_to_its_end(tmp_path: Path) -> None:

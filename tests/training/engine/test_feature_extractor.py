@@ -44,7 +44,7 @@ def test_frames_are_paths_arrays_images_or_a_folder(extractor: FeatureExtractor,
     images = [Image.open(path) for path in paths]
     arrays = [np.asarray(image.convert("RGB")) for image in images]
     wanted = extractor(paths)
-    for frames in (list(map(str, paths)), images, arrays, folder, str(folder)):
+    for frames in (list(map(str, paths)), images, arrays, np.stack(arrays), folder, str(folder), iter(paths)):
         assert torch.equal(extractor(frames), wanted)
     assert not torch.equal(extractor(arrays[::-1]), wanted), "the order of time counts"
 
@@ -82,6 +82,26 @@ def test_a_network_may_be_given_and_the_origin_of_one_is_known(
     torch.testing.assert_close(by_reference(folder), extractor(folder), rtol=0, atol=1e-5)
 
 
+def test_a_given_network_is_not_changed(extractor: FeatureExtractor) -> None:
+    network = Network.from_pretrained(extractor.about["checkpoint"]).train()
+    FeatureExtractor(network, device="cpu", dtype=torch.bfloat16)
+    assert network.training and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match=r"^ops: got 'reference' with a network, wanted None"):
+        FeatureExtractor(network, ops="reference")
+
+
+def test_an_image_counts_as_its_file_does(extractor: FeatureExtractor, folder: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(sorted(folder.glob("*.png"))[0]) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
+        image.convert("P").save(tmp_path / "palette.png")
+    for name in ("sideways.png", "palette.png"):
+        assert torch.equal(extractor([Image.open(tmp_path / name)]), extractor([tmp_path / name]))
+    with pytest.raises(UserError, match=r"^frame tracklet 0, frame 0: got an image of mode I;16, wanted one of 1, L,"):
+        extractor([Image.new("I;16", (8, 8))])
+
+
 def test_the_network_of_the_repository_is_the_default(folder: Path) -> None:
     assert FeatureExtractor(device="cpu")(folder).shape == (64,)
 
@@ -91,6 +111,10 @@ def test_the_network_of_the_repository_is_the_default(folder: Path) -> None:
     [
         ({"dtype": torch.int8}, "dtype: got torch.int8, wanted one of torch.float32,"),
         ({"chunk": 0}, "chunk: got 0, wanted at least 1 frame"),
+        ({"chunk": 2.5}, "chunk: got 2.5, wanted at least 1 frame"),
+        ({"ops": "slow"}, "ops: got 'slow', wanted one of None, fast, reference"),
+        ({"resize": "no"}, "resize: got 'no', wanted one of None, device, pillow"),
+        ({"device": "mps"}, "device: got 'mps', wanted one of auto, cpu, cuda"),
         ({"checkpoint": "nowhere"}, "nowhere: no checkpoint here"),
     ],
 )
@@ -110,7 +134,7 @@ ARRAY = np.zeros((8, 6, 3), np.uint8)
         ([ARRAY.astype(np.float32)], r"tracklet 0, frame 0: got shape \(8, 6, 3\) of float32"),
         ([ARRAY[:0]], r"tracklet 0, frame 0: got shape \(0, 6, 3\)"),
         ([3], "tracklet 0, frame 0: got int, wanted a path, a Pillow image or an array"),
-        (ARRAY, "frames: got ndarray, wanted a list of images, or a folder"),
+        (ARRAY, "frames: got one ndarray, wanted a list of images, or a folder"),
         (__file__, "frames: got the file .*, wanted a list of images, or a folder; a video needs boxes"),
         ("nowhere", "frames: nowhere: No such file or directory, wanted a folder of images"),
     ],
@@ -124,9 +148,13 @@ def test_frames_that_are_none_are_named(extractor: FeatureExtractor, frames: Any
     ("boxes", "message"),
     [
         ([], "boxes: got none, wanted boxes of people in "),
-        ([(1, 2, 3, 4)], r"boxes: got \[1.0, 2.0, 3.0, 4.0\], wanted rows of frame"),
-        ([(1.5, 2, 3, 4, 5)], r"boxes: got \[1.5, .*, wanted rows of frame"),
+        ([(1, 2, 3, 4)], r"boxes: got \(1, 2, 3, 4\), wanted rows of frame"),
+        ([(1.5, 2, 3, 4, 5)], r"boxes: got \(1.5, .*, wanted rows of frame"),
         ([(1, 2, 3, float("nan"), 5)], r"boxes: got .*nan.*, wanted rows of frame"),
+        ([("a", 2, 3, 4, 5)], r"boxes: got \('a', .*, wanted rows of frame"),
+        ([(1, 2, 3, -4, 5)], r"boxes: got \(1, 2, 3, -4, 5\), wanted rows of frame"),
+        ([(1, 2, 3, 4, 5)] * 2, r"boxes: got \(1, 2, 3, 4, 5\), wanted rows of frame, .*, one per frame"),
+        ((1, 2, 3, 4, 5), "boxes: got 1, wanted rows of frame"),
         ([(61, 1, 1, 9, 9)], "boxes: got frames 61 to 61, but .* has 60"),
         ([(0, 1, 1, 9, 9)], "boxes: got frames 0 to 0"),
         ([(1, 999, 1, 9, 9)], "boxes: .* of frame 1 is outside of the image"),

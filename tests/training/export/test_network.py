@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.small_runs import last
+from tests.helpers.small_runs import last, options
 from training import FeatureExtractor
 from training.engine.load_trained import UseOptions, load_trained
 from training.engine.options import make_options
@@ -66,3 +66,13 @@ def test_a_hugging_face_folder_has_no_record_for_an_evaluation(run: Path, tmp_pa
     assert FeatureExtractor(tmp_path / "net", device="cpu").features == 64
     with pytest.raises(UserError, match=r"config.json: a network without the record of a training, wanted a run, or"):
         load_trained(tmp_path / "net", UseOptions())
+
+
+def test_no_path_of_this_machine_is_published(run: Path, small_data: Path, tmp_path: Path) -> None:
+    weights = last(run) / "model.safetensors"
+    train(options(small_data, tmp_path / "run", weights=str(weights), epochs=1, batches=1))
+    export_network(Options(tmp_path / "run", tmp_path / "net"))
+    text = (tmp_path / "net" / "config.json").read_text()
+    assert str(tmp_path) not in text and str(run.parent) not in text
+    assert json.loads(text)["settings"]["weights"] == "model.safetensors"
+    assert FeatureExtractor(tmp_path / "net", device="cpu").features == 64

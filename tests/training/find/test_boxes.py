@@ -40,6 +40,16 @@ def test_the_nearest_file_of_boxes_is_taken(tmp_path: Path, names: tuple[str, ..
     assert boxes_next_to(Footage(tmp_path, 10, None)) == (tmp_path / of_folder[0] if of_folder else None)
 
 
+def test_a_gt_txt_among_several_videos_is_of_none_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "gt.txt", "")
+    (tmp_path / "film.mp4").touch()
+    assert boxes_next_to(Footage(tmp_path / "film.mp4", 10, None)) == tmp_path / "gt.txt"
+    (tmp_path / "other.AVI").touch()
+    assert boxes_next_to(Footage(tmp_path / "film.mp4", 10, None)) is None
+    write(tmp_path / "film.txt", "")
+    assert boxes_next_to(Footage(tmp_path / "film.mp4", 10, None)) == tmp_path / "film.txt"
+
+
 def test_tracks_of_a_file_end_with_their_last_box(tmp_path: Path) -> None:
     source = source_of_file(
         write(tmp_path / "gt.txt", "3,7,1,1,9,9,1", "1,7,1,1,9,9,1", "1,2,5,5,9,9,1", "2,-1,1,1,9,9,1"), 10
@@ -49,7 +59,7 @@ def test_tracks_of_a_file_end_with_their_last_box(tmp_path: Path) -> None:
     assert [[box.track for box in source.of_frame(frame(n))] for n in (1, 2, 3)] == [[7, 2], [], [7]]
     assert [list(source.ended(frame(n))) for n in (1, 2, 3)] == [[2], [], [7]]
     assert source.description == (
-        f"boxes of 2 tracks in {tmp_path / 'gt.txt'}; 1 boxes without an identity (-1) left out"
+        f"boxes of 2 tracks in {tmp_path / 'gt.txt'}, to frame 3; 1 boxes without an identity (-1) left out"
     )
     source.check_end(3)
     with pytest.raises(UserError, match=r"gt.txt: got boxes of frame 3, but the video has 2; wanted boxes of this"):
@@ -109,6 +119,16 @@ def test_boxes_are_interpolated_over_a_short_gap_only() -> None:
     assert track.box_at(frame(41)) is None
 
 
+def test_a_gap_is_bridged_by_how_often_a_track_is_seen() -> None:
+    seldom = Track(1)
+    for number in (1, 11, 21, 51):
+        seldom.append(frame(number), Box(1, number, 5, 20, 50))
+    assert (seldom.period, seldom.bridged) == (1.0, 2.5)
+    assert seldom.box_at(frame(16)) == Box(1, 16, 5, 20, 50)
+    assert seldom.box_at(frame(30)) is None
+    assert [seldom.is_near(frame(n), 0.5) for n in (16, 25, 30, 46, 51, 56, 57)] == [1, 1, 0, 1, 1, 1, 0]
+
+
 def test_written_tracks_are_read_again(tmp_path: Path) -> None:
     tracks = {}
     for number in (9, 2):
@@ -116,11 +136,11 @@ def test_written_tracks_are_read_again(tmp_path: Path) -> None:
         for at in range(number, number + 3):
             track.append(frame(at), Box(number, 3.25 * number, 5, 20.5, 50))
     path = write(tmp_path / "tracks.txt")
-    path.write_text(Scan(12, tracks, {}).as_mot())
+    path.write_text(Scan(12, 0, tracks, {}).as_mot())
     boxes, notes = read_boxes(path, 12)
     assert notes == ()
     assert list(boxes) == [2, 3, 4, 9, 10, 11]
     assert boxes[10] == [Box(9, 29.25, 5, 20.5, 50)]
-    long, dropped = Scan(12, tracks, {}).at_least(4)
+    long, dropped = Scan(12, 0, tracks, {}).at_least(4)
     assert (long, dropped) == ({}, ", 2 of fewer than 4 frames left out")
-    assert Scan(12, tracks, {}).at_least(3) == (tracks, "")
+    assert Scan(12, 0, tracks, {}).at_least(3) == (tracks, "")

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -20,6 +23,8 @@ from training.find.matches import COLUMNS, Match
 from training.find.options import Options
 from training.runtime.command import run_command
 from training.runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def found(video: Path, output: Path, *arguments: object) -> list[Match]:
@@ -130,7 +135,9 @@ def test_crops_find_their_own_track_first(rendered: Path, tmp_path: Path) -> Non
 
 
 def test_several_tracks_are_one_person(rendered: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"person: nobody else is in .*mp4, 2 left out that were seen at the same time"):
+    with pytest.raises(
+        UserError, match=r"person: got nobody else in .*mp4, 2 left out that were seen at the same time"
+    ):
         found(rendered, tmp_path / "out", "--person", 1, 5)
 
 
@@ -187,7 +194,7 @@ def test_times_are_the_videos_own(tmp_path: Path, rendered: Path) -> None:
     [
         ("--video TMP/none.mp4", "video: there is no file TMP/none.mp4, wanted a video, or the folder of a MOT"),
         ("--video TMP/text.mp4", "TMP/text.mp4: not a readable video ("),
-        ("--video TMP/sound.wav", "TMP/sound.wav: got 0 video streams, wanted one"),
+        ("--video TMP/sound.wav", "TMP/sound.wav: got no video stream, wanted one"),
         ("--video VIDEO --person 9", "person: got track 9, wanted one of VIDEO, such as 1, 2, 3, 5"),
         ("--video VIDEO --person TMP/empty", "person: got no image in TMP/empty, wanted the frames of a tracklet"),
         ("--video VIDEO --person TMP/gone.png", "person: there is no TMP/gone.png, wanted a folder of crops, images"),
@@ -209,7 +216,17 @@ def test_times_are_the_videos_own(tmp_path: Path, rendered: Path) -> None:
             "--video VIDEO --person 1 --detections TMP/outside.txt",
             "video: got nobody in the 60 frames of VIDEO, wanted",
         ),
-        ("--video VIDEO --person 1 --detections TMP/lone.txt", "person: nobody else is in VIDEO"),
+        ("--video VIDEO --person 1 --detections TMP/lone.txt", "person: got nobody else in VIDEO"),
+        ("--video TMP/notes.mp4", "TMP/notes.txt, line 1: got 'Shot in June', wanted frame,track"),
+        (
+            "--video VIDEO --detector hog --every 15",
+            "every: got 15 at 10 frames per second, a look in 1.5 s, wanted one a",
+        ),
+        (
+            "--video VIDEO --detections TMP/far.txt",
+            "video: got nobody in the 60 frames of VIDEO: of 2 boxes none could",
+        ),
+        ("--video VIDEO --person", "person: got nothing, wanted a folder of crops, images, or numbers of tracks"),
         ("--video VIDEO --person 1 --top 0", "top: got 0, wanted at least 1"),
         ("--video VIDEO --person 1 --threshold 7", "threshold: got 7.0, wanted a cosine, from -1 to 1"),
         ("--video VIDEO --threshold 0.5", "threshold: got one without --person, wanted both"),
@@ -228,6 +245,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty").mkdir()
+    shutil.copy(rendered, tmp_path / "notes.mp4")
+    (tmp_path / "notes.txt").write_text("Shot in June")
+    (tmp_path / "far.txt").write_text("1,-1,1,1,20,40,1\n50,-1,200,1,20,40,1\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "long.txt").write_text("1,1,1,1,20,40,1\n61,1,1,1,20,40,1\n")
     (tmp_path / "outside.txt").write_text("1,1,900,1,20,40,1\n")
@@ -251,18 +271,66 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_an_output_that_is_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(ValueError, match=r"output: .*out is there already, wanted a new folder"):
+    with pytest.raises(UserError, match=r"^output: .*out is there already, wanted a new folder"):
         found(tmp_path / "no.mp4", tmp_path / "out")
-    assert (tmp_path / "out" / "mine").exists()
+    with pytest.raises(UserError, match=r"^output: .*mine cannot be written, wanted a place for .*mine/x"):
+        found(tmp_path / "no.mp4", tmp_path / "out" / "mine" / "x")
+    with pytest.raises(UserError, match=r"^video: there is no file"):
+        found(tmp_path / "no.mp4", tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_video_of_an_odd_size_and_of_one_frame_is_drawn(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, 61, 33, 3), dtype=np.uint8)
+    encode(tmp_path / "odd.mkv", image[:, :60, :32])
+    (tmp_path / "odd.txt").write_text("1,1,1,1,20,40,1\n1,2,5,5,20,40,1\n")
+    found(tmp_path / "odd.mkv", tmp_path / "out", "--person", 1, "--min-frames", 1)
+    assert (tmp_path / "out" / "matches.mp4").stat().st_size > 0
+
+
+def test_sigterm_leaves_nothing(rendered: Path, tmp_path: Path) -> None:
+    # As soon as the temporary folder is there, the second pass is running.
+    code = (
+        "import sys, os, signal, threading, time; from pathlib import Path\n"
+        "from training.find.__main__ import find; from training.find.options import Options\n"
+        "video, output = map(Path, sys.argv[1:])\n"
+        "def kill():\n"
+        "    while not list(output.parent.glob('out.*')): time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=kill, daemon=True).start()\n"
+        "find(Options(video=video, output=output, person=('1',), device='cpu'))\n"
+    )
+    command = [sys.executable, "-c", code, str(rendered), str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_packets_are_skipped_where_boxes_are_detected(rendered: Path, tmp_path: Path) -> None:
+    content = bytearray(rendered.read_bytes())
+    begin = content.index(b"mdat")
+    with av.open(str(rendered)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    position, size = packets[30]
+    assert position > begin
+    content[position : position + size] = bytes(size)
+    (tmp_path / "damaged.mp4").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"damaged.mp4: skipped 1 damaged packets$"):
+        found(tmp_path / "damaged.mp4", tmp_path / "out", "--detector", "hog", "--min-frames", 1)
+    with pytest.raises(UserError, match=r"damaged.mp4: cannot be decoded after frame 30 \("):
+        found(tmp_path / "damaged.mp4", tmp_path / "other", "--detections", rendered.parent / "gt.txt")
 
 
 def test_an_empty_output_folder_is_filled(rendered: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    found(rendered, tmp_path / "out", "--person", 1)
+    inode = (tmp_path / "out").stat().st_ino
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    found(rendered, tmp_path / "link", "--person", 1)
     assert (tmp_path / "out" / "matches.csv").exists()
+    assert (tmp_path / "out").stat().st_ino == inode, "it may be somebody's working folder"
 
 
 @pytest.mark.shared

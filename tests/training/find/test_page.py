@@ -94,10 +94,10 @@ def test_what_is_between_two_matches_is_left_out(tmp_path: Path) -> None:
         video.add(TimedFrame(1, 0, np.zeros((60, 80, 3), np.uint8)))
 
 
-@pytest.mark.parametrize("size", [(61, 81), (17, 33), (480, 640)])
+@pytest.mark.parametrize("size", [(61, 81), (17, 33), (480, 640), (1, 40)])
 def test_frames_of_any_size_are_encoded(tmp_path: Path, size: tuple[int, int]) -> None:
     frames = write(tmp_path / "a.mp4", size, [match(1, 1, 1, 5)], last=5)
-    assert [pixels.shape for _, pixels in frames] == [(size[0] // 2 * 2, size[1] // 2 * 2, 3)] * 5
+    assert [pixels.shape for _, pixels in frames] == [(-(-size[0] // 2) * 2, -(-size[1] // 2) * 2, 3)] * 5
 
 
 def test_boxes_beyond_the_image_are_drawn_as_far_as_they_are_in_it(tmp_path: Path) -> None:
@@ -105,6 +105,32 @@ def test_boxes_beyond_the_image_are_drawn_as_far_as_they_are_in_it(tmp_path: Pat
     for place in range(5):
         beyond.track.sides[4 * place : 4 * place + 4] = type(beyond.track.sides)("d", (-50, -50, 500, 500))
     assert len(write(tmp_path / "a.mp4", (60, 80), [beyond], last=5)) == 5
+
+
+def test_a_match_is_shown_at_its_speed_without_the_time_it_is_away(tmp_path: Path) -> None:
+    track = Track(1)
+    seconds = [0.0, 0.1, 0.2, 2.2, 4.2, 6.2, *np.arange(30, 36)]  # a camera that is slower at night
+    frames = [TimedFrame(n, at, np.full((60, 80, 3), 100, np.uint8)) for n, at in enumerate(seconds, start=1)]
+    for frame in (*frames[:6], *frames[9:]):
+        track.append(frame, Box(1, 11, 21, 20, 30))
+    with AnnotatedVideo(tmp_path / "a.mp4", [Match(1, 0.9, track)], 10) as video:
+        for frame in frames:
+            video.add(frame)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    np.testing.assert_allclose(np.diff(times), [0.1, 0.1, 2, 2, 2, 0.1, 1, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("left", [-40, 300])
+def test_labels_are_within_the_image(tmp_path: Path, left: int) -> None:
+    track = Track(1)
+    for number in range(1, 6):
+        track.append(TimedFrame(number, (number - 1) / 10, np.zeros((1, 1, 3))), Box(1, left, -20, 60, 100))
+    pixels = write(tmp_path / "a.mp4", (240, 320), [Match(1, 0.9, track)], last=5)[2][1].astype(int)
+    orange = (pixels[..., 0] > 180) & (pixels[..., 2] < 90)  # the first color
+    columns = np.flatnonzero(orange[4:12].any(0))
+    assert columns[-1] - columns[0] > 40, "the label is whole"
+    assert (pixels[225:, :30].max(2) < 80).any(), "the clock is in the other corner"
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:

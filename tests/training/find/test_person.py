@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.data.datasets.mot_boxes import Box
+from training.data.footage import TimedFrame
 from training.data.rendering.person import Person as Rendered
 from training.data.rendering.walk import CAMERAS, render_walk
 from training.engine.feature_extractor import FeatureExtractor
@@ -18,8 +20,8 @@ from training.runtime.errors import UserError
 
 def track(number: int, begin: float, end: float) -> Track:
     made = Track(number)
-    made.frames.extend((int(10 * begin) + 1, int(10 * end) + 1))
-    made.seconds.extend((begin, end))
+    for frame in range(round(10 * begin), round(10 * end) + 1):
+        made.append(TimedFrame(frame + 1, frame / 10, np.zeros((1, 1, 3))), Box(number, 1, 1, 20, 50))
     return made
 
 
@@ -52,9 +54,13 @@ def test_ranks_are_by_cosine_and_of_equal_ones_by_time() -> None:
 
 
 def test_nobody_is_at_two_places_for_more_than_a_second() -> None:
-    tracks = {1: track(1, 0, 10), 2: track(2, 9.1, 20), 3: track(3, 8.9, 20), 4: track(4, 12, 15), 5: track(5, 2, 4)}
+    tracks = {1: track(1, 0, 10), 2: track(2, 9.2, 20), 3: track(3, 8.8, 20), 4: track(4, 12, 15), 5: track(5, 2, 4)}
     assert at_the_same_time(tracks, [tracks[1]]) == {1, 3, 5}
     assert at_the_same_time(tracks, []) == set()
+    twice = track(6, 0, 1)
+    for frame in range(100, 120):
+        twice.append(TimedFrame(frame + 1, frame / 10, np.zeros((1, 1, 3))), Box(6, 1, 1, 20, 50))
+    assert at_the_same_time({5: tracks[5]}, [twice]) == set(), "5 is there while 6 is away"
 
 
 def test_people_score_higher_than_what_is_nobody() -> None:
