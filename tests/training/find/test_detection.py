@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import sys
 from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
 
 from training.data.datasets.mot_boxes import read_boxes
 from training.data.footage import open_footage
+from training.find.boxes import DetectedBoxes
 from training.find.detection import Detector, HogDetector, TorchvisionDetector, make_detector
 from training.runtime.errors import UserError
 
@@ -124,3 +127,16 @@ def test_hog_finds_most_people_of_pets(shared_dir: Path) -> None:
                     break
     assert boxes > 100
     assert hits / boxes > 0.8 and hits / detections > 0.8
+
+
+@pytest.mark.parametrize("library", ["cv2", "trackers", "supervision"])
+def test_a_library_that_is_not_there_is_one_line(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"^{library}: not usable here \(.*\), wanted: pip install '\.\[find\]'$"):
+        DetectedBoxes(HogDetector(), 10)
+
+
+def test_an_opencv_without_hog_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(__version__="5.0.0"))
+    with pytest.raises(UserError, match=r"^cv2: got OpenCV 5.0.0, which has no HOG, wanted: pip install '\.\[find\]'$"):
+        HogDetector()
