@@ -52,7 +52,8 @@ def find(options: Options) -> list[Match]:
         say(f"network: the small one of this repository, trained on rendered people; see {PRETRAINED / 'README.md'}")
     found = scan(footage, source, extractor, options.every)
     if found.damaged:
-        warnings.warn(f"{options.video}: skipped {found.damaged} damaged packets", stacklevel=2)
+        line = f"{options.video}: skipped {found.damaged} damaged packets; frames are numbered without them"
+        warnings.warn(line, stacklevel=2)
     if not found.tracks:
         raise _nobody(options, found, source)
     matches, line = _ranked(options, person, found, extractor) if person else _everybody(options, found)

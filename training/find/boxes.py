@@ -22,12 +22,10 @@ class BoxSource(Protocol):
 
     description: of where they come from, for a line.
     found: False if the tracks are those of a file.
-    by_number: True if the boxes are of numbered frames, none of which may be left out.
     """
 
     description: str
     found: bool
-    by_number: bool
 
     @property
     def numbers(self) -> Collection[int] | None:
@@ -45,8 +43,6 @@ class BoxSource(Protocol):
 
 class _File:
     """Boxes of a file, by frame number."""
-
-    by_number = True
 
     def __init__(self, path: Path, boxes: Mapping[int, Sequence[Box]]) -> None:
         self._path, self._boxes = path, boxes
@@ -134,8 +130,6 @@ class DetectionsOfFile(_FollowedBoxes, _File):
 
 class DetectedBoxes(_FollowedBoxes):
     """Boxes by a detector."""
-
-    by_number = False
 
     def __init__(self, detector: Detector, frame_rate: float) -> None:
         super().__init__(Tracker(frame_rate, detector.sure))

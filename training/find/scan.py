@@ -113,7 +113,7 @@ def scan(footage: Footage, source: BoxSource, extractor: FeatureExtractor, every
     """Follow the people through a video, and extract the feature of each track; a frame is read once and dropped.
 
     Args:
-        footage: the video.
+        footage: the video; damaged packets are skipped, and frames numbered without them.
         source: of the boxes; one that is outside of the image is left out.
         extractor: of the features.
         every: 1 for all frames, 2 for every second one, and so on.
@@ -122,10 +122,9 @@ def scan(footage: Footage, source: BoxSource, extractor: FeatureExtractor, every
         UserError: a frame cannot be read, boxes are of another video, or a feature is not finite.
     """
     stream, tracks, number = extractor.stream(), dict[int, Track](), 0
-    damaged: list[int] = []
-    skipped = None if source.by_number else lambda: damaged.append(number)
+    damaged: list[None] = []
     with progress("Following people", footage.length, "frames") as advance:
-        for frame in footage.frames(skipped):
+        for frame in footage.frames(lambda: damaged.append(None)):
             number = frame.number
             if (number - 1) % every == 0:
                 for box in source.of_frame(frame):
