@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.datasets.mot_sequence import read_sequence
+from training.data.datasets.mot_sequence import Track, read_sequence
 from training.data.tracklets import Tracklet
 from training.engine.checkpoint import load
 from training.engine.feature_extractor import PRETRAINED, FeatureExtractor, unit_features
@@ -59,7 +59,7 @@ def test_it_finds_people_of_pets_as_its_readme_says(shared_dir: Path) -> None:
         again = [n for n, other in enumerate(tracks) if n > query and person[other.number] == who]
         if who in ranks or not again:
             continue
-        apart = [n for n, other in enumerate(tracks) if n != query and not _together(track, other)]
+        apart = [n for n, other in enumerate(tracks) if n != query and not together(track, other)]
         order = [apart[place] for place in np.argsort(-units[apart] @ units[query])]
         ranks[who] = min(order.index(visit) + 1 for visit in again)
     assert len(ranks) == 7
@@ -67,6 +67,6 @@ def test_it_finds_people_of_pets_as_its_readme_says(shared_dir: Path) -> None:
     assert sorted(ranks.values())[-2:] == [2, 6]
 
 
-def _together(one: object, other: object) -> bool:
-    first, second = one.frame_numbers, other.frame_numbers  # type: ignore[attr-defined]
-    return bool(min(first[-1], second[-1]) - max(first[0], second[0]) > 10)  # the video's 10 frames are a second
+def together(one: Track, other: Track) -> bool:
+    """Return True if two tracks share more than a second of the video."""
+    return len({*one.frame_numbers} & {*other.frame_numbers}) > 10

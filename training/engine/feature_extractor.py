@@ -33,7 +33,7 @@ from training.runtime.errors import UserError
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "tiny"
 """The network that comes with this repository; its README says what it can do and what it cannot."""
 
-Image_: TypeAlias = "str | Path | Image.Image | np.ndarray"
+ImageLike: TypeAlias = "str | Path | Image.Image | np.ndarray"
 """An image: a file, a Pillow image, or an (h, w, 3) uint8 RGB array."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -103,7 +103,9 @@ class FeatureExtractor:
             return {}
         return provenance(self._saved, next(self.network.parameters()).device)
 
-    def __call__(self, frames: str | Path | Sequence[Image_], boxes: Iterable[Sequence[float]] | None = None) -> Tensor:
+    def __call__(
+        self, frames: str | Path | Iterable[ImageLike], boxes: Iterable[Sequence[float]] | None = None
+    ) -> Tensor:
         """Extract the feature of one tracklet.
 
         Args:
@@ -124,7 +126,7 @@ class FeatureExtractor:
             return self._of_video(Path(frames), _by_frame(boxes))[0]
         return self.batch([frames])[0]
 
-    def batch(self, tracklets: Iterable[str | Path | Iterable[Image_]]) -> Tensor:
+    def batch(self, tracklets: Iterable[str | Path | Iterable[ImageLike]]) -> Tensor:
         """Extract the features of N tracklets, short ones several at a time.
 
         Args:
@@ -225,7 +227,7 @@ def _by_frame(rows: Iterable[Sequence[float]]) -> dict[int, list[Box]]:
     return boxes
 
 
-def _tracklet(frames: str | Path | Iterable[Image_], number: int) -> Tracklet:
+def _tracklet(frames: str | Path | Iterable[ImageLike], number: int) -> Tracklet:
     """Make a tracklet of frames in any form."""
     name = f"tracklet {number}"
     if isinstance(frames, str | Path):

@@ -10,8 +10,8 @@ from training.data.tracklets import Frame, read_pixels
 from training.find.detection import load_cv2
 
 LEAST = -1.25
-"""Score of the best crop below which they are refused. On PETS 2009, 1 % of 311 boxes of people score below -1.03, none
-below -1.43; of 364 boxes without a person in them, 79 % are below -1.25."""
+"""Score of the best crop below which they are refused. Of the boxes in every 15th frame of PETS 2009, 1 of 300 of a
+person scores below it, and 81 % of 365 that are of nobody."""
 CROPS = 8  # are looked at
 _HEIGHTS = (88, 96, 104, 112)  # of the person in the detector's window
 _WINDOW = (128, 64)
