@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from training.data import Dataset, PridPeople, load_split, reader_options, reads_file
-from training.data.pack_file import PARTS, NotAPack, Pack, PackedFrame, is_pack, to_ppm, write_pack
+from training.data import Dataset, PridPeople, is_packed, load_split, reader_options
+from training.data.pack_file import PARTS, NotAPack, Pack, PackedFrame, to_ppm, write_pack
 from training.data.tracklets import Split, Tracklet, decode, encoded
 from training.runtime.atomic_files import fsync_path, temp_path
 from training.runtime.command import run_command
@@ -83,11 +83,7 @@ def pack(options: Options) -> None:
 
 def _read(options: Options) -> _Content:
     """Read the splits, and number their distinct frames and tracklets in the order in which they come."""
-    if (
-        options.data_root is not None
-        and options.data_root.is_file()
-        and (is_pack(options.data_root) or not reads_file(options.dataset))
-    ):
+    if options.data_root is not None and is_packed(options.dataset, options.data_root):
         raise UserError(f"data_root: got the file {options.data_root}, wanted a dataset's folder")
     chosen = {"prid": options.prid, "check_counts": options.check_counts}
     sources: list[Source] = []

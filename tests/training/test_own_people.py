@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from training.evaluate import Options as EvaluateOptions
 from training.evaluate import evaluate
 from training.export.features import Options as ExportOptions
 from training.export.features import export_features
+from training.export.network import Options as NetworkOptions
+from training.export.network import export_network
 from training.runtime.errors import UserError
 from training.search import Options as SearchOptions
 from training.search import search
@@ -70,6 +73,25 @@ def test_people_trained_on_are_known_by_name_whatever_is_added(
     assert line.startswith("split 0: got ") and line.endswith("; if they are the same, they were not held out")
     with pytest.raises(UserError, match=r"^split 1: got \d people .* that were trained on, such as .*, wanted split 0"):
         evaluate(EvaluateOptions(checkpoint=own_run, split=1, device="cpu"))
+
+
+def test_a_person_added_to_the_folder_is_noticed(people: Path, tmp_path: Path) -> None:
+    root = tmp_path / "people"
+    shutil.copytree(people, root)
+    short = {"epochs": 1, "batches": 1, "compare_ops": False, "pictures": False, "device": "cpu"}
+    train(make_options(recipe="quick", dataset="folder", data_root=root, output=tmp_path / "run", **short))
+    evaluate(EvaluateOptions(checkpoint=tmp_path / "run", device="cpu"))
+    for name in ("aaron", "abe"):
+        shutil.copytree(people / "eve", root / name)
+    with pytest.raises(UserError, match=r"^split 0: got \d people .* trained on, such as .* of the same people as in"):
+        evaluate(EvaluateOptions(checkpoint=tmp_path / "run", device="cpu"))
+
+
+def test_a_network_to_share_names_nobody(own_run: Path, tmp_path: Path) -> None:
+    export_network(NetworkOptions(own_run, tmp_path / "net"))
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert len(config["names"]) == 3
+    assert not any(name in config["names"] or f'"{name}"' in json.dumps(config) for name in NAMES)
 
 
 def test_nobody_to_train_on_is_one_line(people: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def load_split(
     try:
         if root.suffix == ".pack" and not root.exists():
             raise UserError(f"{root}: no such file; wanted what python -m training.pack makes, or a dataset's folder")
-        if root.is_file() and (is_pack(root) or not reads_file(dataset)):
+        if is_packed(dataset, root):
             return packed.load(root, dataset, split, options)
         result: Split = module.load(root, split, **options)
     except OSError as error:  # a folder that may not be entered, a disk that fails
@@ -52,9 +52,9 @@ def load_split(
     return result
 
 
-def reads_file(dataset: str) -> bool:
-    """Return True if a dataset is read from a file, and not from a folder."""
-    return getattr(_reader_module(dataset), "READS_FILE", False)
+def is_packed(dataset: str, root: Path) -> bool:
+    """Return True if `root` is to be read as a packed dataset: a file, unless the dataset's own reader reads files."""
+    return root.is_file() and (is_pack(root) or not getattr(_reader_module(dataset), "READS_FILE", False))
 
 
 def reader_options(dataset: str, **options: Any) -> dict[str, Any]:

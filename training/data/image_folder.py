@@ -21,12 +21,12 @@ def images_in(folder: Path) -> tuple[Path, ...]:
     """List the images of a folder in natural order of their names: 2.png comes before 10.png."""
     with os.scandir(folder) as entries:
         images = [folder / entry.name for entry in entries if is_image(Path(entry.name)) and not entry.is_dir()]
-    return tuple(sorted(images, key=natural_order))
+    return tuple(sorted(images, key=lambda path: natural_order(path.name)))
 
 
-def natural_order(path: Path) -> list[tuple[int, int | str]]:
-    """Key to sort paths by their names with numbers in them as numbers."""
-    parts = re.split(r"(\d+)", path.name)
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """Key to sort names with numbers in them as numbers."""
+    parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 

@@ -156,9 +156,9 @@ def decode(image_file: bytes, frame: Path | PackedFrame) -> np.ndarray:
     try:
         with Image.open(BytesIO(image_file)) as image:
             return pixels_of(image, str(frame))
+    except UserError:
+        raise
     except _CORRUPT as error:
-        if isinstance(error, UserError):
-            raise
         reason = re.sub(" <.*>", "", " ".join(str(error).split()))  # without Pillow's name of an in-memory file
         what = f"not a readable image ({type(error).__name__}: {reason})"
         raise UserError(f"frame {frame}: {what}; copy it again") from None

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.data.datasets.mot_boxes import Box, read_boxes
+from training.data.datasets.mot_boxes import Box, last_frames, read_boxes
 from training.data.footage import open_footage
 from training.data.image_folder import frames_of_folder
 from training.data.resizing import Resize
@@ -174,7 +174,7 @@ class FeatureExtractor:
         """Extract the features of the tracks of boxes by frame number."""
         if not boxes:
             raise UserError(f"boxes: got none, wanted boxes of people in {video}")
-        last = {box.track: number for number in sorted(boxes) for box in boxes[number]}
+        last = last_frames(boxes)
         stream, number, end = self.stream(), 0, max(boxes)
         for number, _, pixels in open_footage(video).frames():
             for box in boxes.get(number, ()):

@@ -18,7 +18,7 @@ from training.data import Dataset, load_split
 from training.data.tracklets import Split
 from training.engine import checkpoint
 from training.engine.checkpoint import Checkpoint
-from training.engine.run_record import environment, options_of, settings_of
+from training.engine.run_record import environment, name_digest, options_of, settings_of
 from training.model.network import Network
 from training.model.operators import Ops
 from training.model.pretrained import read_architecture
@@ -91,24 +91,36 @@ def load_trained(path: Path, options: UseOptions) -> LoadedRun:
     check_counts = options.check_counts and (settings.source.check_counts or dataset != data.dataset)
     split = distributed.main_first(lambda: load_split(dataset, root, number, prid=data.prid, check_counts=check_counts))
     same_data = dataset == data.dataset and root == settings.source.data_root
-    _check_held_out(split, saved, f"split {number}", same_dataset=dataset == data.dataset, same_data=same_data)
+    # A MOT sequence searches for the people trained on, by later frames, and says so.
+    comparable = dataset == data.dataset != "mot"
+    _check_held_out(split, saved.config, f"split {number}", settings.split, comparable=comparable, same_data=same_data)
     network = load_network(saved, ops, choose_device(options.device))
     return LoadedRun(network, split, dataset, number, settings, ops, saved.epoch or 0, saved)
 
 
-def _check_held_out(split: Split, saved: Checkpoint, where: str, *, same_dataset: bool, same_data: bool) -> None:
-    """Raise, or on other data warn, if people searched for are among those trained on, by name or by number."""
-    remedy = f"wanted split {settings_of(saved).split}, which holds them out"
+def _check_held_out(
+    split: Split, record: Mapping[str, Any], where: str, trained: int, *, comparable: bool, same_data: bool
+) -> None:
+    """Raise, or on other data warn, if people searched for are among those trained on, by name or by number.
+
+    Args:
+        split: the split to test on.
+        record: of the training.
+        where: the split's name in the message.
+        trained: the number of the split trained on.
+        comparable: False where equal numbers mean nothing; names do, if the split has them.
+        same_data: True if both splits are of the same data.
+    """
+    remedy = f"wanted split {trained}, which holds them out"
     if split.names:
-        named = split.names_of(split.query) & set(saved.config.get("names", ()))
-        line = f"{where}: got {len(named)} people to search for that were trained on, such as {min(named, default='')}"
+        digests = set(record.get("names", ()))
+        seen = {name for name in split.names_of(split.query) if name_digest(name) in digests}
+        line = f"{where}: got {len(seen)} people to search for that were trained on, such as {min(seen, default='')}"
         remedy += ", of the same people as in training"
-        seen = bool(named)
     else:
-        numbers = {tracklet.person for tracklet in split.query} & set(saved.config["people"])
+        numbers = {tracklet.person for tracklet in split.query} & set(record["people"])
+        seen = set(map(str, numbers)) if comparable else set()
         line = f"{where}: {len(numbers)} of the people searched for have the numbers of people trained on"
-        # A MOT sequence searches for the people trained on, by later frames, and says so.
-        seen = bool(numbers) and same_dataset and settings_of(saved).recipe.data.dataset != "mot"
     if seen and same_data:
         raise UserError(f"{line}, {remedy}")
     if seen:

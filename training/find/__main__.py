@@ -105,8 +105,9 @@ def _source(options: Options, footage: Footage) -> BoxSource:
 def _nobody(options: Options, found: Scan, source: BoxSource) -> UserError:
     """Make the error for a video in which nobody was followed."""
     got = f"got nobody in the {found.frames} frames of {options.video}"
-    if boxes := getattr(source, "boxes", 0):
-        return UserError(f"video: {got}: of {boxes} boxes none could be followed to another frame, wanted more of them")
+    if source.untracked:
+        none = f"of {source.untracked} boxes none could be followed to another frame"
+        return UserError(f"video: {got}: {none}, wanted more of them")
     return UserError(f"video: {got}, wanted people inside of the image; --detections FILE takes boxes of your own")
 
 

@@ -21,7 +21,6 @@ from training.runtime.errors import UserError
 COLORS = (ORANGE, SKY, GREEN, PURPLE, RED, BLUE)
 MARGIN = 0.5  # seconds shown before and after a match
 _TICKS = 90_000  # per second, of the file's time stamps
-_NOTHING = np.zeros((0, 0, 3), np.uint8)
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg has
 
 
@@ -38,7 +37,7 @@ class AnnotatedVideo:
         self._path, self._matches, self._period = path, matches, 1 / frame_rate
         self._stream: av.VideoStream | None = None
         self._seconds = 0.0
-        self._before: TimedFrame | None = None
+        self._before: tuple[int, float] | None = None  # number and time of the frame before
         try:
             self._container = av.open(str(path), "w")
         except (FFmpegError, OSError) as error:
@@ -61,9 +60,9 @@ class AnnotatedVideo:
             return
         # As long after the frame before as in the footage, unless some were left out between them.
         if self._before is not None:
-            follows = frame.number == self._before.number + 1
-            self._seconds += frame.seconds - self._before.seconds if follows else self._period
-        self._before = TimedFrame(frame.number, frame.seconds, _NOTHING)
+            number, seconds = self._before
+            self._seconds += frame.seconds - seconds if frame.number == number + 1 else self._period
+        self._before = frame.number, frame.seconds
         try:
             self._encode(self._drawn(frame, shown))
         except (FFmpegError, OSError) as error:

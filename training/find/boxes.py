@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from training.data.datasets.mot_boxes import NO_IDENTITY, Box, read_boxes
+from training.data.datasets.mot_boxes import NO_IDENTITY, Box, last_frames, read_boxes
 from training.data.datasets.mot_sequence import VIDEOS
 from training.data.footage import Footage, TimedFrame
 from training.find.detection import Detections, Detector
@@ -22,10 +22,12 @@ class BoxSource(Protocol):
 
     description: of where they come from, for a line.
     found: False if the tracks are those of a file.
+    untracked: number of boxes that were given to a tracker so far.
     """
 
     description: str
     found: bool
+    untracked: int
 
     @property
     def numbers(self) -> Collection[int] | None:
@@ -58,10 +60,11 @@ class TracksOfFile(_File):
     """Boxes with tracks."""
 
     found = False
+    untracked = 0
 
     def __init__(self, path: Path, boxes: Mapping[int, Sequence[Box]], notes: Sequence[str]) -> None:
         super().__init__(path, boxes)
-        last = {box.track: number for number in sorted(boxes) for box in boxes[number]}
+        last = last_frames(boxes)
         self._ending = defaultdict(list)
         for track, number in last.items():
             self._ending[number].append(track)
@@ -78,10 +81,7 @@ class TracksOfFile(_File):
 
 
 class _FollowedBoxes:
-    """Boxes whose tracks a tracker finds.
-
-    boxes: number of those seen, with a track or without.
-    """
+    """Boxes whose tracks a tracker finds."""
 
     found = True
     numbers: Collection[int] | None = None
@@ -89,12 +89,12 @@ class _FollowedBoxes:
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._seen: dict[int, float] = {}
-        self.boxes = 0
+        self.untracked = 0
 
     def follow(self, detections: Detections, seconds: float) -> list[Box]:
         """Return the detections that have a track as boxes."""
         boxes = []
-        self.boxes += len(detections.boxes)
+        self.untracked += len(detections.boxes)
         for track, row in self._tracker(detections, seconds):
             left, top, right, bottom = detections.boxes[row].tolist()
             boxes.append(Box(track, left + 1, top + 1, right - left, bottom - top))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,13 @@ def best_score(crops: Sequence[Frame]) -> float:
     return max(_score(cv2, read_pixels(crops[place])) for place in places)
 
 
-def _score(cv2: object, crop: np.ndarray) -> float:
-    hog = cv2.HOGDescriptor()  # type: ignore[attr-defined]
-    svm = np.ravel(cv2.HOGDescriptor_getDefaultPeopleDetector())  # type: ignore[attr-defined]
+def _score(cv2: Any, crop: np.ndarray) -> float:
+    hog = cv2.HOGDescriptor()
+    svm = np.ravel(cv2.HOGDescriptor_getDefaultPeopleDetector())
     scores = []
     for height in _HEIGHTS:
         width = max(1, round(crop.shape[1] * height / crop.shape[0]))
-        person = cv2.resize(np.ascontiguousarray(crop[:, :, ::-1]), (width, height))  # type: ignore[attr-defined]
+        person = cv2.resize(np.ascontiguousarray(crop[:, :, ::-1]), (width, height))
         person = person[:, max(0, width - _WINDOW[1]) // 2 :][:, : _WINDOW[1]]
         above, left = (_WINDOW[0] - height) // 2, (_WINDOW[1] - person.shape[1]) // 2
         rest = (above, _WINDOW[0] - height - above), (left, _WINDOW[1] - person.shape[1] - left), (0, 0)

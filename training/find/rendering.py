@@ -60,7 +60,7 @@ def _read_again(
     strips: dict[int, list[np.ndarray]] = {track.number: [] for track in tracks}
     last = max(wanted)
     with progress("Drawing the matches", found.frames, "frames") as advance:
-        for frame in footage.frames(_ignore if found.damaged else None):
+        for frame in footage.frames(lambda: None):  # what is damaged was counted before
             for track, place in wanted.get(frame.number, ()):
                 strips[track.number].append(track.box(place).crop(frame.pixels))
             if video:
@@ -77,7 +77,3 @@ def _crops_of(person: Person, strips: Mapping[int, Sequence[np.ndarray]]) -> lis
         return [read_pixels(person.crops[place]) for place in places(len(person.crops))]
     crops = [crop for track in person.tracks for crop in strips[track]]
     return [crops[place] for place in places(len(crops))]
-
-
-def _ignore() -> None:
-    """Skip what the first pass has skipped and counted."""

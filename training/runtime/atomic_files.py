@@ -5,14 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from training.runtime.command import sigterm_raises
 from training.runtime.errors import UserError
 
 LOCK = "lock"
@@ -131,7 +129,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = realpath(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _sigterm_raises(), TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temp:
+        with sigterm_raises(), TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as temp:
             folder = Path(temp) / path.name
             folder.mkdir()
             yield folder
@@ -146,17 +144,3 @@ def new_folder(path: Path) -> Iterator[Path]:
                 folder.rename(path)
     except OSError as error:
         raise UserError(f"output: {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM inside the block, where it would end the process at once."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

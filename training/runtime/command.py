@@ -110,6 +110,20 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(deferred[0])
 
 
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM inside the block, where it would end the process at once."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def end_with_parent() -> None:
     """End this process, one that multiprocessing started, as soon as its parent has ended, even by SIGKILL."""
     threading.Thread(target=_end_with_parent, daemon=True).start()

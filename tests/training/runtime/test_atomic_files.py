@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from training.runtime.atomic_files import folder_lock, realpath, temp_path, write_atomic
+from training.runtime.atomic_files import folder_lock, new_folder, realpath, temp_path, write_atomic
 from training.runtime.errors import UserError
 
 
@@ -43,3 +44,30 @@ def test_links_in_a_circle_are_a_path_too(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert realpath(tmp_path / "a").parent == tmp_path.resolve()
+
+
+def fill(path: Path, before_the_end: Callable[[], object]) -> None:
+    with new_folder(path) as folder:
+        (folder / "file").write_text("mine")
+        before_the_end()
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    fill(path, lambda: pytest.fail("there too early") if path.exists() else None)
+    assert (path / "file").read_text() == "mine"
+    with pytest.raises(ZeroDivisionError):
+        fill(tmp_path / "c", lambda: 1 / 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_was_made_meanwhile_loses_nothing_of_either(tmp_path: Path) -> None:
+    def meanwhile() -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "file").write_text("theirs")
+
+    with pytest.raises(UserError, match=r"^output: .*/a was made meanwhile; the result is in .*/a-\d+$") as raised:
+        fill(tmp_path / "a", meanwhile)
+    assert (tmp_path / "a" / "file").read_text() == "theirs"
+    assert Path(str(raised.value).rpartition(" ")[2], "file").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2

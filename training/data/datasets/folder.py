@@ -70,4 +70,4 @@ def _inner_folders(folder: Path, wanted: str) -> list[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
-    return sorted(inner, key=natural_order)
+    return sorted(inner, key=lambda path: natural_order(path.name))

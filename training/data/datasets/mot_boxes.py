@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from math import ceil, floor, isfinite
@@ -135,6 +136,11 @@ def read_boxes(
     if notes and not people:
         raise UserError(f"{path}: no box is left to read, wanted boxes of people with a track: {'; '.join(notes)}")
     return _group_by_frame(people), tuple(notes)
+
+
+def last_frames(boxes: Mapping[int, Sequence[Box]]) -> dict[int, int]:
+    """Return the number of the last frame with a box of each track, of boxes by frame number."""
+    return {box.track: number for number in sorted(boxes) for box in boxes[number]}
 
 
 def _read_lines(path: Path, length: int | None) -> list[_Line]:

@@ -139,4 +139,4 @@ def _numbers(names: Iterable[str]) -> Mapping[str, int]:
 
 def _by_name(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Key to sort names in natural order, "7" and "007" too."""
-    return natural_order(Path(name)), name
+    return natural_order(name), name
